@@ -1,0 +1,124 @@
+"""Files that are whole or not there: written beside their place, synced, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nnssl.errors import NnsslError
+
+__all__ = ["read_json", "sha256_of", "write_atomic", "write_json"]
+
+STALE_SECONDS = 3600.0
+
+
+def _sync_folder(folder: Path) -> None:
+    # makes the rename itself survive a power cut; not every file system lets a folder be opened, and Windows does not
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _mode(path: Path) -> int:
+    """Permissions for a new file: those of the file it replaces, else what the umask gives."""
+    with suppress(OSError):
+        return path.stat().st_mode & 0o777
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what a killed writer of the same file left behind an hour or more ago."""
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        with suppress(OSError):
+            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                stale.unlink()
+
+
+def _place(temporary: str, path: Path, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(temporary, path)
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(f"{path} exists already") from None
+        os.replace(temporary, path)
+        return
+    os.unlink(temporary)
+
+
+def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object], *, overwrite: bool = True) -> None:
+    """Write a file so that at any moment either the old or the new content is there, whole.
+
+    A temporary file in the same folder is written, synced to the disk and renamed. After an exception it is removed and the
+    old file is untouched. A kill may leave a hidden ``.<name>.<random>.tmp``, which a later write to the same path removes.
+
+    Args:
+        path: where the file goes; its folder must exist.
+        write: gets the open binary file.
+        overwrite: False refuses an existing file, also one that appears meanwhile.
+
+    Raises:
+        FileExistsError: the file exists and ``overwrite`` is False.
+        OSError: no space, no permission.
+    """
+    path = Path(path)
+    if not overwrite and path.exists():
+        raise FileExistsError(f"{path} exists already")
+    _remove_stale(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, _mode(path))
+        _place(temporary, path, overwrite)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: str | os.PathLike[str], content: Any, *, overwrite: bool = True) -> None:
+    """Write JSON atomically, indented, in the order given; see :func:`write_atomic`."""
+    text = json.dumps(content, indent=4, allow_nan=True) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode("utf-8")), overwrite=overwrite)
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON object. Raises :class:`NnsslError` naming the file where it is missing, broken or no object."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NnsslError(f"{path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise NnsslError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise NnsslError(f"{path} cannot be read: it holds no JSON object.")
+    return content
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """sha256 (hex) of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,17 @@
+"""The only reader and writer of plans JSON: patch, strides and network of a plan; plan variants."""
+
+from nnssl.plans.datasets import dataset_id, list_datasets, resolve_dataset
+from nnssl.plans.plan import Plan, load_plan
+from nnssl.plans.variants import check_name, derive, list_variants, write_variant
+
+__all__ = [
+    "Plan",
+    "check_name",
+    "dataset_id",
+    "derive",
+    "list_datasets",
+    "list_variants",
+    "load_plan",
+    "resolve_dataset",
+    "write_variant",
+]

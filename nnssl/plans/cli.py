@@ -1,0 +1,185 @@
+"""``nnssl_plan``: derives plan variants and lists them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from nnssl.command import run_command
+from nnssl.errors import NnsslError
+from nnssl.paths import encode_path
+from nnssl.plans.datasets import dataset_id, resolve_dataset
+from nnssl.plans.figures import FAMILIES, trainer_for
+from nnssl.plans.plan import Plan, load_plan
+from nnssl.plans.variants import Variant, list_variants, write_variant
+
+__all__ = ["main"]
+
+log = logging.getLogger("nnssl")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers such as 8,16,32") from None
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    """``name=value`` with a number where it is one."""
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form name=value, such as warmup=0.1")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nnssl_plan",
+        allow_abbrev=False,
+        description="Derive a plan variant: nnUNet_preprocessed/<Dataset>/<plans>_<name>.json. It shares the preprocessed data "
+        "of its base, tells the trainer which checkpoint to take and how long to train, and gets results folders of its own.",
+    )
+    parser.add_argument("-d", required=True, metavar="DATASET", help="number or name of the dataset")
+    parser.add_argument(
+        "-c", default="3d_fullres", metavar="CONFIGURATION", help="configuration (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-p", default="nnUNetPlans", metavar="PLANS", help="plans to derive from (default: %(default)s)"
+    )
+    parser.add_argument("--list", action="store_true", help="show the dataset's variants and end")
+    parser.add_argument("--name", help="name of the variant: letters, digits, - and _")
+    parser.add_argument("--checkpoint", metavar="FILE", help="pretrained weights that the trainer takes")
+    parser.add_argument(
+        "--features", type=_numbers, metavar="8,16,32", help="channels per stage; fewer stages cut the network"
+    )
+    parser.add_argument(
+        "--patch", type=_numbers, metavar="32,40,32", help="training patch in voxels, one number per axis"
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="training batch")
+    parser.add_argument("--epochs", type=int, metavar="N", help="epochs of the fine-tuning")
+    parser.add_argument("--iterations", type=int, metavar="N", help="training iterations per epoch")
+    parser.add_argument("--val-iterations", type=int, metavar="N", help="validation iterations per epoch")
+    families = ", ".join(family.replace("_", "-") for family in FAMILIES)
+    parser.add_argument("--schedule", metavar="NAME", help=f"schedule of the learning rate: {families}")
+    parser.add_argument(
+        "-o",
+        type=_pair,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIGURE=VALUE",
+        help="a figure of the schedule, for example -o peak_lr=3e-4 warmup=0.1",
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="N|P%%|FILE",
+        help="train on a number of cases, a percentage of each fold's training cases, or the cases that a file names",
+    )
+    parser.add_argument("--seed", type=int, default=None, metavar="N", help="which cases --labels takes (default: 0)")
+    parser.add_argument(
+        "--adapt",
+        type=_pair,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KIND=HOW",
+        help="let --checkpoint come from another network: channels=repeat|first|skip, kernels=average|centre, depth=match",
+    )
+    parser.add_argument(
+        "--coverage",
+        type=float,
+        metavar="SHARE",
+        help="with --adapt: least share of the encoder's parameters that must be filled (default: 0.5)",
+    )
+    return parser
+
+
+def _table(variants: list[Variant]) -> str:
+    rows: list[tuple[str, ...]] = [
+        (
+            *("plans", "configuration", "base", "patch", "features", "epochs", "iterations"),
+            *("schedule", "labels", "seed", "checkpoint"),
+        )
+    ]
+    for v in variants:
+        told = [v.nnssl.get(key) for key in rows[0][5:]]
+        sizes = ["x".join(map(str, v.patch_size)), ",".join(map(str, v.features))]
+        cells = [v.plans_name, v.nnssl.get("configuration"), v.nnssl.get("base_plans"), *sizes, *told]
+        rows.append(tuple("-" if cell is None else str(cell) for cell in cells))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def _summary(plan: Plan) -> str:
+    number = dataset_id(plan.dataset_name)
+    hidden = ("schema", "sha256", "configuration", "train_cases")
+    told = {k: v for k, v in plan.nnssl.items() if k not in hidden}
+    cases = plan.nnssl.get("train_cases", {})
+    return "\n".join(
+        [
+            f"  network   {plan.network_class}, {plan.n_stages} stages, features {', '.join(map(str, plan.features))}",
+            f"  patch     {' x '.join(map(str, plan.patch_size))} voxels, total stride {plan.total_stride}, "
+            f"batch {plan.batch_size}",
+            f"  data      {plan.data_identifier} (shared with {plan.base_plans})",
+            f"  trainer   {', '.join(f'{k} {v}' for k, v in told.items())}",
+            *(f"  fold {fold:<4} trains on {len(names)}: {', '.join(names)}" for fold, names in cases.items()),
+            f"Next: nnUNetv2_train {number} {plan.configuration} 0 -p {plan.plans_name} "
+            f"-tr {trainer_for(plan.nnssl['schedule'])}",
+        ]
+    )
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.list:
+        name = resolve_dataset(args.d)
+        variants = list_variants(name)
+        log.info(
+            _table(variants) if variants else f"{name} has no plan variants. Make one with: nnssl_plan --name NAME ..."
+        )
+        return
+    if not args.name:
+        raise NnsslError("--name is missing: the variant is written as <plans>_<name>.json.")
+    plan = load_plan(args.d, args.c, args.p)
+    keys = (
+        "features",
+        "patch",
+        "batch_size",
+        "epochs",
+        "iterations",
+        "val_iterations",
+        "schedule",
+        "labels",
+        "coverage",
+    )
+    changes = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    changes |= {key: dict(pairs) for key, pairs in (("figures", args.o), ("adapt", args.adapt)) if pairs}
+    if args.seed is not None:
+        if args.labels is None:
+            raise NnsslError("--seed chooses the cases of --labels; without it there is nothing to choose.")
+        changes["seed"] = args.seed
+    if (args.adapt or args.coverage is not None) and args.checkpoint is None:
+        raise NnsslError("--adapt and --coverage say how --checkpoint is taken; name one.")
+    if args.coverage is not None and not args.adapt:
+        raise NnsslError(
+            "--coverage counts where --adapt lets something differ; without it the whole promise is asked for."
+        )
+    if not changes and args.checkpoint is None:
+        raise NnsslError(
+            "Nothing to change: give --checkpoint, --features, --patch, --epochs or another option (--help)."
+        )
+    path = write_variant(plan, args.name, checkpoint=args.checkpoint, **changes)
+    log.info(f"Wrote {encode_path(path)}")
+    log.info(_summary(load_plan(args.d, args.c, path.stem)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Console entry point; returns the exit status."""
+    args = _parser().parse_args(argv)
+    return run_command(lambda: _run(args))

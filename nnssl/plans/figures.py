@@ -1,0 +1,200 @@
+"""What a plan tells a fine-tuning trainer: the family of schedule, its figures, and the cases to train on.
+
+A trainer fixes the family, the plan gives the figures: ``plans["nnssl"]`` holds them under the names of :class:`Figures`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from nnssl.errors import NnsslError, nearest, raise_problems
+
+__all__ = ["DEFAULT_FAMILY", "FAMILIES", "USED", "Figures", "check_options", "family_name", "trainer_for"]
+
+DEFAULT_FAMILY = "warmup_poly"
+SCRATCH = "nnUNetTrainerPretrainedScratch"
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "warmup_poly": ("nnUNetTrainerPretrained", SCRATCH),
+    "freeze_unfreeze": ("nnUNetTrainerPretrainedFreezeUnfreeze", SCRATCH),
+    "sawtooth": ("nnUNetTrainerPretrainedSawtooth", SCRATCH),
+    "encoder_frozen": ("nnUNetTrainerPretrainedFrozen", SCRATCH),
+    "head_only": ("nnUNetTrainerPretrainedHeadOnly", SCRATCH),
+    "linear_probe": ("nnUNetTrainerLinearProbe",),
+}
+"""Family of schedule -> the trainers that follow it. The control without pretraining follows any but the probe's."""
+
+SCHEMA = 1
+LENGTHS = ("epochs", "iterations", "val_iterations")
+_COMMON = ("peak_lr", "optimizer")
+USED: dict[str, tuple[str, ...]] = {
+    "warmup_poly": (*_COMMON, "warmup", "layer_decay"),
+    "freeze_unfreeze": (*_COMMON, "layer_decay", "frozen", "ramp", "ramp_start"),
+    "sawtooth": (*_COMMON, "warmup", "layer_decay", "decoder_first"),
+    "encoder_frozen": (*_COMMON, "warmup", "layer_decay"),
+    "head_only": (*_COMMON, "warmup"),
+    "linear_probe": (*_COMMON, "warmup", "levels"),
+}
+"""Family -> the figures, besides the lengths, that decide anything there."""
+
+_ADAM = {"optimizer": "adam", "peak_lr": 3e-4, "warmup": 0.0}
+_DEFAULTS: dict[str, dict[str, Any]] = {"freeze_unfreeze": _ADAM, "linear_probe": _ADAM}
+_CHOICES = {"optimizer": ("sgd", "adam"), "levels": ("decoder", "encoder")}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What ``plans["nnssl"]`` may set for a training; the defaults are nnU-Net's, but for the peak learning rate.
+
+    ``freeze_unfreeze`` and ``linear_probe`` have the defaults of the paper that they come from (Kats et al. 2024, after
+    Goncharov et al. 2023): Adam with 3e-4 and no weight decay, the backbone frozen for 15,000 of 45,000 steps and then raised
+    from 3e-5 to 3e-4 over 1,200. ``sawtooth`` and ``warmup_poly`` have those of MIC-DKFZ's nnssl (1000 epochs: 50 of warm-up to
+    1e-3; before that 50 for the decoder alone).
+
+    Attributes:
+        epochs: epochs of training.
+        iterations: optimiser steps per epoch.
+        val_iterations: validation batches per epoch.
+        peak_lr: largest learning rate, reached at the end of the warm-up.
+        warmup: share of the epochs in [0, 1) over which the learning rate rises.
+        optimizer: ``"sgd"`` (nnU-Net's: momentum 0.99, nesterov, weight decay 3e-5) or ``"adam"`` (no weight decay).
+        layer_decay: factor in (0, 1] on the learning rate per stage away from the heads.
+        frozen: share of the steps in [0, 1) that the backbone is frozen for.
+        ramp: share of the steps in (0, 1) over which the backbone's learning rate then rises, exponentially.
+        ramp_start: what the ramp starts from, as a share of the peak in (0, 1].
+        decoder_first: share of the epochs in (0, 1) for which the decoder is trained alone.
+        levels: what a linear probe looks at: the bottleneck and the ``"decoder"`` stages, or the ``"encoder"`` stages.
+    """
+
+    epochs: int = 1000
+    iterations: int = 250
+    val_iterations: int = 50
+    peak_lr: float = 1e-3
+    warmup: float = 0.05
+    optimizer: str = "sgd"
+    layer_decay: float = 1.0
+    frozen: float = 1 / 3
+    ramp: float = 1200 / 45000
+    ramp_start: float = 0.1
+    decoder_first: float = 0.05
+    levels: str = "decoder"
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps in all."""
+        return self.epochs * self.iterations
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs of warm-up: ``round(warmup * epochs)``, at least one where there are several epochs and any warm-up."""
+        if self.epochs == 1 or self.warmup == 0:
+            return 0
+        return max(1, round(self.warmup * self.epochs))
+
+    @property
+    def decoder_epochs(self) -> int:
+        """Epochs of the decoder alone in ``sawtooth``: ``round(decoder_first * epochs)``, at least one of several."""
+        return 0 if self.epochs == 1 else min(self.epochs - 1, max(1, round(self.decoder_first * self.epochs)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_plans(cls, plans: Mapping[str, Any], family: str, trainer: str) -> Figures:
+        """Read the figures of a plans dict.
+
+        Args:
+            plans: nnU-Net's plans; without the key ``"nnssl"`` all figures are the family's defaults.
+            family: the schedule that ``trainer`` follows.
+            trainer: name of the trainer, for the messages.
+
+        Raises:
+            NnsslError: a figure out of range, another family of schedule than the trainer's (names the trainer to
+                use), or something that only a newer version understands.
+        """
+        ours, name = plans.get("nnssl") or {}, plans.get("plans_name", "?")
+        where = f"Plans '{name}' cannot be trained with {trainer}"
+        asked = ours.get("schedule") or family
+        if asked != family:
+            known = FAMILIES.get(asked)
+            use = f"use -tr {' or -tr '.join(known)}" if known else f"this version knows {', '.join(FAMILIES)}"
+            raise NnsslError(f"{where}: they name the schedule '{asked}' and this trainer follows '{family}'; {use}.")
+        problems = []
+        if ours.get("schema", SCHEMA) != SCHEMA:
+            problems.append(f"their schema is {ours['schema']!r}, this version of nnssl reads {SCHEMA}; update nnssl")
+        problems += _check_cases(ours.get("train_cases"))
+        values = {
+            **_DEFAULTS.get(family, {}),
+            **{f.name: ours[f.name] for f in fields(cls) if ours.get(f.name) is not None},
+        }
+        for key, value in values.items():
+            problems += _check(key, value)
+        raise_problems(problems, where)
+        return cls(**values)
+
+
+def _check_cases(cases: Any) -> list[str]:
+    if cases is None:
+        return []
+    legal = (
+        isinstance(cases, dict)
+        and cases
+        and all(isinstance(v, list) and v and all(isinstance(c, str) for c in v) for v in cases.values())
+    )
+    return [] if legal else ["nnssl.train_cases must be a non-empty list of case names for each fold"]
+
+
+def _check(key: str, value: Any) -> list[str]:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if key in _CHOICES:
+        legal, text = value in _CHOICES[key], " or ".join(map(repr, _CHOICES[key]))
+    elif key in LENGTHS:
+        legal, text = number and isinstance(value, int) and value >= 1, "a whole number of at least 1"
+    elif key == "peak_lr":
+        legal, text = number and value > 0, "a positive number"
+    elif key in ("layer_decay", "ramp_start"):
+        legal, text = number and 0 < value <= 1, "a share in (0, 1]"
+    elif key in ("ramp", "decoder_first"):
+        legal, text = number and 0 < value < 1, "a share in (0, 1)"
+    else:
+        legal, text = number and 0 <= value < 1, "a share in [0, 1)"
+    return [] if legal else [f"nnssl.{key} is {value!r}, but must be {text}"]
+
+
+def family_name(text: str) -> str:
+    """The family of a schedule as a user writes it (``freeze-unfreeze``).
+
+    Raises:
+        NnsslError: no such family; names the nearest.
+    """
+    name = text.strip().lower().replace("-", "_")
+    if name not in FAMILIES:
+        known = [family.replace("_", "-") for family in FAMILIES]
+        raise NnsslError(f"There is no schedule '{text}'.{nearest(text, known)} There are: {', '.join(known)}.")
+    return name
+
+
+def trainer_for(family: str) -> str:
+    """The trainer to type for a family of schedule."""
+    return FAMILIES[family][0]
+
+
+def check_options(options: Mapping[str, Any], family: str) -> None:
+    """Refuse figures that a family of schedule does not have or that are out of range.
+
+    Raises:
+        NnsslError: lists all of them.
+    """
+    problems, known = [], USED[family]
+    for key, value in options.items():
+        if key not in known:
+            problems.append(
+                f"'{key}' is no figure of the schedule {family.replace('_', '-')}.{nearest(key, known)} "
+                f"It has: {', '.join(known)}"
+            )
+        else:
+            problems += _check(key, value)
+    raise_problems(problems, "-o")

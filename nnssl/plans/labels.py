@@ -1,0 +1,161 @@
+"""Fewer labels: which of a fold's training cases a plan variant trains on. No data is touched, and no split is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnssl.errors import NnsslError, nearest
+from nnssl.paths import preprocessed_folder
+from nnssl.plans.datasets import dataset_id
+from nnssl.plans.plan import Plan
+
+__all__ = ["ALL", "case_order", "choose_cases", "folds_of", "restrict", "small_split"]
+
+ALL = "all"
+"""nnU-Net's name for the fold that holds every case."""
+FOLDS = 5
+SEED = 12345
+
+Split = tuple[list[str], list[str]]
+
+
+def case_order(cases: Iterable[str], seed: int) -> list[str]:
+    """Cases in a random order that depends on the seed and their names alone.
+
+    The first n are a subset: nested over n, and the same for every method, machine and version. Over folds the order is one, so
+    that two folds share as many of their cases as they can.
+    """
+    return sorted(set(cases), key=lambda case: (hashlib.sha256(f"{seed}:{case}".encode()).digest(), case))
+
+
+def small_split(cases: Sequence[str]) -> list[Split]:
+    """Folds for fewer cases than nnU-Net can split: each of two to four cases is left out once, one case alone has none."""
+    ordered = sorted(cases)
+    return [([c for c in ordered if c != out], [out]) for out in ordered] if len(ordered) > 1 else []
+
+
+def folds_of(plan: Plan) -> dict[str, Split]:
+    """The (training, validation) cases of each fold as nnU-Net will have them, and those of ``"all"``.
+
+    ``splits_final.json`` where there is one, else the five folds that nnU-Net would write there, else (fewer than five cases,
+    which nnU-Net refuses) :func:`small_split`.
+
+    Raises:
+        NnsslError: the configuration has not been preprocessed, or the file cannot be read.
+    """
+    folder = preprocessed_folder() / plan.dataset_name
+    data = folder / plan.data_identifier
+    if not data.is_dir():
+        raise NnsslError(
+            f"{data} does not exist: the cases are chosen from the preprocessed ones. "
+            f"Type: nnUNetv2_preprocess -d {dataset_id(plan.dataset_name)} -plans_name {plan.base_plans} -c {plan.configuration}"
+        )
+    try:
+        cases = sorted(str(case) for case in infer_dataset_class(str(data)).get_identifiers(str(data)))
+    except AssertionError:  # nnU-Net's, for a folder without cases or with files of several kinds
+        cases = []
+    if not cases:
+        raise NnsslError(f"{data} holds no preprocessed cases that nnU-Net can read.")
+    file = folder / "splits_final.json"
+    if file.is_file():
+        splits = _read_splits(file)
+    elif len(cases) >= FOLDS:
+        made = generate_crossval_split(cases, seed=SEED, n_splits=FOLDS)
+        splits = [([str(c) for c in s["train"]], [str(c) for c in s["val"]]) for s in made]
+    else:
+        splits = small_split(cases)
+    return {**{str(i): split for i, split in enumerate(splits)}, ALL: (cases, cases)}
+
+
+def _read_splits(file: Path) -> list[Split]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return [([str(c) for c in fold["train"]], [str(c) for c in fold["val"]]) for fold in content]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise NnsslError(f"{file} cannot be read as nnU-Net's splits: {error!r}") from error
+
+
+def choose_cases(folds: Mapping[str, Split], labels: str | int, seed: int = 0) -> dict[str, list[str]]:
+    """The training cases of each fold.
+
+    Args:
+        folds: from :func:`folds_of`.
+        labels: a number of cases (``8``), a share of each fold's training cases (``"25%"``, at least one), or a file with one
+            case name per line; of a file each fold takes those that it does not validate on.
+        seed: decides which; see :func:`case_order`.
+
+    Returns:
+        fold -> case names. Folds in which a file leaves no training case are left out.
+
+    Raises:
+        NnsslError: more cases than there are, an unknown case, or nothing left to train on.
+    """
+    text = str(labels).strip()
+    if text.endswith("%"):
+        share = _number(text[:-1], text)
+        if not 0 < share <= 100:
+            raise NnsslError(f"--labels {text}: a share lies above 0 % and at most at 100 %.")
+        return {f: case_order(tr, seed)[: max(1, int(share / 100 * len(tr) + 0.5))] for f, (tr, _) in folds.items()}
+    if text.lstrip("+-").isdecimal():
+        number = int(text)
+        few = {f: len(tr) for f, (tr, _) in folds.items() if len(tr) < number}
+        if number < 1 or few:
+            held = ", ".join(f"fold {f}: {n}" for f, n in few.items())
+            raise NnsslError(
+                f"--labels {number}: at least 1{f', and there are fewer training cases ({held})' if few else ''}."
+            )
+        return {f: case_order(tr, seed)[:number] for f, (tr, _) in folds.items()}
+    return _from_file(Path(text), folds)
+
+
+def _number(text: str, whole: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise NnsslError(f"--labels {whole}: neither a number, a percentage such as 25%, nor a file.") from None
+
+
+def _from_file(path: Path, folds: Mapping[str, Split]) -> dict[str, list[str]]:
+    if not path.is_file():
+        raise NnsslError(f"--labels {path}: neither a number, a percentage such as 25%, nor a file.")
+    named = list(dict.fromkeys(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()))
+    known = {case for train, val in folds.values() for case in (*train, *val)}
+    unknown = [case for case in named if case not in known]
+    if unknown:
+        raise NnsslError(
+            f"--labels {path} names '{unknown[0]}', which is no preprocessed case.{nearest(unknown[0], known)}"
+        )
+    chosen = {fold: [case for case in named if case in train] for fold, (train, _) in folds.items()}
+    chosen = {fold: cases for fold, cases in chosen.items() if cases}
+    if not chosen:
+        raise NnsslError(f"--labels {path} names no case to train on.")
+    return chosen
+
+
+def restrict(fold: int | str, train: Sequence[str], val: Sequence[str], chosen: Mapping[str, Sequence[str]]) -> Split:
+    """The split of a fold, with only the chosen training cases.
+
+    In fold ``"all"``, where nnU-Net trains and validates on every case, the cases that are not chosen validate.
+
+    Raises:
+        NnsslError: the plan chooses none for this fold, or cases that this fold does not train on (the split has changed).
+    """
+    mine = list(chosen.get(str(fold), ()))
+    if not mine:
+        raise NnsslError(f"The plan chooses training cases for fold {', '.join(chosen)}, not for fold {fold}.")
+    if str(fold) == ALL:
+        val = [case for case in train if case not in set(mine)] or mine
+    foreign = sorted(set(mine) - set(train))
+    if foreign or (str(fold) != ALL and set(mine) & set(val)):
+        wrong = foreign or sorted(set(mine) & set(val))
+        raise NnsslError(
+            f"The plan trains fold {fold} on '{wrong[0]}', which is not among the fold's training cases: splits_final.json has "
+            "changed since the plan was written. Restore it, or write a new variant: nnssl_plan --labels ..."
+        )
+    return mine, list(val)

@@ -1,0 +1,264 @@
+"""One configuration of one plans file, with everything that pretraining asks of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnssl.errors import NnsslError, nearest
+from nnssl.files import read_json
+from nnssl.paths import preprocessed_folder, set_folders
+from nnssl.plans.datasets import dataset_id, resolve_dataset
+from nnssl.plans.hashes import architecture_hash, canonical_arch_kwargs, data_hash
+
+__all__ = ["Plan", "load_plan", "plans_in"]
+
+NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
+_NEEDED = ("dataset_name", "plans_name", "configurations", "transpose_forward")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One configuration of a plans file. Make it with :func:`load_plan` or :meth:`from_dicts`.
+
+    Sizes are voxels and axes are nnU-Net's (z, y, x after transpose; 2d: y, x) unless said otherwise.
+
+    Attributes:
+        plans: the plans file as it is.
+        configuration: name of the configuration, for example ``"3d_fullres"``.
+        dataset_json: the dataset's ``dataset.json``.
+    """
+
+    plans: dict[str, Any]
+    configuration: str
+    dataset_json: dict[str, Any]
+
+    @classmethod
+    def from_dicts(cls, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> Plan:
+        """Check the dicts and make a plan of them; they are kept, not copied.
+
+        Raises:
+            NnsslError: no nnU-Net plans, an unknown configuration, a cascade stage, or a network that is not a U-Net.
+        """
+        missing = [key for key in _NEEDED if key not in plans]
+        if missing:
+            raise NnsslError(f"These are not plans of nnU-Net v2: {', '.join(missing)} is missing.")
+        name, known = plans["plans_name"], list(plans["configurations"])
+        if configuration not in known:
+            raise NnsslError(
+                f"Plans '{name}' of {plans['dataset_name']} have no configuration '{configuration}'."
+                f"{nearest(configuration, known)} They have: {', '.join(known)}. Choose one with -c."
+            )
+        plan = cls(plans, configuration, dataset_json)
+        try:
+            previous = plan.config.previous_stage_name
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise NnsslError(f"Configuration '{configuration}' of plans '{name}' cannot be read: {error}") from error
+        if previous is not None:
+            raise NnsslError(
+                f"Configuration '{configuration}' is the second stage of a cascade: its network takes a segmentation as "
+                f"an extra input, which pretraining does not have. Use '{previous}' or 3d_fullres (-c)."
+            )
+        if plan.network_class not in NETWORKS:
+            raise NnsslError(
+                f"Configuration '{configuration}' of plans '{name}' uses the network {plan.network_class}; "
+                f"supported are {' and '.join(NETWORKS)}."
+            )
+        return plan
+
+    @cached_property
+    def manager(self) -> PlansManager:
+        """nnU-Net's manager of the whole plans file."""
+        return PlansManager(self.plans)
+
+    @cached_property
+    def config(self) -> ConfigurationManager:
+        """nnU-Net's manager of this configuration: inheritance resolved, old formats converted."""
+        return self.manager.get_configuration(self.configuration)
+
+    @cached_property
+    def _arch(self) -> dict[str, Any]:
+        return canonical_arch_kwargs(self.config.network_arch_init_kwargs, self.dim)
+
+    @property
+    def dataset_name(self) -> str:
+        """For example ``"Dataset004_Hippocampus"``."""
+        return str(self.plans["dataset_name"])
+
+    @property
+    def plans_name(self) -> str:
+        """For example ``"nnUNetPlans"``; the file's name without its ending."""
+        return str(self.plans["plans_name"])
+
+    @property
+    def nnssl(self) -> dict[str, Any]:
+        """What a plan variant tells the trainer; empty for plain plans."""
+        return dict(self.plans.get("nnssl", {}))
+
+    @property
+    def base_plans(self) -> str:
+        """The plans that a variant was derived from; :attr:`plans_name` for plain plans."""
+        return str(self.nnssl.get("base_plans") or self.plans_name)
+
+    @property
+    def dim(self) -> int:
+        """Number of spatial axes of the network: 2 or 3."""
+        return len(self.config.patch_size)
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """nnU-Net's training patch, one number per axis."""
+        return tuple(int(i) for i in self.config.patch_size)
+
+    @property
+    def batch_size(self) -> int:
+        """nnU-Net's training batch."""
+        return int(self.config.batch_size)
+
+    @property
+    def network_class(self) -> str:
+        """``"PlainConvUNet"`` or ``"ResidualEncoderUNet"``."""
+        return str(self.config.network_arch_class_name).rsplit(".", 1)[-1]
+
+    @property
+    def n_stages(self) -> int:
+        """Number of encoder stages, the bottleneck included."""
+        return len(self.strides)
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Channels after each encoder stage, highest resolution first."""
+        return tuple(self._arch["features_per_stage"])
+
+    @property
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        """Stride of each encoder stage per axis, stage 0 (usually all ones) first."""
+        return tuple(tuple(s) for s in self._arch["strides"])
+
+    @property
+    def kernel_sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Kernel of each encoder stage per axis, stage 0 first."""
+        return tuple(tuple(k) for k in self._arch["kernel_sizes"])
+
+    @property
+    def cumulative_strides(self) -> tuple[tuple[int, ...], ...]:
+        """Input voxels per voxel of each encoder stage's output, per axis, stage 0 first."""
+        total, product = [], [1] * self.dim
+        for stride in self.strides:
+            product = [a * b for a, b in zip(product, stride)]
+            total.append(tuple(product))
+        return tuple(total)
+
+    @property
+    def total_stride(self) -> tuple[int, ...]:
+        """Input voxels per bottleneck voxel, per axis: what a crop must be divisible by."""
+        return self.cumulative_strides[-1]
+
+    @property
+    def channel_names(self) -> dict[int, str]:
+        """Names of the image channels by index, for example ``{0: "CT"}``."""
+        names = self.dataset_json.get("channel_names", self.dataset_json.get("modality"))
+        if not names:
+            raise NnsslError(f"dataset.json of {self.dataset_name} has no 'channel_names'.")
+        return {int(k): str(v) for k, v in sorted(names.items(), key=lambda item: int(item[0]))}
+
+    @property
+    def n_channels(self) -> int:
+        """Number of image channels, which is the network's number of input channels."""
+        return len(self.channel_names)
+
+    @property
+    def n_classes(self) -> int:
+        """Segmentation heads as nnU-Net counts them (regions included); 2 where the dataset has no labels."""
+        labels = self.dataset_json.get("labels")
+        if not labels:
+            return 2
+        return int(self.manager.get_label_manager(self.dataset_json).num_segmentation_heads)
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Target spacing in mm per axis; two numbers for 2d plans."""
+        return tuple(float(s) for s in self.config.spacing)
+
+    @property
+    def transpose_forward(self) -> tuple[int, ...]:
+        """Order of the file's axes (z, y, x) after nnU-Net's transpose."""
+        return tuple(int(i) for i in self.plans["transpose_forward"])
+
+    @property
+    def median_shape(self) -> tuple[int, int, int]:
+        """Median case shape after preprocessing: three axes, also for 2d plans."""
+        shape = list(self.config.median_image_size_in_voxels)
+        if len(shape) == 2:
+            shape = [self.plans["original_median_shape_after_transp"][0], *shape]
+        return tuple(int(round(float(i))) for i in shape)  # type: ignore[return-value]
+
+    @property
+    def normalization_schemes(self) -> tuple[str, ...]:
+        """nnU-Net's normalisation of each channel, for example ``("ZScoreNormalization",)``."""
+        return tuple(self.config.normalization_schemes)
+
+    @property
+    def data_identifier(self) -> str:
+        """Name of the folder that holds the preprocessed cases."""
+        return str(self.config.data_identifier)
+
+    @cached_property
+    def architecture_hash(self) -> str:
+        """sha256 (hex) of network class, its arguments in one form, and input channels; classes do not enter."""
+        return architecture_hash(self.network_class, self._arch, self.n_channels)
+
+    @cached_property
+    def data_hash(self) -> str:
+        """First 8 hex digits of the sha256 of all that decides preprocessed voxels (see nnssl/plans/hashes.py)."""
+        return data_hash(self.config.configuration, self.plans)
+
+
+def plans_in(folder: Path) -> list[str]:
+    """Names of the plans files in a dataset's preprocessed folder, told by their content."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        if path.name in ("dataset.json", "dataset_fingerprint.json", "splits_final.json"):
+            continue
+        try:
+            if "configurations" in json.loads(path.read_text(encoding="utf-8")):
+                found.append(path.stem)
+        except (OSError, ValueError, TypeError):
+            continue
+    return found
+
+
+def load_plan(dataset: int | str, configuration: str = "3d_fullres", plans_name: str = "nnUNetPlans") -> Plan:
+    """Read a plan from ``nnUNet_preprocessed/<Dataset>/<plans_name>.json``.
+
+    Args:
+        dataset: number or name of the dataset.
+        configuration: nnU-Net's configuration.
+        plans_name: the plans identifier, also that of a variant.
+
+    Raises:
+        NnsslError: dataset, plans or configuration missing or unreadable; says what to type.
+    """
+    name = resolve_dataset(dataset)
+    folder = preprocessed_folder() / name
+    path = folder / f"{plans_name}.json"
+    if not path.is_file():
+        number, others = dataset_id(name), plans_in(folder) if folder.is_dir() else []
+        if others:
+            raise NnsslError(
+                f"{name} has no plans '{plans_name}'.{nearest(plans_name, others)} It has: {', '.join(others)}. "
+                f"Choose one with -p, or plan anew: nnUNetv2_plan_and_preprocess -d {number}"
+            )
+        raise NnsslError(
+            f"{name} has not been planned: {path} does not exist. Type: nnUNetv2_plan_and_preprocess -d {number}"
+        )
+    description = folder / "dataset.json"
+    raw = set_folders().get("nnUNet_raw")
+    if not description.is_file() and raw is not None:
+        description = raw / name / "dataset.json"
+    return Plan.from_dicts(read_json(path), configuration, read_json(description))

@@ -1,0 +1,286 @@
+"""Plan variants: plans files that share their base's preprocessed data and tell a trainer what to do."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from nnssl.errors import NnsslError
+from nnssl.files import read_json, write_json
+from nnssl.paths import preprocessed_folder
+from nnssl.plans.datasets import resolve_dataset
+from nnssl.plans.figures import DEFAULT_FAMILY, USED, Figures, check_options, family_name, trainer_for
+from nnssl.plans.plan import Plan, plans_in
+
+__all__ = ["SCHEMA", "Variant", "check_name", "derive", "list_variants", "write_variant"]
+
+log = logging.getLogger("nnssl")
+
+SCHEMA = 1
+# nnU-Net gives the lowest of its deep-supervision outputs no weight: with two stages that is the only one, and the loss is nan
+MIN_STAGES = 3
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9-])?")
+_PER_STAGE = ("features_per_stage", "strides", "kernel_sizes", "n_conv_per_stage", "n_blocks_per_stage")
+
+
+def check_name(name: str, what: str = "--name") -> str:
+    """Return ``name`` where it can be part of nnU-Net's folder names.
+
+    Raises:
+        NnsslError: where it holds anything but letters, digits, ``-`` and ``_``, holds ``__`` (nnU-Net splits folder names on
+            it), or starts or ends with ``_``.
+    """
+    if not _NAME.fullmatch(name) or "__" in name:
+        raise NnsslError(
+            f"{what} '{name}' cannot be used: letters, digits, '-' and single '_' only, '_' not at either end, "
+            "since nnU-Net splits folder names on '__'."
+        )
+    return name
+
+
+def _positive(**values: int | None) -> dict[str, int]:
+    for key, value in values.items():
+        if value is not None and value < 1:
+            raise NnsslError(f"--{key.replace('_', '-')} {value}: at least 1.")
+    return {key: int(value) for key, value in values.items() if value is not None}
+
+
+def _truncate(plan: Plan, config: dict[str, Any], features: Sequence[int]) -> None:
+    """Cut the network of a resolved configuration to ``len(features)`` stages with these channels."""
+    n = len(features)
+    if not MIN_STAGES <= n <= plan.n_stages:
+        raise NnsslError(
+            f"--features names {n} stages; the network of {plan.plans_name} ({plan.configuration}) has {plan.n_stages}, "
+            f"so {MIN_STAGES} to {plan.n_stages} numbers can be given."
+        )
+    if min(features) < 1:
+        raise NnsslError(f"--features {','.join(map(str, features))}: each at least 1.")
+    kwargs = config["architecture"]["arch_kwargs"]
+    for key in _PER_STAGE:
+        if isinstance(kwargs.get(key), (list, tuple)):
+            kwargs[key] = list(kwargs[key])[:n]
+    if isinstance(kwargs.get("n_conv_per_stage_decoder"), (list, tuple)):
+        # listed from the bottleneck up: the stages that stay are the last ones
+        kwargs["n_conv_per_stage_decoder"] = list(kwargs["n_conv_per_stage_decoder"])[-(n - 1) :]
+    kwargs["n_stages"] = n
+    kwargs["features_per_stage"] = [int(f) for f in features]
+
+
+def _check_patch(plan: Plan) -> None:
+    """Refuse a patch that the network's strides do not divide or that leaves a single bottleneck voxel."""
+    axes = "zyx"[-plan.dim :]
+    wrong = [
+        f"axis {axis} has {size} voxels, which the network's total stride {stride} does not divide "
+        f"(nearest: {' or '.join(map(str, sorted({max(1, size // stride) * stride, (size // stride + 1) * stride})))})"
+        for axis, size, stride in zip(axes, plan.patch_size, plan.total_stride)
+        if size < 1 or size % stride
+    ]
+    if wrong:
+        raise NnsslError(f"--patch {','.join(map(str, plan.patch_size))}: {'; '.join(wrong)}.")
+    if prod(p // s for p, s in zip(plan.patch_size, plan.total_stride)) < 2:
+        raise NnsslError(
+            f"--patch {','.join(map(str, plan.patch_size))} leaves one voxel at the bottleneck (total stride "
+            f"{plan.total_stride}), which instance normalisation cannot train. Enlarge one axis or give fewer --features."
+        )
+
+
+def free_children(plans: dict[str, Any], base: Plan) -> None:
+    """Write out the configurations that inherit from the chosen one, so that changing it leaves them as they were."""
+    for name in list(plans["configurations"]):
+        parent: str | None = name
+        seen: set[str] = set()
+        while parent is not None and parent not in seen:
+            seen.add(parent)
+            parent = plans["configurations"].get(parent, {}).get("inherits_from")
+        if name != base.configuration and base.configuration in seen:
+            resolved = deepcopy(base.manager.get_configuration(name).configuration)
+            resolved.pop("inherits_from", None)
+            plans["configurations"][name] = resolved
+
+
+def _tell_schedule(told: dict[str, Any], schedule: str | None, figures: Mapping[str, Any]) -> None:
+    """Put family and figures into the entry for the trainer; the figures of another family leave."""
+    family = told["schedule"] if schedule is None else family_name(schedule)
+    if family != told["schedule"]:
+        for key in {*(key for used in USED.values() for key in used), "backbone"}:
+            told.pop(key, None)
+        told["schedule"] = family
+    check_options(figures, family)
+    told.update(figures)
+
+
+def derive(
+    plan: Plan,
+    name: str,
+    *,
+    features: Sequence[int] | None = None,
+    patch: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    epochs: int | None = None,
+    iterations: int | None = None,
+    val_iterations: int | None = None,
+    checkpoint: str | None = None,
+    sha256: str | None = None,
+    schedule: str | None = None,
+    figures: Mapping[str, Any] | None = None,
+    cases: Mapping[str, Any] | None = None,
+    adapt: Mapping[str, str] | None = None,
+    coverage: float | None = None,
+    backbone: Sequence[str] | None = None,
+) -> Plan:
+    """Make a variant of a plan in memory; nothing is written and ``plan`` stays as it is.
+
+    Args:
+        plan: what it is derived from, itself a variant or not.
+        name: joined to the plans name with ``_``.
+        features: channels per encoder stage, at least three; fewer than the network has stages cuts the deepest off.
+        patch: training patch, one number per axis.
+        batch_size: training batch.
+        epochs, iterations, val_iterations: length of the fine-tuning, iterations per epoch.
+        checkpoint, sha256: the pretrained file in the form of :func:`nnssl.paths.encode_path`, and its hash.
+        schedule: family of the learning rate (:data:`nnssl.plans.figures.FAMILIES`); another one than the base's drops the base's
+            figures.
+        figures: of that family, see :class:`nnssl.plans.figures.Figures`.
+        cases: ``train_cases`` (fold -> case names), and ``labels`` and ``seed`` that they came from.
+        adapt, coverage: what may be adapted where the weights come from another network, and the least share of the encoder that
+            must then be filled (:class:`nnssl.transfer.Adaptation`).
+        backbone: the parts that ``freeze_unfreeze`` freezes first.
+
+    Raises:
+        NnsslError: an illegal name, features that the network has no stages for, a patch that the strides do not divide, a figure
+            that the schedule does not have or that is out of range.
+    """
+    lengths = _positive(epochs=epochs, iterations=iterations, val_iterations=val_iterations)
+    _positive(batch_size=batch_size)
+    plans = deepcopy(plan.plans)
+    plans["plans_name"] = f"{plan.plans_name}_{check_name(name)}"
+    if features is not None or patch is not None or batch_size is not None:
+        free_children(plans, plan)
+        config = deepcopy(plan.config.configuration)
+        config.pop("inherits_from", None)
+        plans["configurations"][plan.configuration] = config
+        if features is not None:
+            _truncate(plan, config, features)
+        if patch is not None:
+            if len(patch) != plan.dim:
+                raise NnsslError(
+                    f"--patch has {len(patch)} numbers; configuration {plan.configuration} has {plan.dim} axes."
+                )
+            config["patch_size"] = [int(p) for p in patch]
+        if batch_size is not None:
+            config["batch_size"] = int(batch_size)
+    told = {**plan.nnssl, "schema": SCHEMA, "base_plans": plan.base_plans, "configuration": plan.configuration}
+    told.setdefault("schedule", DEFAULT_FAMILY)
+    _tell_schedule(told, schedule, figures or {})
+    told.update(lengths)
+    if checkpoint is not None:
+        told.update(checkpoint=checkpoint, sha256=sha256)
+        for key in ("adapt", "coverage", "backbone"):  # said of the file named before
+            told.pop(key, None)
+    told.update({k: v for k, v in (("adapt", adapt and dict(adapt)), ("coverage", coverage)) if v is not None})
+    if cases is not None:
+        told.update(cases)
+    if backbone is not None and told["schedule"] == "freeze_unfreeze":
+        told["backbone"] = list(backbone)
+    plans["nnssl"] = told
+    Figures.from_plans(plans, told["schedule"], trainer_for(told["schedule"]))
+    variant = Plan.from_dicts(plans, plan.configuration, plan.dataset_json)
+    if features is not None or patch is not None:
+        _check_patch(variant)
+    return variant
+
+
+def write_variant(
+    plan: Plan,
+    name: str,
+    *,
+    checkpoint: str | Path | None = None,
+    labels: str | int | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> Path:
+    """Derive a variant, see :func:`derive`, and write it beside its base.
+
+    Args:
+        plan: what it is derived from; read from ``nnUNet_preprocessed``.
+        name: the variant's name.
+        checkpoint: a checkpoint file. Outside nnU-Net's folders it is copied to
+            ``nnUNet_results/<Dataset>/nnssl_imported/<sha256>_<name>.pth``.
+        labels: how many of each fold's training cases are trained on: a number, ``"25%"`` or a file of case names.
+        seed: which of them (:func:`nnssl.plans.labels.case_order`).
+        changes: the other arguments of :func:`derive`.
+
+    Returns:
+        ``nnUNet_preprocessed/<Dataset>/<plans>_<name>.json``.
+
+    Raises:
+        NnsslError: as :func:`derive`; also where the variant exists already, or the checkpoint cannot be read or does not
+            fit the variant's network.
+    """
+    from nnssl.plans.imports import check_fits, import_checkpoint  # networks and transfer depend on this package
+    from nnssl.plans.labels import choose_cases, folds_of
+
+    variant = derive(plan, name, **changes)
+    path = preprocessed_folder() / plan.dataset_name / f"{variant.plans_name}.json"
+    taken = NnsslError(f"{path} exists already and is left as it is. Choose another --name.")
+    if path.exists():
+        raise taken
+    if labels is not None:
+        chosen = choose_cases(folds_of(plan), labels, seed)
+        changes["cases"] = {"labels": str(labels), "seed": int(seed), "train_cases": chosen}
+        variant = derive(plan, name, **changes)
+    if checkpoint is not None:
+        report = check_fits(checkpoint, variant)
+        if report.adaptations:
+            log.info("%s", report)
+        changes["backbone"] = [part.part for part in report.parts if part.loaded or part.adapted]
+        if variant.nnssl["schedule"] == "linear_probe" and report.random_decoder:
+            changes["figures"] = {"levels": "encoder", **(changes.get("figures") or {})}
+        encoded, digest = import_checkpoint(checkpoint, variant.dataset_name, name)
+        variant = derive(plan, name, checkpoint=encoded, sha256=digest, **changes)
+    elif changes.get("features") is not None and plan.nnssl.get("checkpoint"):
+        raise NnsslError(
+            f"{plan.plans_name} names a checkpoint for its own network; with other --features it cannot be used. "
+            f"Derive from {plan.base_plans} instead (-p {plan.base_plans})."
+        )
+    try:
+        write_json(path, variant.plans, overwrite=False)
+    except FileExistsError:
+        raise taken from None
+    return path
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of ``nnssl_plan --list``: name of the plans, and what their ``nnssl`` entry says."""
+
+    plans_name: str
+    path: Path
+    nnssl: dict[str, Any]
+    patch_size: tuple[int, ...]
+    features: tuple[int, ...]
+
+
+def list_variants(dataset: int | str) -> list[Variant]:
+    """The variants of a dataset, sorted by name; plain plans are left out."""
+    folder = preprocessed_folder() / resolve_dataset(dataset)
+    found = []
+    for name in plans_in(folder) if folder.is_dir() else []:
+        path = folder / f"{name}.json"
+        plans = read_json(path)
+        told = plans.get("nnssl")
+        if not isinstance(told, dict):
+            continue
+        configuration = told.get("configuration", "3d_fullres")
+        try:
+            plan = Plan.from_dicts(plans, configuration, {})
+            found.append(Variant(name, path, told, plan.patch_size, plan.features))
+        except (NnsslError, KeyError, TypeError):
+            log.warning("%s is left out: its configuration '%s' cannot be read.", path, configuration)
+    return found

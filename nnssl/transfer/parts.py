@@ -1,0 +1,45 @@
+"""The parts of a U-Net that weights are counted by: encoder, decoder stages from the bottom up, segmentation heads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["HEADS", "OTHER", "decoder_stage", "part_names", "part_of", "wanted_parts"]
+
+HEADS = "seg_layers"
+OTHER = "other"
+_STAGE = re.compile(r"decoder\.(?:transpconvs|stages)\.(\d+)\.")
+
+
+def decoder_stage(index: int) -> str:
+    """Name of a decoder stage's part; 0 is the lowest resolution and includes the transposed convolution before it."""
+    return f"decoder stage {index}"
+
+
+def part_of(name: str) -> str:
+    """The part that a tensor of the state dict belongs to: ``"encoder"``, ``"decoder stage 0"``, ..., ``"seg_layers"``.
+
+    Args:
+        name: any of the tensor's names, ``decoder.encoder...`` included; ``"other"`` for what no U-Net of nnU-Net has.
+    """
+    if name.startswith(("encoder.", "decoder.encoder.")):
+        return "encoder"
+    if name.startswith("decoder.seg_layers."):
+        return HEADS
+    stage = _STAGE.match(name)
+    return decoder_stage(int(stage.group(1))) if stage else OTHER
+
+
+def part_names(names: Iterable[str]) -> list[str]:
+    """The parts of the given tensor names, in the order of computation, heads last."""
+    found = {part_of(name) for name in names}
+    stages = sorted((p for p in found if p.startswith("decoder stage ")), key=lambda p: int(p.rsplit(" ", 1)[1]))
+    return [p for p in ("encoder", *stages, OTHER, HEADS) if p in found]
+
+
+def wanted_parts(parts: Mapping[str, Any]) -> list[str]:
+    """Names of the parts in ``{"encoder": bool, "decoder_stages": [indices]}``."""
+    encoder = ["encoder"] if parts.get("encoder") else []
+    return encoder + [decoder_stage(int(i)) for i in sorted(parts.get("decoder_stages", ()))]

@@ -1,0 +1,108 @@
+"""What happened to each tensor of a network when weights were put into it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["PartReport", "TransferReport"]
+
+
+@dataclass
+class PartReport:
+    """One part of the network. Tensors are counted once each, whatever the number of their names.
+
+    Attributes:
+        part: ``"encoder"``, ``"decoder stage 0"``, ..., ``"seg_layers"``.
+        loaded, adapted, random: numbers of tensors taken as they are, taken after a change of shape, left at their
+            random initialisation.
+        parameters: numbers in all tensors of the part.
+        parameters_loaded: of these, numbers loaded or adapted.
+        reasons: why tensors were left random, with the number of tensors each.
+    """
+
+    part: str
+    loaded: int = 0
+    adapted: int = 0
+    random: int = 0
+    parameters: int = 0
+    parameters_loaded: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def tensors(self) -> int:
+        """Number of tensors."""
+        return self.loaded + self.adapted + self.random
+
+    @property
+    def percent(self) -> float:
+        """Share of the part's parameters that were loaded, in %."""
+        return 100.0 * self.parameters_loaded / self.parameters if self.parameters else 0.0
+
+
+@dataclass
+class TransferReport:
+    """The account of one transfer; ``str()`` is the table that is printed, :meth:`to_dict` what is saved.
+
+    Attributes:
+        source: where the weights came from, for the reader.
+        parts: the parts in the order of computation.
+        notes: what a person should know besides.
+        adaptations: one line for each kind of change that was made to the weights.
+    """
+
+    source: str
+    parts: list[PartReport]
+    notes: list[str] = field(default_factory=list)
+    adaptations: list[str] = field(default_factory=list)
+
+    def part(self, name: str) -> PartReport:
+        """The report of one part. Raises KeyError where the network has no such part."""
+        for part in self.parts:
+            if part.part == name:
+                return part
+        raise KeyError(name)
+
+    @property
+    def total(self) -> PartReport:
+        """All parts together."""
+        whole = PartReport("whole network")
+        for part in self.parts:
+            whole.loaded += part.loaded
+            whole.adapted += part.adapted
+            whole.random += part.random
+            whole.parameters += part.parameters
+            whole.parameters_loaded += part.parameters_loaded
+            whole.reasons += part.reasons
+        return whole
+
+    @property
+    def random_decoder(self) -> list[str]:
+        """The decoder stages in which anything was left random."""
+        return [p.part for p in self.parts if p.part.startswith("decoder stage ") and p.random]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        rows = [*self.parts, self.total]
+        return {
+            "source": self.source,
+            "parts": {
+                row.part: {**asdict(row), "reasons": dict(row.reasons), "percent": round(row.percent, 2)}
+                for row in rows
+            },
+            "adaptations": list(self.adaptations),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        head = f"{'part':<18}{'loaded':>8}{'adapted':>9}{'random':>8}{'of tensors':>12}{'% of parameters':>17}"
+        lines = [f"Transfer report: {self.source}", head, "-" * len(head)]
+        for row in [*self.parts, self.total]:
+            line = f"{row.part:<18}{row.loaded:>8}{row.adapted:>9}{row.random:>8}{row.tensors:>12}{row.percent:>17.1f}"
+            lines.append(line)
+        for row in self.parts:
+            lines += [f"  {row.part}: {count} left random: {reason}" for reason, count in row.reasons.items()]
+        lines += [f"  adapted: {text}" for text in self.adaptations]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""Maps the three folders of the repository to one import name and puts the discovery files beside the package.
+
+A wheel gets two files at the root of site-packages: ``nnssl_discovery.pth``, which Python runs at its start, and
+``_nnssl_discovery.py`` (a copy of ``trainers/discovery.py``), which that line calls to append the folder of nnU-Net
+trainers to ``nnUNet_extTrainer``. An editable install gets the same two, with the folder of the checkout in the line.
+"""
+
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+ROOTS = {"nnssl": "nnssl", "nnssl.pretrain": "pretrain", "nnssl.trainers": "trainers"}
+HELPER, PTH = "_nnssl_discovery", "nnssl_discovery.pth"
+
+
+def packages():
+    """Every package below the three folders, by import name."""
+    found = []
+    for name, folder in ROOTS.items():
+        found.append(name)
+        found += [f"{name}.{sub}" for sub in find_packages(folder)]
+    return found
+
+
+class BuildWithDiscovery(build_py):
+    """build_py that also writes the discovery files; in an editable build straight into the wheel."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            target, folder = (
+                self.get_finalized_command("install").install_lib,
+                repr(str(ROOT / "trainers" / "extension")),
+            )
+        else:
+            target, folder = self.build_lib, ""
+        Path(target).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / "trainers" / "discovery.py", Path(target, f"{HELPER}.py"))
+        Path(target, PTH).write_text(f"import {HELPER}; {HELPER}.activate({folder})\n", encoding="utf-8")
+
+    def get_outputs(self, include_bytecode=True):
+        outputs = super().get_outputs(include_bytecode)
+        if not self.editable_mode:
+            outputs += [str(Path(self.build_lib, name)) for name in (f"{HELPER}.py", PTH)]
+        return outputs
+
+
+setup(
+    packages=packages(),
+    package_dir=ROOTS,
+    package_data={"nnssl": ["py.typed"], "nnssl.trainers": ["extension/*.py"]},
+    cmdclass={"build_py": BuildWithDiscovery},
+)
