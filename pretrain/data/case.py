@@ -1,0 +1,186 @@
+"""Reads parts of one preprocessed case: a crop, and what is known of the whole, never the whole itself."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+
+from nnssl.errors import NnsslError
+from nnssl.plans import Plan
+from nnssl.pretrain.data.intensity import air_threshold, body_mask, intensity_range
+from nnssl.pretrain.data.orientation import Geometry
+from nnssl.pretrain.data.pool import CaseRef
+
+__all__ = ["CaseFormat", "CaseInfo", "CaseReader", "OpenCase"]
+
+CACHED_CASES = 2048
+"""Cases of which geometry and intensity range are remembered, about 1 kB each."""
+
+_OPEN: dict[str, Any] = {"mode": "r", "dparams": {"nthreads": 1}} | ({} if os.name == "nt" else {"mmap_mode": "r"})
+
+
+@dataclass(frozen=True)
+class CaseFormat:
+    """What a plan says of its preprocessed cases.
+
+    Attributes:
+        n_channels: image channels.
+        transpose_forward: order of the file's axes (z, y, x) in the array.
+        masked: whether voxels outside the non-zero mask were set to 0 in all channels.
+    """
+
+    n_channels: int
+    transpose_forward: tuple[int, ...]
+    masked: bool
+
+    @classmethod
+    def from_plan(cls, plan: Plan) -> CaseFormat:
+        """Of a plan's configuration."""
+        return cls(plan.n_channels, plan.transpose_forward, all(plan.config.use_mask_for_norm))
+
+
+@dataclass(frozen=True)
+class CaseInfo:
+    """What is remembered of a case.
+
+    Attributes:
+        geometry: its place in image and patient.
+        intensity: ``(C, 2)`` float32, estimates of the 0.5th and 99.5th percentile.
+    """
+
+    geometry: Geometry
+    intensity: np.ndarray
+
+    @property
+    def threshold(self) -> np.ndarray:
+        """``(C,)`` float32: what is above is not air."""
+        return air_threshold(self.intensity)
+
+
+@dataclass(frozen=True)
+class OpenCase:
+    """An open case.
+
+    Attributes:
+        ref: which one.
+        array: the lazy array, ``(C, Z, Y, X)``.
+        info: what is known of it.
+        masked: see :class:`CaseFormat`.
+    """
+
+    ref: CaseRef
+    array: Any
+    info: CaseInfo
+    masked: bool
+
+    def read(self, start: Sequence[int], window: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Read a window; only the compressed blocks that it touches are unpacked.
+
+        Body is what lies in the image and is no air, see :func:`nnssl.pretrain.data.intensity.body_mask`.
+
+        Args:
+            start: first voxel, (z, y, x); negative outside the image.
+            window: voxels per axis.
+
+        Returns:
+            ``(C, *window)`` float32, 0 outside the image, and ``(1, *window)`` bool, True where there is body.
+
+        Raises:
+            NnsslError: the file is damaged.
+        """
+        box = [[int(s), int(s) + int(w)] for s, w in zip(start, window)]
+        try:
+            data = np.ascontiguousarray(crop_and_pad_nd(self.array, box, 0), dtype=np.float32)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise _damaged(self.ref, error) from error
+        body = body_mask(data, self.info.threshold, self.masked)
+        for axis, (low, high) in enumerate(box):
+            size, at = self.array.shape[axis + 1], [slice(None)] * 4
+            if low < 0:
+                at[axis + 1] = slice(0, -low)
+                body[tuple(at)] = False
+            if high > size:
+                at[axis + 1] = slice(max(0, size - low), None)
+                body[tuple(at)] = False
+        return data, body
+
+
+def _damaged(ref: CaseRef, error: BaseException) -> NnsslError:
+    file = ref.folder / f"{ref.name}.b2nd"
+    return NnsslError(f"Case {ref.name} of {ref.source} cannot be read: {file} is damaged ({error}). {_advice(ref)}")
+
+
+def _advice(ref: CaseRef) -> str:
+    if ref.folder.name.startswith("nnssl_"):
+        return "Delete the file and start again, and it is made anew; or leave the case out with --exclude."
+    return "Preprocess the dataset again (nnUNetv2_preprocess), or leave the case out with --exclude."
+
+
+class CaseReader:
+    """Opens cases and remembers what it learnt of the last :data:`CACHED_CASES` of them.
+
+    Args:
+        form: what the plan says of the cases.
+        cached: cases to remember.
+    """
+
+    def __init__(self, form: CaseFormat, cached: int = CACHED_CASES) -> None:
+        self.form = form
+        self.cached = cached
+        self._known: OrderedDict[tuple[Path, str], CaseInfo] = OrderedDict()
+
+    def open(self, ref: CaseRef) -> OpenCase:
+        """Open a case; nothing but its header, and the first time its geometry and a few blocks, is read.
+
+        Raises:
+            NnsslError: a file is missing or damaged, or the case was not made with this plan.
+        """
+        file = ref.folder / f"{ref.name}.b2nd"
+        try:
+            array = blosc2.open(urlpath=str(file), **_OPEN)
+        except FileNotFoundError as error:
+            raise NnsslError(
+                f"Case {ref.name} of {ref.source} is gone: {file} does not exist. {_advice(ref)}"
+            ) from error
+        except Exception as error:  # blosc2 raises several kinds
+            raise _damaged(ref, error) from error
+        if len(array.shape) != 4 or array.shape[0] != self.form.n_channels:
+            raise NnsslError(
+                f"Case {ref.name} of {ref.source}: {file} has shape {tuple(array.shape)}, the plan has "
+                f"{self.form.n_channels} channel(s) and three spatial axes. {_advice(ref)}"
+            )
+        return OpenCase(ref, array, self._info(ref, array), self.form.masked)
+
+    def _info(self, ref: CaseRef, array: Any) -> CaseInfo:
+        key = (ref.folder, ref.name)
+        info = self._known.get(key)
+        if info is None or info.geometry.shape != tuple(array.shape[1:]):
+            try:
+                intensity = intensity_range(array, masked=self.form.masked)
+            except (RuntimeError, OSError, ValueError) as error:
+                raise _damaged(ref, error) from error
+            info = CaseInfo(self._geometry(ref, array.shape[1:]), intensity)
+            self._known[key] = info
+            while len(self._known) > self.cached:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return info
+
+    def _geometry(self, ref: CaseRef, shape: Sequence[int]) -> Geometry:
+        file = ref.folder / f"{ref.name}.pkl"
+        try:
+            with open(file, "rb") as stream:
+                properties = pickle.load(stream)  # nnU-Net's own file, which it loads the same way
+            return Geometry.from_properties(properties, shape, self.form.transpose_forward, ref.source)
+        except Exception as error:  # unpickling raises anything
+            what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error!r})"
+            raise NnsslError(f"Case {ref.name} of {ref.source}: {file} {what}. {_advice(ref)}") from error

@@ -1,0 +1,208 @@
+"""The data set of crops: (step, sample) -> one crop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from nnssl.errors import NnsslError
+from nnssl.pretrain.data.case import CaseFormat, CaseReader, OpenCase
+from nnssl.pretrain.data.pool import CaseRef
+from nnssl.pretrain.data.sampling import TRAIN, draw_cases, draw_start, generator
+from nnssl.pretrain.methods.base import CropRequest, Crops
+
+__all__ = ["CropDataset", "Sample", "collate"]
+
+TRIES = 20
+"""Places that are tried before a crop of air is accepted."""
+
+LEAST_BODY = 0.1
+"""Least share of body voxels in a crop."""
+
+LEAST_STD = 1e-6
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One crop; see :class:`nnssl.pretrain.methods.Crops` for the arrays, which have no batch axis here.
+
+    Attributes:
+        body_share: share of body voxels in the inner crop.
+        std: standard deviation of the inner crop.
+    """
+
+    data: np.ndarray
+    body: np.ndarray
+    position: np.ndarray
+    axis_position: np.ndarray
+    intensity: np.ndarray
+    start: np.ndarray
+    case: str
+    body_share: float
+    std: float
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it shows more than air."""
+        return self.body_share >= LEAST_BODY and self.std >= LEAST_STD
+
+
+class CaseTable:
+    """The cases of a data set in three arrays: forked workers share their memory, and a case costs some 40 bytes.
+
+    Args:
+        refs: the cases.
+    """
+
+    def __init__(self, refs: Sequence[CaseRef]) -> None:
+        names = [r.name.encode("utf-8", "surrogateescape") for r in refs]
+        places = {(r.folder, r.source): None for r in refs}
+        self.places = list(places)
+        index = {place: i for i, place in enumerate(self.places)}
+        self._place = np.asarray([index[r.folder, r.source] for r in refs], dtype=np.int32)
+        self._end = np.cumsum([len(n) for n in names], dtype=np.int64)
+        self._text = np.frombuffer(b"".join(names), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __getitem__(self, i: int) -> CaseRef:
+        begin = int(self._end[i - 1]) if i else 0
+        name = self._text[begin : int(self._end[i])].tobytes().decode("utf-8", "surrogateescape")
+        folder, source = self.places[int(self._place[i])]
+        return CaseRef(name, folder, source)
+
+
+class CropDataset(Dataset[Sample]):
+    """Crops by ``(step, sample)``: a pure function of these and the seed. It holds no images, and pickles.
+
+    Args:
+        refs: cases to draw from.
+        form: what the plan says of them.
+        request: crop and window, with two axes for 2d plans, whose crops are single slices.
+        seed: of the run.
+        batch_size: samples per step over all ranks.
+        stream: ``sampling.TRAIN`` or ``sampling.HELD_OUT``.
+        weights: how often each case is drawn, relative to the others; evenly where None.
+        counters: ``(n, 2)`` int64 tensor in shared memory that counts rejected places and accepted crops of air, one row per
+            worker.
+
+    Raises:
+        NnsslError: no cases, or weights that do not fit them.
+    """
+
+    def __init__(
+        self,
+        refs: Sequence[CaseRef],
+        form: CaseFormat,
+        request: CropRequest,
+        *,
+        seed: int,
+        batch_size: int,
+        stream: int = TRAIN,
+        weights: Sequence[float] | np.ndarray | None = None,
+        counters: torch.Tensor | None = None,
+    ) -> None:
+        if not refs:
+            raise NnsslError("There are no cases to draw crops from.")
+        if len(request.window) != len(request.size) or any(w < s for w, s in zip(request.window, request.size)):
+            raise ValueError(f"window {request.window} must be at least as large as size {request.size} on each axis")
+        self.table = CaseTable(refs)
+        self.flat = len(request.size) == 2
+        self.size = (1, *request.size) if self.flat else tuple(request.size)
+        self.window = (1, *request.window) if self.flat else tuple(request.window)
+        self.crops_per_case = max(1, request.crops_per_case)
+        self.seed, self.batch_size, self.stream = seed, batch_size, stream
+        self.weights = _probabilities(weights, len(refs))
+        self.counters = counters
+        self._reader = CaseReader(form)
+        self._step: tuple[int, np.ndarray] | None = None
+
+    def case_of(self, step: int, sample: int) -> CaseRef:
+        """The case that a sample shows."""
+        if self._step is None or self._step[0] != step:
+            count = -(-self.batch_size // self.crops_per_case)
+            cases = draw_cases(self.seed, step, self.stream, len(self.table), count, self.weights)
+            self._step = (step, cases)
+        return self.table[int(self._step[1][sample // self.crops_per_case])]
+
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        """Draw a crop.
+
+        Up to :data:`TRIES` places are drawn until one shows body in a tenth of the inner crop and any contrast; else the one
+        with most body is taken. Voxels that are not finite are never passed on.
+
+        Raises:
+            NnsslError: the case's files are missing or damaged, or each place has NaN or infinite voxels.
+        """
+        step, sample = item
+        case = self._reader.open(self.case_of(step, sample))
+        rng = generator(self.seed, step, self.stream, sample)
+        best: Sample | None = None
+        for redrawn in range(TRIES):
+            found = self._crop(case, rng)
+            if found is None:
+                continue
+            if found.accepted:
+                self._count(redrawn, 0)
+                return found
+            if best is None or found.body_share > best.body_share:
+                best = found
+        if best is None:
+            raise NnsslError(
+                f"Case {case.ref.name} of {case.ref.source} has NaN or infinite voxels wherever a crop was tried "
+                f"({case.ref.folder / case.ref.name}.b2nd). Leave it out with --exclude, or preprocess a repaired image."
+            )
+        self._count(TRIES - 1, 1)
+        return best
+
+    def _crop(self, case: OpenCase, rng: np.random.Generator) -> Sample | None:
+        """One place; None where voxels are not finite."""
+        geometry = case.info.geometry
+        start = draw_start(rng, geometry.shape, self.window, self.size)
+        data, body = case.read(start, self.window)
+        if not np.isfinite(data.sum(dtype=np.float64)):
+            return None
+        first = [(w - s) // 2 for w, s in zip(self.window, self.size)]
+        inner = (slice(None), *[slice(f, f + s) for f, s in zip(first, self.size)])
+        share = np.count_nonzero(body[inner]) / int(np.prod(self.size))
+        along = geometry.axis_position(start, self.window)
+        return Sample(
+            data=data[:, 0] if self.flat else data,
+            body=body[:, 0] if self.flat else body,
+            position=geometry.position(along),
+            axis_position=along,
+            intensity=case.info.intensity,
+            start=start,
+            case=case.ref.name,
+            body_share=share,
+            std=float(data[inner].std()),
+        )
+
+    def _count(self, redrawn: int, air: int) -> None:
+        if self.counters is not None and (redrawn or air):
+            info = get_worker_info()
+            row = self.counters[info.id if info is not None else 0]
+            row += torch.tensor([redrawn, air])
+
+
+def _probabilities(weights: Sequence[float] | np.ndarray | None, n: int) -> np.ndarray | None:
+    if weights is None:
+        return None
+    values = np.asarray(weights, dtype=float)
+    if values.shape != (n,) or not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
+        raise NnsslError(f"Case weights must be {n} finite numbers of at least 0 that are not all 0.")
+    return values / values.sum()
+
+
+def collate(samples: Sequence[Sample]) -> Crops:
+    """Stack samples to a batch."""
+    names = ("data", "body", "position", "axis_position", "intensity", "start")
+    return Crops(
+        **{n: torch.from_numpy(np.stack([getattr(s, n) for s in samples])) for n in names},
+        case=[s.case for s in samples],
+    )

@@ -1,0 +1,117 @@
+"""The index of a folder of preprocessed cases: one JSON line per case, in a file beside the folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nnssl.files import write_atomic
+from nnssl.pretrain.data.pool import BadCase
+from nnssl.pretrain.data.raw import Stamp
+
+__all__ = ["Entry", "Index", "write_report"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of one case.
+
+    Attributes:
+        name: case identifier.
+        files: name, size and modification time of its raw files, in channel order.
+        shape: after preprocessing, (z, y, x) after transpose; empty for a bad case.
+        spacing: of the raw image in mm, (z, y, x) before transpose.
+        sha256: hash (hex) of the raw image's shape and voxels.
+        bad: why it cannot be used; empty for a good case.
+        bad_file: the file that is to blame.
+    """
+
+    name: str
+    files: tuple[Stamp, ...]
+    shape: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+    sha256: str = ""
+    bad: str = ""
+    bad_file: str = ""
+
+    @classmethod
+    def from_json(cls, line: str) -> Entry:
+        """Raises ``ValueError``, ``TypeError`` or ``KeyError`` for a line that is damaged."""
+        content: dict[str, Any] = json.loads(line)
+        content["files"] = tuple((str(n), int(s), int(m)) for n, s, m in content["files"])
+        content["shape"] = tuple(int(i) for i in content["shape"])
+        content["spacing"] = tuple(float(i) for i in content["spacing"])
+        return cls(**content)
+
+    def to_json(self) -> str:
+        """One line, without its end."""
+        return json.dumps({k: v for k, v in asdict(self).items() if v or k in ("files", "shape", "spacing")})
+
+
+class Index:
+    """Reads and appends to an index file. Of several lines for a case the last counts; damaged lines are passed over.
+
+    Args:
+        path: the file; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        self._file: io.FileIO | None = None
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    try:
+                        entry = Entry.from_json(line)
+                    except (ValueError, TypeError, KeyError):
+                        continue  # the process was killed while it wrote this line: the case is looked at again
+                    self.entries[entry.name] = entry
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+
+    def append(self, entry: Entry) -> None:
+        """Add a line in one write, so that several processes may append to the same file."""
+        if self._file is None:
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        line = (entry.to_json() + "\n").encode()
+        if not self._ends_with_newline():
+            line = b"\n" + line
+        self._file.write(line)
+        self.entries[entry.name] = entry
+
+    def _ends_with_newline(self) -> bool:
+        if os.path.getsize(self.path) == 0:
+            return True
+        with open(self.path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
+
+    def close(self) -> None:
+        """Close the file; a later :meth:`append` opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def write_report(path: Path, bad: Sequence[BadCase]) -> Path | None:
+    """Write the table of bad images (case, file, reason), or remove an outdated one where there are none.
+
+    Returns:
+        The file, or None where nothing is bad.
+    """
+    if not bad:
+        path.unlink(missing_ok=True)
+        return None
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["case", "file", "reason"])
+    table.writerows([b.case, b.file, b.reason] for b in bad)
+    write_atomic(path, lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")))
+    return path

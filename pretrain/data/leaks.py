@@ -1,0 +1,155 @@
+"""Finds test images of the target among the pretraining images."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from nnssl.errors import NnsslError
+from nnssl.files import read_json, sha256_of, write_atomic, write_json
+from nnssl.paths import preprocessed_folder
+from nnssl.plans import Plan
+from nnssl.pretrain.data.processes import run_jobs
+from nnssl.pretrain.data.raw import RawCase, list_raw
+from nnssl.pretrain.data.worker import CaseWorker, Job
+
+__all__ = ["duplicates", "find_leaks", "list_test_images", "test_hashes", "warn_of_leaks"]
+
+log = logging.getLogger("nnssl")
+
+FEW_BYTES = 200e6
+"""Up to here test images are hashed in this process: sooner done than processes are started."""
+
+MOST_FILES_HASHED = 1000
+"""Files of a preprocessed dataset that are read for comparison; sizes are equal by chance or in uncompressed formats."""
+
+NAMED = 10
+
+
+def list_test_images(plan: Plan) -> dict[str, RawCase]:
+    """The target's test images, ``nnUNet_raw/<target>/imagesTs``; {} where there are none."""
+    try:
+        found = list_raw(plan.dataset_name, plan, "imagesTs")
+    except NnsslError as error:
+        log.debug("No test images to compare with: %s", error)
+        return {}
+    return found.cases if found else {}
+
+
+def _read_cache(path: Path) -> dict[str, list]:
+    try:
+        content = read_json(path)
+    except NnsslError:
+        return {}
+    return {k: v for k, v in content.items() if isinstance(v, list) and len(v) == 2 and isinstance(v[1], str)}
+
+
+def test_hashes(plan: Plan, images: Mapping[str, RawCase], n_processes: int) -> set[str]:
+    """Content hashes of the target's test images.
+
+    They are kept in ``nnUNet_preprocessed/<target>/nnssl_test_hashes.json`` with the files' sizes and times, so that each
+    image is read once.
+    """
+    path = preprocessed_folder() / plan.dataset_name / "nnssl_test_hashes.json"
+    cache = _read_cache(path)
+    current: dict[str, list] = {name: [list(map(list, case.stamps)), ""] for name, case in images.items()}
+    jobs = []
+    for name, case in images.items():
+        if name in cache and cache[name][0] == current[name][0]:
+            current[name] = cache[name]
+        else:
+            jobs.append(Job(case, hash_only=True))
+    if jobs:
+        nowhere = Path()
+        worker = CaseWorker(plan.plans, plan.configuration, plan.dataset_json, plan.n_channels, nowhere, nowhere)
+        n = n_processes if sum(s[1] for j in jobs for s in j.case.stamps) > FEW_BYTES else 0
+        for reply in run_jobs(worker, jobs, n, f"Hashing test images of {plan.dataset_name}"):
+            current[reply.entry.name][1] = reply.entry.sha256
+        with contextlib.suppress(OSError):  # a read-only folder: they are read again the next time
+            write_json(path, current)
+    return {sha for _, sha in current.values() if sha}
+
+
+def find_leaks(images: Mapping[str, RawCase], candidates: Mapping[str, RawCase]) -> list[str]:
+    """Names of candidates one of whose files equals a test image's file byte by byte.
+
+    Only files that are as large as a test file are opened, and at most :data:`MOST_FILES_HASHED`.
+    """
+    tests: dict[int, list[str]] = {}
+    for case in images.values():
+        for path, (_, size, _) in zip(case.files, case.stamps):
+            tests.setdefault(size, []).append(path)
+    suspects = [
+        (name, path, stamp[1])
+        for name, case in sorted(candidates.items())
+        for path, stamp in zip(case.files, case.stamps)
+        if stamp[1] in tests
+    ]
+    if len(suspects) > MOST_FILES_HASHED:
+        log.warning(
+            "%d images are as large as a test image; the first %d are compared with the test images, the others are not.",
+            len(suspects),
+            MOST_FILES_HASHED,
+        )
+        suspects = suspects[:MOST_FILES_HASHED]
+    hashes: dict[int, set[str]] = {}
+    leaks = []
+    for name, path, size in suspects:
+        try:
+            if size not in hashes:
+                hashes[size] = {sha256_of(p) for p in tests[size]}
+            if sha256_of(path) in hashes[size]:
+                leaks.append(name)
+        except OSError as error:
+            log.warning("%s could not be compared with the test images: %s", path, error)
+    return list(dict.fromkeys(leaks))
+
+
+def warn_of_leaks(leaks: list[str], plan: Plan, report: Path) -> Path | None:
+    """Name the leaks in the log and write them to a file that ``--exclude`` takes.
+
+    Args:
+        leaks: ``"<source>/<case>"``.
+        plan: of the target.
+        report: where the file goes; an outdated one is removed.
+
+    Returns:
+        The file, or None where there is none.
+    """
+    written = None
+    with contextlib.suppress(OSError):
+        if leaks:
+            write_atomic(report, lambda file: file.write(("\n".join(leaks) + "\n").encode()))
+            written = report
+        else:
+            report.unlink(missing_ok=True)
+    if leaks:
+        more = f" and {len(leaks) - NAMED} more" if len(leaks) > NAMED else ""
+        log.warning(
+            "%d pretraining image(s) are test images of %s: %s%s. Results on its test images will look better than they are. "
+            "To leave them out: --exclude %s",
+            len(leaks),
+            plan.dataset_name,
+            ", ".join(leaks[:NAMED]),
+            more,
+            written or "FILE (one name a line)",
+        )
+    return written
+
+
+def duplicates(hashes: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Pairs (first, other) of cases with the same hash.
+
+    Args:
+        hashes: (case, hash) pairs.
+    """
+    first: dict[str, str] = {}
+    pairs = []
+    for case, sha in sorted(hashes):
+        if sha in first:
+            pairs.append((first[sha], case))
+        elif sha:
+            first[sha] = case
+    return pairs

@@ -1,0 +1,234 @@
+"""The loader: an ordered stream of :class:`~nnssl.pretrain.methods.Crops` from worker processes that hold no volumes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import blosc2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from nnssl.errors import NnsslError
+from nnssl.plans import Plan
+from nnssl.pretrain.data.case import CaseFormat
+from nnssl.pretrain.data.crops import CropDataset, Sample, collate
+from nnssl.pretrain.data.pool import Pool
+from nnssl.pretrain.data.sampling import HELD_OUT, TRAIN
+from nnssl.pretrain.methods.base import CropRequest, Crops
+
+__all__ = ["CropLoader", "make_loader"]
+
+
+class _Steps(Sampler[list[tuple[int, int]]]):
+    """This rank's samples of each step."""
+
+    def __init__(self, start: int, steps: int, first: int, count: int) -> None:
+        self.start, self.steps, self.first, self.count = start, steps, first, count
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start, self.start + self.steps):
+            yield [(step, self.first + i) for i in range(self.count)]
+
+    def __len__(self) -> int:
+        return self.steps
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error for the user on its way out of a worker; raised there, torch would wrap it into a traceback."""
+
+    message: str
+
+
+class _Guarded(Dataset[Any]):
+    """Hands a batch's error on as a value."""
+
+    def __init__(self, dataset: CropDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> list[Sample] | _Failure:
+        try:
+            return [self.dataset[item] for item in items]
+        except NnsslError as error:
+            return _Failure(str(error))
+
+
+def _collate(samples: list[Sample] | _Failure) -> Crops | _Failure:
+    return samples if isinstance(samples, _Failure) else collate(samples)
+
+
+def _start_worker(worker: int) -> None:
+    """One thread; stop signals are the main process's business, which saves first and then ends its workers.
+
+    Ctrl-C and a scheduler's SIGTERM go to all processes of a group. A SIGTERM of the main process itself still ends the worker.
+    """
+    if blosc2.nthreads != 1:  # a forked process must not touch the threads that its parent had
+        blosc2.set_nthreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        parent = os.getppid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+        def watch() -> None:
+            while True:
+                with contextlib.suppress(InterruptedError):
+                    if signal.sigwaitinfo({signal.SIGTERM}).si_pid in (parent, os.getpid()):
+                        os._exit(0)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def _advice(workers: Sequence[Any]) -> str | None:
+    """Why loader processes ended, from the signals that killed them; None where none was killed."""
+    for worker in workers:
+        worker.join(0.2)
+    killed = {-worker.exitcode for worker in workers if (worker.exitcode or 0) < 0}
+    if getattr(signal, "SIGBUS", None) in killed:
+        return (
+            "A loader process ran out of shared memory (bus error). In docker start the container with --ipc=host or a larger "
+            "--shm-size; else lower -o workers=N or -o batch_size=N."
+        )
+    if not killed:
+        return None
+    names = ", ".join(signal.Signals(s).name for s in sorted(killed))
+    return f"A loader process was killed ({names}), most often because memory ran out: lower -o workers=N or -o batch_size=N."
+
+
+class _Batches:
+    """Iterator that raises errors where they can be read."""
+
+    def __init__(self, batches: Iterator[Any], loader: CropLoader) -> None:
+        self._batches, self._loader = batches, loader
+
+    def __iter__(self) -> _Batches:
+        return self
+
+    def __next__(self) -> Crops:
+        try:
+            batch = next(self._batches)
+        except (RuntimeError, EOFError, OSError) as error:  # what torch says depends on when the worker died
+            advice = _advice(getattr(self._batches, "_workers", ()))
+            if advice is None:
+                raise
+            self._close()
+            raise NnsslError(advice) from error
+        if isinstance(batch, _Failure):
+            self._close()
+            raise NnsslError(batch.message)
+        return batch
+
+    def _close(self) -> None:
+        """End the workers now: an iterator that is left to the garbage collector takes seconds to."""
+        self._loader._iterator = None
+        shutdown = getattr(self._batches, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+
+class CropLoader(DataLoader[Any]):
+    """A torch ``DataLoader`` over :class:`CropDataset` whose errors are :class:`NnsslError`.
+
+    Attributes:
+        crops: the data set.
+    """
+
+    crops: CropDataset
+
+    def __iter__(self) -> Any:
+        old = signal.getsignal(signal.SIGCHLD) if self.num_workers and hasattr(signal, "SIGCHLD") else None
+        batches = super().__iter__()
+        if old is not None and threading.current_thread() is threading.main_thread():
+            # torch's handler raises wherever the main process happens to be, be it in the middle of saving a checkpoint
+            signal.signal(signal.SIGCHLD, old)
+        return _Batches(batches, self)
+
+    def counts(self) -> dict[str, int]:
+        """So far: places rejected because they showed air (``redrawn``) and crops of air taken for want of better (``air``)."""
+        if self.crops.counters is None:
+            return {"redrawn": 0, "air": 0}
+        redrawn, air = self.crops.counters.sum(0).tolist()
+        return {"redrawn": int(redrawn), "air": int(air)}
+
+
+def make_loader(
+    pool: Pool,
+    plan: Plan,
+    request: CropRequest,
+    *,
+    seed: int,
+    batch_size: int,
+    steps: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    split: str = "train",
+    pin_memory: bool = False,
+    weights: Sequence[float] | np.ndarray | None = None,
+    prefetch: int = 2,
+    multiprocessing_context: str | None = None,
+) -> CropLoader:
+    """Make the loader of one rank.
+
+    What it yields depends on the pool, the request, ``seed``, ``batch_size`` and the step alone: not on the number of workers,
+    nor on where it started. Rank r gets samples ``[r b, (r + 1) b)`` of each step with ``b = batch_size / world_size``.
+    Iterated again, it yields the same again. No global random number is drawn.
+
+    Args:
+        pool: the cases.
+        plan: whose preprocessing they have.
+        request: crop, window and crops per case.
+        seed: of the run.
+        batch_size: crops per step over all ranks.
+        steps: steps to yield.
+        start_step: first step.
+        rank, world_size: of this process.
+        num_workers: processes that read; 0 reads in this one.
+        split: ``"train"`` or ``"held_out"``, whose random numbers are its own.
+        pin_memory: for copies to a GPU.
+        weights: of the split's cases, see :class:`CropDataset`.
+        prefetch: batches that each worker reads ahead.
+        multiprocessing_context: ``"fork"``, ``"spawn"``, or torch's default.
+
+    Raises:
+        NnsslError: the split is empty, or ``batch_size`` is not divisible by ``world_size``. While iterating: a case's files
+            are missing or damaged, or a worker was killed.
+    """
+    if batch_size < 1 or batch_size % world_size:
+        raise NnsslError(f"batch_size={batch_size} cannot be shared by {world_size} processes; use a multiple.")
+    refs = pool.split(split)
+    if not refs:
+        raise NnsslError(f"There are no {split.replace('_', '-')} cases.")
+    blosc2.set_nthreads(1)  # as nnU-Net's data sets do, before workers are forked
+    dataset = CropDataset(
+        refs,
+        CaseFormat.from_plan(plan),
+        request,
+        seed=seed,
+        batch_size=batch_size,
+        stream=TRAIN if split == "train" else HELD_OUT,
+        weights=weights,
+        counters=torch.zeros(max(1, num_workers), 2, dtype=torch.int64).share_memory_(),
+    )
+    share = batch_size // world_size
+    loader = CropLoader(
+        _Guarded(dataset),
+        batch_sampler=_Steps(start_step, steps, rank * share, share),
+        collate_fn=_collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker if num_workers else None,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=prefetch if num_workers else None,
+        multiprocessing_context=multiprocessing_context if num_workers else None,
+        generator=torch.Generator(),  # torch would draw from the global one, and a resumed run would differ
+    )
+    loader.crops = dataset
+    return loader

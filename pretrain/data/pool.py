@@ -1,0 +1,160 @@
+"""What a run may draw from: the cases, which of them are held out, and what is known of them without opening any."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from nnssl.errors import NnsslError
+from nnssl.pretrain.methods.base import SourceStats
+
+__all__ = ["BadCase", "CaseRef", "Pool", "make_pool"]
+
+log = logging.getLogger("nnssl")
+
+FEWEST_FOR_HELD_OUT = 4
+
+
+@dataclass(frozen=True)
+class CaseRef:
+    """One preprocessed case: ``<folder>/<name>.b2nd`` and ``<folder>/<name>.pkl``.
+
+    Attributes:
+        name: nnU-Net's case identifier.
+        folder: the folder of preprocessed cases.
+        source: name of the dataset that it comes from.
+    """
+
+    name: str
+    folder: Path
+    source: str
+
+    @property
+    def key(self) -> str:
+        """``"<source>/<name>"``, unique in a pool."""
+        return f"{self.source}/{self.name}"
+
+
+@dataclass(frozen=True)
+class BadCase:
+    """An image that cannot be used.
+
+    Attributes:
+        case: its identifier, or the file's name where that has no identifier.
+        file: the file that is to blame.
+        reason: what is wrong with it.
+    """
+
+    case: str
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.case} ({self.file}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The pretraining images of one run. It holds names only, and pickles.
+
+    Attributes:
+        cases: all of them, sorted by source and name.
+        train: those that crops are drawn from.
+        held_out: those that only the held-out loss sees; empty where there are too few.
+        median_shape: median case shape after preprocessing, three axes (z, y, x after transpose), also for 2d plans.
+        fingerprint_hash: sha256 (hex) of the cases, of who is held out and of the plan's preprocessing.
+        leaks: cases that are also test images of the target dataset, as ``"<source>/<name>"``.
+        bad: images that were left out because they cannot be used.
+        reports: files that list bad images and leaks.
+        pending: cases that are not preprocessed yet; more than 0 only with ``preprocess=False``.
+    """
+
+    cases: list[CaseRef]
+    train: list[CaseRef]
+    held_out: list[CaseRef]
+    median_shape: tuple[int, int, int]
+    fingerprint_hash: str
+    leaks: list[str] = field(default_factory=list)
+    bad: list[BadCase] = field(default_factory=list)
+    reports: list[Path] = field(default_factory=list)
+    pending: int = 0
+
+    def stats(self) -> SourceStats:
+        """What methods choose their crop by."""
+        return SourceStats(median_shape=self.median_shape, n_cases=len(self.train))
+
+    def split(self, name: str) -> list[CaseRef]:
+        """The cases of ``"train"`` or ``"held_out"``."""
+        if name not in ("train", "held_out"):
+            raise ValueError(f"split must be 'train' or 'held_out', not '{name}'")
+        return self.train if name == "train" else self.held_out
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _held_out_keys(refs: Sequence[CaseRef], share: float) -> set[str]:
+    """Cases with the smallest hash of their name: another case more or less leaves nearly all others where they were."""
+    if share <= 0:
+        return set()
+    if len(refs) < FEWEST_FOR_HELD_OUT:
+        log.warning(
+            "No case is held out: there are only %d, and %d are needed. There will be no held-out loss.",
+            len(refs),
+            FEWEST_FOR_HELD_OUT,
+        )
+        return set()
+    ordered = sorted(refs, key=lambda r: (_digest(r.name), r.key))
+    return {r.key for r in ordered[: max(1, round(share * len(refs)))]}
+
+
+def make_pool(
+    refs: Iterable[CaseRef],
+    shapes: Sequence[Sequence[int]],
+    *,
+    data_hash: str,
+    held_out: float,
+    leaks: Sequence[str] = (),
+    bad: Sequence[BadCase] = (),
+    reports: Sequence[Path] = (),
+    pending: int = 0,
+) -> Pool:
+    """Split the cases and sum up what is known of them.
+
+    Args:
+        refs: the cases.
+        shapes: ``(n, 3)`` shapes after preprocessing, of all cases or of a sample.
+        data_hash: of the plan.
+        held_out: share of the cases that is held out, in [0, 1).
+        leaks, bad, reports, pending: see :class:`Pool`.
+
+    Raises:
+        NnsslError: no case is left.
+    """
+    cases = sorted(refs, key=lambda r: (r.source, r.name))
+    if not cases:
+        raise NnsslError("No image is left to pretrain on. Check -d, --cases and --exclude.")
+    if not 0 <= held_out < 1:
+        raise NnsslError(f"The held-out share must be at least 0 and below 1, not {held_out}.")
+    chosen = _held_out_keys(cases, held_out)
+    train = [r for r in cases if r.key not in chosen]
+    hidden = [r for r in cases if r.key in chosen]
+    lines = sorted(f"{'held_out' if r.key in chosen else 'train'} {_digest(r.key)}" for r in cases)
+    median = np.median(np.asarray(shapes, dtype=float), axis=0)
+    return Pool(
+        cases=cases,
+        train=train,
+        held_out=hidden,
+        median_shape=tuple(int(round(m)) for m in median),  # type: ignore[arg-type]
+        fingerprint_hash=_digest("\n".join([data_hash, *lines])),
+        leaks=list(leaks),
+        bad=list(bad),
+        reports=list(reports),
+        pending=pending,
+    )

@@ -1,0 +1,79 @@
+"""``--cases`` and ``--exclude``: which of the images a run uses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from nnssl.errors import NnsslError, nearest
+
+__all__ = ["read_case_list", "select"]
+
+LISTED = 10
+"""Names that an error spells out."""
+
+
+def read_case_list(path: Path, option: str) -> list[str]:
+    """Case names of a text file (one a line, lines that start with ``#`` are comments) or of a JSON list.
+
+    Raises:
+        NnsslError: the file cannot be read or holds no name.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        names = json.loads(text) if text.lstrip().startswith(("[", "{")) else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise NnsslError(f"{option} {path} cannot be read: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise NnsslError(f"{option} {path}: expected one case name per line, or a JSON list of names.")
+    names = [n.strip() for n in names if n.strip() and not n.lstrip().startswith("#")]
+    if not names:
+        raise NnsslError(f"{option} {path} names no case.")
+    return list(dict.fromkeys(names))
+
+
+def _find(names: Iterable[str], known: Mapping[str, set[str]], path: Path, option: str) -> dict[str, set[str]]:
+    """The named cases by source. A name is ``<case>``, of every source that has it, or ``<source>/<case>``."""
+    found: dict[str, set[str]] = {source: set() for source in known}
+    unknown = []
+    for name in names:
+        source, slash, case = name.partition("/")
+        where = [source] if slash and case in known.get(source, ()) else [s for s in known if name in known[s]]
+        for s in where:
+            found[s].add(case if slash and s == source and case in known[s] else name)
+        if not where:
+            unknown.append(name)
+    if unknown:
+        everything = set().union(*known.values())
+        few = len(everything) <= 5000
+        shown = [f"{n}{nearest(n, everything) if few and i < 3 else ''}" for i, n in enumerate(unknown[:LISTED])]
+        more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
+        raise NnsslError(
+            f"{option} {path}: {len(unknown)} name(s) are no case of {', '.join(known)}: {', '.join(shown)}{more}. "
+            "Case names have neither channel number nor file ending."
+        )
+    return found
+
+
+def select(known: Mapping[str, set[str]], cases: Path | None, exclude: Path | None) -> dict[str, set[str]]:
+    """The cases that a run uses.
+
+    Args:
+        known: all case names by source.
+        cases: file of ``--cases``: only these; None for all.
+        exclude: file of ``--exclude``: not these.
+
+    Returns:
+        Case names by source.
+
+    Raises:
+        NnsslError: a file names a case that does not exist.
+    """
+    chosen = {source: set(names) for source, names in known.items()}
+    if cases is not None:
+        chosen = _find(read_case_list(cases, "--cases"), known, cases, "--cases")
+    if exclude is not None:
+        for source, names in _find(read_case_list(exclude, "--exclude"), known, exclude, "--exclude").items():
+            chosen[source] -= names
+    return chosen

@@ -1,0 +1,231 @@
+"""One raw case through nnU-Net's own preprocessor, without labels."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import SimpleITK as sitk
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnssl.pretrain.data.index import Entry
+from nnssl.pretrain.data.raw import RawCase
+from nnssl.pretrain.data.whole import check_whole
+
+__all__ = ["CaseWorker", "Job", "Reply", "voxel_hash"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case to do.
+
+    Attributes:
+        case: its raw files.
+        trust: hash of the raw voxels that the preprocessed case was made from; where they are still the same, nothing is
+            written. ``"any"`` trusts the preprocessed case whatever the hash.
+        stale: the preprocessed case is there and outdated.
+        hash_only: only the hash of the voxels is wanted.
+    """
+
+    case: RawCase
+    trust: str = ""
+    stale: bool = False
+    hash_only: bool = False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What became of a job: an entry for the index, or, in ``fatal``, why no case can be done at the moment.
+
+    Attributes:
+        entry: of a good or a bad case.
+        fatal: ``"disk"``, ``"memory"``, ``"write"`` or empty.
+        detail: the exception's text where fatal.
+        nbytes: size of the preprocessed case, uncompressed.
+    """
+
+    entry: Entry
+    fatal: str = ""
+    detail: str = ""
+    nbytes: int = 0
+
+
+class _Bad(Exception):
+    """This image cannot be used."""
+
+
+class _Known(Exception):
+    """The preprocessed case is there already."""
+
+
+@dataclass
+class _State:
+    """How far a case has come."""
+
+    final: Path
+    trust: str
+    hash_only: bool
+    sha256: str = ""
+    spacing: tuple[float, ...] = ()
+    nbytes: int = 0
+    saving: bool = False
+
+    def shape(self) -> tuple[int, ...]:
+        """Spatial shape of the preprocessed case."""
+        return tuple(int(i) for i in blosc2.open(str(self.final), mode="r").shape[1:])
+
+    def readable(self) -> bool:
+        """Whether the preprocessed case opens."""
+        try:
+            return len(self.shape()) == 3
+        except Exception:  # blosc2 raises several kinds
+            return False
+
+
+def voxel_hash(data: np.ndarray) -> str:
+    """sha256 (hex) of an image's shape and voxels, as nnU-Net's reader gives them: ``(C, Z, Y, X)`` float32."""
+    digest = hashlib.sha256(str(tuple(data.shape)).encode())
+    digest.update(np.ascontiguousarray(data, dtype=np.float32).data.cast("B"))
+    return digest.hexdigest()
+
+
+def _reason(error: BaseException, printed: str) -> str:
+    """One line for a person; nnU-Net's readers print what is wrong and raise an empty error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines else next((p.strip() for p in printed.splitlines() if p.strip()), "")
+    return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
+
+
+@dataclass
+class CaseWorker:
+    """Preprocesses cases one by one. Pickles, so that it can be sent to processes once.
+
+    Args:
+        plans: the target's plans.
+        configuration: name of the configuration.
+        dataset_json: the target's.
+        folder: where preprocessed cases go.
+        temporary: folder on the same file system where they are written first.
+    """
+
+    plans: dict[str, Any]
+    configuration: str
+    dataset_json: dict[str, Any]
+    n_channels: int
+    folder: Path
+    temporary: Path
+
+    @cached_property
+    def _manager(self) -> PlansManager:
+        return PlansManager(self.plans)
+
+    @cached_property
+    def _config(self) -> ConfigurationManager:
+        return self._manager.get_configuration(self.configuration)
+
+    def __call__(self, job: Job) -> Reply:
+        """Do one case; never raises but for Ctrl-C."""
+        final = self.folder / f"{job.case.name}.b2nd"
+        state = _State(final, job.trust, job.hash_only)
+        printed = io.StringIO()
+        loud = sitk.ProcessObject.GetGlobalWarningDisplay()
+        sitk.ProcessObject.SetGlobalWarningDisplay(False)
+        try:
+            with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for file in job.case.files:
+                    self._whole(file)
+                if not (job.trust or job.stale or job.hash_only) and final.exists() and self._newer(final, job.case):
+                    state.trust = "any"  # another process has made it meanwhile
+                with contextlib.suppress(_Known):
+                    self._run(job.case, state)
+            shape = () if job.hash_only else state.shape()
+            return Reply(Entry(job.case.name, job.case.stamps, shape, state.spacing, state.sha256))
+        except _Bad as error:
+            file, reason = error.args
+            return Reply(Entry(job.case.name, job.case.stamps, bad=reason, bad_file=file or job.case.files[0]))
+        except MemoryError:
+            return self._fatal(job, state, "memory", "out of memory")
+        except Exception as error:  # readers raise anything on broken files; each case has to be told by its name
+            reason = _reason(error, printed.getvalue())
+            if state.saving:
+                full = shutil.disk_usage(self.folder).free < 2 * state.nbytes
+                return self._fatal(job, state, "disk" if full else "write", reason)
+            return Reply(Entry(job.case.name, job.case.stamps, bad=reason, bad_file=job.case.files[0]))
+        finally:
+            sitk.ProcessObject.SetGlobalWarningDisplay(loud)
+            self._clean(job.case.name)
+
+    def _fatal(self, job: Job, state: _State, kind: str, detail: str) -> Reply:
+        return Reply(Entry(job.case.name, job.case.stamps), kind, detail, state.nbytes)
+
+    @staticmethod
+    def _newer(final: Path, case: RawCase) -> bool:
+        return final.stat().st_mtime_ns > max(stamp[2] for stamp in case.stamps)
+
+    @staticmethod
+    def _whole(file: str) -> None:
+        try:
+            check_whole(file)
+        except (ValueError, OSError) as error:
+            raise _Bad(file, str(error)) from None
+
+    def _inspect(self, data: np.ndarray, properties: dict[str, Any], state: _State) -> None:
+        """Look at the raw voxels, ``(C, Z, Y, X)``."""
+        state.spacing = tuple(float(s) for s in properties["spacing"])
+        if not state.hash_only:
+            if data.shape[0] != self.n_channels:
+                raise _Bad("", f"it has {data.shape[0]} channel(s), the plans have {self.n_channels}")
+            wrong = sum(int(channel.size - np.count_nonzero(np.isfinite(channel))) for channel in data)
+            if wrong:
+                raise _Bad("", f"{wrong} of {data.size} voxels are NaN or infinite")
+            if all(channel.min() == channel.max() for channel in data):
+                raise _Bad("", "the image is constant")
+        state.sha256 = voxel_hash(data)
+        if state.hash_only or (state.trust in ("any", state.sha256) and state.readable()):
+            raise _Known
+
+    def _run(self, case: RawCase, state: _State) -> None:
+        if state.hash_only:
+            data, properties = self._manager.image_reader_writer_class().read_images(list(case.files))
+            self._inspect(data, properties, state)
+        inspect = self._inspect
+
+        class Unlabelled(self._config.preprocessor_class):  # type: ignore[misc,name-defined]
+            """The plans' own preprocessor, which looks at the raw voxels first."""
+
+            def run_case_npy(self, data: np.ndarray, seg: Any, properties: dict, *args: Any) -> tuple:
+                inspect(data, properties, state)
+                data, seg, properties = super().run_case_npy(data, seg, properties, *args)
+                if not np.isfinite(data).all():
+                    raise _Bad("", "voxels are NaN or infinite after preprocessing")
+                properties.setdefault("class_locations", {})  # nnU-Net's loader asks for it
+                state.nbytes, state.saving = data.nbytes, True
+                return data, seg, properties
+
+        truncated = str(self.temporary / case.name)
+        preprocessor = Unlabelled(verbose=False)
+        preprocessor.run_case_save(truncated, list(case.files), None, self._manager, self._config, self.dataset_json)
+        blosc2.open(f"{truncated}.b2nd", mode="r", dparams={"nthreads": 1})[
+            :
+        ]  # raises where the disk took less than all of it
+        for ending in (".pkl", "_seg.b2nd", ".b2nd"):  # the image last: it marks the case as done
+            with open(truncated + ending, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(truncated + ending, self.folder / f"{case.name}{ending}")
+        state.saving = False
+
+    def _clean(self, name: str) -> None:
+        for ending in (".pkl", "_seg.b2nd", ".b2nd"):
+            with contextlib.suppress(OSError):
+                os.unlink(self.temporary / f"{name}{ending}")
