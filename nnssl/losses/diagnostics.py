@@ -1,0 +1,92 @@
+"""What embeddings look like, for logs, pictures and verdicts; nothing here has a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnssl.losses.supcon import safe_normalise
+
+__all__ = ["channel_std", "middle_slice", "off_diagonal_cosine", "pair_similarity", "principal_colours"]
+
+
+@torch.no_grad()
+def off_diagonal_cosine(z: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean cosine between different samples: 1 where all embeddings point the same way, so that nothing can be told apart.
+
+    Args:
+        z: ``(B, C)``.
+        valid: ``(B,)`` bool, samples that count.
+
+    Returns:
+        ``()``; 0 where fewer than two samples count.
+    """
+    z = safe_normalise(z)
+    pairs = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    if valid is not None:
+        pairs = pairs & valid[:, None] & valid[None]
+    return _mean(z @ z.T, pairs)
+
+
+@torch.no_grad()
+def pair_similarity(
+    aux: Tensor, dominant: Tensor, positives: Tensor, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean cosine between the branches over positive and over negative pairs.
+
+    Args:
+        aux, dominant: ``(B, C)`` embeddings of the two branches.
+        positives: ``(B, B)`` bool with a True diagonal.
+        valid: ``(B,)`` bool, samples that count.
+
+    Returns:
+        ``()`` and ``()``; 0 where there is no such pair.
+    """
+    cosine = safe_normalise(aux) @ safe_normalise(dominant).T
+    counted = torch.ones_like(positives) if valid is None else valid[:, None] & valid[None]
+    return _mean(cosine, positives & counted), _mean(cosine, ~positives & counted)
+
+
+@torch.no_grad()
+def channel_std(x: Tensor) -> Tensor:
+    """Mean over channels of the standard deviation over samples and places of ``(B, C, *s)``: 0 where features died."""
+    return x.float().transpose(0, 1).flatten(1).std(1, unbiased=False).mean()
+
+
+@torch.no_grad()
+def principal_colours(*maps: Tensor) -> list[Tensor]:
+    """Show feature maps as RGB: their three main directions, found together, so that equal colours mean equal features.
+
+    Args:
+        maps: ``(B, C, *s)`` each, the same C.
+
+    Returns:
+        ``(B, 3, *s)`` each, in [0, 1].
+    """
+    flat = [safe_normalise(m, 1).transpose(0, 1).flatten(1).T.cpu() for m in maps]  # (n, C)
+    everything = torch.cat(flat)
+    centre = everything.mean(0)
+    _, axes = torch.linalg.eigh((everything - centre).T @ (everything - centre))
+    axes = axes[:, -3:].flip(1)
+    shown = (everything - centre) @ axes
+    low, high = shown.amin(0), shown.amax(0)
+    out = []
+    for values, m in zip(flat, maps):
+        colours = ((values - centre) @ axes - low) / (high - low).clamp(min=1e-6)
+        colours = torch.cat([colours, colours.new_zeros(len(colours), 3 - colours.shape[1])], 1)
+        out.append(colours.T.reshape(3, m.shape[0], *m.shape[2:]).transpose(0, 1))
+    return out
+
+
+@torch.no_grad()
+def middle_slice(x: Tensor, size: Sequence[int]) -> Tensor:
+    """``(B, C, *s)`` -> ``(B, H, W, C)``: enlarged to ``size`` without smoothing, the middle slice of the first of three axes."""
+    x = F.interpolate(x.float(), size=tuple(size), mode="nearest")
+    return (x[:, :, size[0] // 2] if x.ndim == 5 else x).movedim(1, -1)
+
+
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,66 @@
+"""Equivariance to size: features of the shrunken image against the shrunken features of the image.
+
+L_ER of MACL (Zeng et al. 2023, arXiv:2309.11876, Eq. 11). The paper's code shrinks with corners aligned, which compares
+cells up to a third of a cell apart at the border; area pooling, the default here, compares equal places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnssl.errors import NnsslError
+
+__all__ = ["equivariance_loss", "shrink"]
+
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def shrink(x: Tensor, factor: Sequence[int], align_corners: bool = False) -> Tensor:
+    """Shrink an image or a feature map by a whole factor per axis.
+
+    Args:
+        x: ``(B, C, *spatial)``.
+        factor: one number per spatial axis.
+        align_corners: linear interpolation between aligned corner voxels, without smoothing, as in the paper's code;
+            otherwise the mean over each block of ``factor`` voxels.
+
+    Returns:
+        ``(B, C, *(spatial / factor))``; ``x`` itself where every factor is 1.
+
+    Raises:
+        NnsslError: where an axis is not a multiple of its factor.
+    """
+    size = list(x.shape[2:])
+    if len(size) != len(factor) or any(n % f for n, f in zip(size, factor)):
+        raise NnsslError(f"a map of {tuple(size)} voxels cannot be shrunk by {tuple(factor)}.")
+    if all(f == 1 for f in factor):
+        return x
+    if align_corners:
+        new = [n // f for n, f in zip(size, factor)]
+        return F.interpolate(x, size=new, mode=_LINEAR[len(size)], align_corners=True)
+    return _POOL[len(size)](x, tuple(factor))
+
+
+def equivariance_loss(dominant: Tensor, aux: Tensor, factor: Sequence[int], align_corners: bool = False) -> Tensor:
+    """``mean |Y - shrink(Y~)|`` over all elements; both sides receive the gradient.
+
+    Args:
+        dominant: ``Y``, ``(B, C, *s)``, bottleneck of the shrunken image.
+        aux: ``Y~``, ``(B, C, *(s * factor))``, bottleneck of the image.
+        factor: shrink per axis.
+        align_corners: see :func:`shrink`.
+
+    Raises:
+        NnsslError: where the shapes do not fit.
+    """
+    with torch.autocast(dominant.device.type, enabled=False):
+        y, target = (t if t.dtype == torch.float64 else t.float() for t in (dominant, aux))
+        target = shrink(target, factor, align_corners)
+        if y.shape != target.shape:
+            raise NnsslError(f"the bottlenecks differ: {tuple(y.shape)} and, shrunk, {tuple(target.shape)}.")
+        return (y - target).abs().mean()

@@ -1,0 +1,249 @@
+"""Multi-level asymmetric contrast: encoder and lower decoder, image-level, dense and equivariant.
+
+Zeng et al., "Multi-level Asymmetric Contrastive Learning for Medical Image Segmentation Pre-training", arXiv:2309.11876
+(JBHI 2026); authors' code at github.com/stevezs315/MACL, 89e01cb. Two views of each crop meet: the auxiliary branch sees
+the crop and runs the encoder; the dominant branch sees it shrunk by U and runs the encoder and K decoder stages, whose map
+is as large as the auxiliary map. ``total = w_g L_g + w_d L_d + w_er L_ER``; no momentum encoder, no stop-gradient.
+
+What differs from the paper, and why: docs/methods/macl.md. Presets ``paper`` and ``code`` come as close as nnU-Net allows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnssl import losses
+from nnssl.distributed import gather_with_grad
+from nnssl.errors import NnsslError
+from nnssl.heads import POOLINGS, ImageHead, norm_of, pixel_projector
+from nnssl.networks import decoder_channels, encoder_channels, unwrap, walk
+from nnssl.plans import Plan
+from nnssl.pretrain import geometry
+from nnssl.pretrain.augment import Draws, central_crop, random_affine, random_jitter
+from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Method, Picture, SourceStats, option
+from nnssl.pretrain.methods.registry import register
+
+_AXES = ("right-left", "anterior-posterior", "inferior-superior")  # of Crops.position
+_DENSE = ("position_all_axes", "position_axial", "self")
+
+
+@dataclass(frozen=True)
+class MACLConfig:
+    """Options of MACL."""
+
+    decoder_blocks: int = option(1, "K, decoder stages that are pretrained, from the bottom", low=0, high=8)
+    down: int | None = option(None, "stages whose strides shrink the dominant branch's image; auto: K", low=0, high=8)
+    threshold: float = option(0.1, "crops nearer than this share of the image are positives", low=0.0, high=1.0)
+    position_axis: str = option("inferior-superior", "patient axis of the image-level positions", choices=_AXES)
+    dense_positives: str = option("position_all_axes", "which other crops are positives at a site", choices=_DENSE)
+    contrast: str = option("all", "compare all vectors, or only across the branches", choices=("all", "cross"))
+    negatives: str = option("global", "contrast over all GPUs, or on each alone", choices=("global", "local"))
+    temperature: float = option(0.1, "tau of the contrast", low=0.01, high=10.0)
+    base_temperature: float = option(0.07, "tau_base; the contrast is scaled by tau / tau_base", low=0.001, high=10.0)
+    image_weight: float = option(1.0, "weight of the image-level contrast L_g", low=0.0)
+    dense_weight: float = option(0.5, "weight of the dense contrast L_d", low=0.0)
+    equivariance_weight: float = option(1.0, "weight of the equivariance L_ER", low=0.0)
+    image_source: str = option("decoder", "dominant map of L_g (Eq. 7: encoder)", choices=("decoder", "encoder"))
+    pooling: str = option("grid", "from map to image vector; gap is nearly blind under InstanceNorm", choices=POOLINGS)
+    batch_standardise: bool = option(True, "standardise pooled features over the batch before the projector")
+    proj_dim: int = option(128, "width of the projections", low=2, high=4096)
+    align_corners: bool = option(False, "shrink as the authors' code does (cells shift towards the border)")
+    jitter: bool = option(False, "brightness, contrast and blur of each view (the authors' code; paper: none)")
+    rotation: float = option(30.0, "largest rotation of the variance views, degrees", low=0.0, high=180.0)
+    min_scale: float = option(0.8, "smallest magnification of the variance views", low=0.2, high=1.0)
+    max_scale: float = option(1.25, "largest magnification of the variance views", low=1.0, high=5.0)
+    shift: float = option(0.05, "largest shift of the variance views, share of the crop", low=0.0, high=0.5)
+    mirror: bool = option(False, "mirror the variance views on every axis (left and right become alike)")
+    optimiser: str = option("sgd", "sgd with momentum 0.9, or adamw", choices=("sgd", "adamw"))
+    lr: float = option(1e-2, "initial learning rate, cosine to 0", low=0.0, high=10.0)
+    weight_decay: float = option(1e-5, "weight decay", low=0.0, high=1.0)
+    warmup: float = option(0.05, "share of the run in which the learning rate rises", low=0.0, high=0.5)
+
+
+_PUBLISHED: dict[str, Any] = {
+    "decoder_blocks": 2, "pooling": "gap", "batch_standardise": False, "align_corners": True, "negatives": "local",
+    "dense_positives": "position_axial", "rotation": 180.0, "min_scale": 0.7, "max_scale": 1.3, "mirror": True,
+    "optimiser": "sgd", "lr": 0.01, "weight_decay": 1e-5, "warmup": 0.0,
+}  # fmt: skip
+
+
+@register("macl", config=MACLConfig)
+class MACL(Method):
+    """See the module. ``network`` is walked by its own modules; projectors stay behind after pretraining."""
+
+    title = "multi-level asymmetric contrast: image-level, dense, equivariant (encoder + lower decoder)"
+    citation = ("Zeng et al., Multi-level Asymmetric Contrastive Learning, arXiv:2309.11876, JBHI 2026",)
+    presets = {"paper": {**_PUBLISHED, "lr": 0.1, "shift": 0.1}, "code": {**_PUBLISHED, "jitter": True}}
+
+    def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: MACLConfig) -> None:
+        super().__init__(network, plan, request, config)
+        c, branches = config, _branches(plan, config)
+        encoder, k = encoder_channels(plan), branches.blocks
+        decoded = [encoder[-1], *decoder_channels(plan)][k]
+        if c.image_weight > 0:
+            head = {"out": c.proj_dim, "pooling": c.pooling, "batch_standardise": c.batch_standardise}
+            sources = {"decoder": (decoded, branches.dense_stride), "encoder": (encoder[-1], branches.multiple)}
+            width, stride = sources[c.image_source]
+            self.image_aux = ImageHead(encoder[-1], geometry.cells(request.size, plan.total_stride), **head)
+            self.image_dominant = ImageHead(width, geometry.cells(request.size, stride), **head)
+        if c.dense_weight > 0:
+            norm = norm_of(network, plan.dim)
+            self.pixel_aux = pixel_projector(encoder[branches.aux_stage], decoded, dim=plan.dim, norm=norm)
+        self.branches, self.rotation = branches, geometry.rotation_degrees(plan.spacing, c.rotation)
+        inner = unwrap(network).requires_grad_(False)
+        inner.encoder.requires_grad_(True)
+        for stage in self.pretrained_parts()["decoder_stages"]:
+            inner.decoder.transpconvs[stage].requires_grad_(True)
+            inner.decoder.stages[stage].requires_grad_(True)
+
+    @classmethod
+    def crops(
+        cls, plan: Plan, stats: SourceStats, config: MACLConfig, size: tuple[int, ...] | None = None
+    ) -> CropRequest:
+        """Crops of about two thirds of the image in 3d, slices as large as the patch in 2d, where the slices differ."""
+        if config.image_weight + config.dense_weight + config.equivariance_weight == 0:
+            raise NnsslError("image_weight, dense_weight and equivariance_weight are all 0: nothing would be learnt.")
+        branches, volume = _branches(plan, config), plan.dim == 3
+        strides = geometry.size_text(plan.total_stride), geometry.size_text(branches.shrink)
+        need = "MACL (total stride {} times its shrink {})".format(*strides)
+        median, multiple = stats.median_shape[-plan.dim :], branches.multiple
+        size, why = geometry.choose_crop(plan.patch_size, median, multiple, compare=volume, size=size, what=need)
+        if geometry.largest_spread(size if volume else (1, *size), stats.median_shape) < config.threshold:
+            why += " Crops cannot differ in position: only a crop's own views are positives."
+        rotation = geometry.rotation_degrees(plan.spacing, config.rotation)
+        views = {"rotation": rotation, "min_scale": config.min_scale, "shift": config.shift}
+        window = geometry.window_for(size, plan.spacing, **views, median=median if volume else None)
+        return CropRequest(size=size, window=window, batch_size=8, min_batch=8, explanation=why)
+
+    def views(self, crops: Crops, draws: Draws) -> Batch:
+        """Invariance pair (no geometric change) and variance pair, each full and shrunk; see :meth:`loss` for shapes."""
+        c, size, data = self.config, self.request.size, [crops.data, crops.data]
+        if c.jitter:  # factors near 0 leave no image: not the authors' U(0, 1)
+            ranges = {"brightness": (0.2, 1.0), "contrast": (0.8, 1.2), "sigma": (1.0, 3.0)}
+            data = [random_jitter(d, crops.intensity, draws, **ranges) for d in data]
+        still = [central_crop(d, size) for d in data]
+        spatial = {"rotation": self.rotation, "scale": (c.min_scale, c.max_scale), "shift": c.shift}
+        spatial |= {"mirror_axes": tuple(range(len(size))) if c.mirror else ()}
+        moved = [random_affine(d, draws, size, self.plan.spacing, **spatial).data for d in data]
+        body = central_crop(crops.body, size).to(crops.data.dtype)
+        return {
+            "i_aux": still[1].contiguous(),
+            "i_dominant": losses.shrink(still[0], self.branches.shrink, c.align_corners).contiguous(),
+            "v_aux": moved[1],
+            "v_dominant": losses.shrink(moved[0], self.branches.shrink, c.align_corners),
+            "sites": losses.shrink(body, self.branches.dense_stride)[:, 0] > 0,
+            "valid": body.flatten(1).any(1),
+            "position": crops.position,
+        }
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """L_g of the variance pair, L_d and L_ER of the invariance pair.
+
+        Args:
+            batch: ``i_aux``, ``v_aux`` ``(B, C, *size)``; ``i_dominant``, ``v_dominant`` ``(B, C, *(size / U))``; ``sites``
+                ``(B, *(size / dense stride))`` bool, False where the image is empty; ``valid`` ``(B,)`` bool; ``position``
+                ``(B, 3)``.
+        """
+        c, terms = self.config, {}
+        position = self._everyone(batch["position"])
+        axial = position[:, _AXES.index(c.position_axis)]
+        kernel = {"temperature": c.temperature, "base_temperature": c.base_temperature, "contrast": c.contrast}
+        if c.image_weight > 0:
+            positives, valid = self._positives(axial), self._everyone(batch["valid"])
+            aux, dominant = (self._everyone(z) for z in self.image_vectors(batch["v_aux"], batch["v_dominant"]))
+            terms["image"] = losses.supcon(aux, dominant, positives, valid=valid, **kernel)
+            terms["image_collapse"] = losses.collapse_value(valid.sum().clamp(min=1), *list(kernel.values()))
+            terms["image_pos_cos"], terms["image_neg_cos"] = losses.pair_similarity(aux, dominant, positives, valid)
+            terms["off_diagonal_cos"] = sum(losses.off_diagonal_cosine(z, valid) for z in (aux, dominant)) / 2
+            terms["n_pos"] = 2.0 * positives.float().sum(1).mean() - 1
+            terms["n_neg"] = 2.0 * (~positives).float().sum(1).mean()
+            terms["min_norm"] = torch.cat([aux, dominant]).detach().float().norm(dim=1).min()
+        if c.dense_weight > 0 or c.equivariance_weight > 0:
+            maps, bottlenecks = self.dense_maps(batch["i_aux"], batch["i_dominant"])
+            if c.dense_weight > 0:
+                near = {"position_all_axes": position, "position_axial": axial}.get(c.dense_positives)
+                own = torch.eye(len(position), dtype=torch.bool, device=position.device)
+                positives = own if near is None else self._positives(near)
+                aux, dominant = (self._everyone(z) for z in maps)
+                sites = self._everyone(batch["sites"])
+                dense = losses.dense_supcon(aux, dominant, positives, valid=sites, **kernel)
+                terms["dense"], terms["dense_collapse"] = dense
+            if c.equivariance_weight > 0:
+                shrink = self.branches.shrink, c.align_corners
+                terms["equivariance"] = losses.equivariance_loss(*bottlenecks, *shrink)
+            terms["bottleneck_std"] = losses.channel_std(bottlenecks[1])
+        weights = {"image": c.image_weight, "dense": c.dense_weight, "equivariance": c.equivariance_weight}
+        return {"total": sum(w * terms[k] for k, w in weights.items() if k in terms), **terms}
+
+    def image_vectors(self, aux: Tensor, dominant: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected vectors ``(B, proj_dim)`` of the variance pair: auxiliary, dominant."""
+        blocks = self.branches.blocks if self.config.image_source == "decoder" else 0
+        z_aux = self.image_aux(walk(self.network, aux, 0).skips[-1])
+        return z_aux, self.image_dominant(walk(self.network, dominant, blocks).levels[-1])
+
+    def dense_maps(self, aux: Tensor, dominant: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+        """Aligned maps ``(B, C, *sites)`` (auxiliary, dominant; none without L_d) and bottlenecks (dominant, auxiliary)."""
+        skips = walk(self.network, aux, 0).skips
+        dense = self.config.dense_weight > 0
+        pyramid = walk(self.network, dominant, self.branches.blocks if dense else 0)
+        maps = (self.pixel_aux(skips[self.branches.aux_stage]), pyramid.levels[-1]) if dense else ()
+        return maps, (pyramid.skips[-1], skips[-1])
+
+    def _everyone(self, x: Tensor) -> Tensor:
+        return gather_with_grad(x) if self.config.negatives == "global" else x
+
+    def _positives(self, position: Tensor) -> Tensor:
+        """``(B, B)``; where all crops lie at one place there are no negatives, and only own views are positives."""
+        near = losses.position_positives(position, self.config.threshold)
+        return torch.where(near.all(), torch.eye(len(near), dtype=torch.bool, device=near.device), near)
+
+    def pretrained_parts(self) -> dict[str, Any]:
+        """Encoder and the bottom K decoder stages, where any term runs through them."""
+        c = self.config
+        through = c.dense_weight > 0 or (c.image_weight > 0 and c.image_source == "decoder")
+        return {"encoder": True, "decoder_stages": list(range(c.decoder_blocks)) if through else []}
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """SGD as published, or AdamW."""
+        if self.config.optimiser == "adamw":
+            return super().optimiser()
+        params = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.SGD(params, lr=self.config.lr, momentum=0.9, weight_decay=self.config.weight_decay)
+
+    def embed(self, batch: Batch) -> Tensor | None:
+        """Auxiliary image vectors of the unchanged crops."""
+        if self.config.image_weight == 0:
+            return None
+        return self.image_aux(walk(self.network, batch["i_aux"], 0).skips[-1])
+
+    def pictures(self, batch: Batch) -> Picture:
+        """Middle slices of the views, and what both branches make of the still one."""
+        rows, size = slice(0, 4), batch["i_aux"].shape[2:]
+        shown = {"I": "i_aux", "V auxiliary": "v_aux", "V dominant (shrunk)": "v_dominant"}
+        images = {title: batch[key][rows, :1] for title, key in shown.items()}
+        if self.config.dense_weight > 0:
+            maps, _ = self.dense_maps(batch["i_aux"][rows], batch["i_dominant"][rows])
+            images |= zip(("auxiliary features", "dominant features"), losses.principal_colours(*maps))
+        columns = {t: losses.middle_slice(i, size).squeeze(-1).cpu().numpy() for t, i in images.items()}
+        return Picture(columns, "MACL: equal colours are equal features; both branches should colour a place alike")
+
+    def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
+        """Learnt: L_g below its collapse value by 1 %, and crops at one height more alike than others by 0.01."""
+        if "image" not in last:
+            return super().verdict(first, last)
+        pos, neg = last["image_pos_cos"], last["image_neg_cos"]
+        below, alike = last["image"] < 0.99 * last["image_collapse"], pos > neg + 0.01
+        return below and alike, (
+            f"MACL {'learnt' if below and alike else 'did not learn'}: on held-out crops the image-level loss is "
+            f"{last['image']:.3g}, {'' if below else 'not '}clearly below the {last['image_collapse']:.3g} of equal vectors, "
+            f"and crops at one position are {'' if alike else 'not '}more alike (cosine {pos:.2f}) than others ({neg:.2f})."
+        )
+
+
+def _branches(plan: Plan, config: MACLConfig) -> geometry.Asymmetry:
+    down = config.decoder_blocks if config.down is None else config.down
+    return geometry.asymmetry(plan, config.decoder_blocks, down)

@@ -1,0 +1,47 @@
+"""Numbers and pictures of embeddings."""
+
+import pytest
+import torch
+
+from nnssl.losses import channel_std, middle_slice, off_diagonal_cosine, pair_similarity, principal_colours
+
+
+def test_off_diagonal_cosine():
+    assert float(off_diagonal_cosine(torch.ones(4, 3))) == pytest.approx(1, abs=1e-5)
+    assert float(off_diagonal_cosine(torch.eye(4))) == 0
+    z = torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]])
+    assert float(off_diagonal_cosine(z)) == pytest.approx(1 / 3, abs=1e-5)
+    assert float(off_diagonal_cosine(z, torch.tensor([True, True, False]))) == pytest.approx(1, abs=1e-5)
+    assert float(off_diagonal_cosine(z, torch.zeros(3, dtype=torch.bool))) == 0
+
+
+def test_pair_similarity():
+    a, d = torch.eye(3), torch.eye(3)[[0, 1, 0]]
+    positives = torch.eye(3, dtype=torch.bool)
+    pos, neg = pair_similarity(a, d, positives)
+    assert float(pos) == pytest.approx(2 / 3, abs=1e-5) and float(neg) == pytest.approx(1 / 6, abs=1e-5)
+    pos, neg = pair_similarity(a, d, positives, torch.tensor([True, True, False]))
+    assert float(pos) == pytest.approx(1, abs=1e-5) and float(neg) == 0
+    assert pair_similarity(a, d, torch.ones(3, 3, dtype=torch.bool))[1] == 0
+
+
+def test_channel_std():
+    assert channel_std(torch.ones(2, 3, 4, 5)) == 0
+    x = torch.randn(4, 3, 10, 11, 12) * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1, 1)
+    assert float(channel_std(x)) == pytest.approx(2, rel=0.05)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 7])
+def test_colours_are_shared(channels):
+    a, b = torch.randn(2, channels, 2, 3, 4), torch.randn(2, channels, 4, 3, 5)
+    b[0, :, 0, 0, 0] = a[1, :, 1, 2, 3]
+    colours = principal_colours(a, b)
+    assert [c.shape for c in colours] == [(2, 3, 2, 3, 4), (2, 3, 4, 3, 5)]
+    assert all(float(c.min()) >= 0 and float(c.max()) <= 1 for c in colours)
+    assert torch.allclose(colours[0][1, :, 1, 2, 3], colours[1][0, :, 0, 0, 0], atol=1e-5)
+
+
+def test_middle_slice():
+    x = torch.arange(6.0).view(1, 1, 3, 2, 1).expand(2, 5, 3, 2, 2)
+    assert torch.equal(middle_slice(x, (6, 4, 4))[0, :, :, 0], torch.tensor([[2.0], [2.0], [3.0], [3.0]]).expand(4, 4))
+    assert middle_slice(torch.zeros(2, 3, 4, 5), (8, 10)).shape == (2, 8, 10, 3)

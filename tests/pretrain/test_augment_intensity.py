@@ -1,0 +1,56 @@
+"""Brightness, contrast and blur."""
+
+import pytest
+import torch
+
+from nnssl.pretrain.augment import Draws, random_jitter
+from nnssl.pretrain.augment.intensity import adjust_contrast, from_unit, gaussian_blur, multiply, to_unit
+
+
+def test_units_and_back():
+    x = torch.randn(2, 3, 4, 5)
+    intensity = torch.tensor([[-1.0, 3.0], [0.0, 0.5], [2.0, 2.0]]).expand(2, 3, 2)
+    unit = to_unit(x, intensity)
+    assert torch.allclose(unit[:, 0], (x[:, 0] + 1) / 4)
+    assert torch.allclose(unit[:, 2], x[:, 2] - 2)  # a channel without a range
+    assert torch.allclose(from_unit(unit, intensity), x, atol=1e-6)
+
+
+def test_brightness_and_contrast_by_hand():
+    x = torch.tensor([[[1.0, 3.0]], [[2.0, 6.0]]])
+    assert multiply(x, torch.tensor([2.0, 0.5])).flatten().tolist() == [2, 6, 1, 3]
+    assert adjust_contrast(x, torch.tensor([2.0, 0.5])).flatten().tolist() == [0, 4, 3, 5]
+
+
+@pytest.mark.parametrize("shape", [(12, 17), (9, 12, 17)])
+def test_blur_equals_scipy(shape):
+    from scipy.ndimage import gaussian_filter
+
+    x = torch.randn(2, 2, *shape)
+    sigma = torch.tensor([0.7, 1.3])
+    blurred = gaussian_blur(x, sigma)
+    for b in range(2):
+        for c in range(2):
+            expected = gaussian_filter(x[b, c].numpy(), float(sigma[b]), mode="nearest", radius=4)
+            assert torch.allclose(blurred[b, c], torch.from_numpy(expected), atol=1e-5)
+
+
+def test_blur_per_axis():
+    x = torch.zeros(1, 1, 9, 9)
+    x[..., 4, 4] = 1
+    blurred = gaussian_blur(x, torch.tensor([[0.0, 1.0]]), radius=3)
+    assert torch.allclose(blurred.sum(3)[0, 0], x.sum(3)[0, 0], atol=1e-5)
+    assert float(blurred[0, 0, 4, 4]) < 0.5
+    assert float(blurred.sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_jitter():
+    x, intensity = torch.randn(3, 2, 6, 7, 8), torch.tensor([-2.0, 2.0]).expand(3, 2, 2)
+    same = random_jitter(x, intensity, Draws(0, 0, 3))
+    assert torch.allclose(same, x, atol=1e-5) and same.data_ptr() != x.data_ptr()
+    ranges = {"brightness": (0.5, 0.9), "contrast": (0.8, 1.2), "sigma": (1.0, 3.0)}
+    once, again, other = (random_jitter(x, intensity, Draws(0, s, 3), **ranges) for s in (1, 1, 2))
+    assert torch.equal(once, again) and not torch.allclose(once, other)
+    assert torch.isfinite(once).all() and once.std() < x.std()
+    dark = random_jitter(x, intensity, Draws(0, 0, 3), brightness=(0.5, 0.5))
+    assert torch.allclose(dark, (x + 2) / 2 - 2, atol=1e-5)

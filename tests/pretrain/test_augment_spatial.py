@@ -1,0 +1,140 @@
+"""The batched spatial transform: exact where it can be, in mm, the same on any device split."""
+
+import math
+
+import pytest
+import torch
+
+from nnssl.pretrain.augment import Draws, central_crop, random_affine
+from nnssl.pretrain.augment.spatial import Affine, draw_affine, sampling_grid, warp
+
+WINDOWS = {2: (14, 19), 3: (11, 14, 19)}
+SIZES = {2: (8, 12), 3: (6, 8, 12)}
+STILL = {"rotation": (0.0,), "scale": (1.0, 1.0), "shift": 0.0}
+
+
+def coordinates(window, batch=2):
+    """``(B, d, *window)``: each voxel holds its own index."""
+    axes = torch.meshgrid(*[torch.arange(float(n)) for n in window], indexing="ij")
+    return torch.stack(axes)[None].repeat(batch, *[1] * (len(window) + 1))
+
+
+def identity(dim, batch=2):
+    return Affine(torch.eye(dim).repeat(batch, 1, 1), torch.zeros(batch, dim))
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_without_motion_it_is_the_central_crop(dim):
+    x = torch.randn(2, 3, *WINDOWS[dim])
+    view = random_affine(x, Draws(0, 0, 2), SIZES[dim], (1.0,) * dim, **STILL)
+    assert torch.allclose(view.data, central_crop(x, SIZES[dim]), atol=1e-5)
+    assert view.body is None
+
+
+def test_central_crop_is_a_view_in_the_middle():
+    x = torch.arange(7.0).view(1, 1, 7)
+    assert central_crop(x, (3,)).flatten().tolist() == [2, 3, 4]
+    assert central_crop(x, (4,)).flatten().tolist() == [1, 2, 3, 4]
+    assert central_crop(x, (3,)).data_ptr() != x.data_ptr()
+    assert central_crop(x, (3,)).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_whole_shifts_are_exact(dim):
+    affine = identity(dim)
+    affine.shift[:] = torch.tensor([1.0, -2.0, 3.0])[-dim:]
+    x = coordinates(WINDOWS[dim])
+    moved = warp(x, sampling_grid(affine, SIZES[dim], WINDOWS[dim]))
+    expected = central_crop(x, SIZES[dim]) + affine.shift.view(2, dim, *[1] * dim)
+    assert torch.allclose(moved, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_mirroring_is_exact_and_per_axis(dim):
+    x = torch.randn(8, 1, *SIZES[dim])
+    view = random_affine(x, Draws(3, 0, 8), SIZES[dim], (1.0,) * dim, **STILL, mirror_axes=(0,))
+    flipped = x.flip(2)
+    states = [
+        "kept" if torch.allclose(v, k, atol=1e-5) else "flipped" if torch.allclose(v, f, atol=1e-5) else "wrong"
+        for v, k, f in zip(view.data, x, flipped)
+    ]
+    assert set(states) == {"kept", "flipped"}
+
+
+def test_quarter_turn_equals_rot90():
+    x = torch.randn(1, 1, 9, 9)
+    angle = torch.tensor([[math.pi / 2]])
+    from nnssl.pretrain.augment.spatial import _rotation
+
+    turned = warp(x, sampling_grid(Affine(_rotation(angle), torch.zeros(1, 2)), (9, 9), (9, 9)))
+    assert torch.allclose(turned, x.rot90(1, (2, 3)), atol=1e-5) or torch.allclose(
+        turned, x.rot90(-1, (2, 3)), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.0, 1.0, 0.7), (0.8, 2.0)])
+def test_rotation_keeps_distances_in_mm(spacing):
+    dim, mm = len(spacing), torch.tensor(spacing)
+    affine = draw_affine(Draws(1, 2, 5), (8,) * dim, spacing, rotation=(40.0,), scale=(1.0, 1.0))
+    in_mm = mm[None, :, None] * affine.matrix / mm[None, None, :]
+    assert torch.allclose(in_mm @ in_mm.transpose(1, 2), torch.eye(dim).expand(5, -1, -1), atol=1e-5)
+    assert torch.allclose(torch.linalg.det(in_mm), torch.ones(5), atol=1e-5)
+    assert (in_mm - torch.eye(dim)).abs().amax((1, 2)).min() > 1e-3
+
+
+def test_magnification():
+    """A ball looks larger with a scale above 1."""
+    at = coordinates((21, 21, 21), 1) - 10
+    ball = (at.square().sum(1, keepdim=True) < 25).float()
+    large = random_affine(ball, Draws(0, 0, 1), (21,) * 3, (1.0,) * 3, rotation=(0.0,), scale=(1.4, 1.4))
+    assert float(large.data.sum() / ball.sum()) == pytest.approx(1.4**3, rel=0.1)
+
+
+def test_rotation_only_about_the_axes_that_may_turn():
+    affine = draw_affine(Draws(0, 1, 4), (8, 8, 8), (5.0, 1.0, 1.0), rotation=(30.0, 0.0, 0.0), scale=(1.0, 1.0))
+    assert torch.allclose(affine.matrix[:, 0], torch.tensor([1.0, 0, 0]).expand(4, 3))
+    assert torch.allclose(affine.matrix[:, :, 0], torch.tensor([1.0, 0, 0]).expand(4, 3))
+    assert (affine.matrix[:, 1, 2].abs() > 1e-3).all()
+
+
+def test_probability_zero_leaves_samples_alone():
+    affine = draw_affine(Draws(0, 1, 4), (8, 8), (1.0, 1.0), rotation=(90.0,), scale=(0.5, 2.0), shift=0.5, p=0.0)
+    assert torch.equal(affine.matrix, torch.eye(2).expand(4, 2, 2)) and not affine.shift.any()
+
+
+def test_ranges():
+    affine = draw_affine(Draws(0, 1, 400), (10, 20, 40), (1.0,) * 3, rotation=(0.0,), scale=(0.5, 2.0), shift=0.1)
+    magnification = 1 / affine.matrix[:, 0, 0]
+    assert 0.5 <= magnification.min() < 0.6 and 1.8 < magnification.max() <= 2
+    assert 0.4 < (magnification < 1).float().mean() < 0.6
+    assert torch.allclose(affine.shift.abs().amax(0), torch.tensor([1.0, 2.0, 4.0]), rtol=0.05)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_body_moves_along_and_ends_with_the_window(dim):
+    size = SIZES[dim]
+    body = torch.zeros(2, 1, *size, dtype=torch.bool)
+    body[:, :, 1:4] = True
+    x = body.float() * 5
+    view = random_affine(x, Draws(0, 3, 2), size, (1.0,) * dim, body=body, rotation=(0.0,), scale=(1.0, 1.0), shift=0.4)
+    assert view.body.dtype == torch.bool
+    assert torch.equal(view.body, view.data >= 2.5)
+    everywhere = torch.ones_like(body)
+    small = random_affine(x, Draws(0, 3, 2), size, (1.0,) * dim, body=everywhere, rotation=(0.0,), scale=(0.5, 0.5))
+    assert 0.3 < float(small.body.float().mean()) * 2**dim < 2
+
+
+def test_same_views_on_one_rank_as_on_two():
+    x = torch.randn(4, 1, 9, 10)
+    both = random_affine(x, Draws(7, 5, 4), (6, 8), (1.0, 2.0)).data
+    halves = [random_affine(x[i : i + 2], Draws(7, 5, 4, i, 2), (6, 8), (1.0, 2.0)).data for i in (0, 2)]
+    assert torch.equal(torch.cat(halves), both)
+    assert not torch.allclose(random_affine(x, Draws(7, 6, 4), (6, 8), (1.0, 2.0)).data, both)
+
+
+def test_source_is_untouched():
+    x = torch.randn(2, 1, 9, 10)
+    before = x.clone()
+    view = random_affine(x, Draws(7, 5, 2), (9, 10), (1.0, 1.0), mirror_axes=(0, 1))
+    view.data.zero_()
+    assert torch.equal(x, before)

@@ -1,0 +1,154 @@
+"""Legal pretraining crops, windows, and the alignment of MACL's branches."""
+
+import math
+
+import pytest
+
+from nnssl.errors import NnsslError
+from nnssl.plans import Plan
+from nnssl.pretrain.geometry import (
+    asymmetry,
+    cells,
+    choose_crop,
+    largest_spread,
+    rotation_degrees,
+    size_text,
+    window_for,
+)
+
+ISO = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+THICK = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))
+ATRIUM = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))
+
+
+@pytest.fixture
+def plan(tiny_plans, tiny_dataset_json):
+    def make(strides, dim=3, **kwargs):
+        plans = tiny_plans(dim, strides=strides, **kwargs)
+        return Plan.from_dicts(plans, "3d_fullres" if dim == 3 else "2d", tiny_dataset_json())
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("patch", "median", "multiple", "expected"),
+    [
+        ((40, 56, 40), (36, 50, 36), (16, 16, 16), (16, 32, 16)),  # hippocampus
+        ((48, 80, 96), (44, 71, 95), (8, 32, 32), (24, 32, 64)),  # left atrium
+        ((128, 128, 128), (300, 300, 300), (64, 64, 64), (128, 128, 128)),
+        ((16, 192, 192), (16, 256, 256), (4, 32, 32), (8, 160, 160)),  # thick slices
+        ((160, 128, 112), (180, 150, 130), (64, 64, 32), (64, 64, 64)),
+        ((64, 64, 64), (80, 80, 80), (64, 64, 64), None),  # one bottleneck voxel
+        ((64, 128, 64), (80, 140, 80), (64, 64, 64), (64, 128, 64)),  # grows where there is room
+    ],
+)
+def test_crops_that_are_compared(patch, median, multiple, expected):
+    if expected is None:
+        with pytest.raises(
+            NnsslError, match="at least 2 voxels at the bottleneck.*axis 0 would need 128.*patch has 64.*image 80"
+        ):
+            choose_crop(patch, median, multiple)
+        return
+    size, why = choose_crop(patch, median, multiple)
+    assert size == expected
+    assert size_text(size) in why and size_text(multiple) in why and size_text(median) in why
+    assert math.prod(cells(size, multiple)) >= 2
+
+
+@pytest.mark.parametrize(
+    ("patch", "median", "multiple", "expected"),
+    [
+        ((40, 56, 40), (36, 50, 36), (8, 8, 8), (40, 56, 40)),
+        ((512, 512), (400, 400), (256, 256), (512, 512)),
+        ((256, 256), (240, 240), (128, 128), (256, 256)),
+        ((56, 40), (50, 36), (16, 16), (48, 32)),
+    ],
+)
+def test_crops_that_are_not_compared_fill_the_patch(patch, median, multiple, expected):
+    assert choose_crop(patch, median, multiple, compare=False)[0] == expected
+
+
+def test_an_axis_without_a_legal_size_is_named():
+    with pytest.raises(NnsslError, match="multiple of 64 voxels on axis 1.*patch has 40.*median image 36"):
+        choose_crop((128, 40, 128), (128, 36, 128), (32, 64, 32))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((16, 30, 16), "multiple of 16 voxels on axis 1, 30 is none. The nearest is 32"),
+        ((16, 32), "has 2 axes, the plan's patch has 3"),
+        ((16, 16, 16), "1x1x1 voxels, and at least 2"),
+        ((0, 16, 16), "axis 0, 0 is none. The nearest is 16"),
+    ],
+)
+def test_the_users_crop_is_checked(size, message):
+    with pytest.raises(NnsslError, match=message):
+        choose_crop((40, 56, 40), (36, 50, 36), (16, 16, 16), size=size)
+
+
+def test_a_legal_users_crop_is_kept():
+    size, why = choose_crop((40, 56, 40), (36, 50, 36), (16, 16, 16), size=[32, 48, 32])
+    assert size == (32, 48, 32) and "as asked for" in why
+
+
+def test_spread():
+    assert largest_spread((16, 32, 16), (36, 50, 36)) == pytest.approx(20 / 36)
+    assert largest_spread((40, 56, 40), (36, 50, 36)) == 0
+
+
+def test_rotation_in_thick_slices():
+    assert rotation_degrees((1.0, 1.0, 1.0), 30) == (30, 30, 30)
+    assert rotation_degrees((5.0, 1.0, 1.0), 30) == (30, 0, 0)
+    assert rotation_degrees((1.0, 1.0, 5.0), 30) == (0, 0, 30)
+    assert rotation_degrees((1.0, 1.0), 30) == (30,)
+
+
+def test_window():
+    assert window_for((16, 32, 24), (1.0, 1.0, 1.0)) == (16, 32, 24)
+    # A square turned by 45 degrees reaches sqrt(2) farther.
+    assert window_for((20, 20), (1.0, 1.0), rotation=(45.0,)) == (30, 30)
+    assert window_for((20, 20), (1.0, 1.0), rotation=(90.0,)) == (30, 30)
+    assert window_for((20, 20), (1.0, 1.0), min_scale=0.8) == (26, 26)
+    assert window_for((20, 20), (1.0, 1.0), shift=0.1) == (24, 24)
+    assert window_for((20, 20), (1.0, 1.0), min_scale=0.1) == (40, 40)  # at most twice
+    # 10 slices of 4 mm are as long as 40 voxels of 1 mm.
+    assert window_for((10, 40), (4.0, 1.0), rotation=(45.0,)) == (16, 58)
+    assert all(
+        (w - n) % 2 == 0 for w, n in zip(window_for((7, 9, 11), (1.0, 2.0, 3.0), rotation=(30.0,) * 3), (7, 9, 11))
+    )
+    # The margin leaves crops two thirds of their places.
+    assert window_for((16, 32, 16), (1.0,) * 3, rotation=(30.0,) * 3, min_scale=0.8, median=(36, 50, 16)) == (
+        22,
+        38,
+        16,
+    )
+
+
+@pytest.mark.parametrize(
+    ("strides", "blocks", "down", "shrink", "aux_stage", "dense", "multiple"),
+    [
+        (ISO, 1, 1, (2, 2, 2), 3, (8, 8, 8), (16, 16, 16)),
+        (ISO, 2, 2, (4, 4, 4), 3, (8, 8, 8), (32, 32, 32)),
+        (ISO, 2, 1, (2, 2, 2), 2, (4, 4, 4), (16, 16, 16)),
+        (ISO, 0, 0, (1, 1, 1), 3, (8, 8, 8), (8, 8, 8)),
+        (THICK, 2, 2, (2, 4, 4), 4, (4, 16, 16), (8, 64, 64)),
+        (THICK, 2, 1, (2, 2, 2), 3, (4, 8, 8), (8, 32, 32)),
+        (ATRIUM, 1, 1, (1, 2, 2), 4, (8, 16, 16), (8, 32, 32)),
+    ],
+)
+def test_branches_line_up(plan, strides, blocks, down, shrink, aux_stage, dense, multiple):
+    p = plan(strides)
+    a = asymmetry(p, blocks, down)
+    assert (a.shrink, a.aux_stage, a.dense_stride, a.multiple) == (shrink, aux_stage, dense, multiple)
+    # The dominant decoder's map, in voxels of the full image, is as coarse as the auxiliary map.
+    decoder = p.cumulative_strides[p.n_stages - 1 - blocks]
+    assert tuple(d * u for d, u in zip(decoder, a.shrink)) == a.dense_stride
+
+
+@pytest.mark.parametrize(
+    ("blocks", "down", "message"), [(4, 1, "3 decoder stages"), (1, 2, "from 1 to 1"), (2, 0, "from 1 to 2")]
+)
+def test_branches_that_cannot_line_up(plan, blocks, down, message):
+    with pytest.raises(NnsslError, match=message):
+        asymmetry(plan(ISO), blocks, down)

@@ -1,0 +1,400 @@
+"""MACL on tiny networks: shapes, gradients, views, labels, degenerate input, presets (spec T1, T13 to T19)."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nnssl import losses
+from nnssl.errors import NnsslError
+from nnssl.networks import build_network, full_state_dict, walk
+from nnssl.plans import Plan
+from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.geometry import cells
+from nnssl.pretrain.methods import Crops, SourceStats, get_method
+from nnssl.pretrain.methods.macl import MACL, MACLConfig
+from nnssl.pretrain.options import describe_options, make_config
+
+ISO = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
+THIN = ((1, 1, 1), (1, 2, 2), (2, 2, 2))  # U is 2 on each axis, the total stride is not
+LAST = ((1, 1, 1), (2, 2, 2), (1, 2, 2))  # U is (1, 2, 2)
+CASES = [(3, "plain", ISO), (3, "resenc", THIN), (3, "plain", LAST), (2, "plain", ISO), (2, "resenc", ISO)]
+
+
+@pytest.fixture
+def make(tiny_plans, tiny_dataset_json):
+    """``make(dim, arch, strides, size=None, median=..., perturb=False, **options) -> MACL``."""
+
+    def build(
+        dim=3, arch="plain", strides=ISO, *, size=None, median=(28, 36, 26), perturb=False, channels=1, **options
+    ):
+        features = tuple(4 + 2 * i for i in range(len(strides)))
+        plans = tiny_plans(
+            dim, arch, channels, strides=strides, features=features, patch=(16, 32, 16), median_shape=median
+        )
+        plan = Plan.from_dicts(plans, "3d_fullres" if dim == 3 else "2d", tiny_dataset_json(channels))
+        config = MACLConfig(**options)
+        request = MACL.crops(plan, SourceStats(median, 9), config, size)
+        network = build_network(plan)
+        if perturb:  # the last norm of a residual branch starts at 0
+            for m in network.modules():
+                if isinstance(m, nn.modules.instancenorm._InstanceNorm):
+                    nn.init.uniform_(m.weight, 0.5, 1.5)
+        return MACL(network, plan, request, config)
+
+    return build
+
+
+def crops_for(method, b=4, channels=1, data=None):
+    window = method.request.window
+    data = torch.randn(b, channels, *window) if data is None else data
+    along = torch.linspace(0.1, 0.9, b, dtype=torch.float64)
+    position = torch.stack([along.flip(0), torch.full_like(along, 0.5), along], 1)
+    body = torch.ones(b, 1, *window, dtype=torch.bool)
+    intensity = torch.tensor([-2.0, 2.0]).expand(b, channels, 2)
+    return Crops(
+        data, body, position, position, intensity, torch.zeros(b, 3, dtype=torch.long), [f"case{i}" for i in range(b)]
+    )
+
+
+def batch_for(method, **kwargs):
+    crops = crops_for(method, **kwargs)
+    with torch.no_grad():
+        return method.views(crops, Draws(0, 0, len(crops)))
+
+
+def learning(module):
+    return [p for p in module.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+
+
+@pytest.mark.parametrize(("dim", "arch", "strides"), CASES)
+@pytest.mark.parametrize(("blocks", "down"), [(1, 1), (2, 1), (0, 0)])
+def test_maps_line_up(make, dim, arch, strides, blocks, down):  # T1, T18
+    method = make(dim, arch, strides, decoder_blocks=blocks, down=down)
+    branches, size = method.branches, method.request.size
+    batch = batch_for(method)
+    assert list(batch["i_aux"].shape[2:]) == list(batch["v_aux"].shape[2:]) == list(size)
+    for key in ("i_dominant", "v_dominant"):
+        assert list(batch[key].shape[2:]) == cells(size, branches.shrink)
+    (aux, dominant), (y, target) = method.dense_maps(batch["i_aux"], batch["i_dominant"])
+    assert aux.shape == dominant.shape and list(aux.shape[2:]) == cells(size, branches.dense_stride)
+    assert list(batch["sites"].shape[1:]) == list(aux.shape[2:])
+    assert y.shape == losses.shrink(target, branches.shrink).shape
+    terms = method(batch)
+    assert all(torch.isfinite(torch.as_tensor(v)) for v in terms.values())
+    weighted = terms["image"] + 0.5 * terms["dense"] + terms["equivariance"]
+    assert torch.allclose(terms["total"], weighted)
+    if blocks == 0:  # one network, one image: nothing to make equivariant
+        assert terms["equivariance"] == 0
+
+
+@pytest.mark.parametrize(("dim", "arch", "strides"), CASES)
+@pytest.mark.parametrize("image_source", ["decoder", "encoder"])
+def test_who_gets_a_gradient(make, dim, arch, strides, image_source):  # T13
+    method = make(dim, arch, strides, perturb=True, image_source=image_source)
+    batch = batch_for(method)
+    heads = [method.image_aux, method.image_dominant]
+    decoder = method.network.decoder
+    for term in ("image", "dense", "equivariance"):
+        method.zero_grad(set_to_none=True)
+        method(batch)[term].backward()
+        assert all(learning(stage) for stage in method.network.encoder.stages), term
+        through = term == "dense" or (term == "image" and image_source == "decoder")
+        for part in (decoder.transpconvs[0], decoder.stages[0]):
+            assert bool(learning(part)) == through, term
+        assert all(bool(learning(h)) == (term == "image") for h in heads)
+        assert bool(learning(method.pixel_aux)) == (term == "dense")
+        for part in (decoder.transpconvs[1:], decoder.stages[1:], decoder.seg_layers):
+            assert all(p.grad is None and not p.requires_grad for p in part.parameters())
+    method.zero_grad(set_to_none=True)
+    method(batch)["total"].backward()
+    for name, p in method.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, name
+        assert p.grad is None or torch.isfinite(p.grad).all(), name
+
+
+@pytest.mark.parametrize("arch", ["plain", "resenc"])
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_one_step_changes_what_is_pretrained_and_nothing_else(make, arch, optimiser, blocks):  # T13
+    method = make(arch=arch, perturb=True, optimiser=optimiser, weight_decay=0.1, decoder_blocks=blocks, down=1)
+    before = copy.deepcopy(method.network.state_dict())
+    step = method.optimiser()
+    method(batch_for(method))["total"].backward()
+    step.step()
+    assert method.pretrained_parts() == {"encoder": True, "decoder_stages": list(range(blocks))}
+    trained = ["encoder.", "decoder.encoder."]
+    trained += [f"decoder.{part}.{i}." for part in ("transpconvs", "stages") for i in range(blocks)]
+    for name, tensor in method.network.state_dict().items():
+        if not name.startswith(tuple(trained)):
+            assert torch.equal(tensor, before[name]), name
+        elif not (name.endswith("bias") and ("conv.bias" in name or "all_modules.0" in name or "transpconvs" in name)):
+            # A convolution's bias before InstanceNorm has no gradient.
+            assert not torch.equal(tensor, before[name]), name
+
+
+def test_nothing_is_pretrained_beyond_what_the_terms_use(make):
+    method = make(image_source="encoder", dense_weight=0.0)
+    assert method.pretrained_parts() == {"encoder": True, "decoder_stages": []}
+    terms = method(batch_for(method))
+    assert "dense" not in terms
+    terms["total"].backward()
+    assert all((p.grad is not None) == p.requires_grad for p in method.parameters())
+    only_dense = make(image_weight=0.0, equivariance_weight=0.0)
+    terms = only_dense(batch_for(only_dense))
+    assert torch.equal(terms["total"], 0.5 * terms["dense"]) and "image" not in terms
+    assert only_dense.embed(batch_for(only_dense)) is None
+    learnt, _ = only_dense.verdict({"total": 2.0}, {"total": 1.0})
+    assert learnt
+    with pytest.raises(NnsslError, match="all 0"):
+        make(image_weight=0.0, equivariance_weight=0.0, dense_weight=0.0)
+
+
+def test_both_branches_train_one_encoder(make):  # T14
+    method = make()
+    batch = batch_for(method)
+    positives = torch.eye(4, dtype=torch.bool)
+    weight = next(method.network.encoder.parameters())
+
+    def gradient(stop):
+        z = list(method.image_vectors(batch["v_aux"], batch["v_dominant"]))
+        if stop is not None:
+            z[stop] = z[stop].detach()
+        return torch.autograd.grad(losses.supcon(*z, positives), weight)[0]
+
+    both, aux, dominant = gradient(None), gradient(1), gradient(0)
+    assert not torch.allclose(both, aux) and not torch.allclose(both, dominant)
+    assert torch.allclose(both, aux + dominant, atol=1e-5)
+    assert method.network.decoder.encoder is method.network.encoder
+    assert not list(method.buffers())
+    roots = {name.split(".")[0] for name in method.state_dict()}
+    assert roots == {"network", "image_aux", "image_dominant", "pixel_aux"}
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_still_views_are_the_crop_itself(make, dim, align_corners):  # T15
+    method = make(dim, mirror=True, align_corners=align_corners, rotation=90.0)
+    window, size = method.request.window, method.request.size
+    axes = torch.meshgrid(*[torch.arange(float(n)) for n in window], indexing="ij")
+    data = sum(100**i * a for i, a in enumerate(axes)).expand(4, 1, *window).clone()
+    crops = crops_for(method, data=data)
+    before = crops.data.clone()
+    batch = method.views(crops, Draws(0, 0, 4))
+    start = [(w - n) // 2 for w, n in zip(window, size)]
+    inner = data[(..., *[slice(s, s + n) for s, n in zip(start, size)])]
+    assert torch.equal(crops.data, before)
+    assert torch.equal(batch["i_aux"], inner)
+    assert torch.equal(batch["i_dominant"], losses.shrink(inner, method.branches.shrink, align_corners))
+    memory = {crops.data.untyped_storage().data_ptr(), batch["i_aux"].untyped_storage().data_ptr()}
+    assert batch["v_aux"].untyped_storage().data_ptr() not in memory
+    assert batch["v_dominant"].untyped_storage().data_ptr() not in memory
+    shrunk = losses.shrink(batch["v_aux"], method.branches.shrink, align_corners)
+    assert all(not torch.allclose(a, b) for a, b in zip(shrunk, batch["v_dominant"]))
+    assert all(not torch.allclose(a, b) for a, b in zip(batch["v_aux"], inner))
+
+
+def test_views_depend_on_the_draws_only(make):
+    method = make(jitter=True)
+    crops = crops_for(method)
+    one, same, other = (method.views(crops, Draws(0, s, 4)) for s in (1, 1, 2))
+    assert all(torch.equal(one[k], same[k]) for k in one)
+    assert not torch.equal(one["v_aux"], other["v_aux"])
+    assert not torch.equal(one["i_aux"], other["i_aux"])  # jittered
+    half = method.views(crops_for(method, b=2, data=crops.data[2:]), Draws(0, 1, 4, 2, 2))
+    assert torch.allclose(half["v_aux"], one["v_aux"][2:])
+
+
+def test_labels_are_the_crops_own(make):  # T16
+    method = make(rotation=180.0, mirror=True, shift=0.5)
+    crops = crops_for(method)
+    batch = method.views(crops, Draws(0, 0, 4))
+    assert torch.equal(batch["position"], crops.position) and batch["position"].dtype == torch.float64
+    terms = method(batch)
+    assert terms["n_pos"] == 1 and terms["n_neg"] == 6
+    near = {**batch, "position": batch["position"] * torch.tensor([1.0, 1.0, 0.2])}
+    changed = method(near)
+    # Near along the body's axis only: positive for the image, not for a place in it.
+    assert changed["n_pos"] > 1 and not torch.equal(changed["image"], terms["image"])
+    assert torch.equal(changed["dense"], terms["dense"])
+    sideways = {**batch, "position": batch["position"] * torch.tensor([0.2, 1.0, 1.0])}
+    assert torch.equal(method(sideways)["image"], terms["image"])
+
+
+def test_which_samples_are_dense_positives(make):
+    batch = batch_for(make())
+    batch["position"] = batch["position"] * torch.tensor([1.0, 1.0, 0.2])
+    values = {}
+    for mode in ("position_all_axes", "position_axial", "self"):
+        torch.manual_seed(0)
+        values[mode] = float(make(dense_positives=mode)(batch)["dense"].detach())
+    assert values["position_all_axes"] == values["self"] != values["position_axial"]
+
+
+def test_position_axis_is_an_option(make):
+    batch = batch_for(make())
+    batch["position"] = batch["position"] * torch.tensor([1.0, 0.2, 0.2])
+    assert make(position_axis="right-left")(batch)["n_pos"] == 1
+    assert make(position_axis="inferior-superior")(batch)["n_pos"] > 1
+
+
+def test_equal_positions_leave_own_views_only(make):
+    method = make()
+    batch = batch_for(method)
+    batch["position"] = torch.full((4, 3), 0.5, dtype=torch.float64)
+    terms = method(batch)
+    assert terms["n_pos"] == 1 and terms["n_neg"] == 6
+    request = MACL.crops(method.plan, SourceStats((16, 24, 16), 3), method.config, (16, 24, 16))
+    assert "only a crop's own views are positives" in request.explanation
+    assert "own views" not in method.request.explanation
+
+
+def test_one_crop_is_refused(make):
+    method = make()
+    with pytest.raises(NnsslError, match="at least 2 crops.*batch_size"):
+        method(batch_for(method, b=1))
+
+
+@pytest.mark.parametrize("pooling", ["grid", "flatten", "gap", "gap+gmp"])
+@pytest.mark.parametrize("what", ["zeros", "constant", "one empty", "no body", "nan position"])
+def test_degenerate_crops_stay_finite(make, what, pooling):  # T17
+    method = make(pooling=pooling)
+    crops = crops_for(method)
+    if what == "zeros":
+        crops.data.zero_()
+    elif what == "constant":
+        crops.data.fill_(3.0)
+    elif what == "one empty":
+        crops.data[1], crops.body[1] = 0.0, False
+    elif what == "no body":
+        crops.body[:] = False
+    elif what == "nan position":
+        crops.position[1] = float("nan")
+    terms = method(method.views(crops, Draws(0, 0, 4)))
+    terms["total"].backward()
+    assert all(torch.isfinite(torch.as_tensor(v)).all() for v in terms.values()), terms
+    largest = torch.stack([p.grad.abs().max() for p in method.parameters() if p.grad is not None])
+    assert torch.isfinite(largest).all() and largest.max() < 1e4
+    if what == "no body":
+        assert terms["image"] == 0 and terms["dense"] == 0
+
+
+def test_empty_sites_are_masked(make):
+    method = make()
+    crops = crops_for(method)
+    crops.body[0, :, : crops.body.shape[2] // 2] = False
+    batch = method.views(crops, Draws(0, 0, 4))
+    stride = method.branches.dense_stride[0]
+    n = method.request.size[0] // stride
+    assert not batch["sites"][0, : n // 2].any() and batch["sites"][0, n // 2 :].all() and batch["sites"][1:].all()
+    dense = method(batch)["dense"]
+    batch["sites"] = torch.ones_like(batch["sites"])
+    assert not torch.equal(method(batch)["dense"], dense)
+
+
+@pytest.mark.parametrize("arch", ["plain", "resenc"])
+def test_image_vectors_see_differences_at_the_start(make, arch):
+    """Different crops may not all look alike before training; global average pooling after InstanceNorm makes them."""
+    batch = batch_for(make(arch=arch), b=8)
+    cosine = {}
+    for pooling, standardised in (("gap", False), ("grid", True)):
+        torch.manual_seed(0)
+        method = make(arch=arch, pooling=pooling, batch_standardise=standardised)
+        cosine[pooling] = float(method(batch)["off_diagonal_cos"])
+    assert cosine["grid"] < 0.9 < 0.97 < cosine["gap"]
+    default = make(arch=arch)
+    assert float(default(batch)["off_diagonal_cos"]) < 0.9
+    assert default.embed(batch).shape == (8, default.config.proj_dim)
+
+
+def test_weights_fit_the_stock_network(make):  # T19
+    method = make(arch="resenc")
+    step = method.optimiser()
+    batch = batch_for(method)
+    method(batch)["total"].backward()
+    step.step()
+    fresh = build_network(method.plan)
+    fresh.load_state_dict(full_state_dict(method.network))
+    with torch.no_grad():
+        ours, theirs = (walk(n, batch["i_aux"], 1) for n in (method.network, fresh))
+    assert all(torch.equal(a, b) for a, b in zip(ours.skips + ours.levels, theirs.skips + theirs.levels))
+
+
+@pytest.mark.parametrize("preset", ["paper", "code"])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_presets(make, preset, dim):
+    config = make_config(MACLConfig, {}, get_method("macl").presets[preset])
+    median = (64, 64, 64)
+    method = make(dim, size=(32, 32, 16)[-dim:], median=median, **vars(config))
+    assert (config.decoder_blocks, config.pooling, config.align_corners, config.optimiser) == (2, "gap", True, "sgd")
+    assert method.branches.aux_stage == method.plan.n_stages - 1 and method.branches.shrink == (4,) * dim
+    terms = method(batch_for(method))
+    terms["total"].backward()
+    assert all(torch.isfinite(torch.as_tensor(v)).all() for v in terms.values())
+    assert isinstance(method.optimiser(), torch.optim.SGD)
+
+
+def test_options_explain_themselves():
+    rows = describe_options(MACLConfig)
+    assert all(meaning for *_, meaning in rows)
+    assert MACL.name == "macl" and MACL.title and MACL.citation
+    for preset in MACL.presets.values():
+        make_config(MACLConfig, {}, preset)
+
+
+def test_the_crop_of_the_examples_in_the_design(tiny_plans, tiny_dataset_json):
+    def choose(strides, patch, median, **options):
+        plans = tiny_plans(3, strides=strides, patch=patch, median_shape=median)
+        plan = Plan.from_dicts(plans, "3d_fullres", tiny_dataset_json())
+        return MACL.crops(plan, SourceStats(median, 9), MACLConfig(**options))
+
+    hippocampus = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)), (40, 56, 40), (36, 50, 36)
+    request = choose(*hippocampus)
+    assert request.size == (16, 32, 16) and request.batch_size >= 8
+    assert "16x32x16" in request.explanation and "36x50x36" in request.explanation
+    assert all(w >= n and (w - n) % 2 == 0 for w, n in zip(request.window, request.size))
+    atrium = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2)), (40, 80, 96), (44, 71, 95)
+    assert choose(*atrium).size == (24, 32, 64)
+    assert choose(*hippocampus, decoder_blocks=2, down=1).size == (16, 32, 16)
+    with pytest.raises(NnsslError, match="multiples of 32x32x32.*at least 2 voxels at the bottleneck"):
+        choose(*hippocampus, decoder_blocks=2)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_pictures(make, dim):
+    method = make(dim, channels=2)
+    batch = batch_for(method, b=6, channels=2)
+    with torch.no_grad():
+        picture = method.pictures(batch)
+    height, width = method.request.size[-2:]
+    assert list(picture.columns) == [
+        "I",
+        "V auxiliary",
+        "V dominant (shrunk)",
+        "auxiliary features",
+        "dominant features",
+    ]
+    for caption, images in picture.columns.items():
+        assert images.shape == (4, height, width, 3) if "features" in caption else (4, height, width), caption
+        assert np.isfinite(images).all()
+
+
+def test_verdict(make):
+    method = make()
+    good = {"total": 1.0, "image": 2.0, "image_collapse": 3.9, "image_pos_cos": 0.8, "image_neg_cos": 0.1}
+    learnt, sentence = method.verdict(good, good)
+    assert learnt and "learnt" in sentence and "0.80" in sentence and "3.9" in sentence
+    for change in ({"image": 4.0}, {"image": 3.88}, {"image_pos_cos": 0.05}, {"image_neg_cos": 0.8}):
+        learnt, sentence = method.verdict(good, {**good, **change})
+        assert not learnt and "did not learn" in sentence
+
+
+def test_under_autocast(make):
+    method = make()
+    batch = batch_for(method)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = method(batch)
+    terms["total"].backward()
+    assert terms["total"].dtype == torch.float32 and torch.isfinite(terms["total"])
