@@ -1,0 +1,153 @@
+"""The command ``nnssl_pretrain``: a thin shell over :func:`nnssl.pretrain.run`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from nnssl.command import run_command
+from nnssl.errors import NnsslError
+
+__all__ = ["main", "parser"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    p = argparse.ArgumentParser(
+        prog="nnssl_pretrain",
+        allow_abbrev=False,
+        description="Self-supervised pretraining of the network of a dataset's nnU-Net plans, on images without labels.",
+        epilog="Example: nnssl_pretrain -d 500 -t 501 -m macl, "
+        "then: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerPretrained",
+    )
+    p.add_argument("-d", nargs="+", metavar="DATASET", help="dataset ids or names to learn from; labels are never used")
+    p.add_argument("-t", metavar="TARGET", help="dataset whose plans are used (default: the one of -d)")
+    p.add_argument("-m", metavar="METHOD", help="objective; --list names them")
+    p.add_argument(
+        "-c", dest="configuration", metavar="CONFIGURATION", default="3d_fullres", help="default: 3d_fullres"
+    )
+    p.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: nnUNetPlans)")
+    p.add_argument("-device", default="cuda", help="cuda (default), cpu or mps")
+    p.add_argument("-num_gpus", type=int, default=1, help="GPUs of this machine to use, one process each (default: 1)")
+    p.add_argument("-np", type=int, metavar="N", help="processes for preprocessing (default: nnU-Net's)")
+    p.add_argument(
+        "--c",
+        dest="go_on",
+        action="store_true",
+        help="continue the run in the output folder, with its saved configuration",
+    )
+    p.add_argument("--epochs", type=int, help="length of the run (default: 200)")
+    p.add_argument("--iterations", type=int, help="optimiser steps per epoch (default: 250)")
+    p.add_argument("--seed", type=int, help="of initialisation, sampling and views (default: 0)")
+    p.add_argument("--name", help="tells this run from others that would share its folder")
+    p.add_argument("--crop", metavar="Z,Y,X", help="pretraining crop in voxels, in place of the method's choice")
+    p.add_argument("--cases", metavar="FILE", help="text file of the cases to learn from, one a line")
+    p.add_argument("--exclude", metavar="FILE", help="text file of cases to leave out, one a line")
+    p.add_argument("--skip-bad", action="store_true", help="go on without images that cannot be used (see the report)")
+    p.add_argument("--allow-mismatch", action="store_true", help="accept differing channels or modality of -d and -t")
+    p.add_argument("--dry-run", action="store_true", help="only tell crop, batch, memory and time")
+    p.add_argument(
+        "-o", nargs="+", action="extend", metavar="KEY=VALUE", help="options of method and engine; see --list -m"
+    )
+    p.add_argument("--list", action="store_true", help="list the methods, or with -m all options of one")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    p = parser()
+    args = p.parse_args(arguments)
+    if not args.list and (not args.d or not args.m):
+        p.error("-d and -m are needed (or --list)")
+    return run_command(lambda: _body(args, arguments))
+
+
+def _body(args: argparse.Namespace, arguments: list[str]) -> int:
+    if args.list:
+        sys.stdout.write(_listing(args.m))
+        return 0
+    if args.num_gpus < 1:
+        raise NnsslError(f"-num_gpus {args.num_gpus}: at least 1 is needed.")
+    if args.num_gpus > 1 and "WORLD_SIZE" not in os.environ and not args.dry_run:
+        return _several(args, arguments)
+    from nnssl.pretrain.api import run
+    from nnssl.pretrain.options import parse_assignments
+
+    result = run(
+        args.d,
+        method=args.m,
+        target=args.t,
+        configuration=args.configuration,
+        plans=args.p,
+        device=args.device,
+        epochs=args.epochs,
+        iterations=args.iterations,
+        seed=args.seed,
+        name=args.name,
+        options=parse_assignments(args.o),
+        crop=_crop(args.crop),
+        cases=args.cases,
+        exclude=args.exclude,
+        skip_bad=args.skip_bad,
+        allow_mismatch=args.allow_mismatch,
+        continue_run=args.go_on,
+        dry_run=args.dry_run,
+        processes=args.np,
+    )
+    return 0 if result.finished or args.dry_run else 143
+
+
+def _several(args: argparse.Namespace, arguments: list[str]) -> int:
+    from nnssl.pretrain.engine.devices import launch, pick_device
+
+    device = pick_device(args.device)
+    if device.type == "mps":
+        raise NnsslError("-num_gpus: MPS has one device.")
+    if device.type == "cuda":
+        import torch
+
+        if args.num_gpus > torch.cuda.device_count():
+            raise NnsslError(f"-num_gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}.")
+    return launch(arguments, args.num_gpus)
+
+
+def _crop(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        raise NnsslError(f"--crop {text}: whole numbers are wanted, for example 32,64,64.") from None
+
+
+def _listing(method: str | None) -> str:
+    from nnssl.pretrain.engine.config import EngineConfig
+    from nnssl.pretrain.methods import get_method, list_methods
+    from nnssl.pretrain.options import describe_options
+
+    if method is None:
+        rows = [f"  {name:10} {cls.title}" for name, cls in list_methods().items()]
+        return "Methods (-m):\n" + "\n".join(rows) + "\n\nnnssl_pretrain --list -m METHOD shows a method's options.\n"
+    cls = get_method(method)
+    lines = [f"{cls.name}: {cls.title}", *(f"  {c}" for c in cls.citation), ""]
+    for title, config in (
+        (f"Options of {cls.name} (-o key=value):", cls.Config),
+        ("Options of the loop:", EngineConfig),
+    ):
+        lines.append(title)
+        rows = describe_options(config)
+        widths = [max(len(r[i]) for r in rows) for i in range(3)]
+        lines += ["  " + "  ".join([*(r[i].ljust(widths[i]) for i in range(3)), r[3]]).rstrip() for r in rows]
+        lines.append("")
+    if cls.presets:
+        lines.append("Presets (-o preset=NAME):")
+        for name, values in cls.presets.items():
+            lines.append(f"  {name}: " + ", ".join(f"{k}={v}" for k, v in values.items()))
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What ``--dry-run`` tells: time and memory of a few real steps on random images."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from nnssl.networks import build_network
+from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.engine.stepping import Stepper
+from nnssl.pretrain.methods.base import Crops
+
+if TYPE_CHECKING:
+    from nnssl.pretrain.engine.loop import RunSpec
+
+__all__ = ["estimate", "random_crops"]
+
+TIMED_STEPS = 3
+
+
+def random_crops(spec: RunSpec) -> Crops:
+    """A batch of smooth random images with random positions, as the loader would deliver it."""
+    b, window, channels = spec.batch_size, spec.request.window, spec.plan.n_channels
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(b, channels, *window, generator=generator)
+    position = torch.rand(b, 3, generator=generator, dtype=torch.float64)
+    return Crops(
+        data=data,
+        body=torch.ones(b, 1, *window, dtype=torch.bool),
+        position=position,
+        axis_position=position.flip(1),
+        intensity=torch.tensor([-2.5, 2.5]).repeat(b, channels, 1),
+        start=torch.zeros(b, 3, dtype=torch.int64),
+        case=[f"case{i}" for i in range(b)],
+    )
+
+
+def estimate(spec: RunSpec) -> str:
+    """Run a few steps and tell what a run would take.
+
+    Data loading is not part of it: it runs beside the steps in ``workers`` processes.
+    """
+    torch.manual_seed(spec.seed)
+    device = spec.device
+    method = spec.method(build_network(spec.plan), spec.plan, spec.request, spec.config).to(device)
+    clip = spec.method.grad_clip if spec.engine.grad_clip is None else spec.engine.grad_clip
+    stepper = Stepper(method, method, device, spec.steps, clip, spec.engine.amp)
+    crops = random_crops(spec).to(device)
+    seconds = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for step in range(TIMED_STEPS):
+        begin = time.perf_counter()
+        with torch.no_grad():
+            batch = method.views(crops, Draws(spec.seed, step, spec.batch_size, device=device))
+        stepper.step(batch, step, crops.case, stop=False)[0].read()
+        seconds.append(time.perf_counter() - begin)
+    per_step = min(seconds[1:])
+    hours = per_step * spec.steps / 3600
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    return (
+        f"Estimate: {per_step:.2f} s/step, {spec.steps} steps in {hours:.1f} h; peak memory {_peak(device)}; "
+        f"{trained / 1e6:.1f} M trained parameters. Nothing was written."
+    )
+
+
+def _peak(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB on the GPU"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"

@@ -1,0 +1,93 @@
+"""The held-out loss: the same crops and the same views every time, without touching training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnssl.distributed import gather_with_grad, mean_over_ranks, rank
+from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.engine.stepping import Stepper
+from nnssl.pretrain.methods.base import Batch, Crops, Method
+
+__all__ = ["HeldOut", "effective_rank", "embedding_sd"]
+
+HELD_OUT_STREAM = 2**40
+"""Steps from here on are those of held-out batches: no training step draws the same numbers."""
+
+
+class HeldOut:
+    """Evaluates a method on fixed crops.
+
+    Args:
+        batches: this rank's crops of each batch; read once and kept in memory.
+        seed: the run's seed.
+        device: where the method runs.
+        total: crops per batch over all ranks.
+    """
+
+    def __init__(self, batches: Iterable[Crops], seed: int, device: torch.device, total: int) -> None:
+        self.crops = list(batches)
+        self.seed, self.device, self.total = seed, device, total
+
+    def __bool__(self) -> bool:
+        return bool(self.crops)
+
+    def batch(self, method: Method, index: int) -> Batch:
+        """The views of one batch."""
+        crops = self.crops[index].to(self.device)
+        first = rank() * len(crops)
+        draws = Draws(self.seed, HELD_OUT_STREAM + index, self.total, first, len(crops), self.device)
+        return method.views(crops, draws)
+
+    @torch.no_grad()
+    def evaluate(self, method: Method, stepper: Stepper) -> dict[str, float]:
+        """Mean of each term over the batches, and the embedding's SD and effective rank where there is an embedding."""
+        training = method.training
+        method.eval()
+        sums: dict[str, Tensor] = {}
+        embeddings = []
+        try:
+            for index in range(len(self.crops)):
+                batch = self.batch(method, index)
+                with stepper.autocast():
+                    terms = method(batch)
+                    embedded = method.embed(batch)
+                for key, value in terms.items():
+                    value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+                    sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value / len(self.crops)
+                if embedded is not None:
+                    embeddings.append(gather_with_grad(embedded.float()))
+        finally:
+            method.train(training)
+        values = mean_over_ranks(torch.stack(list(sums.values()))).tolist()
+        out = dict(zip(sums, values))
+        if embeddings:
+            z = torch.cat(embeddings)
+            out["embedding_sd"] = embedding_sd(z)
+            out["effective_rank"] = effective_rank(z)
+        return out
+
+
+def embedding_sd(z: Tensor) -> float:
+    """Mean standard deviation of the coordinates of unit vectors, times sqrt(D): about 1 where spread evenly, 0 where collapsed.
+
+    Args:
+        z: ``(N, D)``.
+    """
+    z = F.normalize(z, dim=1)
+    return float(z.std(dim=0).mean() * z.shape[1] ** 0.5)
+
+
+def effective_rank(z: Tensor) -> float:
+    """Exponential of the entropy of the normalised singular values of the centred embedding (Roy & Vetterli 2007).
+
+    Args:
+        z: ``(N, D)``; the result is between 1 and min(N - 1, D).
+    """
+    s = torch.linalg.svdvals((z - z.mean(dim=0)).double())
+    p = s / s.sum().clamp_min(1e-12)
+    return float(torch.exp(-(p * torch.log(p.clamp_min(1e-12))).sum()))

@@ -1,0 +1,164 @@
+"""The output folder of one run: who may write into it, what it holds, and whether a run may go on in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from nnssl.errors import NnsslError
+
+__all__ = ["RunFolder", "differences"]
+
+
+def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """``key: saved -> wanted`` for each key of ``wanted`` whose value is another in ``saved``."""
+    out = []
+    for key, value in wanted.items():
+        old = saved.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            out += differences(old, value, f"{prefix}{key}.")
+        elif old != value:
+            out.append(f"{prefix}{key}: {old} in the folder, {value} now")
+    return out
+
+
+class RunFolder:
+    """A run's folder, locked against other processes while it is open.
+
+    The lock is the operating system's (released by a kill), the file beside it only tells who holds it.
+
+    Args:
+        path: the folder; made where it is missing.
+        lock: False only looks: nothing is made or locked (a dry run, or ranks beside the first).
+    """
+
+    def __init__(self, path: Path, lock: bool = True) -> None:
+        self.path = path
+        self._wanted = lock
+        self._lock: IO[str] | None = None
+
+    @property
+    def latest(self) -> Path:
+        """``checkpoint_latest.pth``: weights and the state of training."""
+        return self.path / "checkpoint_latest.pth"
+
+    @property
+    def final(self) -> Path:
+        """``checkpoint_final.pth``: what fine-tuning reads."""
+        return self.path / "checkpoint_final.pth"
+
+    @property
+    def config_file(self) -> Path:
+        """``config.json``: everything resolved."""
+        return self.path / "config.json"
+
+    def __enter__(self) -> RunFolder:
+        if not self._wanted:
+            return self
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise NnsslError(
+                f"cannot write into {self.path}: {error.strerror or error}. nnUNet_results must be writable."
+            ) from error
+        if not _try_lock(self._lock):
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            self._lock = None
+            raise NnsslError(
+                f"{self.path} is in use by another process ({holder}). Wait for it, or give this run a name of its own "
+                "with --name."
+            )
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def saved_config(self) -> dict[str, Any] | None:
+        """What ``config.json`` holds, or None where there is no run yet.
+
+        Raises:
+            NnsslError: where the file cannot be read.
+        """
+        if not self.config_file.is_file():
+            return None
+        try:
+            return json.loads(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise NnsslError(
+                f"{self.config_file} cannot be read ({error}). Move the folder away, or give this run a --name."
+            ) from error
+
+    def admit(self, identity: dict[str, Any], *, continue_run: bool) -> bool:
+        """Decide whether a run with this identity may work here.
+
+        Args:
+            identity: what makes the run what it is (method, options, seed, cases, plans).
+            continue_run: whether the user gave ``--c``.
+
+        Returns:
+            True where a checkpoint is to be resumed.
+
+        Raises:
+            NnsslError: for a folder of another run, a finished one, or an unfinished one without ``--c``.
+        """
+        saved = self.saved_config()
+        if saved is None:
+            if self.latest.exists() or self.final.exists():
+                raise NnsslError(
+                    f"{self.path} holds a checkpoint but no config.json, so it is not known what it is. "
+                    "Give this run a --name."
+                )
+            return False
+        changed = differences(saved.get("identity", {}), identity)
+        if changed:
+            what = "continue it with" if continue_run else "start"
+            lines = "\n".join(f"  - {c}" for c in changed)
+            raise NnsslError(
+                f"{self.path} holds a run with another configuration, so it cannot {what} this one:\n{lines}\n"
+                + ("Leave those options out with --c." if continue_run else "Give this run a --name of its own.")
+            )
+        if self.final.exists():
+            if continue_run:
+                return True
+            raise NnsslError(
+                f"{self.path} holds this very run, finished. Nothing is to be done; --name starts another."
+            )
+        if not self.latest.exists():
+            return False
+        if not continue_run:
+            raise NnsslError(
+                f"{self.path} holds this very run, unfinished. Continue it with --c, or start another with --name."
+            )
+        return True
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,391 @@
+"""The one training loop. It knows a method only through :class:`~nnssl.pretrain.methods.Method`."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from nnssl.distributed import is_distributed, rank, world_size
+from nnssl.errors import NnsslError
+from nnssl.networks import build_network
+from nnssl.plans import Plan
+from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.data import Pool, make_loader
+from nnssl.pretrain.engine.config import EngineConfig
+from nnssl.pretrain.engine.evaluate import HeldOut
+from nnssl.pretrain.engine.folder import RunFolder
+from nnssl.pretrain.engine.hooks import Hook
+from nnssl.pretrain.engine.logs import RunLog
+from nnssl.pretrain.engine.pictures import save_picture
+from nnssl.pretrain.engine.signals import StopSignals
+from nnssl.pretrain.engine.stepping import Numbers, Stepper
+from nnssl.pretrain.methods.base import CropRequest, Crops, Method, Progress
+
+__all__ = ["Engine", "NonFiniteError", "Outcome", "RunSpec"]
+
+log = logging.getLogger("nnssl")
+
+
+class NonFiniteError(NnsslError):
+    """The loss or a gradient became NaN or infinite."""
+
+
+@dataclass
+class RunSpec:
+    """All that defines a run; :func:`nnssl.pretrain.run` fills it in.
+
+    Attributes:
+        save: writes a checkpoint: ``save(engine, path, training_state)``; rank 0 only.
+        seed: of network initialisation, sampling and views.
+    """
+
+    method: type[Method]
+    config: Any
+    plan: Plan
+    pool: Pool
+    request: CropRequest
+    engine: EngineConfig
+    batch_size: int
+    epochs: int
+    iterations: int
+    seed: int
+    device: torch.device
+    workers: int
+    folder: RunFolder
+    save: Callable[[Engine, Any, dict[str, Any] | None], None]
+    hooks: list[Hook] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Length of the run in optimiser steps."""
+        return self.epochs * self.iterations
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        finished: False where a signal ended it early; ``--c`` continues it.
+        learnt: the method's own verdict on held-out crops.
+        sentence: the verdict for a person.
+        first, last: held-out terms before the first step and at the end (training terms where nothing is held out).
+    """
+
+    finished: bool
+    learnt: bool
+    sentence: str
+    first: dict[str, float]
+    last: dict[str, float]
+    history: list[dict[str, Any]]
+
+
+class Engine:
+    """Trains one method.
+
+    Args:
+        spec: the run.
+        state: training state of the checkpoint that is continued, or None.
+
+    Attributes:
+        stop_reason: set by a hook to end the run after the current epoch.
+    """
+
+    def __init__(self, spec: RunSpec, state: dict[str, Any] | None = None) -> None:
+        self.spec = spec
+        torch.manual_seed(spec.seed)
+        network = build_network(spec.plan)
+        self.method = spec.method(network, spec.plan, spec.request, spec.config).to(spec.device)
+        module: nn.Module = self.method
+        if spec.engine.compile:
+            module.compile()
+        if is_distributed():
+            ids = [spec.device.index] if spec.device.type == "cuda" else None
+            module = nn.parallel.DistributedDataParallel(module, device_ids=ids)
+        clip = spec.engine.grad_clip if spec.engine.grad_clip is not None else spec.method.grad_clip
+        self.stepper = Stepper(self.method, module, spec.device, spec.steps, clip, spec.engine.amp)
+        self.step = 0
+        self.first: dict[str, float] = {}
+        self.stop_reason: str | None = None
+        self._sums: dict[str, float] = {}
+        self._counted = 0
+        self._pending: Numbers | None = None
+        self._last: dict[str, float] = {}
+        self._stop_agreed = False
+        self.log = RunLog(spec.folder.path if rank() == 0 else None)
+        if state is not None:
+            self._restore(state)
+        self.held_out = HeldOut(self._loader("held_out", 0), spec.seed, spec.device, spec.batch_size)
+
+    def _loader(self, split: str, start: int) -> Any:
+        spec = self.spec
+        held_out = split == "held_out"
+        if held_out and (not spec.pool.held_out or not spec.engine.held_out_batches):
+            return []
+        return make_loader(
+            spec.pool,
+            spec.plan,
+            spec.request,
+            seed=spec.seed,
+            batch_size=spec.batch_size,
+            start_step=start,
+            steps=spec.engine.held_out_batches if held_out else spec.steps - start,
+            rank=rank(),
+            world_size=world_size(),
+            num_workers=0 if held_out else spec.workers,
+            split=split,
+            pin_memory=spec.device.type == "cuda",
+        )
+
+    # ---- state ---------------------------------------------------------------------------------------------------
+
+    def training_state(self) -> dict[str, Any]:
+        """What ``--c`` needs beyond the network's weights; tensors and plain values only."""
+        own = {k: v.detach().cpu() for k, v in self.method.state_dict().items() if not k.startswith("network.")}
+        return {
+            "method": own,
+            "stepper": self.stepper.state_dict(),
+            "step": self.step,
+            "first": self.first,
+            "history": self.log.history,
+            "sums": self._sums,
+            "counted": self._counted,
+            "hooks": {h.name: h.state_dict() for h in self.spec.hooks},
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.spec.device) if self.spec.device.type == "cuda" else None,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        own = {k: v for k, v in self.method.state_dict().items() if k.startswith("network.")}
+        own.update({f"network.{k}": v for k, v in state["network_weights"].items()})
+        self.method.load_state_dict({**own, **state["method"]})
+        self.stepper.load_state_dict(state["stepper"])
+        self.step = int(state["step"])
+        self.first = dict(state["first"])
+        self.log.history = list(state["history"])
+        self._sums, self._counted = dict(state["sums"]), int(state["counted"])
+        for hook in self.spec.hooks:
+            hook.load_state_dict(state["hooks"].get(hook.name, {}))
+        if rank():  # only rank 0's generators are saved; the others' must differ from them
+            torch.manual_seed(self.spec.seed + 7919 * rank() + self.step)
+            return
+        torch.set_rng_state(state["rng"].cpu())
+        if state["cuda_rng"] is not None and self.spec.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.spec.device)
+
+    def save(self, *, final: bool = False) -> None:
+        """Write ``checkpoint_latest.pth`` (and, at the end, ``checkpoint_final.pth`` without the training state)."""
+        if rank() == 0:
+            self.spec.save(self, self.spec.folder.latest, self.training_state())
+            if final:
+                self.spec.save(self, self.spec.folder.final, None)
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Outcome:
+        """Train to the end, or until a signal or a hook asks to stop.
+
+        Raises:
+            NonFiniteError: names the cases of the batch; the last checkpoint on disk is from before it.
+            NnsslError: out of memory, with what to lower.
+        """
+        try:
+            return self._fit()
+        except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+            raise NnsslError(self._memory_advice()) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise NnsslError(
+                f"{error.strerror} in {self.spec.folder.path}. The checkpoint saved last is whole. Free space, then continue "
+                "with --c."
+            ) from error
+
+    def _fit(self) -> Outcome:
+        spec = self.spec
+        for hook in spec.hooks:
+            hook.start(self)
+        if self.step == 0:
+            self.first = self.held_out.evaluate(self.method, self.stepper) if self.held_out else {}
+            self._picture(0)
+            self.log.event("start", step=0, **{f"held_out/{k}": v for k, v in self.first.items()})
+        else:
+            self.log.event("continue", step=self.step)
+        batches = iter(self._loader("train", self.step))
+        finished = True
+        with StopSignals() as signals:
+            while self.step < spec.steps and self.stop_reason is None:
+                epoch = self.step // spec.iterations
+                if not self._epoch(epoch, batches, signals):
+                    finished = False
+                    break
+        self.save(final=finished)
+        if not finished:
+            log.info("Stopped by %s after step %d of %d; continue with --c.", signals.name, self.step, spec.steps)
+        self.log.close()
+        return self._outcome(finished)
+
+    def _epoch(self, epoch: int, batches: Iterator[Crops], signals: StopSignals) -> bool:
+        """One epoch, or what is left of it; False where a signal ended it."""
+        spec = self.spec
+        begin, waited, done = time.perf_counter(), 0.0, 0
+        bar = tqdm(
+            total=spec.iterations,
+            initial=self.step - epoch * spec.iterations,
+            desc=f"epoch {epoch + 1}/{spec.epochs}",
+            disable=True if rank() else None,
+            leave=False,
+            dynamic_ncols=True,
+        )
+        with bar:
+            while self.step < (epoch + 1) * spec.iterations:
+                t = time.perf_counter()
+                crops = next(batches)
+                waited += time.perf_counter() - t
+                self._step(crops, signals.received)
+                done += 1
+                seconds = (time.perf_counter() - begin) / done
+                self._show(bar, seconds, waited / (seconds * done))
+                if self._stop_agreed:
+                    self._settle()
+                    return False
+            self._settle()
+        seconds = (time.perf_counter() - begin) / max(1, done)
+        self._end_epoch(epoch, seconds, waited / max(1e-9, seconds * done))
+        return True
+
+    def _step(self, crops: Crops, stop: bool) -> None:
+        spec = self.spec
+        crops = crops.to(spec.device)
+        draws = Draws(spec.seed, self.step, spec.batch_size, rank() * len(crops), len(crops), spec.device)
+        with torch.no_grad():
+            batch = self.method.views(crops, draws)
+        numbers, stepped = self.stepper.step(batch, self.step, crops.case, stop)
+        self.step += 1
+        if stepped:
+            self.method.after_step(Progress(self.step, spec.steps, (self.step - 1) // spec.iterations, spec.epochs))
+        self._settle()
+        self._pending = numbers
+
+    def _settle(self) -> None:
+        """Read the numbers of the step before, which the device has finished by now."""
+        numbers, self._pending = self._pending, None
+        if numbers is None:
+            return
+        values = numbers.read()
+        self._stop_agreed = values.pop("stop") > 0
+        skipped = self.stepper.scaler is not None and not math.isfinite(values["grad_norm"])
+        if not math.isfinite(values["total"]) or (not math.isfinite(values["grad_norm"]) and not skipped):
+            raise NonFiniteError(self._non_finite_advice(numbers, values))
+        for key, value in values.items():
+            if not (skipped and key == "grad_norm"):
+                self._sums[key] = self._sums.get(key, 0.0) + value
+        self._counted += 1
+        self._last = values
+        if self.spec.engine.log_every and numbers.step % self.spec.engine.log_every == 0:
+            self.log.event("step", step=numbers.step, lr=self.stepper.optimiser.param_groups[0]["lr"], **values)
+
+    def _show(self, bar: tqdm, seconds: float, wait: float) -> None:
+        left = (self.spec.steps - self.step) * seconds
+        shown = {k: f"{v:.3g}" for k, v in list(self._last.items())[:4]}
+        bar.set_postfix({**shown, "s/step": f"{seconds:.2f}", "data": f"{wait:.0%}", "left": _duration(left)})
+        bar.update()
+
+    def _end_epoch(self, epoch: int, seconds: float, wait: float) -> None:
+        spec = self.spec
+        means = {k: v / max(1, self._counted) for k, v in self._sums.items()}
+        self._sums, self._counted = {}, 0
+        row: dict[str, Any] = {"epoch": epoch + 1, "step": self.step}
+        row["lr"] = self.stepper.optimiser.param_groups[0]["lr"]
+        row["grad_norm"] = means.pop("grad_norm", None)
+        row.update({f"train/{k}": v for k, v in means.items()})
+        if self.held_out:
+            held_out = self.held_out.evaluate(self.method, self.stepper)
+            row["embedding_sd"] = held_out.pop("embedding_sd", None)
+            row["effective_rank"] = held_out.pop("effective_rank", None)
+            row.update({f"held_out/{k}": v for k, v in held_out.items()})
+        row.update(step_s=seconds, data_wait=wait)
+        for hook in spec.hooks:
+            hook.after_epoch(self, row)
+        self.log.epoch(row)
+        left = (spec.steps - self.step) * seconds
+        text = f"epoch {epoch + 1}/{spec.epochs}: loss {means['total']:.4g}"
+        if self.held_out:
+            text += f", held out {row['held_out/total']:.4g}"
+        terms = ", ".join(f"{k} {v:.3g}" for k, v in list(means.items())[1:5])
+        log.info(
+            "%s (%s); lr %.2g, %.2f s/step, %.0f %% waiting for data, %s left",
+            text,
+            terms,
+            row["lr"],
+            seconds,
+            100 * wait,
+            _duration(left),
+        )
+        last = self.step >= spec.steps or self.stop_reason is not None
+        every = spec.engine.picture_every
+        every = max(1, spec.epochs // 10) if every is None else every
+        if every and ((epoch + 1) % every == 0 or last):
+            self._picture(epoch + 1)
+        if (epoch + 1) % spec.engine.save_every == 0 and not last:
+            self.save()
+
+    def _picture(self, epoch: int) -> None:
+        """Rank 0 draws what the network makes of the first held-out batch."""
+        if rank() != 0 or not self.held_out or self.spec.engine.picture_every == 0:
+            return
+        training = self.method.training
+        self.method.eval()
+        with torch.no_grad(), self.stepper.autocast():
+            picture = self.method.pictures(self.held_out.batch(self.method, 0))
+        self.method.train(training)
+        if picture is not None:
+            save_picture(picture, self.spec.folder.path / f"views_epoch_{epoch:04d}.png")
+
+    # ---- words ---------------------------------------------------------------------------------------------------
+
+    def _outcome(self, finished: bool) -> Outcome:
+        row = self.log.history[-1] if self.log.history else {}
+        prefix = "held_out/" if self.held_out else "train/"
+        last = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
+        first = self.first
+        if not self.held_out and self.log.history:
+            first = {k.removeprefix(prefix): v for k, v in self.log.history[0].items() if k.startswith(prefix)}
+        if not finished or not last:
+            return Outcome(finished, False, "The run has not ended yet.", first, last, self.log.history)
+        learnt, sentence = self.method.verdict(first, last)
+        if not self.held_out:
+            sentence += " (No case is held out: these are training losses.)"
+        closing = [s for s in (h.finish(self) for h in self.spec.hooks) if s]
+        return Outcome(True, learnt, " ".join([sentence, *closing]), first, last, self.log.history)
+
+    def _non_finite_advice(self, numbers: Numbers, values: dict[str, float]) -> str:
+        bad = ", ".join(k for k, v in values.items() if not math.isfinite(v))
+        cases = ", ".join(dict.fromkeys(numbers.cases))
+        return (
+            f"step {numbers.step}: {bad} is not finite. Cases of the batch: {cases}. Look at these images, or leave them "
+            f"out with --exclude; or lower -o lr or -o grad_clip. The last checkpoint in {self.spec.folder.path} is from "
+            "before this step."
+        )
+
+    def _memory_advice(self) -> str:
+        b, size = self.spec.batch_size, "x".join(map(str, self.spec.request.size))
+        return (
+            f"out of memory with {b} crops of {size} voxels a step. Lower -o batch_size (fewest for this method: "
+            f"{self.spec.request.min_batch}), choose a smaller --crop, or spread the batch with -num_gpus."
+        )
+
+
+def _duration(seconds: float) -> str:
+    seconds = int(seconds)
+    hours, minutes = seconds // 3600, seconds % 3600 // 60
+    return f"{hours}h{minutes:02d}" if hours else f"{minutes}:{seconds % 60:02d}"

@@ -1,0 +1,42 @@
+"""SIGTERM and Ctrl-C ask the loop to save and end; a second Ctrl-C interrupts at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__ = ["StopSignals"]
+
+
+class StopSignals:
+    """While entered, remembers that a signal asked the run to end.
+
+    Attributes:
+        received: whether one came.
+        name: which one.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self.name = ""
+        self.number = 0
+        self._old: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received, self.number, self.name = True, number, signal.Signals(number).name
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)

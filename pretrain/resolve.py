@@ -1,0 +1,122 @@
+"""From what the user gave, and what a folder holds, to the configuration of a run and the record of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nnssl.errors import NnsslError, nearest
+from nnssl.plans import Plan
+from nnssl.pretrain.data import Pool
+from nnssl.pretrain.engine.config import RUNTIME_OPTIONS, EngineConfig
+from nnssl.pretrain.methods import CropRequest, Method
+from nnssl.pretrain.options import config_dict, make_config, split_options
+
+__all__ = ["Choice", "batch_size", "identity", "method_folder", "resolve"]
+
+EPOCHS, ITERATIONS, SEED = 200, 250, 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a run, defaults filled in."""
+
+    config: Any
+    engine: EngineConfig
+    epochs: int
+    iterations: int
+    seed: int
+    crop: tuple[int, ...] | None
+
+
+def resolve(
+    method: type[Method],
+    saved: Mapping[str, Any] | None,
+    *,
+    epochs: int | None,
+    iterations: int | None,
+    seed: int | None,
+    options: Mapping[str, Any] | None,
+    crop: Sequence[int] | None,
+) -> Choice:
+    """Fill in defaults; a continued run's saved identity comes before them, and what the user gave before both.
+
+    Raises:
+        NnsslError: unknown or illegal options, an unknown preset.
+    """
+    given = dict(options or {})
+    preset = given.pop("preset", None)
+    old = dict(saved or {}).get("identity", {})
+    if preset is not None and preset not in method.presets:
+        known = ", ".join(method.presets) or "none"
+        raise NnsslError(f"-o preset={preset}: {method.name} has {known}.{nearest(str(preset), method.presets)}")
+    base = {**(method.presets[preset] if preset else {})} if preset or not old else dict(old["options"])
+    of_method, of_engine = split_options(given, [method.Config, EngineConfig])
+    for key, value in {"epochs": epochs, "iterations": iterations}.items():
+        if value is not None and value < 1:
+            raise NnsslError(f"--{key} {value}: at least 1 is needed.")
+    if seed is not None and seed < 0:
+        raise NnsslError(f"--seed {seed}: 0 or more is needed.")
+    if crop is None and old:
+        crop = old["crop"]["size"]
+    return Choice(
+        config=make_config(method.Config, of_method, base),
+        engine=make_config(EngineConfig, of_engine, old.get("engine", {})),
+        epochs=_first(epochs, old.get("epochs"), EPOCHS),
+        iterations=_first(iterations, old.get("iterations"), ITERATIONS),
+        seed=_first(seed, old.get("seed"), SEED),
+        crop=tuple(int(c) for c in crop) if crop is not None else None,
+    )
+
+
+def _first(*values: Any) -> Any:
+    return next(v for v in values if v is not None)
+
+
+def batch_size(engine: EngineConfig, request: CropRequest, ranks: int) -> int:
+    """Crops per step over all ranks.
+
+    Raises:
+        NnsslError: fewer than the method needs, or not divisible.
+    """
+    size = engine.batch_size or request.batch_size
+    if size < request.min_batch:
+        raise NnsslError(f"-o batch_size={size}: this method needs at least {request.min_batch} crops a step.")
+    unit = ranks * request.crops_per_case
+    if size % unit:
+        low, high = size // unit * unit, (size // unit + 1) * unit
+        raise NnsslError(
+            f"-o batch_size={size} cannot be shared by {ranks} process(es) with {request.crops_per_case} crop(s) of each "
+            f"case: it must be a multiple of {unit}, for example {low or high} or {high}."
+        )
+    return size
+
+
+def method_folder(method: type[Method]) -> str:
+    """The method's name in the output folder: ``macl`` -> ``Macl``."""
+    return method.name[:1].upper() + method.name[1:]
+
+
+def identity(
+    method: type[Method], plan: Plan, pool: Pool, request: CropRequest, sources: list[str], choice: Choice, batch: int
+) -> dict[str, Any]:
+    """What makes a run what it is: a folder takes only a run with the same."""
+    engine = {k: v for k, v in config_dict(choice.engine).items() if k not in RUNTIME_OPTIONS}
+    return {
+        "method": method.name,
+        "options": config_dict(choice.config),
+        "engine": engine,
+        "epochs": choice.epochs,
+        "iterations": choice.iterations,
+        "batch_size": batch,
+        "seed": choice.seed,
+        "crop": {"size": list(request.size), "window": list(request.window)},
+        "sources": sources,
+        "dataset": plan.dataset_name,
+        "plans_name": plan.plans_name,
+        "configuration": plan.configuration,
+        "architecture_hash": plan.architecture_hash,
+        "data_hash": plan.data_hash,
+        "cases": {"number": len(pool.cases), "fingerprint": pool.fingerprint_hash},
+    }

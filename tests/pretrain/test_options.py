@@ -1,0 +1,81 @@
+from dataclasses import dataclass
+
+import pytest
+
+from nnssl.errors import NnsslError
+from nnssl.pretrain.engine.config import EngineConfig
+from nnssl.pretrain.methods import get_method, list_methods, option
+from nnssl.pretrain.options import config_dict, describe_options, make_config, parse_assignments, split_options
+
+
+@dataclass(frozen=True)
+class Example:
+    lr: float = option(1e-3, "learning rate", low=0.0)
+    pool: str = option("gap", "pooling", choices=("gap", "flatten"))
+    flip: bool = option(True, "mirror")
+    weights: tuple[float, ...] = option((1.0, 0.5), "of the terms", low=0.0)
+    blocks: int | None = option(None, "decoder blocks", low=0, high=4)
+
+
+def test_assignments():
+    assert parse_assignments(["lr=1e-2", "pool=a=b"]) == {"lr": "1e-2", "pool": "a=b"}
+    assert parse_assignments(None) == {}
+    with pytest.raises(NnsslError, match="not of the form"):
+        parse_assignments(["lr"])
+    with pytest.raises(NnsslError, match="given twice"):
+        parse_assignments(["lr=1", "lr=2"])
+
+
+def test_text_becomes_the_annotated_type():
+    c = make_config(Example, {"lr": "1e-2", "flip": "no", "weights": "1,2", "blocks": "3", "pool": "flatten"})
+    assert c == Example(lr=0.01, pool="flatten", flip=False, weights=(1.0, 2.0), blocks=3)
+    assert make_config(Example, {"blocks": "auto"}, preset={"blocks": 2, "lr": 5.0}) == Example(lr=5.0)
+    assert config_dict(c)["weights"] == [1.0, 2.0]
+
+
+def test_a_saved_config_is_read_back():
+    c = Example(blocks=2, weights=(0.25,))
+    assert make_config(Example, config_dict(c)) == c
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"lr": "-1"}, r"lr=-1.0 is outside of >= 0"),
+        ({"lr": "nan"}, "lr is not a number"),
+        ({"lr": "fast"}, "lr=fast: float is wanted"),
+        ({"pool": "flaten"}, "Did you mean 'flatten'"),
+        ({"blocks": "5"}, r"outside of \[0, 4\]"),
+        ({"blocks": "1.5"}, "blocks=1.5"),
+        ({"flip": "maybe"}, "flip=maybe: bool is wanted"),
+        ({"weights": "1,-1"}, "weights=-1.0 is outside"),
+        ({"lr": "x", "pool": "y"}, "found 2 problems"),
+    ],
+)
+def test_wrong_values_are_named(values, words):
+    with pytest.raises(NnsslError, match=words):
+        make_config(Example, values)
+
+
+def test_options_find_their_config_and_unknown_ones_the_nearest_name():
+    assert split_options({"lr": 1, "workers": 2}, [Example, EngineConfig]) == [{"lr": 1}, {"workers": 2}]
+    with pytest.raises(NnsslError, match="'batchsize'. Did you mean 'batch_size'"):
+        split_options({"batchsize": 1}, [Example, EngineConfig])
+
+
+def test_every_option_of_every_method_is_explained():
+    for cls in list_methods().values():
+        names = set()
+        for name, _, _, help_text in describe_options(cls.Config):
+            assert help_text, f"{cls.name}.{name}"
+            names.add(name)
+        assert not names & {r[0] for r in describe_options(EngineConfig)}, cls.name
+        assert cls.title
+        assert cls.citation
+        for preset, values in cls.presets.items():
+            make_config(cls.Config, {}, values), preset
+
+
+def test_unknown_method_gets_the_nearest_name():
+    with pytest.raises(NnsslError, match="Did you mean 'macl'"):
+        get_method("mcal")
