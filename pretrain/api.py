@@ -23,6 +23,7 @@ from nnssl.pretrain.engine.folder import RunFolder
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.engine.logs import add_log_file
 from nnssl.pretrain.engine.loop import Engine, Outcome, RunSpec
+from nnssl.pretrain.engine.watch import RobustnessHook
 from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.resolve import batch_size, identity, method_folder, resolve
 from nnssl.results import output_folder
@@ -75,6 +76,8 @@ def run(
     continue_run: bool = False,
     dry_run: bool = False,
     processes: int | None = None,
+    robustness_every: int | None = None,
+    stop: str | None = None,
     hooks: Sequence[Hook] = (),
 ) -> RunResult:
     """Pretrain the network of a dataset's plans on unlabelled images.
@@ -96,7 +99,10 @@ def run(
         continue_run: resume the run in the output folder with its saved configuration.
         dry_run: only tell crop, batch, memory and time.
         processes: for preprocessing; nnU-Net's default unless given.
-        hooks: watchers of the run.
+        robustness_every: epochs between two measurements of robustness, 0 for none; chosen so that they take at most 3 % of
+            the time unless given.
+        stop: ``"robustness"`` ends the run once robustness has not improved for five measurements.
+        hooks: more watchers of the run.
 
     Returns:
         Where the results are and whether the method learnt.
@@ -105,6 +111,9 @@ def run(
         NnsslError: for everything that the user can mend.
     """
     cls = get_method(method)
+    if stop not in (None, "robustness"):
+        raise NnsslError(f"--stop {stop}: only 'robustness' is known.")
+    watch = RobustnessHook(robustness_every, True if stop else None)
     names = _source_names(sources, target)
     plan = load_plan(resolve_dataset(target) if target is not None else names[0], configuration, plans)
     path = output_folder(plan, method_folder(cls), names, name)
@@ -143,7 +152,7 @@ def run(
             workers=get_allowed_n_proc_DA() if workers is None else workers,
             folder=folder,
             save=_saver(names),
-            hooks=list(hooks),
+            hooks=[watch, *hooks],
         )
         _introduce(spec, names)
         if dry_run:

@@ -47,6 +47,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--exclude", metavar="FILE", help="text file of cases to leave out, one a line")
     p.add_argument("--skip-bad", action="store_true", help="go on without images that cannot be used (see the report)")
     p.add_argument("--allow-mismatch", action="store_true", help="accept differing channels or modality of -d and -t")
+    p.add_argument(
+        "--robustness-every",
+        type=int,
+        metavar="K",
+        help="epochs between two measurements of robustness, 0: none (default: so many that they take 3 %% of the time)",
+    )
+    p.add_argument("--stop", choices=("robustness",), help="end once robustness has not improved for five measurements")
     p.add_argument("--dry-run", action="store_true", help="only tell crop, batch, memory and time")
     p.add_argument(
         "-o", nargs="+", action="extend", metavar="KEY=VALUE", help="options of method and engine; see --list -m"
@@ -96,6 +103,8 @@ def _body(args: argparse.Namespace, arguments: list[str]) -> int:
         continue_run=args.go_on,
         dry_run=args.dry_run,
         processes=args.np,
+        robustness_every=args.robustness_every,
+        stop=args.stop,
     )
     return 0 if result.finished or args.dry_run else 143
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ class Hook:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave."""
+
+    def panel(self) -> Callable[[Any], None] | None:
+        """Draws into a matplotlib axis of ``progress.png``; None: nothing to draw."""
+        return None
 
     def checkpoint_info(self) -> dict[str, Any]:
         """Entries for the checkpoint's ``nnssl`` part."""

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class RunLog:
     def __init__(self, folder: Path | None, history: list[dict[str, Any]] | None = None) -> None:
         self.folder = folder
         self.history = list(history or [])
+        self.panels: list[Callable[[Any], None]] = []
         self._tensorboard = _tensorboard(folder)
 
     def event(self, kind: str, **values: Any) -> None:
@@ -55,7 +57,7 @@ class RunLog:
         self.history.append({k: _plain(v) for k, v in row.items()})
         self.event("epoch", **row)
         if self.folder is not None:
-            plot_progress(self.history, self.folder / "progress.png")
+            plot_progress(self.history, self.folder / "progress.png", self.panels)
 
     def close(self) -> None:
         """Flush TensorBoard."""
@@ -79,13 +81,14 @@ def _tensorboard(folder: Path | None) -> Any:
     return SummaryWriter(str(folder / "tensorboard"))
 
 
-def plot_progress(history: list[dict[str, Any]], path: Path) -> None:
+def plot_progress(history: list[dict[str, Any]], path: Path, panels: Sequence[Callable[[Any], None]] = ()) -> None:
     """Draw losses, diagnostics of the embedding, learning rate and speed over epochs.
 
     Args:
         history: epoch rows; keys ``train/*`` and ``held_out/*`` are losses and diagnostics by term; a term
             ``x_collapse`` is a level drawn beside ``x``.
         path: the PNG.
+        panels: draw more, each into an axis of its own.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -94,7 +97,7 @@ def plot_progress(history: list[dict[str, Any]], path: Path) -> None:
     terms = [k.split("/", 1)[1] for k in history[-1] if k.startswith("train/")]
     levels = {t for t in terms if t.endswith("_collapse")}
     terms = ["total"] + [t for t in terms if t != "total" and t not in levels]
-    rows = 1 + math.ceil(len(terms) / 3)
+    rows = math.ceil((len(terms) + 3 + len(panels)) / 3)
     figure = Figure(figsize=(18, 3.2 * rows))
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, 3, squeeze=False).ravel()
@@ -117,9 +120,12 @@ def plot_progress(history: list[dict[str, Any]], path: Path) -> None:
             _line(a, epochs, [r.get(key) for r in history], key, colour)
             a.set_ylabel(key, color=colour)
         ax.set_title(title)
-    for ax in axes[used + len(extra) :]:
+    shown = used + len(extra) + len(panels)
+    for ax, panel in zip(axes[used + len(extra) :], panels):
+        panel(ax)
+    for ax in axes[shown:]:
         ax.axis("off")
-    for ax in axes[: used + len(extra)]:
+    for ax in axes[:shown]:
         ax.set_xlabel("epoch")
         ax.grid(alpha=0.3)
         if ax.get_legend_handles_labels()[0]:

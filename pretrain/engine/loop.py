@@ -214,6 +214,7 @@ class Engine:
         spec = self.spec
         for hook in spec.hooks:
             hook.start(self)
+        self.log.panels = [p for p in (h.panel() for h in spec.hooks) if p is not None]
         if self.step == 0:
             self.first = self.held_out.evaluate(self.method, self.stepper) if self.held_out else {}
             self._picture(0)

@@ -152,6 +152,8 @@ class Method(nn.Module, ABC):
         citation: the papers to cite.
         presets: preset name -> {option: value} for ``-o preset=...``.
         grad_clip: largest gradient norm unless ``-o grad_clip`` says otherwise; 0 for none.
+        view_families: which of gamma, bias, window, blur, lowres, noise the views use; the robustness measure takes others.
+        optimises_robustness: whether the objective itself makes views of an image alike, which its verdict then says.
     """
 
     name: ClassVar[str] = ""
@@ -160,6 +162,8 @@ class Method(nn.Module, ABC):
     citation: ClassVar[tuple[str, ...]] = ()
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     grad_clip: ClassVar[float] = 12.0
+    view_families: ClassVar[tuple[str, ...]] = ()
+    optimises_robustness: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: Any) -> None:
         super().__init__()

@@ -77,6 +77,7 @@ class MACL(Method):
 
     title = "multi-level asymmetric contrast: image-level, dense, equivariant (encoder + lower decoder)"
     citation = ("Zeng et al., Multi-level Asymmetric Contrastive Learning, arXiv:2309.11876, JBHI 2026",)
+    optimises_robustness = True
     presets = {"paper": {**_PUBLISHED, "lr": 0.1, "shift": 0.1}, "code": {**_PUBLISHED, "jitter": True}}
 
     def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: MACLConfig) -> None:

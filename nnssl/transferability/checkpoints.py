@@ -1,0 +1,161 @@
+"""Robustness of finished checkpoints, grouped by run. Nothing is ranked across runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnssl.checkpoint import Checkpoint, load
+from nnssl.errors import NnsslError, raise_problems
+from nnssl.networks import build_network
+from nnssl.plans import Plan
+from nnssl.transfer import apply
+from nnssl.transferability.evaluator import RobustnessEvaluator, RobustnessResult
+from nnssl.transferability.indicator import select_robust
+
+__all__ = ["Measured", "Run", "group_runs", "measure_checkpoints"]
+
+log = logging.getLogger("nnssl")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One checkpoint and its robustness.
+
+    Attributes:
+        path: the file.
+        run: key of its run: folder, and what the file tells of method, options and data.
+        epoch: epochs (or optimiser steps, where only these are known) trained; None where neither file nor name tells.
+        encoder_percent: share of the encoder's parameters that the file filled.
+        result: the measurement.
+    """
+
+    path: Path
+    run: tuple[str, str]
+    epoch: int | None
+    encoder_percent: float
+    result: RobustnessResult
+
+
+@dataclass
+class Run:
+    """Checkpoints of one run in the order of training.
+
+    Attributes:
+        name: for the reader: the folder's name, with a number where two runs share it.
+        method: objective or trainer.
+        rows: its checkpoints; epochs are distinct.
+    """
+
+    name: str
+    method: str
+    rows: list[Measured] = field(default_factory=list)
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Epoch -> robustness loss."""
+        return {int(r.epoch or 0): r.result.loss for r in self.rows}
+
+    @property
+    def best(self) -> Measured | None:
+        """The checkpoint with the lowest loss; an untrained one (epoch 0) is never chosen. None where there is none."""
+        epoch = select_robust({e: v for e, v in self.losses.items() if e > 0})
+        return next((r for r in self.rows if r.epoch == epoch), None) if epoch is not None else None
+
+    @property
+    def lead(self) -> float:
+        """Loss of the runner-up minus that of the best; NaN with fewer than two candidates."""
+        values = sorted(v for e, v in self.losses.items() if e > 0 and math.isfinite(v))
+        return values[1] - values[0] if len(values) > 1 else math.nan
+
+
+def _epoch_of(checkpoint: Checkpoint) -> int | None:
+    """Epochs trained, from the content, else the last number in the file's name."""
+    own, content = checkpoint.nnssl, checkpoint.content
+    for value in (own.get("epoch"), own.get("step"), content.get("current_epoch")):
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    numbers = re.findall(r"\d+", checkpoint.path.stem)
+    return int(numbers[-1]) if numbers else None
+
+
+def _run_of(checkpoint: Checkpoint) -> tuple[str, str]:
+    own = checkpoint.nnssl
+    identity: dict[str, Any] = {k: own.get(k) for k in ("method", "config", "data", "plan", "crop_size")}
+    if not own:
+        identity = {"trainer": checkpoint.content.get("trainer_name"), "origin": checkpoint.origin}
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return str(checkpoint.path.resolve().parent), hashlib.sha256(text.encode()).hexdigest()
+
+
+def measure_checkpoints(
+    evaluator: RobustnessEvaluator, plan: Plan, paths: Sequence[Path], device: torch.device | str = "cpu"
+) -> tuple[list[Measured], dict[tuple[str, str], str]]:
+    """Put each checkpoint's weights into the plan's own network and measure it.
+
+    Args:
+        evaluator: how to measure.
+        plan: of the dataset that the crops are from; its network takes the weights as fine-tuning would.
+        paths: any number of files: ours, stock nnU-Net's, imported ones.
+        device: where to measure.
+
+    Returns:
+        The measurements in the order given, and the method of each run.
+
+    Raises:
+        NnsslError: lists every file that cannot be read or does not fit the network.
+    """
+    measured, methods, problems = [], {}, []
+    for path in dict.fromkeys(Path(p) for p in paths):
+        try:
+            checkpoint = load(path)
+            network = build_network(plan)
+            report = apply(network, checkpoint, plan)
+        except NnsslError as error:
+            problems.append(str(error))
+            continue
+        run = _run_of(checkpoint)
+        methods[run] = checkpoint.method
+        result = evaluator.evaluate(network.to(device))
+        measured.append(Measured(path, run, _epoch_of(checkpoint), report.part("encoder").percent, result))
+    raise_problems(problems, "Checkpoints")
+    return measured, methods
+
+
+def group_runs(measured: Sequence[Measured], methods: Mapping[tuple[str, str], str] | None = None) -> list[Run]:
+    """Group measurements by run, each sorted by epoch.
+
+    Where epochs are unknown or two files of a run have the same one with different results, the order given counts instead
+    (and is said); a second file with the same epoch and the same result (``latest`` and ``final``) is dropped.
+    """
+    runs: dict[tuple[str, str], list[Measured]] = {}
+    for m in measured:
+        runs.setdefault(m.run, []).append(m)
+    out, used = [], dict[str, int]()
+    for key, rows in runs.items():
+        folder = Path(key[0]).name
+        used[folder] = used.get(folder, 0) + 1
+        name = folder if used[folder] == 1 else f"{folder} ({used[folder]})"
+        out.append(Run(name, (methods or {}).get(key, "unknown"), _ordered(rows, name)))
+    return out
+
+
+def _ordered(rows: list[Measured], name: str) -> list[Measured]:
+    known: dict[int, Measured] = {}
+    for row in rows:
+        if row.epoch is None or (row.epoch in known and known[row.epoch].result.loss != row.result.loss):
+            log.warning("%s: the checkpoints do not all tell their epoch; the order given counts instead.", name)
+            return [Measured(r.path, r.run, i, r.encoder_percent, r.result) for i, r in enumerate(rows, start=1)]
+        if row.epoch in known:
+            log.info("%s is the same as %s and is left out.", row.path.name, known[row.epoch].path.name)
+        known.setdefault(row.epoch, row)
+    return [known[e] for e in sorted(known)]

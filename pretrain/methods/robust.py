@@ -1,0 +1,216 @@
+"""The robustness criterion as the objective: two altered views of a crop must be closer than any crop of another case.
+
+After the transferability measure of Hidy, Bakos, Lukács 2024, arXiv:2410.18677, which uses it to *choose* checkpoints of
+another pretraining. Training on it is our own step, not theirs: nobody has published what it gives.
+
+Differs from the measure, and why (docs/methods/robust.md): several encoder levels instead of one; pooled in a grid and
+standardised over the batch, since a global average behind InstanceNorm is the same for every image; a smooth maximum over
+the negatives instead of the hinge, which falls silent once it is satisfied; views that InstanceNorm does not undo, and
+small movements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnssl.distributed import gather_with_grad
+from nnssl.errors import NnsslError
+from nnssl.heads import standardise
+from nnssl.networks import unwrap, walk
+from nnssl.plans import Plan
+from nnssl.pretrain.augment import Draws, central_crop, random_affine, random_jitter
+from nnssl.pretrain.augment.intensity import from_unit, to_unit
+from nnssl.pretrain.geometry import choose_crop, rotation_degrees, window_for
+from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Method, Picture, SourceStats, option
+from nnssl.pretrain.methods.registry import register
+from nnssl.transferability.distances import DISTANCES
+from nnssl.transferability.objective import FORMS, separation_loss
+from nnssl.transferability.pooling import POOLINGS, pool
+from nnssl.transferability.robustness import Separation, robustness_loss, separate
+
+
+@dataclass(frozen=True)
+class RobustConfig:
+    """Options of robust."""
+
+    form: str = option("lse", "of the hinge: see docs/methods/robust.md", choices=FORMS)
+    margin: float = option(0.5, "by how much other cases must be farther than the other view", low=0.0, high=2.0)
+    temperature: float = option(0.1, "smoothness of softplus and lse, in units of the distance", low=0.001, high=10.0)
+    hardest: int = option(4, "negatives per crop that form=hardest counts", low=1, high=4096)
+    distance: str = option("cosine", "between pooled features", choices=DISTANCES)
+    levels: int = option(3, "deepest encoder stages that are compared, the bottleneck included", low=1, high=12)
+    pooling: str = option("grid", "from map to vector; gap is nearly blind under InstanceNorm", choices=POOLINGS)
+    grid: int = option(2, "cells per axis of pooling=grid", low=1, high=16)
+    batch_standardise: bool = option(True, "standardise pooled features over the batch of all GPUs")
+    gamma: float = option(
+        0.3, "largest change of the intensities' exponent, in units of its logarithm", low=0.0, high=2.0
+    )
+    noise: float = option(0.1, "largest SD of added noise, in normalised units", low=0.0, high=2.0)
+    blur: float = option(1.0, "largest SD of the blur, in voxels; 0: none", low=0.0, high=5.0)
+    jitter: float = option(0.1, "largest relative change of brightness and contrast", low=0.0, high=0.9)
+    rotation: float = option(15.0, "largest rotation of a view, degrees about each axis", low=0.0, high=180.0)
+    min_scale: float = option(0.9, "smallest magnification of a view", low=0.2, high=1.0)
+    max_scale: float = option(1.1, "largest magnification of a view", low=1.0, high=5.0)
+    shift: float = option(0.05, "largest shift of a view, share of the crop", low=0.0, high=0.5)
+    lr: float = option(1e-3, "initial learning rate, cosine to 0", low=0.0, high=10.0)
+    weight_decay: float = option(1e-2, "weight decay", low=0.0, high=1.0)
+    warmup: float = option(0.05, "share of the run in which the learning rate rises", low=0.0, high=0.5)
+
+
+@register("robust", config=RobustConfig)
+class Robust(Method):
+    """See the module. There is no projector: the encoder's own pooled features are compared."""
+
+    title = "the robustness criterion as objective: views of a crop against other cases (encoder)"
+    citation = ("Hidy, Bakos, Lukács, transferability by robustness, arXiv:2410.18677 (the criterion)",)
+    presets = {"hinge": {"form": "hinge"}, "smooth": {"form": "softplus"}}
+    view_families = ("gamma", "noise", "blur")
+    """Changes that training uses; the robustness trace of the run leaves them out."""
+    optimises_robustness = True
+
+    def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: RobustConfig) -> None:
+        super().__init__(network, plan, request, config)
+        if config.levels > plan.n_stages:
+            raise NnsslError(f"-o levels={config.levels}: the encoder of this plan has {plan.n_stages} stages.")
+        self.rotation = rotation_degrees(plan.spacing, config.rotation)
+        inner = unwrap(network).requires_grad_(False)
+        inner.encoder.requires_grad_(True)
+
+    @classmethod
+    def crops(
+        cls, plan: Plan, stats: SourceStats, config: RobustConfig, size: tuple[int, ...] | None = None
+    ) -> CropRequest:
+        """Crops within the image, so that padding does not tell one case from another; one per case."""
+        if stats.n_cases < 2:
+            raise NnsslError(f"robust compares cases and needs at least 2 to learn from, there is {stats.n_cases}.")
+        median = stats.median_shape[-plan.dim :]
+        size, why = choose_crop(plan.patch_size, median, plan.total_stride, size=size, what="the total stride")
+        rotation = rotation_degrees(plan.spacing, config.rotation)
+        window = window_for(size, plan.spacing, rotation=rotation, min_scale=config.min_scale, shift=config.shift)
+        return CropRequest(size=size, window=window, batch_size=16, min_batch=4, explanation=why)
+
+    def views(self, crops: Crops, draws: Draws) -> Batch:
+        """Two views of each crop, moved a little and altered, ``(B, C, *size)`` each, and a number for each case ``(B,)``."""
+        spatial = {"rotation": self.rotation, "shift": self.config.shift}
+        spatial["scale"] = (self.config.min_scale, self.config.max_scale)
+        views = []
+        for _ in range(2):
+            view = random_affine(crops.data, draws, self.request.size, self.plan.spacing, **spatial)
+            views.append(self._alter(view.data, crops.intensity, draws))
+        case = torch.tensor([_number(c) for c in crops.case], device=crops.data.device)
+        return {
+            "a": views[0],
+            "b": views[1],
+            "still": central_crop(crops.data, self.request.size).contiguous(),
+            "case": case,
+        }
+
+    def _alter(self, x: Tensor, intensity: Tensor, draws: Draws) -> Tensor:
+        c = self.config
+        if c.gamma > 0:
+            unit, exponent = to_unit(x, intensity), draws.uniform(-c.gamma, c.gamma).exp()
+            inside = unit.clamp(1e-6, 1.0)
+            bent = inside ** exponent.view(-1, *[1] * (x.ndim - 1))
+            x = from_unit(unit + bent - inside, intensity)
+        strength = (1.0 - c.jitter, 1.0 + c.jitter)
+        sigma = (0.1, c.blur) if c.blur > 0.1 else None
+        radius = max(1, round(3 * c.blur))
+        x = random_jitter(x, intensity, draws, brightness=strength, contrast=strength, sigma=sigma, radius=radius)
+        if c.noise > 0:
+            sd = draws.uniform(0.0, c.noise).view(-1, *[1] * (x.ndim - 1))
+            x = x + sd * draws.noise(*x.shape[1:])
+        return x
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Pooled features of the compared encoder stages, shallow to deep: ``(B, D_l)`` float32 each."""
+        skips = walk(self.network, x, 0).skips[-self.config.levels :]
+        return [pool(s, self.config.pooling, grid=self.config.grid) for s in skips]
+
+    def _compare(self, a: Tensor, b: Tensor, case: Tensor) -> list[Separation]:
+        """Both views of one level as anchors: ``(B, D)`` of each, gathered over ranks."""
+        if self.config.batch_standardise:
+            a, b = standardise(torch.cat([a, b])).chunk(2)
+        a, b = gather_with_grad(a), gather_with_grad(b)
+        kind = {"distance": self.config.distance, "groups": case, "check": False}
+        return [separate(a, b, **kind), separate(b, a, **kind)]
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Mean over levels and both directions of the chosen form of the hinge.
+
+        Args:
+            batch: ``a``, ``b`` ``(B, C, *size)``; ``case`` ``(B,)`` int64. Crops of one case are never compared.
+
+        Returns:
+            ``total``; ``robustness``, the plain criterion on these views; ``active``, the share of pairs with a hinge above 0;
+            ``distance_same`` and ``distance_other``; ``nearest``, the share of crops whose other view is nearer than every
+            other case.
+        """
+        c, case = self.config, gather_with_grad(batch["case"])
+        levels = [self._compare(a, b, case) for a, b in zip(self.features(batch["a"]), self.features(batch["b"]))]
+        pairs = [s for both in levels for s in both]
+        form = {"margin": c.margin, "form": c.form, "temperature": c.temperature, "hardest": c.hardest}
+        total = torch.stack([separation_loss(s, **form) for s in pairs]).mean()
+        with torch.no_grad():
+            terms = {
+                "robustness": torch.stack([robustness_loss(s, c.margin) for s in pairs]).mean(),
+                "active": torch.stack([_share(s.delta + c.margin > 0, s.mask) for s in pairs]).mean(),
+                "distance_same": torch.stack([s.positive.mean() for s in pairs]).mean(),
+                "distance_other": torch.stack([s.negative.mean() for s in pairs]).mean(),
+                "nearest": torch.stack([((s.delta < 0) | ~s.mask).all(1).float().mean() for s in pairs]).mean(),
+            }
+        return {"total": total, **terms}
+
+    def pretrained_parts(self) -> dict[str, Any]:
+        """The encoder."""
+        return {"encoder": True, "decoder_stages": []}
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Pooled bottleneck of the unaltered crops, standardised like the views where that is on."""
+        z = pool(walk(self.network, batch["still"], 0).skips[-1], self.config.pooling, grid=self.config.grid)
+        return standardise(z) if self.config.batch_standardise else z
+
+    def pictures(self, batch: Batch) -> Picture:
+        """Middle slices of the crop, its two views, and the case that the bottleneck takes for most alike."""
+        a, b = self.features(batch["a"])[-1], self.features(batch["b"])[-1]
+        if self.config.batch_standardise:
+            a, b = standardise(torch.cat([a, b])).chunk(2)
+        s = separate(a, b, distance=self.config.distance, groups=batch["case"], check=False)
+        worst = s.delta.masked_fill(~s.mask, -torch.inf).argmax(1)
+        rows = min(4, len(a))
+        columns = {
+            "crop": batch["still"][:rows],
+            "view a": batch["a"][:rows],
+            "view b": batch["b"][:rows],
+            "most alike other case": batch["b"][worst[:rows]],
+        }
+        slices = {k: _middle(v).float().cpu().numpy() for k, v in columns.items()}
+        return Picture(slices, "robust: the views should look like the crop, not like the other case")
+
+    def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
+        """Learnt: the criterion fell, and more crops than before find their own other view first."""
+        fell, found = last["robustness"] < first["robustness"], last["nearest"] >= first["nearest"]
+        learnt = fell and found and last["distance_same"] < last["distance_other"]
+        return learnt, (
+            f"robust {'learnt' if learnt else 'did not learn'}: on held-out crops the robustness loss is "
+            f"{last['robustness']:.3g} ({first['robustness']:.3g} before), the other view is nearer than every other case for "
+            f"{last['nearest']:.0%} ({first['nearest']:.0%} before)."
+        )
+
+
+def _share(x: Tensor, mask: Tensor) -> Tensor:
+    return (x & mask).sum() / mask.sum().clamp_min(1)
+
+
+def _number(case: str) -> int:
+    digest = hashlib.sha256(case.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _middle(x: Tensor) -> Tensor:
+    """``(B, C, *s)`` -> the first channel's middle slice, ``(B, H, W)``."""
+    return x[:, 0, x.shape[2] // 2] if x.ndim == 5 else x[:, 0]

@@ -1,0 +1,228 @@
+"""``-m robust``: the forms of the criterion, what it compares, and that it learns."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nnssl.errors import NnsslError
+from nnssl.networks import build_network
+from nnssl.plans import Plan
+from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.methods import Crops, SourceStats, get_method
+from nnssl.pretrain.options import make_config
+from nnssl.transferability import distance_matrix, robustness_loss, separate
+from nnssl.transferability.objective import FORMS, separation_loss
+
+STATS = SourceStats(median_shape=(28, 36, 28), n_cases=12)
+
+
+@pytest.fixture
+def make(tiny_plans, tiny_dataset_json):
+    """``make(dim=3, arch="plain", channels=1, **options) -> method``"""
+
+    def build(dim=3, arch="plain", channels=1, **options):
+        plans = tiny_plans(dim, arch, channels)
+        plan = Plan.from_dicts(plans, "3d_fullres" if dim == 3 else "2d", tiny_dataset_json(channels))
+        cls = get_method("robust")
+        config = make_config(cls.Config, options)
+        request = cls.crops(plan, STATS, config)
+        torch.manual_seed(0)
+        return cls(build_network(plan), plan, request, config)
+
+    return build
+
+
+def crops_for(method, n=6, seed=0, cases=None):
+    g = torch.Generator().manual_seed(seed)
+    window, channels = method.request.window, method.plan.n_channels
+    coarse = torch.randn(n, channels, *[4] * len(window), generator=g)
+    mode = "trilinear" if len(window) == 3 else "bilinear"
+    data = torch.nn.functional.interpolate(coarse, size=window, mode=mode, align_corners=True)
+    data = data + 0.1 * torch.randn(data.shape, generator=g)
+    flat = data.flatten(2)
+    return Crops(
+        data=data,
+        body=torch.ones(n, 1, *window, dtype=torch.bool),
+        position=torch.rand(n, 3, generator=g, dtype=torch.float64),
+        axis_position=torch.rand(n, 3, generator=g, dtype=torch.float64),
+        intensity=torch.stack([flat.quantile(0.005, dim=2), flat.quantile(0.995, dim=2)], -1),
+        start=torch.zeros(n, 3, dtype=torch.int64),
+        case=[f"case_{i}" for i in range(n)] if cases is None else cases,
+    )
+
+
+# --- the forms --------------------------------------------------------------------------------------------------------
+
+
+def separation(n=6, seed=0, groups=None):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(n, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    p = q.detach() + 0.5 * torch.randn(n, 5, generator=g, dtype=torch.float64)
+    return q, p, separate(q, p, groups=groups)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_against_a_double_loop(form):
+    q, p, s = separation(groups=["a", "a", "b", "c", "d", "d"])
+    table = distance_matrix(q, p).tolist()
+    groups, m, t, k = "aabcdd", 0.4, 0.2, 2
+    total = 0.0
+    for i in range(6):
+        u = sorted((table[i][i] - table[i][j] + m for j in range(6) if groups[i] != groups[j]), reverse=True)
+        total += {
+            "hinge": sum(max(0, x) for x in u) / len(u),
+            "hardest": sum(max(0, x) for x in u[:k]) / k,
+            "softplus": sum(t * math.log1p(math.exp(x / t)) for x in u) / len(u),
+            "lse": t * math.log(1 + sum(math.exp(x / t) for x in u)),
+        }[form]
+    ours = separation_loss(s, form=form, margin=m, temperature=t, hardest=k)
+    assert float(ours.detach()) == pytest.approx(total / 6, abs=1e-9)
+
+
+@torch.no_grad()
+def test_smooth_forms_tend_to_the_hinge():
+    _, _, s = separation()
+    u = (s.delta + 0.5).masked_fill(~s.mask, -math.inf)
+    assert float(separation_loss(s, form="softplus", temperature=1e-3)) == pytest.approx(
+        float(robustness_loss(s)), abs=1e-3
+    )
+    hardest = float(u.amax(1).clamp_min(0).mean())
+    assert float(separation_loss(s, form="lse", temperature=1e-3)) == pytest.approx(hardest, abs=1e-3)
+    assert float(separation_loss(s, form="hardest", hardest=1)) == pytest.approx(hardest, abs=1e-12)
+    assert float(separation_loss(s, form="hardest", hardest=99)) == pytest.approx(float(robustness_loss(s)), abs=1e-12)
+
+
+@pytest.mark.parametrize(("form", "silent"), [("hinge", True), ("hardest", True), ("softplus", False), ("lse", False)])
+def test_a_satisfied_hinge_is_silent_and_the_smooth_forms_are_not(form, silent):
+    q = torch.eye(4, dtype=torch.float64).requires_grad_()
+    p = torch.eye(4, dtype=torch.float64) + 0.05
+    separation_loss(separate(q, p), form=form, margin=0.5).backward()
+    assert (float(q.grad.abs().max()) == 0) == silent
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_case_alone_gives_zero_not_nan(form):
+    q, p, _ = separation()
+    loss = separation_loss(separate(q, p, groups=torch.zeros(6), check=False), form=form)
+    loss.backward()
+    assert float(loss.detach()) == 0 and torch.isfinite(q.grad).all()
+
+
+def test_groups_as_a_tensor():
+    _, _, by_name = separation(groups=["a", "a", "b", "c", "d", "d"])
+    _, _, by_number = separation(groups=torch.tensor([7, 7, 1, 2, 3, 3]))
+    assert torch.equal(by_name.mask, by_number.mask)
+    with pytest.raises(NnsslError, match="Did you mean 'hinge'"):
+        separation_loss(by_name, form="hing")
+
+
+# --- the method -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dim", "arch", "channels"), [(3, "plain", 1), (3, "resenc", 2), (2, "plain", 2)])
+def test_one_step_trains_the_encoder_and_nothing_else(make, dim, arch, channels):
+    method = make(dim, arch, channels)
+    crops = crops_for(method)
+    with torch.no_grad():
+        batch = method.views(crops, Draws(0, 0, len(crops)))
+    assert batch["a"].shape == (6, channels, *method.request.size) == batch["b"].shape
+    assert not torch.equal(batch["a"], batch["b"]) and torch.isfinite(batch["a"]).all()
+    terms = method(batch)
+    assert all(torch.isfinite(v) and v.ndim == 0 for v in terms.values())
+    terms["total"].backward()
+    names = {n for n, p in method.network.named_parameters() if p.grad is not None}
+    assert names == {n for n, _ in method.network.named_parameters() if n.startswith("encoder.")}
+    assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
+    optimiser = method.optimiser()
+    assert sum(p.numel() for g in optimiser.param_groups for p in g["params"]) == sum(
+        p.numel() for p in method.network.encoder.parameters()
+    )
+    assert method.embed(batch).shape[0] == 6 and method.pictures(batch).columns["crop"].shape[0] == 4
+
+
+def test_crops_of_one_case_are_not_pushed_apart(make):
+    method = make(levels=1, batch_standardise=False, form="hinge")
+    twins = crops_for(method, 4, cases=["a", "a", "b", "b"])
+    batch = method.views(twins, Draws(0, 0, 4))
+    a, b = method.features(batch["a"])[0], method.features(batch["b"])[0]
+    expected = [robustness_loss(separate(x, y, groups=["a", "a", "b", "b"])) for x, y in ((a, b), (b, a))]
+    assert float(method(batch)["total"]) == pytest.approx(float(sum(expected) / 2), abs=1e-6)
+
+
+def test_standardised_features_are_not_all_alike(make):
+    for standardised, low, high in ((False, 0.0, 0.3), (True, 0.9, 1.3)):
+        method = make(batch_standardise=standardised)
+        terms = method(method.views(crops_for(method, 8), Draws(0, 0, 8)))
+        assert low < float(terms["distance_other"]) < high
+
+
+def test_views_depend_on_the_sample_only(make):
+    method = make()
+    crops = crops_for(method)
+    whole = method.views(crops, Draws(3, 5, 6))
+    for first, count in ((0, 3), (3, 3)):
+        half = Crops(**{k: v[first : first + count] for k, v in vars(crops).items()})
+        part = method.views(half, Draws(3, 5, 6, first, count))
+        for name in whole:
+            torch.testing.assert_close(part[name], whole[name][first : first + count])
+
+
+def test_view_options_can_be_turned_off(make):
+    off = dict.fromkeys(("gamma", "noise", "blur", "jitter", "rotation", "shift"), 0.0)
+    method = make(**off, min_scale=1.0, max_scale=1.0)
+    batch = method.views(crops_for(method), Draws(0, 0, 6))
+    torch.testing.assert_close(batch["a"], batch["still"], atol=1e-4, rtol=1e-4)
+
+
+def test_views_are_not_affine(make):
+    """What InstanceNorm would undo is not all that happens: no view is a + b * crop."""
+    method = make(noise=0.0, blur=0.0, rotation=0.0, min_scale=1.0, max_scale=1.0, shift=0.0)
+    batch = method.views(crops_for(method), Draws(0, 0, 6))
+    for x, y in zip(batch["still"].flatten(1).numpy(), batch["a"].flatten(1).numpy()):
+        assert np.corrcoef(x, y)[0, 1] > 0.9
+        slope, offset = np.polyfit(x, y, 1)
+        assert np.abs(y - slope * x - offset).max() > 1e-3 * y.std()
+
+
+def test_it_learns_and_says_so(make):
+    method = make(lr=3e-3, warmup=0.0)
+    crops = crops_for(method, 8)
+    held_out = method.views(crops_for(method, 8, seed=9), Draws(0, 10**6, 8))
+    optimiser = method.optimiser()
+
+    def measure():
+        with torch.no_grad():
+            return {k: float(v) for k, v in method(held_out).items()}
+
+    first = measure()
+    for step in range(12):
+        optimiser.zero_grad()
+        method(method.views(crops, Draws(0, step, 8)))["total"].backward()
+        optimiser.step()
+    last = measure()
+    assert last["total"] < first["total"]
+    learnt, sentence = method.verdict(first, last)
+    assert "robustness loss" in sentence and learnt == ("robust learnt" in sentence)
+    assert not method.verdict(last, first)[0]
+
+
+def test_mistakes(make):
+    cls = get_method("robust")
+    plan = make().plan
+    with pytest.raises(NnsslError, match="needs at least 2"):
+        cls.crops(plan, SourceStats((28, 36, 28), 1), cls.Config())
+    with pytest.raises(NnsslError, match="3 stages"):
+        make(levels=4)
+    with pytest.raises(NnsslError, match="multiple of 4"):
+        cls.crops(plan, STATS, cls.Config(), (10, 12, 12))
+
+
+def test_the_trace_has_views_that_training_does_not_use(make):
+    from nnssl.transferability import choose_families
+
+    cls = get_method("robust")
+    for modality in ("ct", "mr"):
+        left = choose_families(modality, exclude=cls.view_families)
+        assert len(left) >= 2 and not set(left) & set(cls.view_families)
