@@ -1,0 +1,362 @@
+"""nnUNetTrainerPretrained on a tiny dataset: which weights, resume, checkpoints, and what it refuses."""
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnssl import checkpoint
+from nnssl.errors import NnsslError
+from nnssl.files import sha256_of
+from nnssl.networks import canonical_state_dict
+from nnssl.plans import load_plan, write_variant
+from nnssl.results import output_folder
+from nnssl.trainers import nnUNetTrainerPretrained, nnUNetTrainerPretrainedScratch
+
+
+def same(network, file):
+    """Names of the network's tensors that equal the file's."""
+    stored = checkpoint.load(file).weights
+    return {n for n, t in canonical_state_dict(network).items() if torch.equal(t, stored[n])}
+
+
+def log_of(trainer):
+    return Path(trainer.log_file).read_text()
+
+
+def is_constant(name):
+    """Norms start at one and zero and biases of convolutions at zero, in each network."""
+    return ".norm." in name or name.endswith(".bias")
+
+
+def test_signature_is_nnunets():
+    ours = inspect.signature(nnUNetTrainerPretrained.__init__).parameters
+    theirs = inspect.signature(nnUNetTrainer.__init__).parameters
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+        (p.name, p.kind, p.default) for p in theirs.values()
+    ]
+
+
+def test_trains_from_the_only_pretraining_and_resumes_without_it(dataset, pretraining, build, start):
+    file = pretraining()
+    trainer = build()
+    start(trainer)
+    weights = {n for n in canonical_state_dict(trainer.network) if not is_constant(n)}
+    assert weights - same(trainer.network, file) == {n for n in weights if ".seg_layers." in n}
+
+    trainer = build()
+    seen = []
+    trainer.on_epoch_end = lambda: (
+        seen.append(trainer.optimizer.param_groups[0]["lr"]),
+        nnUNetTrainer.on_epoch_end(trainer),
+    )
+    trainer.run_training()
+    assert seen == pytest.approx([0.5e-3, 1e-3])
+    folder = Path(trainer.output_folder)
+    final = torch.load(folder / "checkpoint_final.pth", weights_only=True)
+    assert final["trainer_name"] == "nnUNetTrainer" and final["current_epoch"] == 2
+    provenance = final["nnssl_finetuning"]
+    assert provenance["sha256"] == sha256_of(file) and provenance["method"] == "macl"
+    report = json.loads((folder / "transfer_report.json").read_text())
+    assert report["sha256"] == sha256_of(file) and report["source"].startswith(
+        "nnUNet_results:Dataset901_Tiny/nnsslMacl__"
+    )
+    assert (
+        report["report"]["parts"]["encoder"]["random"] == 0 and report["report"]["parts"]["seg_layers"]["loaded"] == 0
+    )
+    assert "decoder stage 1" in (folder / "transfer_report.txt").read_text()
+    assert "the only finished pretraining" in log_of(trainer) and "Transfer report" in log_of(trainer)
+
+    # continued to 4 epochs without the pretrained file: no search, the schedule as if it had been 4 from the start
+    file.unlink()
+    path = dataset / "nnUNetPlans.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "nnssl": {"epochs": 4, "iterations": 2, "val_iterations": 1}})
+    )
+    again = build(resume=True)
+    again.load_checkpoint(str(folder / "checkpoint_final.pth"))
+    assert again.current_epoch == 2 and again.provenance == provenance
+    again.run_training()
+    lrs = again.logger.get_value("lrs", step=None)
+    assert lrs == pytest.approx([0.5e-3, 1e-3, 1e-3 * (2 / 3) ** 0.9, 1e-3 * (1 / 3) ** 0.9])
+    assert torch.load(folder / "checkpoint_final.pth", weights_only=True)["nnssl_finetuning"] == provenance
+
+
+def test_stock_nnunet_predicts_with_the_checkpoint(pretraining, build, start):
+    """Through the model folder, with the stock class: no trainer of ours is looked up."""
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    pretraining()
+    trainer = start(build())
+    trainer.inference_allowed_mirroring_axes = (0, 1, 2)
+    trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,))
+    assert predictor.trainer_name == "nnUNetTrainer"
+    assert predictor.allowed_mirroring_axes == (0, 1, 2)
+    ours, theirs = canonical_state_dict(trainer.network), canonical_state_dict(predictor.network)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_checkpoint_is_nnunets_own_content(pretraining, build, start):
+    """A stock trainer writes the same keys, and its load_checkpoint reads ours."""
+    pretraining()
+    ours, stock = start(build()), build(nnUNetTrainer)
+    stock.initialize()
+    folder = Path(ours.output_folder)
+    ours.save_checkpoint(str(folder / "a.pth"))
+    stock.save_checkpoint(str(folder / "b.pth"))
+    a, b = (torch.load(folder / f"{x}.pth", weights_only=False) for x in "ab")
+    assert set(a) - {"nnssl_finetuning"} == set(b)
+    assert list(a["network_weights"]) == list(b["network_weights"])
+    stock.load_checkpoint(str(folder / "a.pth"))
+    assert same(stock.network, folder / "a.pth") == set(canonical_state_dict(stock.network))
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(pretraining, monkeypatch, build, start):
+    pretraining()
+    trainer = start(build())
+    file = Path(trainer.output_folder, "checkpoint_latest.pth")
+    trainer.save_checkpoint(str(file))
+    before, save = file.read_bytes(), torch.save
+
+    def interrupted(content, target):
+        save(content, target)
+        target.truncate(1000)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_checkpoint(str(file))
+    assert file.read_bytes() == before
+    assert sorted(p.name for p in file.parent.glob("*.pth*")) == [file.name]
+
+
+def test_other_saves_go_through_while_one_is_taken(tmp_path):
+    from nnssl.trainers.inspection import content_of
+
+    original = torch.save
+
+    def save(filename):
+        torch.save({"other": 1}, tmp_path / "other.pth")
+        torch.save({"ours": 2}, filename)
+
+    assert content_of(save) == {"ours": 2}
+    assert torch.load(tmp_path / "other.pth", weights_only=True) == {"other": 1}
+    assert content_of(lambda filename: None) is None
+    with pytest.raises(ZeroDivisionError):
+        content_of(lambda filename: 1 / 0)
+    assert torch.save is original
+
+
+def test_nothing_is_written_where_checkpoints_are_off_or_by_other_ranks(pretraining, build, start):
+    pretraining()
+    trainer = start(build())
+    file = Path(trainer.output_folder, "checkpoint_latest.pth")
+    trainer.disable_checkpointing = True
+    trainer.save_checkpoint(str(file))
+    trainer.disable_checkpointing, trainer.local_rank = False, 1
+    trainer.save_checkpoint(str(file))
+    assert not file.exists()
+
+
+def test_pretrained_weights_on_the_command_line_win(pretraining, tmp_path, build, start):
+    from nnunetv2.run.run_training import maybe_load_checkpoint
+
+    pretraining()
+    given = pretraining(name="other", seed=8)
+    trainer = build()
+    maybe_load_checkpoint(trainer, False, False, str(given))
+    start(trainer)
+    weights = {n for n in canonical_state_dict(trainer.network) if not is_constant(n) and ".seg_layers." not in n}
+    assert weights <= same(trainer.network, given)
+    assert re.search(rf"-pretrained_weights has set {len(weights)} of \d+ tensors, 9\d", log_of(trainer))
+    assert (
+        json.loads(Path(trainer.output_folder, "transfer_report.json").read_text())["source"] == "-pretrained_weights"
+    )
+    assert trainer.provenance["weights"] == "-pretrained_weights"
+
+
+def test_the_file_that_the_plan_names(dataset, pretraining, build, start):
+    pretraining()
+    chosen = pretraining(name="other", seed=8, decoder_stages=(0,))
+    write_variant(load_plan(901), "chosen", checkpoint=chosen)
+    trainer = start(build(plans="nnUNetPlans_chosen"))
+    weights = {n for n in canonical_state_dict(trainer.network) if not is_constant(n)}
+    kept = weights & same(trainer.network, chosen)
+    assert kept == {n for n in weights if n.startswith(("encoder.", "decoder.stages.0.", "decoder.transpconvs.0."))}
+    assert "named by plans 'nnUNetPlans_chosen'" in log_of(trainer)
+    assert trainer.num_epochs == 2
+
+    chosen.write_bytes(chosen.read_bytes() + b" ")
+    with pytest.raises(NnsslError, match="content has changed since.*nnssl_plan -d 901 .*--checkpoint"):
+        start(build(plans="nnUNetPlans_chosen"))
+    chosen.unlink()
+    with pytest.raises(NnsslError, match="not on this machine"):
+        start(build(plans="nnUNetPlans_chosen"))
+    path = dataset / "nnUNetPlans_chosen.json"
+    content = json.loads(path.read_text())
+    content["nnssl"]["configuration"] = "2d"
+    path.write_text(json.dumps(content))
+    with pytest.raises(NnsslError, match="for configuration 2d, not 3d_fullres"):
+        start(build(plans="nnUNetPlans_chosen"))
+
+
+def test_several_pretrainings_are_listed_with_the_command(pretraining, build, start):
+    files = [pretraining(), pretraining(name="other")]
+    trainer = build()
+    with pytest.raises(NnsslError, match="2 finished pretrainings fit") as error:
+        start(trainer)
+    assert all(str(f.parent) in str(error.value) for f in files)
+    command = f"nnssl_plan -d 901 -c 3d_fullres -p nnUNetPlans --checkpoint {files[0]} --name NAME"
+    assert command in str(error.value) and command in log_of(trainer)
+    assert trainer.dataloader_train is None
+
+
+def test_without_a_pretraining_it_says_what_to_type(dataset, pretraining, tiny_preprocessed, build, start):
+    with pytest.raises(NnsslError, match="Type: nnssl_pretrain -d 901 -c 3d_fullres -p nnUNetPlans "):
+        start(build())
+    file = pretraining(finished=False)
+    with pytest.raises(NnsslError, match=f"Not finished; .*--c:\n  - macl, from Dataset901_Tiny: {file.parent}"):
+        start(build())
+    write_variant(load_plan(901), "small", features=(4, 6, 8))
+    pretraining(plans="nnUNetPlans_small")
+    with pytest.raises(NnsslError, match="another network of this dataset:\n.*__nnUNetPlans_small__"):
+        start(build())
+    other = tiny_preprocessed(id=902, name="Other")
+    with pytest.raises(NnsslError, match="-d 901 -t 902 -c 3d_fullres -p nnUNetPlans\n") as error:
+        start(build(folder=other))
+    assert "other datasets" in str(error.value) and "nnUNetTrainerPretrainedScratch" in str(error.value)
+
+
+def test_weights_that_do_not_fit_are_refused(pretraining, build, start):
+    file = pretraining()
+    payload = dict(checkpoint.load(file).content)
+    payload["network_weights"] = {k: v for k, v in payload["network_weights"].items() if "stages.1" not in k}
+    checkpoint.save(file, payload)
+    trainer = build()
+    with pytest.raises(NnsslError, match="promises more than fits"):
+        start(trainer)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(NnsslError, match="damaged or was cut off"):
+        start(build())
+
+
+def test_scratch_has_the_same_schedule_and_random_weights(pretraining, tmp_path, build, start):
+    from nnunetv2.run.run_training import maybe_load_checkpoint
+
+    file = pretraining()
+    scratch = start(build(nnUNetTrainerPretrainedScratch))
+    weights = {n for n in canonical_state_dict(scratch.network) if not is_constant(n)}
+    assert not weights & same(scratch.network, file)
+    assert scratch.provenance["weights"] == "random"
+    pretrained = start(build())
+    assert (scratch.num_epochs, scratch.num_iterations_per_epoch, scratch.num_val_iterations_per_epoch) == (2, 2, 1)
+    for epoch in (0, 1):
+        for trainer in (scratch, pretrained):
+            trainer.lr_scheduler.step(epoch)
+        groups = zip(scratch.optimizer.param_groups, pretrained.optimizer.param_groups, strict=True)
+        for a, b in groups:
+            assert {k: a[k] for k in a if k != "params"} == {k: b[k] for k in b if k != "params"}
+    assert a["nesterov"] and (a["momentum"], a["weight_decay"]) == (0.99, 3e-5)
+
+    given = build(nnUNetTrainerPretrainedScratch)
+    maybe_load_checkpoint(given, False, False, str(file))
+    with pytest.raises(NnsslError, match="takes no -pretrained_weights"):
+        start(given)
+
+
+def test_another_schedule_or_bad_figures_end_before_anything_is_written(dataset, nnunet_env, build):
+    path = dataset / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    for figures, text in (({"schedule": "sawtooth"}, "sawtooth"), ({"epochs": -1}, "nnssl.epochs is -1")):
+        path.write_text(json.dumps({**plans, "nnssl": figures}))
+        with pytest.raises(NnsslError, match=text):
+            build()
+    assert not list(nnunet_env.results.iterdir())
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", ["compile", "ddp"])
+def test_wrapped_networks_are_unwrapped(pretraining, wrap, request, build, start):
+    """As on GPUs, where nnU-Net wraps in initialize(); its DDP needs CUDA, so the wrapping is done here."""
+    file = pretraining()
+    trainer = build()
+    if wrap == "compile":
+        trainer._do_i_compile = lambda: True
+    trainer.initialize()
+    if wrap == "ddp":
+        request.getfixturevalue("one_rank")
+        trainer.network, trainer.is_ddp = torch.nn.parallel.DistributedDataParallel(trainer.network), True
+    assert type(trainer.network).__name__ == {"compile": "OptimizedModule", "ddp": "DistributedDataParallel"}[wrap]
+    start(trainer)
+    weights = {n for n in canonical_state_dict(trainer.network) if not is_constant(n) and ".seg_layers." not in n}
+    assert weights <= same(trainer.network, file)
+    target = Path(trainer.output_folder, "x.pth")
+    trainer.save_checkpoint(str(target))
+    names = torch.load(target, weights_only=True)["network_weights"]
+    assert not [n for n in names if n.startswith(("_orig_mod", "module"))]
+    trainer.provenance = {}
+    trainer.load_checkpoint(str(target))
+    assert trainer.provenance["method"] == "macl"
+
+
+def test_a_trainer_with_another_network_keeps_its_name(pretraining, build):
+    class nnUNetTrainerOther(nnUNetTrainerPretrained):
+        @staticmethod
+        def build_network_architecture(*args, **kwargs):
+            return nnUNetTrainer.build_network_architecture(*args, **kwargs)
+
+    trainer = build(nnUNetTrainerOther)
+    trainer.build_network_architecture = nnUNetTrainer.build_network_architecture
+    trainer.initialize()
+    file = Path(trainer.output_folder, "x.pth")
+    trainer.save_checkpoint(str(file))
+    assert torch.load(file, weights_only=True)["trainer_name"] == "nnUNetTrainerOther"
+
+
+@pytest.mark.slow
+def test_nnunets_own_commands_from_training_to_the_best_configuration(pretraining, monkeypatch):
+    """Training with validation, --val, the best configuration and prediction; the pretrained file is gone after epoch 0."""
+    from nnunetv2.evaluation.find_best_configuration import find_best_configuration
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    from nnunetv2.run.run_training import run_training
+
+    from nnssl.trainers.discovery import activate
+
+    file = pretraining()
+    activate()
+    monkeypatch.setattr(
+        nnUNetTrainerPretrained, "on_epoch_start", lambda t: (file.unlink(missing_ok=True), epoch_start(t))
+    )
+    epoch_start = nnUNetTrainer.on_epoch_start
+    arguments = ("901", "3d_fullres", 0, "nnUNetTrainerPretrained")
+    run_training(*arguments, device=torch.device("cpu"))
+    assert not file.exists()
+    folder = output_folder(load_plan(901), "x", [901]).parent / "nnUNetTrainerPretrained__nnUNetPlans__3d_fullres"
+    summary = folder / "fold_0" / "validation" / "summary.json"
+    before = json.loads(summary.read_text())["foreground_mean"]
+    summary.unlink()
+    monkeypatch.delenv("nnUNet_extTrainer")
+    activate()
+    run_training(*arguments, device=torch.device("cpu"), only_run_validation=True)
+    assert json.loads(summary.read_text())["foreground_mean"] == pytest.approx(before)
+
+    monkeypatch.delenv("nnUNet_extTrainer")
+    models = ({"plans": "nnUNetPlans", "configuration": "3d_fullres", "trainer": "nnUNetTrainerPretrained"},)
+    best = find_best_configuration(901, models, allow_ensembling=False, num_processes=1, folds=(0,))
+    assert best["best_model_or_ensemble"]["selected_model_or_models"][0]["trainer"] == "nnUNetTrainerPretrained"
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, use_mirroring=False)
+    predictor.initialize_from_trained_model_folder(str(folder), (0,))
+    logits = predictor.predict_logits_from_preprocessed_data(torch.zeros(1, 16, 16, 16))
+    assert logits.shape == (3, 16, 16, 16) and bool(logits.isfinite().all())

@@ -1,0 +1,110 @@
+"""The learning rate as a pure function of the epoch, with values worked out by hand, and the figures of a plan."""
+
+import pytest
+import torch
+
+from nnssl.errors import NnsslError
+from nnssl.trainers.schedule import EpochSchedule, Figures, warmup_poly
+
+FAMILY, NAME = "warmup_poly", "nnUNetTrainerPretrained"
+
+
+def figures(**nnssl):
+    return Figures.from_plans({"plans_name": "nnUNetPlans_x", "nnssl": nnssl}, FAMILY, NAME)
+
+
+def test_defaults_are_nnunets_lengths():
+    assert Figures.from_plans({"plans_name": "nnUNetPlans"}, FAMILY, NAME) == Figures(1000, 250, 50, 1e-3, 0.05)
+    assert Figures().warmup_epochs == 50
+
+
+def test_figures_come_from_the_plan():
+    got = figures(
+        schema=1, schedule=FAMILY, epochs=20, iterations=3, val_iterations=2, peak_lr=0.01, warmup=0.2, base_plans="b"
+    )
+    assert got == Figures(20, 3, 2, 0.01, 0.2)
+    assert got.warmup_epochs == 4
+    assert figures(epochs=None) == Figures()
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "expected"), [(1, 0.05, 0), (2, 0.05, 1), (30, 0.05, 2), (50, 0.0, 0)])
+def test_warmup_epochs(epochs, warmup, expected):
+    assert Figures(epochs=epochs, warmup=warmup).warmup_epochs == expected
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        ({"epochs": 0}, "nnssl.epochs is 0"),
+        ({"epochs": 2.5}, "whole number"),
+        ({"iterations": True}, "nnssl.iterations is True"),
+        ({"val_iterations": "5"}, "nnssl.val_iterations is '5'"),
+        ({"peak_lr": 0}, "positive"),
+        ({"peak_lr": float("nan")}, "positive"),
+        ({"warmup": 1.0}, r"share in \[0, 1\)"),
+        ({"schema": 2}, "update nnssl"),
+        ({"train_cases": {"0": []}}, "train_cases"),
+        ({"train_cases": ["a"]}, "train_cases"),
+        ({"optimizer": "lamb"}, "'sgd' or 'adam'"),
+        ({"layer_decay": 0}, r"share in \(0, 1\]"),
+        ({"ramp": 0}, r"share in \(0, 1\)"),
+    ],
+)
+def test_illegal_figures_are_named(bad, text):
+    with pytest.raises(NnsslError, match=text) as error:
+        figures(**bad)
+    assert "nnUNetPlans_x" in str(error.value)
+
+
+def test_all_problems_at_once():
+    with pytest.raises(NnsslError, match="found 2 problems"):
+        figures(epochs=0, iterations=0)
+
+
+def test_another_family_names_the_trainer_to_use():
+    with pytest.raises(NnsslError, match="this version knows warmup_poly"):
+        figures(schedule="cosine")
+    with pytest.raises(NnsslError, match="use -tr nnUNetTrainerPretrainedSawtooth or"):
+        figures(schedule="sawtooth")
+    with pytest.raises(NnsslError, match="'warmup_poly' .*use -tr nnUNetTrainerPretrained or"):
+        Figures.from_plans({"plans_name": "p", "nnssl": {"schedule": FAMILY}}, "sawtooth", "nnUNetTrainerSawtooth")
+
+
+def test_factor_by_hand():
+    # 4 epochs of warm-up of 20: 1/5, 2/5, 3/5, 4/5, then 1, (15/16)^.9, ... (1/16)^.9
+    expected = {0: 0.2, 1: 0.4, 3: 0.8, 4: 1.0, 12: 0.5358867312681466, 19: 0.08246924442330589}
+    assert {e: warmup_poly(e, 20, 4) for e in expected} == pytest.approx(expected, rel=1e-12)
+    assert warmup_poly(20, 20, 4) == 0 and warmup_poly(0, 1, 0) == 1
+
+
+def test_without_warmup_it_is_nnunets_poly():
+    from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    theirs = PolyLRScheduler(optimizer, 1e-2, 10)
+    for epoch in range(10):
+        theirs.step(epoch)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * warmup_poly(epoch, 10, 0), rel=1e-12)
+
+
+def test_groups_keep_their_ratio_and_zero_stays_frozen():
+    parameters = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1e-3, 1e-2, 0.0)]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    schedule = EpochSchedule(optimizer, 20, 4)
+    for epoch in (7, 3, 7):
+        schedule.step(epoch)
+        factor = warmup_poly(epoch, 20, 4)
+        assert [g["lr"] for g in optimizer.param_groups] == [1e-3 * factor, 1e-2 * factor, 0.0]
+
+
+def test_a_loaded_optimizer_changes_nothing():
+    def build():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+        return optimizer, EpochSchedule(optimizer, 20, 4)
+
+    (first, straight), (second, resumed) = build(), build()
+    straight.step(2)
+    second.load_state_dict(first.state_dict())
+    for schedule in (straight, resumed):
+        schedule.step(9)
+    assert first.param_groups[0]["lr"] == second.param_groups[0]["lr"] == 1e-3 * (11 / 16) ** 0.9

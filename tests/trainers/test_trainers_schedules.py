@@ -1,0 +1,455 @@
+"""Freeze-then-unfreeze, sawtooth, frozen encoder, head only, layer-wise decay: values by hand, groups, and what stays frozen."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from nnssl import checkpoint, trainers
+from nnssl.errors import NnsslError
+from nnssl.networks import build_network, canonical_state_dict
+from nnssl.plans import Plan, load_plan, write_variant
+from nnssl.plans.figures import FAMILIES, Figures, check_options, family_name
+from nnssl.trainers import nnUNetTrainerPretrainedScratch
+from nnssl.trainers.groups import backbone_groups, group_of, hold_statistics, parameter_groups
+from nnssl.trainers.rates import describe_rates, draw_rates, merge_names
+from nnssl.trainers.schedule import Rates, StepSchedule, freeze_unfreeze, sawtooth
+from nnssl.transfer import part_of
+
+NEW = {
+    "freeze_unfreeze": trainers.nnUNetTrainerPretrainedFreezeUnfreeze,
+    "sawtooth": trainers.nnUNetTrainerPretrainedSawtooth,
+    "encoder_frozen": trainers.nnUNetTrainerPretrainedFrozen,
+    "head_only": trainers.nnUNetTrainerPretrainedHeadOnly,
+}
+ALL_BUT_HEADS = ("encoder", "decoder stage 0", "decoder stage 1")
+
+
+# --------------------------------------------------------------------------------------------- pure functions
+
+
+def test_freeze_unfreeze_at_the_published_steps():
+    """specs/hdense.md section 7: 3e-5 * 10 ** ((t - 15000) / 1200), capped at 3e-4."""
+    want = {
+        0: 0,
+        14_999: 0,
+        15_000: 3e-5,
+        15_300: 5.335e-5,
+        15_600: 9.487e-5,
+        15_900: 1.687e-4,
+        16_200: 3e-4,
+        44_999: 3e-4,
+    }
+    got = {t: 3e-4 * freeze_unfreeze(t, 45_000) for t in want}
+    assert got == pytest.approx(want, rel=1e-3)
+    assert got[15_000] == pytest.approx(3e-5, rel=1e-12) and got[16_200] == pytest.approx(3e-4, rel=1e-12)
+
+
+def test_freeze_unfreeze_scales_with_the_length():
+    for t in (14_999, 15_000, 15_300, 15_900, 30_000):
+        assert freeze_unfreeze(10 * t, 450_000) == pytest.approx(freeze_unfreeze(t, 45_000))
+    assert [freeze_unfreeze(t, 6) for t in range(6)] == pytest.approx([0, 0, 0.1, 1, 1, 1])
+    assert freeze_unfreeze(0, 1, frozen=0) == pytest.approx(0.1)
+
+
+def test_sawtooth_by_hand():
+    # 20 epochs, of which 4 (2 rising) for the decoder, then 16 (2 rising) for everything
+    want = {0: (0, 1 / 3), 1: (0, 2 / 3), 2: (0, 1), 3: (0, 0.5**0.9)}
+    want |= {e: (f, f) for e, f in {4: 1 / 3, 5: 2 / 3, 6: 1, 13: 0.5**0.9, 19: (1 / 14) ** 0.9}.items()}
+    assert {e: sawtooth(e, 20, 4, 2) for e in want} == {e: pytest.approx(v) for e, v in want.items()}
+    assert sawtooth(0, 2, 1, 1) == (0.0, 1.0) and sawtooth(1, 2, 1, 1) == (1.0, 1.0)
+
+
+def test_published_lengths_of_the_sawtooth():
+    f = Figures()
+    assert (f.decoder_epochs, f.warmup_epochs) == (50, 50)
+    assert [Figures(epochs=n).decoder_epochs for n in (1, 2, 3, 20)] == [0, 1, 1, 1]
+
+
+def test_defaults_of_the_families():
+    plans = {"plans_name": "p"}
+    f = Figures.from_plans(plans, "freeze_unfreeze", "t")
+    assert (f.optimizer, f.peak_lr, f.frozen) == ("adam", 3e-4, 1 / 3)
+    told = {**plans, "nnssl": {"schedule": "freeze_unfreeze", "optimizer": "sgd", "peak_lr": 0.01}}
+    f = Figures.from_plans(told, "freeze_unfreeze", "t")
+    assert (f.optimizer, f.peak_lr) == ("sgd", 0.01)
+    assert Figures.from_plans(plans, "sawtooth", "t") == Figures()
+
+
+def test_names_and_figures_of_schedules():
+    assert family_name("freeze-unfreeze") == "freeze_unfreeze"
+    with pytest.raises(NnsslError, match="Did you mean 'sawtooth'"):
+        family_name("sawtoth")
+    check_options({"warmup": 0.1, "decoder_first": 0.2}, "sawtooth")
+    with pytest.raises(NnsslError, match="found 2 problems") as error:
+        check_options({"frozn": 0.5, "ramp": 2}, "freeze_unfreeze")
+    assert "Did you mean 'frozen'" in str(error.value) and "nnssl.ramp is 2" in str(error.value)
+
+
+GROUPS = ("seg_layers", "decoder stage 1", "decoder stage 0", "encoder stage 1", "encoder stage 0")
+
+
+@pytest.mark.parametrize(
+    ("family", "epoch", "want"),
+    [
+        ("warmup_poly", 9, [1.0] * 5),
+        ("encoder_frozen", 1, [1.0, 1.0, 1.0, 0, 0]),
+        ("head_only", 1, [1.0, 0, 0, 0, 0]),
+        ("sawtooth", 0, [1.0, 1.0, 1.0, 0, 0]),
+        ("sawtooth", 1, [0.5] * 5),
+        ("freeze_unfreeze", 6, [1.0, 1.0, 0, 0, 0]),
+        ("freeze_unfreeze", 7, [1.0, 1.0, 0.1, 0.1, 0.1]),
+    ],
+)
+def test_rates_of_the_groups(family, epoch, want):
+    backbone = backbone_groups(["encoder", "decoder stage 0"], GROUPS)
+    assert backbone == GROUPS[2:]
+    rates = Rates(family, Figures(epochs=20, iterations=3, peak_lr=1.0, warmup=0.05), GROUPS, backbone)
+    if family == "warmup_poly":
+        rates = Rates(family, Figures(epochs=20, iterations=3, peak_lr=1.0, warmup=0.45), GROUPS)
+    if family == "freeze_unfreeze":
+        rates = Rates(family, Figures(21, 3, peak_lr=1.0), GROUPS, backbone)
+    assert [rates.at(3 * epoch, g) for g in GROUPS] == pytest.approx(want)
+
+
+def test_layer_decay_counts_stages_from_the_heads():
+    rates = Rates("warmup_poly", Figures(epochs=4, peak_lr=1.0, warmup=0, layer_decay=0.5), GROUPS)
+    assert [rates.at(0, g) for g in GROUPS] == [1, 0.5, 0.25, 0.125, 0.0625]
+    assert rates.at(2 * 250, GROUPS[1]) == pytest.approx(0.5 * 0.5**0.9)
+
+
+def test_a_schedule_needs_no_state():
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "name": g} for g in GROUPS], lr=9.0)
+    schedule = StepSchedule(optimizer, Rates("sawtooth", Figures(20, 3), GROUPS))
+    for step in (50, 0, 31, 4):
+        schedule.set(step)
+        assert schedule.now() == {g: schedule.rates.at(step, g) for g in GROUPS}
+    schedule.step(1)
+    assert schedule.now() == {g: schedule.rates.at(3, g) for g in GROUPS}
+
+
+# ------------------------------------------------------------------------------------------------------ groups
+
+
+@pytest.mark.parametrize("arch", ["plain", "resenc"])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_groups_are_disjoint_and_complete(arch, dim, tiny_plans, tiny_dataset_json):
+    plan = Plan.from_dicts(tiny_plans(dim, arch), "2d" if dim == 2 else "3d_fullres", tiny_dataset_json())
+    network = build_network(plan)
+    groups = parameter_groups(network)
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in network.parameters()}
+    assert [g["name"] for g in groups] == [
+        *("seg_layers", "decoder stage 1", "decoder stage 0"),
+        *("encoder stage 2", "encoder stage 1", "encoder stage 0"),
+    ]
+    encoder = {id(p) for p in network.encoder.parameters()}
+    of_encoder = {id(p) for group in groups if group["name"].startswith("encoder") for p in group["params"]}
+    assert of_encoder == encoder
+    assert encoder < {id(p) for p in network.decoder.parameters()}, "the trap that names avoid"
+
+
+def test_group_names():
+    assert group_of("encoder.stem.convs.0.conv.weight") == "encoder stage 0"
+    assert group_of("encoder.stages.3.blocks.0.conv1.conv.weight") == "encoder stage 3"
+    assert group_of("decoder.encoder.stages.2.0.convs.0.conv.weight") == "encoder stage 2"
+    assert group_of("decoder.transpconvs.1.weight") == "decoder stage 1"
+    assert group_of("eva.blocks.0.norm1.weight") == "other"
+
+
+def test_frozen_batch_normalisations_keep_their_statistics():
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2, affine=False))
+    net.train()
+    hold_statistics(net, list(net[0].parameters()))
+    assert [m.training for m in net] == [False, True, True]
+    hold_statistics(net, [])
+    assert [m.training for m in net] == [True, True, True]
+
+
+# -------------------------------------------------------------------------------------------------- the record
+
+
+def test_names_are_merged_and_described():
+    rates = {
+        "seg_layers": 3e-4,
+        "decoder stage 1": 3e-4,
+        "decoder stage 0": 0.0,
+        "encoder stage 1": 0.0,
+        "encoder stage 0": 0.0,
+    }
+    assert merge_names(rates) == {"seg_layers, decoder stage 1": 3e-4, "decoder stage 0, encoder stages 1-0": 0.0}
+    assert describe_rates(rates) == "seg_layers, decoder stage 1 0.0003, decoder stage 0, encoder stages 1-0 frozen"
+
+
+def test_the_figure_gets_a_panel_below_nnunets(tmp_path):
+    from matplotlib.image import imsave
+
+    path = tmp_path / "progress.png"
+    imsave(path, np.full((300, 1200, 4), 0.5, np.float32))
+    rows = [{"epoch": e, "first": {"a": 1e-3, "b": 0.0}, "last": {"a": 1e-4, "b": 0.0}} for e in range(3)]
+    draw_rates(rows, path)
+    image = imread(path)
+    assert image.shape == (1700, 1200, 3)
+    assert np.allclose(image[:300], 0.5, atol=0.01) and image[300:].std() > 0.05
+    assert [p.name for p in tmp_path.iterdir()] == ["progress.png"]
+
+
+# -------------------------------------------------------------------------------------------------- the trainers
+
+
+def snapshot(trainer):
+    return {name: tensor.clone() for name, tensor in canonical_state_dict(trainer.network).items()}
+
+
+def moved(trainer, before):
+    """The parts in which any tensor is not bit-identical any more."""
+    now = canonical_state_dict(trainer.network)
+    return {part_of(n) for n in before if not torch.equal(before[n], now[n])}
+
+
+def a_batch(trainer, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randn(2, 1, 16, 16, 16, generator=generator)
+    target = [torch.randint(0, 3, (2, 1, n, n, n), generator=generator).float() for n in (16, 8)]
+    return {"data": data, "target": target}
+
+
+def run_epoch(trainer, seed=0):
+    """The training part of an epoch on random batches; returns the parts that moved at each step."""
+    trainer.on_train_epoch_start()
+    parts = []
+    for i in range(trainer.num_iterations_per_epoch):
+        before = snapshot(trainer)
+        trainer.train_step(a_batch(trainer, seed + i))
+        parts.append(moved(trainer, before))
+    trainer.current_epoch += 1
+    return parts
+
+
+def variant(dataset, name, **told):
+    """A plans file with other figures."""
+    plans = json.loads((dataset / "nnUNetPlans.json").read_text())
+    plans["plans_name"] = f"nnUNetPlans_{name}"
+    plans["nnssl"] = {**plans["nnssl"], "base_plans": "nnUNetPlans", **told}
+    (dataset / f"nnUNetPlans_{name}.json").write_text(json.dumps(plans))
+    return f"nnUNetPlans_{name}"
+
+
+EVERYTHING = {*ALL_BUT_HEADS, "seg_layers"}
+MOVES = {
+    "freeze_unfreeze": [{"seg_layers"}, {"seg_layers"}, EVERYTHING, EVERYTHING, EVERYTHING, EVERYTHING],
+    "sawtooth": [EVERYTHING - {"encoder"}] * 2 + [EVERYTHING] * 4,
+    "encoder_frozen": [EVERYTHING - {"encoder"}] * 6,
+    "head_only": [{"seg_layers"}] * 6,
+}
+
+
+@pytest.mark.parametrize("family", sorted(NEW))
+def test_frozen_parts_are_bit_identical_until_they_are_thawed(family, dataset, pretraining, build, start):
+    pretraining()
+    plans = variant(dataset, "x", epochs=3, iterations=2, schedule=family)
+    trainer = start(build(NEW[family], plans))
+    steps = [parts for _ in range(3) for parts in run_epoch(trainer)]
+    assert steps == MOVES[family]
+    assert [row["epoch"] for row in trainer.rates] == [0, 1, 2]
+    assert trainer.logger.get_value("lrs", step=None)[0] > 0, "nnU-Net's own log shows the heads' rate"
+    log = Path(trainer.log_file).read_text()
+    assert "nnssl: learning rates seg_layers" in log and "frozen" in log
+    assert trainer.provenance["schedule"] == family
+    assert FAMILIES[family][0] == type(trainer).__name__
+
+
+def test_parts_that_did_not_come_pretrained_are_not_frozen(dataset, pretraining, build, start):
+    pretraining(decoder_stages=(0,))
+    plans = variant(dataset, "x", epochs=3, schedule="freeze_unfreeze")
+    trainer = start(build(NEW["freeze_unfreeze"], plans))
+    assert trainer.provenance["backbone"] == ["encoder", "decoder stage 0"]
+    assert run_epoch(trainer) == [{"seg_layers", "decoder stage 1"}] * 2
+    frozen = {"encoder stage 0", "encoder stage 1", "encoder stage 2", "decoder stage 0"}
+    assert {g for g, lr in trainer.rates[0]["last"].items() if lr == 0} == frozen
+
+
+def test_continued_in_the_middle_of_a_ramp(dataset, pretraining, build, start):
+    """Straight, and stopped after one of three epochs: same rates and bit-identical weights; the file need not be there."""
+    file = pretraining(decoder_stages=(0,))
+    plans = variant(dataset, "x", epochs=3, iterations=3, schedule="freeze_unfreeze", frozen=0.2, ramp=0.5)
+    straight = start(build(NEW["freeze_unfreeze"], plans))
+    first = snapshot(straight)
+    for epoch in range(3):
+        run_epoch(straight, 10 * epoch)
+    rates = [row["last"]["encoder stage 0"] for row in straight.rates]
+    assert 0 < rates[0] < rates[1] < rates[2] == 3e-4
+
+    stopped = start(build(NEW["freeze_unfreeze"], plans))
+    stopped.network.load_state_dict(first, strict=False)
+    for part in (stopped.network.encoder, stopped.network.decoder.seg_layers):  # the same random heads
+        names = {id(p): n for n, p in stopped.network.named_parameters()}
+        with torch.no_grad():
+            for p in part.parameters():
+                p.copy_(first[names[id(p)]])
+    for name, tensor in canonical_state_dict(stopped.network).items():
+        tensor.copy_(first[name])
+    run_epoch(stopped, 0)
+    target = str(Path(stopped.output_folder, "checkpoint_latest.pth"))
+    stopped.current_epoch -= 1  # as nnU-Net's on_epoch_end: it saves before it counts
+    stopped.save_checkpoint(target)
+    file.unlink()
+    again = build(NEW["freeze_unfreeze"], plans, resume=True)
+    again.load_checkpoint(target)
+    assert again.provenance["backbone"] == ["encoder", "decoder stage 0"] and len(again.rates) == 1
+    start(again)
+    for epoch in (1, 2):
+        run_epoch(again, 10 * epoch)
+    assert again.rates == straight.rates
+    want = canonical_state_dict(straight.network)
+    assert all(torch.equal(t, want[n]) for n, t in canonical_state_dict(again.network).items())
+
+
+def test_the_control_follows_the_plans_schedule(dataset, pretraining, build, start):
+    plans = variant(dataset, "x", epochs=3, schedule="freeze_unfreeze", backbone=["encoder"])
+    control = start(build(nnUNetTrainerPretrainedScratch, plans))
+    assert control.family == "freeze_unfreeze" and control.provenance["weights"] == "random"
+    pretraining()
+    pretrained = start(build(NEW["freeze_unfreeze"], plans))
+    names = [g["name"] for g in pretrained.optimizer.param_groups]
+    assert [g["name"] for g in control.optimizer.param_groups] == names
+    assert type(control.optimizer) is type(pretrained.optimizer) is torch.optim.Adam
+    assert control.lr_scheduler.rates.backbone == tuple(n for n in names if n.startswith("encoder"))
+
+
+def test_pretrained_weights_of_the_command_line_are_the_backbone(dataset, pretraining, build, start):
+    from nnunetv2.run.run_training import maybe_load_checkpoint
+
+    given = pretraining(name="other")
+    plans = variant(dataset, "x", schedule="freeze_unfreeze")
+    trainer = build(NEW["freeze_unfreeze"], plans)
+    maybe_load_checkpoint(trainer, False, False, str(given))
+    start(trainer)
+    assert trainer.provenance["backbone"] == list(ALL_BUT_HEADS)
+
+
+def test_layer_decay_in_training(dataset, pretraining, build, start):
+    pretraining()
+    plans = variant(dataset, "x", layer_decay=0.5, warmup=0.0)
+    trainer = start(build(plans=plans))
+    rates = [g["lr"] for g in trainer.optimizer.param_groups]
+    assert rates == pytest.approx([1e-3 * 0.5**i for i in range(6)])
+    assert isinstance(trainer.optimizer, torch.optim.SGD)
+    assert run_epoch(trainer) == [EVERYTHING] * 2
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", ["compile", "ddp"])
+@pytest.mark.parametrize("family", ["freeze_unfreeze", "head_only"])
+def test_wrapped_networks(wrap, family, dataset, pretraining, build, start, request, monkeypatch):
+    pretraining()
+    trainer = build(NEW[family], variant(dataset, "x", epochs=3, iterations=1, schedule=family))
+    if wrap == "compile":
+        trainer._do_i_compile = lambda: True
+        compiled = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="eager"))
+    trainer.initialize()
+    if wrap == "ddp":
+        request.getfixturevalue("one_rank")
+        trainer.network = torch.nn.parallel.DistributedDataParallel(trainer.network)
+        trainer.is_ddp = True
+        trainer.loss = trainer._build_loss()  # under DDP nnU-Net gives the lowest output a weight
+    start(trainer)
+    steps = [parts for _ in range(3) for parts in run_epoch(trainer)]
+    assert steps == [MOVES[family][i] for i in (0, 2, 3)]
+
+
+@pytest.mark.parametrize("family", sorted(NEW))
+def test_stock_nnunet_takes_the_checkpoint(family, dataset, pretraining, build, start):
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    pretraining()
+    trainer = start(build(NEW[family], variant(dataset, "x", schedule=family)))
+    run_epoch(trainer)
+    trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    assert checkpoint.load(Path(trainer.output_folder) / "checkpoint_final.pth").content["nnssl_learning_rates"]
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,))
+    assert predictor.trainer_name == "nnUNetTrainer"
+    ours, theirs = canonical_state_dict(trainer.network), canonical_state_dict(predictor.network)
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+@pytest.mark.slow
+def test_one_whole_training_draws_the_rates(dataset, pretraining, build):
+    pretraining()
+    trainer = build(NEW["sawtooth"], variant(dataset, "x", epochs=2, iterations=1, schedule="sawtooth"))
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    assert imread(folder / "progress.png").shape[0] > 6000
+    rows = torch.load(folder / "checkpoint_final.pth", weights_only=True)["nnssl_learning_rates"]
+    assert [row["first"]["encoder stage 0"] for row in rows] == pytest.approx([0, 1e-3])
+    assert set(trainer.logger.get_checkpoint()) == {
+        *("mean_fg_dice", "ema_fg_dice", "dice_per_class_or_region", "train_losses", "val_losses", "lrs"),
+        *("epoch_start_timestamps", "epoch_end_timestamps"),
+    }
+
+
+def test_the_variant_names_the_backbone_and_the_trainer(dataset, pretraining, build, start, capsys):
+    from nnssl.plans.cli import main
+
+    file = pretraining(decoder_stages=(0,))
+    arguments = ["-d", "901", "--checkpoint", str(file), "--schedule", "freeze-unfreeze", "--name", "fu"]
+    assert main([*arguments, "-o", "frozen=0.5", "-o", "optimizer=sgd", "--epochs", "4"]) == 0
+    assert "-tr nnUNetTrainerPretrainedFreezeUnfreeze" in capsys.readouterr().out
+    told = load_plan(901, plans_name="nnUNetPlans_fu").nnssl
+    assert (told["schedule"], told["frozen"], told["optimizer"]) == ("freeze_unfreeze", 0.5, "sgd")
+    assert told["backbone"] == ["encoder", "decoder stage 0"]
+    trainer = start(build(NEW["freeze_unfreeze"], "nnUNetPlans_fu"))
+    assert trainer.figures.frozen == 0.5 and isinstance(trainer.optimizer, torch.optim.SGD)
+    with pytest.raises(NnsslError, match="use -tr nnUNetTrainerPretrainedFreezeUnfreeze"):
+        build(plans="nnUNetPlans_fu")
+    write_variant(load_plan(901, plans_name="nnUNetPlans_fu"), "st", schedule="sawtooth", epochs=5)
+    told = load_plan(901, plans_name="nnUNetPlans_fu_st").nnssl
+    assert told["schedule"] == "sawtooth" and told["epochs"] == 5 and told["checkpoint"]
+    assert not {"frozen", "optimizer", "backbone"} & set(told), "figures of the other family have left"
+    for wrong, text in (
+        ("-o warmup=0.1", "'warmup' is no figure of the schedule freeze-unfreeze"),
+        ("-o frozen=2", "nnssl.frozen is 2"),
+    ):
+        assert main(["-d", "901", "--schedule", "freeze-unfreeze", "--name", "y", *wrong.split()]) == 1
+        assert text in capsys.readouterr().err
+
+
+def test_with_a_gradient_scaler(dataset, pretraining, build, start):
+    """As on GPUs: gradients are unscaled, clipped without the frozen parts, and applied; the same steps without one."""
+    pretraining()
+    plans = variant(dataset, "x", epochs=3, schedule="freeze_unfreeze")
+    plain, scaled = (start(build(NEW["freeze_unfreeze"], plans)) for _ in range(2))
+    for ours, theirs in zip(scaled.network.parameters(), plain.network.parameters()):
+        ours.data.copy_(theirs.data)
+    scaled.grad_scaler = torch.GradScaler("cpu", init_scale=2.0**10)
+    steps = [run_epoch(trainer) + run_epoch(trainer) for trainer in (plain, scaled)]
+    assert steps[0] == steps[1] == MOVES["freeze_unfreeze"][:4]
+    want = canonical_state_dict(plain.network)
+    assert all(torch.allclose(t, want[n], atol=1e-5) for n, t in canonical_state_dict(scaled.network).items())
+
+
+def test_frozen_gradients_do_not_count_in_the_norm(dataset, pretraining, build, start, monkeypatch):
+    pretraining()
+    trainer = start(build(NEW["freeze_unfreeze"], variant(dataset, "x", epochs=3, schedule="freeze_unfreeze")))
+    clip, seen = torch.nn.utils.clip_grad_norm_, []
+
+    def spy(parameters, norm):
+        parameters = list(parameters)
+        seen.append(({id(p) for p in parameters if p.grad is not None}, norm))
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    run_epoch(trainer)
+    heads = {id(p) for p in trainer.network.decoder.seg_layers.parameters()}
+    assert all(with_gradient <= heads and norm == 12 for with_gradient, norm in seen) and len(seen) == 2

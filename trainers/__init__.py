@@ -1,0 +1,70 @@
+"""Trainers for plain ``nnUNetv2_train -tr <name>``: which weights, which schedule. Importing this imports no torch.
+
+``TRAINERS`` is the one list of them: the folder that nnU-Net searches and ``nnssl_trainers`` both read it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nnssl.trainers.families import (
+        nnUNetTrainerPretrainedFreezeUnfreeze,
+        nnUNetTrainerPretrainedFrozen,
+        nnUNetTrainerPretrainedHeadOnly,
+        nnUNetTrainerPretrainedSawtooth,
+    )
+    from nnssl.trainers.pretrained import nnUNetTrainerPretrained, nnUNetTrainerPretrainedScratch
+    from nnssl.trainers.probe import nnUNetTrainerLinearProbe
+
+__all__ = [
+    "TRAINERS",
+    "nnUNetTrainerLinearProbe",
+    "nnUNetTrainerPretrained",
+    "nnUNetTrainerPretrainedFreezeUnfreeze",
+    "nnUNetTrainerPretrainedFrozen",
+    "nnUNetTrainerPretrainedHeadOnly",
+    "nnUNetTrainerPretrainedSawtooth",
+    "nnUNetTrainerPretrainedScratch",
+]
+
+TRAINERS: dict[str, tuple[str, str]] = {
+    "nnUNetTrainerPretrained": (
+        "nnssl.trainers.pretrained",
+        "starts from the pretraining that was made for the plans; warm-up, then poly",
+    ),
+    "nnUNetTrainerPretrainedScratch": (
+        "nnssl.trainers.pretrained",
+        "the control: the plan's schedule from random weights",
+    ),
+    "nnUNetTrainerPretrainedFreezeUnfreeze": (
+        "nnssl.trainers.families",
+        "pretrained parts frozen for a third of the run, then raised exponentially",
+    ),
+    "nnUNetTrainerPretrainedSawtooth": (
+        "nnssl.trainers.families",
+        "decoder and heads first, then everything",
+    ),
+    "nnUNetTrainerPretrainedFrozen": (
+        "nnssl.trainers.families",
+        "the encoder stays frozen",
+    ),
+    "nnUNetTrainerPretrainedHeadOnly": (
+        "nnssl.trainers.families",
+        "only the segmentation heads are trained",
+    ),
+    "nnUNetTrainerLinearProbe": (
+        "nnssl.trainers.probe",
+        "frozen network, one linear layer per resolution; predicts only where nnssl is installed",
+    ),
+}
+"""Name of each trainer -> the module that defines it, and one line on what it does."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in TRAINERS:
+        return getattr(import_module(TRAINERS[name][0]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *TRAINERS})

@@ -1,0 +1,90 @@
+"""Parameter groups by stage, selected by name: ``decoder.parameters()`` of nnU-Net's networks contains the encoder.
+
+The names are those of the network itself, each tensor once, so that groups are disjoint and complete.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nnssl.networks import canonical_state_dict, unwrap
+from nnssl.transfer import HEADS, part_of
+
+__all__ = ["backbone_groups", "build_optimizer", "changed_parts", "group_of", "hold_statistics", "parameter_groups"]
+
+_STAGE = re.compile(r"(?:decoder\.)?encoder\.stages\.(\d+)\.")
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter: ``"encoder stage 0"`` (with the stem), ..., ``"decoder stage 0"``, ..., ``"seg_layers"``."""
+    part = part_of(name)
+    if part != "encoder":
+        return part
+    stage = _STAGE.match(name)
+    return f"encoder stage {stage.group(1) if stage else 0}"
+
+
+def _depth(group: str) -> tuple[int, int]:
+    """Sorts from the heads down to the stem."""
+    if group == HEADS:
+        return 0, 0
+    kind, _, number = group.rpartition(" stage ")
+    return ({"decoder": 1, "encoder": 3}.get(kind, 2), -int(number) if kind else 0)
+
+
+def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
+    """All parameters of a network in named groups, the heads first and the stem last.
+
+    Args:
+        network: also wrapped by DDP or torch.compile.
+
+    Returns:
+        ``[{"name": str, "params": [...]}, ...]``: each parameter in exactly one.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in unwrap(network).named_parameters():
+        groups.setdefault(group_of(name), []).append(parameter)
+    return [{"name": name, "params": groups[name]} for name in sorted(groups, key=_depth)]
+
+
+def backbone_groups(parts: Iterable[str], groups: Iterable[str]) -> tuple[str, ...]:
+    """The groups that lie in the given parts (``"encoder"``, ``"decoder stage 0"``, ...) of a transfer report."""
+    wanted = set(parts)
+    return tuple(g for g in groups if g in wanted or ("encoder" in wanted and g.startswith("encoder stage ")))
+
+
+def hold_statistics(network: nn.Module, frozen: Iterable[nn.Parameter]) -> None:
+    """Put batch normalisations whose parameters are frozen into evaluation mode, the others into training mode.
+
+    A frozen part must compute the same at each step; instance normalisation does so by itself.
+    """
+    held = {id(p) for p in frozen}
+    for module in unwrap(network).modules():
+        if isinstance(module, _BatchNorm) and module.affine:
+            module.train(id(module.weight) not in held)
+
+
+def changed_parts(network: nn.Module, names: Iterable[str]) -> list[str]:
+    """The parts that the named tensors lie in, in the order of the network."""
+    wanted = set(names)
+    return list(dict.fromkeys(part_of(name) for name in canonical_state_dict(network) if name in wanted))
+
+
+def build_optimizer(parameters: Any, kind: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """nnU-Net's SGD, or Adam without weight decay.
+
+    Args:
+        parameters: parameters or groups.
+        kind: ``"sgd"`` or ``"adam"``.
+        lr: learning rate of the groups that name none.
+        weight_decay: of SGD.
+    """
+    if kind == "adam":
+        return torch.optim.Adam(parameters, lr)
+    return torch.optim.SGD(parameters, lr, momentum=0.99, weight_decay=weight_decay, nesterov=True)

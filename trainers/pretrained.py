@@ -1,0 +1,205 @@
+"""``nnUNetTrainerPretrained``: plain nnU-Net training from self-supervised weights, and its control without them.
+
+What differs from nnU-Net's own trainer: the weights at the start of epoch 0, the learning rate (warm-up to 1e-3, then poly;
+nnU-Net starts at 1e-2), the figures and training cases that ``plans["nnssl"]`` sets, and checkpoints that are written whole and
+under the name of nnU-Net's trainer, so that any nnU-Net predicts with them. Other schedules: :mod:`nnssl.trainers.families`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+import nnssl
+from nnssl import checkpoint as checkpoints
+from nnssl import transfer
+from nnssl.errors import NnsslError
+from nnssl.files import write_json
+from nnssl.networks import canonical_state_dict
+from nnssl.paths import encode_path
+from nnssl.plans import Plan
+from nnssl.plans.figures import FAMILIES
+from nnssl.plans.labels import folds_of, restrict
+from nnssl.trainers.groups import changed_parts
+from nnssl.trainers.inspection import content_of, digests
+from nnssl.trainers.schedule import Figures
+from nnssl.trainers.stepwise import StepwiseTrainer
+from nnssl.trainers.weights import find_weights
+
+__all__ = ["nnUNetTrainerPretrained", "nnUNetTrainerPretrainedScratch"]
+
+PROVENANCE = "nnssl_finetuning"
+"""Key of a fine-tuned checkpoint that says what the training started from; ``"nnssl"`` marks pretrained ones."""
+RATES = "nnssl_learning_rates"
+"""Key of the learning rates that were applied, by epoch and group, where there is more than one group."""
+
+
+class nnUNetTrainerPretrained(StepwiseTrainer):
+    """Fine-tunes the plan's network from pretrained weights, found at the start of epoch 0.
+
+    In this order: weights that ``-pretrained_weights`` has put into the network, the file that ``plans["nnssl"]`` names, the
+    only finished pretraining made for these plans. It never guesses and never starts from random weights.
+    A continued training and a validation need no pretrained file.
+
+    Raises:
+        NnsslError: from the constructor where the plan's figures are illegal or meant for another trainer; from
+            :meth:`on_train_start`, before any data is loaded, where the weights are missing, ambiguous or do not fit.
+    """
+
+    pretrained: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net reads this very signature
+    ) -> None:
+        self.family = self.schedule_of(plans)
+        figures = Figures.from_plans(plans, self.family, type(self).__name__)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.figures = figures
+        self.num_epochs = figures.epochs
+        self.num_iterations_per_epoch = figures.iterations
+        self.num_val_iterations_per_epoch = figures.val_iterations
+        self.initial_lr = figures.peak_lr
+        self.provenance: dict[str, Any] = {}
+        self._digests: dict[str, str] = {}
+
+    def plan(self) -> Plan:
+        """The plan of the network that is pretrained."""
+        return Plan.from_dicts(self.plans_manager.plans, self.configuration_name, self.dataset_json)
+
+    def pretrained_network(self) -> torch.nn.Module:
+        """The network that pretrained weights go into."""
+        return self.network
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """As nnU-Net, with only the training cases that the plan chooses; validation cases are never among them."""
+        chosen = (self.plans_manager.plans.get("nnssl") or {}).get("train_cases")
+        if not chosen:
+            return super().do_split()
+        if self.fold == "all" or Path(self.preprocessed_dataset_folder_base, "splits_final.json").is_file():
+            train, val = super().do_split()
+        else:
+            folds = folds_of(self.plan())
+            train, val = folds.get(str(self.fold), ([], []))
+        train, val = restrict(self.fold, list(train), list(val), chosen)
+        self.print_to_log_file(f"nnssl: the plan trains this fold on {len(train)}: {', '.join(train)}")
+        return train, val
+
+    def initialize(self) -> None:
+        """As nnU-Net; also remembers the random weights, to notice ``-pretrained_weights`` later."""
+        super().initialize()
+        self._digests = digests(self.network)
+
+    def on_train_start(self) -> None:
+        """Put the pretrained weights into the network of a new training, then go on as nnU-Net (data loading)."""
+        if not self.was_initialized:
+            self.initialize()
+        if self.current_epoch == 0:
+            try:
+                self._start_weights()
+            except NnsslError as error:
+                self.print_to_log_file(f"nnssl: {error}", also_print_to_console=False)
+                raise
+        super().on_train_start()
+
+    def _start_weights(self) -> None:
+        changed = [name for name, digest in digests(self.network).items() if self._digests[name] != digest]
+        named = (self.plans_manager.plans.get("nnssl") or {}).get("checkpoint")
+        self.provenance = {"trainer": type(self).__name__, "version": nnssl.__version__, **self.figures.to_dict()}
+        self.provenance["schedule"] = self.family
+        if not self.pretrained:
+            if changed:
+                raise NnsslError(
+                    f"{type(self).__name__} is the control without pretraining and takes no -pretrained_weights; "
+                    "use -tr nnUNetTrainerPretrained."
+                )
+            self.provenance["weights"] = "random"
+            self.set_backbone()
+            self.print_to_log_file("nnssl: random weights (the control without pretraining).")
+        elif changed:
+            self._report_given(changed, named)
+        else:
+            self._load_found()
+
+    def _report_given(self, changed: list[str], named: str | None) -> None:
+        """What nnU-Net loaded through ``-pretrained_weights``: it does not tell us the file, but its effect shows."""
+        state = canonical_state_dict(self.network)
+        share = 100 * sum(state[n].numel() for n in changed) / sum(t.numel() for t in state.values())
+        text = f"nnssl: -pretrained_weights has set {len(changed)} of {len(state)} tensors, {share:.1f} % of all parameters"
+        text += f"; the plan's own file {named} is not used." if named else "; no pretraining is searched."
+        self.provenance["weights"] = "-pretrained_weights"
+        self.set_backbone(changed_parts(self.network, changed))
+        report = {"loaded_tensors": len(changed), "tensors": len(state), "loaded_percent": share}
+        self._write_report(text, {"source": "-pretrained_weights", "not_used": named, "report": report})
+
+    def _load_found(self) -> None:
+        plan = self.plan()
+        source = find_weights(plan)
+        loaded = checkpoints.load(source.path)
+        report = transfer.apply(self.pretrained_network(), loaded, plan=plan)
+        self.check_transfer(report, source.path)
+        self.set_backbone(part.part for part in report.parts if part.loaded or part.adapted)
+        self.provenance.update(weights="pretrained", sha256=source.sha256, method=loaded.method)
+        text = f"nnssl: weights from {source.path}, {source.why}\n{report}"
+        content = {
+            "source": encode_path(source.path),
+            "sha256": source.sha256,
+            "method": loaded.method,
+            "report": report.to_dict(),
+        }
+        self._write_report(text, content)
+
+    def check_transfer(self, report: transfer.TransferReport, path: Path) -> None:
+        """Raise where this trainer needs more than was transferred."""
+
+    def _write_report(self, text: str, content: dict[str, Any]) -> None:
+        self.print_to_log_file(text)
+        if self.local_rank == 0:
+            folder = Path(self.output_folder)
+            write_json(folder / "transfer_report.json", content)
+            (folder / "transfer_report.txt").write_text(f"{text}\n", encoding="utf-8")
+
+    def save_checkpoint(self, filename: str) -> None:
+        """As nnU-Net, but written whole or not at all, under the stock trainer's name, and with the provenance.
+
+        nnU-Net's own code makes the content, so that it stays nnU-Net's. Numpy's numbers become Python's, so that
+        ``torch.load(weights_only=True)`` reads the file.
+        """
+        content = content_of(super().save_checkpoint)
+        if content is None:  # another rank, or checkpoints are off
+            return
+        if type(self).build_network_architecture is nnUNetTrainer.build_network_architecture:
+            content["trainer_name"] = nnUNetTrainer.__name__
+        content[PROVENANCE] = self.provenance
+        if self.rates:
+            content[RATES] = list(self.rates)
+        checkpoints.save(filename, content)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """As nnU-Net; the provenance and the learning rates so far come along."""
+        super().load_checkpoint(filename_or_checkpoint)
+        content = filename_or_checkpoint
+        if not isinstance(content, dict):
+            content = torch.load(content, map_location="cpu", weights_only=False, mmap=True)
+        self.provenance = content.get(PROVENANCE, {})
+        self.rates = content.get(RATES, [])
+        self.set_backbone(self.provenance.get("backbone"))
+
+
+class nnUNetTrainerPretrainedScratch(nnUNetTrainerPretrained):
+    """The control without pretraining: random weights, and whatever schedule, figures and cases the plan names."""
+
+    pretrained: ClassVar[bool] = False
+
+    @classmethod
+    def schedule_of(cls, plans: dict[str, Any]) -> str:
+        """The plan's schedule, so that a pretrained arm and its control share one plan."""
+        asked = (plans.get("nnssl") or {}).get("schedule") or cls.schedule
+        return asked if cls.__name__ in FAMILIES.get(asked, ()) else cls.schedule

@@ -1,0 +1,71 @@
+"""``nnUNetTrainerLinearProbe``: what a linear classifier makes of the frozen pretrained features, trained by nnU-Net."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from nnssl import transfer
+from nnssl.errors import NnsslError
+from nnssl.networks import unwrap
+from nnssl.plans import Plan, dataset_id
+from nnssl.plans.figures import Figures
+from nnssl.plans.probe import from_probe, to_probe
+from nnssl.trainers.pretrained import nnUNetTrainerPretrained
+
+__all__ = ["nnUNetTrainerLinearProbe"]
+
+
+class nnUNetTrainerLinearProbe(nnUNetTrainerPretrained):
+    """Trains one 1x1(x1) convolution per resolution on the plan's network, frozen as it was pretrained.
+
+    The network is :class:`nnssl.networks.probe.LinearProbe`, written into the plans that the results folder keeps, so that plain
+    ``nnUNetv2_predict`` predicts where nnssl is installed, and only there. Adam with a constant 3e-4 by default, as published.
+    ``-pretrained_weights`` has no place here, since nnU-Net would look for the probe's names: name the file in a plan.
+    """
+
+    schedule: ClassVar[str] = "linear_probe"
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net reads this very signature
+    ) -> None:
+        levels = Figures.from_plans(plans, self.schedule, type(self).__name__).levels
+        plan = Plan.from_dicts(from_probe(plans, configuration), configuration, dataset_json)
+        super().__init__(to_probe(plan, levels), configuration, fold, dataset_json, device)
+        self.enable_deep_supervision = False
+
+    def plan(self) -> Plan:
+        """The plan of the frozen network."""
+        plans = from_probe(self.plans_manager.plans, self.configuration_name)
+        return Plan.from_dicts(plans, self.configuration_name, self.dataset_json)
+
+    def pretrained_network(self) -> torch.nn.Module:
+        """The frozen network."""
+        backbone: Any = unwrap(self.network).backbone
+        return backbone
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The probe's convolutions, and nothing else."""
+        heads: Any = unwrap(self.network).heads
+        return [{"name": transfer.HEADS, "params": list(heads.parameters())}]
+
+    def check_transfer(self, report: transfer.TransferReport, path: Path) -> None:
+        """Refuse to probe decoder stages that are random."""
+        random = report.random_decoder if self.figures.levels == "decoder" else []
+        if random:
+            plan = self.plan()
+            raise NnsslError(
+                f"{path} holds no weights for {', '.join(random)}, which a probe of the decoder looks at. Probe the encoder: "
+                f"nnssl_plan -d {dataset_id(plan.dataset_name)} -c {plan.configuration} -p {plan.base_plans} --checkpoint {path} "
+                "--schedule linear-probe -o levels=encoder --name NAME"
+            )
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """A probe has one output."""

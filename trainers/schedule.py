@@ -1,0 +1,165 @@
+"""The learning rate as a pure function of the step: a factor for each family of schedule, and the objects that set it.
+
+Nothing here has a state, so that a training continued in the middle of a ramp goes on as if it had never stopped. There is one
+optimiser whatever the family; a part is frozen by the learning rate 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from nnssl.plans.figures import FAMILIES, Figures
+from nnssl.transfer import HEADS
+
+__all__ = [
+    "FAMILIES",
+    "EpochSchedule",
+    "Figures",
+    "Rates",
+    "StepSchedule",
+    "freeze_unfreeze",
+    "sawtooth",
+    "warmup_poly",
+]
+
+
+def warmup_poly(epoch: int, epochs: int, warmup_epochs: int, exponent: float = 0.9) -> float:
+    """Factor on the peak learning rate: a linear rise, then nnU-Net's polynomial decay. A pure function of the epoch.
+
+    ``(e + 1) / (w + 1)`` for ``e < w``, else ``(1 - (e - w) / (E - w)) ** exponent``, with epoch e from 0, w epochs of
+    warm-up and E epochs in all: never 0 at the start, and 1 at epoch w.
+    """
+    if epoch < warmup_epochs:
+        return (epoch + 1) / (warmup_epochs + 1)
+    left = 1 - (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return max(0.0, left) ** exponent
+
+
+def sawtooth(epoch: int, epochs: int, decoder_epochs: int, warmup_epochs: int) -> tuple[float, float]:
+    """Two teeth (MIC-DKFZ's nnssl): the decoder alone rises and falls, then the whole network warms up and decays.
+
+    The first tooth is :func:`warmup_poly` over ``decoder_epochs``, half of them rising; the second is it over the others.
+
+    Returns:
+        the factors of the encoder (0 during the first tooth) and of everything else.
+    """
+    if epoch < decoder_epochs:
+        return 0.0, warmup_poly(epoch, decoder_epochs, decoder_epochs // 2)
+    rest = epochs - decoder_epochs
+    factor = warmup_poly(epoch - decoder_epochs, rest, min(warmup_epochs, rest - 1))
+    return factor, factor
+
+
+def freeze_unfreeze(
+    step: int, steps: int, frozen: float = 1 / 3, ramp: float = 1200 / 45000, start: float = 0.1
+) -> float:
+    """Factor of the backbone (Kats et al. 2024): 0, then from ``start`` to 1 exponentially, then 1.
+
+    ``min(1, start ** (1 - (t - t0) / R))`` from step ``t0 = round(frozen * steps)``, with ``R = ramp * steps``: with the
+    published figures, of 45,000 steps the first 15,000 are frozen and 3e-5 becomes 3e-4 over 1,200.
+    """
+    first = round(frozen * steps)
+    if step < first:
+        return 0.0
+    return min(1.0, start ** (1 - (step - first) / (ramp * steps)))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The learning rate of each parameter group at each step of a training.
+
+    Attributes:
+        family: name of the schedule.
+        figures: its figures, with the length of this training.
+        groups: names of the groups, from the heads down to the stem (see :func:`nnssl.trainers.groups.group_of`).
+        backbone: the groups that ``freeze_unfreeze`` freezes first; the others are trained at the full rate throughout.
+    """
+
+    family: str
+    figures: Figures
+    groups: tuple[str, ...]
+    backbone: Collection[str] = ()
+
+    def at(self, step: int, group: str) -> float:
+        """The learning rate of a group at an optimiser step, counted from 0 over the whole training."""
+        decay = self.figures.layer_decay ** self.groups.index(group)
+        return self.figures.peak_lr * self._factor(step, group) * decay
+
+    def _factor(self, step: int, group: str) -> float:
+        f, epoch = self.figures, step // self.figures.iterations
+        encoder = group.startswith("encoder")
+        if self.family == "freeze_unfreeze":
+            if group not in self.backbone:
+                return 1.0
+            return freeze_unfreeze(step, f.steps, f.frozen, f.ramp, f.ramp_start)
+        if self.family == "sawtooth":
+            return sawtooth(epoch, f.epochs, f.decoder_epochs, f.warmup_epochs)[0 if encoder else 1]
+        if self.always_frozen(group):
+            return 0.0
+        if f.warmup == 0 and self.family == "linear_probe":
+            return 1.0
+        return warmup_poly(epoch, f.epochs, f.warmup_epochs)
+
+    def always_frozen(self, group: str) -> bool:
+        """Whether a group is trained at no step."""
+        if self.family == "encoder_frozen":
+            return group.startswith("encoder")
+        return self.family == "head_only" and group != HEADS
+
+
+class EpochSchedule:
+    """Sets each group's learning rate to its own initial one times :func:`warmup_poly` of the epoch.
+
+    nnU-Net calls ``step(current_epoch)`` before each epoch, so a resumed training needs no state of this. Unlike nnU-Net's
+    schedulers it keeps the groups' ratio, and a group with learning rate 0 stays frozen.
+
+    Args:
+        optimizer: its groups' present learning rates are the peaks.
+        epochs: epochs in all.
+        warmup_epochs: of which warm-up.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, epochs: int, warmup_epochs: int) -> None:
+        self.optimizer = optimizer
+        self.epochs = epochs
+        self.warmup_epochs = warmup_epochs
+        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def step(self, epoch: int) -> None:
+        """Set the learning rates for ``epoch``, counted from 0."""
+        factor = warmup_poly(epoch, self.epochs, self.warmup_epochs)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+
+
+class StepSchedule:
+    """Sets each named group's learning rate for a step; :meth:`step` is what nnU-Net calls before each epoch.
+
+    Args:
+        optimizer: its groups have a ``"name"`` each.
+        rates: the learning rates; may be exchanged for others with the same groups.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rates: Rates) -> None:
+        self.optimizer = optimizer
+        self.rates = rates
+
+    def step(self, epoch: int) -> None:
+        """Set the learning rates of the first step of ``epoch``, counted from 0."""
+        self.set(epoch * self.rates.figures.iterations)
+
+    def set(self, step: int) -> None:
+        """Set the learning rates of an optimiser step, counted from 0 over the whole training."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rates.at(step, group["name"])
+
+    def now(self) -> dict[str, float]:
+        """Name of each group -> the learning rate that it has at present."""
+        return {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+
+    def frozen(self) -> list[torch.nn.Parameter]:
+        """The parameters that are not trained at present."""
+        return [p for group in self.optimizer.param_groups if group["lr"] == 0 for p in group["params"]]

@@ -1,0 +1,139 @@
+"""The part of a trainer that sets learning rates: one optimiser, named groups, rates that are pure functions of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+
+from nnssl.trainers.groups import backbone_groups, build_optimizer, hold_statistics, parameter_groups
+from nnssl.trainers.rates import describe_rates, draw_rates
+from nnssl.trainers.schedule import EpochSchedule, Figures, Rates, StepSchedule
+from nnssl.transfer import HEADS
+
+__all__ = ["StepwiseTrainer"]
+
+CLIP = 12.0  # nnU-Net's
+
+
+class StepwiseTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with the schedules of :mod:`nnssl.trainers.schedule`; ``family`` and ``figures`` are set by subclasses.
+
+    A group with learning rate 0 is frozen: its gradients are dropped before they are clipped and applied, so that it stays
+    bit-identical and takes no part in the norm. ``requires_grad`` is only ever changed before DDP wraps the network, for
+    groups that no step trains.
+    """
+
+    schedule: ClassVar[str] = "warmup_poly"
+    family: str
+    figures: Figures
+    provenance: dict[str, Any]
+    rates: Sequence[dict[str, Any]] = ()
+    _iteration: int = 0
+
+    @classmethod
+    def schedule_of(cls, plans: dict[str, Any]) -> str:
+        """The family of schedule that this trainer follows on the given plans."""
+        return cls.schedule
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, EpochSchedule | StepSchedule]:
+        """One group, as nnU-Net has it, where all parameters learn at one rate; else one for each stage, the heads first."""
+        figures = replace(self.figures, epochs=self.num_epochs, iterations=self.num_iterations_per_epoch)
+        kind = (figures.optimizer, self.initial_lr, self.weight_decay)
+        if self.family == "warmup_poly" and figures.layer_decay == 1:
+            optimizer = build_optimizer(self.network.parameters(), *kind)
+            return optimizer, EpochSchedule(optimizer, self.num_epochs, figures.warmup_epochs)
+        groups = self.parameter_groups()
+        names = tuple(group["name"] for group in groups)
+        rates = Rates(self.family, figures, names, backbone_groups(self.default_backbone(names), names))
+        for group in groups:
+            if rates.always_frozen(group["name"]):
+                for parameter in group["params"]:
+                    parameter.requires_grad_(False)
+        optimizer = build_optimizer(groups, *kind)
+        schedule = StepSchedule(optimizer, rates)
+        schedule.step(0)
+        return optimizer, schedule
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups, named."""
+        return parameter_groups(self.network)
+
+    def default_backbone(self, groups: Iterable[str]) -> list[str]:
+        """The parts that the plan calls the backbone, or all groups but the heads."""
+        named = (self.plans_manager.plans.get("nnssl") or {}).get("backbone")
+        return list(named) if named else [name for name in groups if name != HEADS]
+
+    def set_backbone(self, parts: Iterable[str] | None = None) -> None:
+        """Tell ``freeze_unfreeze`` which parts came pretrained (default: the plan's), and remember it for ``--c``."""
+        if self.family != "freeze_unfreeze":
+            return
+        rates = self.lr_scheduler.rates
+        chosen = self.default_backbone(rates.groups) if parts is None else list(parts)
+        self.provenance["backbone"] = chosen
+        self.lr_scheduler.rates = replace(rates, backbone=backbone_groups(chosen, rates.groups))
+        self.lr_scheduler.step(self.current_epoch)
+
+    def on_train_epoch_start(self) -> None:
+        """As nnU-Net; the learning rates of all groups are logged."""
+        super().on_train_epoch_start()
+        self._iteration = 0
+        if not isinstance(self.lr_scheduler, StepSchedule):
+            return
+        first = self.lr_scheduler.now()
+        hold_statistics(self.network, self.lr_scheduler.frozen())
+        kept = [row for row in self.rates if row["epoch"] < self.current_epoch]
+        self.rates = [*kept, {"epoch": self.current_epoch, "first": first, "last": first}]
+        self.print_to_log_file(f"nnssl: learning rates {describe_rates(first)}")
+
+    def train_step(self, batch: dict) -> dict:
+        """As nnU-Net, at this step's learning rates and without the gradients of what is frozen."""
+        if not isinstance(self.lr_scheduler, StepSchedule):
+            return super().train_step(batch)
+        before = {name for name, lr in self.lr_scheduler.now().items() if lr == 0}
+        self.lr_scheduler.set(self.current_epoch * self.num_iterations_per_epoch + self._iteration)
+        self._iteration += 1
+        now = self.lr_scheduler.now()
+        frozen = self.lr_scheduler.frozen()
+        if before != {name for name, lr in now.items() if lr == 0}:
+            hold_statistics(self.network, frozen)
+            self.print_to_log_file(f"nnssl: step {self._iteration} of the epoch: {describe_rates(now)}")
+        if self.rates:
+            self.rates[-1]["last"] = now
+        held = [p for p in frozen if p.requires_grad]
+        return self._step_without(held, batch) if held else super().train_step(batch)
+
+    def _step_without(self, frozen: Iterable[nn.Parameter], batch: dict) -> dict:
+        """One optimiser step that leaves the given parameters as they are."""
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"]
+        several = isinstance(target, (list, tuple))
+        moved = [t.to(self.device, non_blocking=True) for t in (target if several else [target])]
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+            loss = self.loss(self.network(data), moved if several else moved[0])
+        scaler = self.grad_scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        for parameter in frozen:
+            parameter.grad = None
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), CLIP)
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def on_epoch_end(self) -> None:
+        """As nnU-Net; ``progress.png`` gets a panel with the learning rates of all groups."""
+        super().on_epoch_end()
+        if self.local_rank == 0 and self.rates and len(self.optimizer.param_groups) > 1:
+            draw_rates(self.rates, Path(self.output_folder) / "progress.png")

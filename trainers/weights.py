@@ -1,0 +1,121 @@
+"""Which pretraining a plan's training starts from: the one that the plan names, or the only one made for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnssl.errors import NnsslError
+from nnssl.files import sha256_of
+from nnssl.paths import decode_path
+from nnssl.plans import Plan, dataset_id
+from nnssl.results import PretrainingRun, find_pretrainings, find_pretrainings_elsewhere, list_pretrainings
+
+__all__ = ["Source", "find_weights"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to load.
+
+    Attributes:
+        path: the checkpoint.
+        sha256: hash (hex) of the file's content.
+        why: half a sentence for the log.
+    """
+
+    path: Path
+    sha256: str
+    why: str
+
+
+def find_weights(plan: Plan) -> Source:
+    """The checkpoint that the plan names, else that of the only finished pretraining made for its plans and network.
+
+    Raises:
+        NnsslError: the named file is missing or another than it was, or there is no pretraining, or several; the message
+            lists what there is and the command to type.
+    """
+    named = plan.nnssl.get("checkpoint")
+    if named:
+        return _named(plan, str(named))
+    fitting = [run for run in find_pretrainings(plan) if run.finished]
+    if len(fitting) > 1:
+        raise NnsslError(_several(plan, fitting))
+    path = fitting[0].checkpoint if fitting else None
+    if path is None:
+        raise NnsslError(_none(plan))
+    return Source(path, sha256_of(path), f"the only finished pretraining for these plans ({_describe(fitting[0])})")
+
+
+def _named(plan: Plan, text: str) -> Source:
+    where = f"Plans '{plan.plans_name}' of {plan.dataset_name} name the pretrained file"
+    made_for = plan.nnssl.get("configuration", plan.configuration)
+    if made_for != plan.configuration:
+        raise NnsslError(
+            f"{where} {text}, for configuration {made_for}, not {plan.configuration}. Train {made_for}, or name a file "
+            f"for {plan.configuration}: {_plan_command(plan)}"
+        )
+    path = decode_path(text)
+    if not path.is_file():
+        raise NnsslError(
+            f"{where} {text}, which is not on this machine ({path}). Copy it there, or name another: {_plan_command(plan)}"
+        )
+    digest, expected = sha256_of(path), plan.nnssl.get("sha256")
+    if expected and digest != expected:
+        raise NnsslError(
+            f"{where} {path}, whose content has changed since (sha256 {digest[:12]}... instead of {expected[:12]}...). "
+            f"Restore it, or name what is there now: {_plan_command(plan, str(path))}"
+        )
+    return Source(path, digest, f"named by plans '{plan.plans_name}'")
+
+
+def _describe(run: PretrainingRun) -> str:
+    return f"{run.method}, from {', '.join(run.sources)}: {run.folder}"
+
+
+def _plan_command(plan: Plan, checkpoint: str = "FILE") -> str:
+    return (
+        f"nnssl_plan -d {dataset_id(plan.dataset_name)} -c {plan.configuration} -p {plan.plans_name} "
+        f"--checkpoint {checkpoint} --name NAME"
+    )
+
+
+def _several(plan: Plan, runs: list[PretrainingRun]) -> str:
+    lines = "\n".join(f"  - {_describe(run)}" for run in runs)
+    return (
+        f"{len(runs)} finished pretrainings fit plans '{plan.plans_name}' ({plan.configuration}) of {plan.dataset_name}:\n"
+        f"{lines}\nChoose one by giving it a name, for example:\n"
+        f"  {_plan_command(plan, str(runs[0].checkpoint))}\n"
+        f"and train with -p {plan.plans_name}_NAME."
+    )
+
+
+def _none(plan: Plan) -> str:
+    number = dataset_id(plan.dataset_name)
+    options = f"-c {plan.configuration} -p {plan.plans_name}"
+    text = [f"No finished pretraining fits plans '{plan.plans_name}' ({plan.configuration}) of {plan.dataset_name}."]
+    here, others = list_pretrainings(plan.dataset_name), find_pretrainings_elsewhere(plan)
+    unfinished = [run for run in here if run.made_for(plan) and not run.finished]
+    if unfinished:
+        text.append("Not finished; continue with the command that started it and --c:")
+        text += [f"  - {_describe(run)}" for run in unfinished]
+    unfit = [run for run in here if not run.made_for(plan)]
+    if unfit:
+        text.append("For other plans, another configuration or another network of this dataset:")
+        text += [f"  - {_describe(run)}" for run in unfit]
+    if others:
+        text.append("For the plans of other datasets, which do not count here:")
+        text += [f"  - {_describe(run)}" for run in others]
+        source = next((s for run in others for s in run.sources), others[0].dataset_name)
+        text.append(
+            f"To learn from {source} for these plans, type: nnssl_pretrain -d {_number(source)} -t {number} {options}"
+        )
+    else:
+        text.append(f"Type: nnssl_pretrain -d {number} {options}   (from other images: -d SOURCE -t {number})")
+    text.append("To train without pretraining: -tr nnUNetTrainerPretrainedScratch")
+    return "\n".join(text)
+
+
+def _number(dataset: str) -> str:
+    return dataset if dataset.isdecimal() else str(dataset_id(dataset))
