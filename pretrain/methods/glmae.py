@@ -1,0 +1,374 @@
+"""Global-local masked autoencoding, reconstructed: masked wide and narrow views, and a teacher that sees wide ones whole.
+
+Zhuang et al., GL-MAE (arXiv:2306.08913; IEEE TMI 2025, doi:10.1109/TMI.2025.3569782). The authors have published no
+pretraining code, and the form of the consistency, its temperatures and weights are not public: they are DINO's here
+(arXiv:2104.14294), as the authors' checkpoints suggest. **This is in the style of GL-MAE, not a reproduction of it.**
+``L = L_rec^g + L_rec^l + w_gg L_gg + w_lg L_lg``: reconstruction of hidden voxels as in :mod:`.mae`, for global and local
+views, and cross-entropy between what a teacher (the encoder's moving average) says of the whole global view and what the
+student says of the masked global and local views of the same volume.
+
+What is known of the paper, and what is ours, is in docs/methods/glmae.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnssl import masking
+from nnssl.distributed import gather_with_grad, mean_over_ranks, rank
+from nnssl.ema import EMA, cosine_momentum
+from nnssl.errors import NnsslError
+from nnssl.heads.dino import DinoHead, RunningStandardisation, pool_stages
+from nnssl.losses.consistency import Centre, Health, consistency, diagnose, teacher_targets
+from nnssl.networks import encoder_channels, unwrap
+from nnssl.plans import Plan
+from nnssl.pretrain import geometry
+from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.zoom import copy_box, filled, image_lengths, place_boxes, zoom
+from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Picture, Progress, SourceStats, option
+from nnssl.pretrain.methods.mae import MAE, MaskedConfig, check_options, compare
+from nnssl.pretrain.methods.registry import register
+
+__all__ = ["GLMAE", "GLMAEConfig"]
+
+log = logging.getLogger("nnssl")
+
+WIDER = 1.2  # a global view that is not this much wider than a local one on any axis is no wider
+LOCAL_SHARE = 0.6  # local by global view in mode B, as the paper's 96 by 160
+STAGES = 2  # last encoder stages that stand in for a class token
+CHECK_EVERY = 50
+
+
+@dataclass(frozen=True)
+class GLMAEConfig(MaskedConfig):
+    """Options of glmae: masking as in mae, views and consistency."""
+
+    mirror: bool = option(False, "mirror each view on its own (left and right become alike)")
+    optimiser: str = option(
+        "adamw", "adamw: warm-up, cosine; sgd: nesterov, polynomial decay", choices=("sgd", "adamw")
+    )
+    views: str = option(
+        "auto", "A: both of one size; B: local ones 0.6 of it; auto: A where that is wider", choices=("auto", "A", "B")
+    )
+    global_views: int = option(1, "p, wide views of a volume; 0: none, and no teacher", low=0, high=16)
+    local_views: int = option(2, "q, narrow views of a volume", low=0, high=16)
+    min_zoom: float = option(
+        1.5, "least width of a global view by the crop, where the volume has it", low=1.0, high=2.5
+    )
+    max_zoom: float = option(2.5, "largest width of a global view by the crop", low=1.0, high=2.5)
+    body_share: float = option(0.25, "share of body that a view should show", low=0.0, high=1.0)
+    global_weight: float = option(1.0, "weight of the global reconstruction L_rec^g", low=0.0)
+    local_weight: float = option(1.0, "weight of the local reconstruction L_rec^l", low=0.0)
+    gg_weight: float = option(0.1, "weight of the global-to-global consistency L_gg", low=0.0)
+    lg_weight: float = option(0.1, "weight of the local-to-global consistency L_lg", low=0.0)
+    ramp: float = option(0.1, "share of the run in which both consistency weights rise from 0", low=0.0, high=1.0)
+    prototypes: int = option(4096, "K, outputs of the projectors", low=2, high=65536)
+    hidden: int = option(1024, "width of the projectors' hidden layers", low=8, high=8192)
+    bottleneck: int = option(256, "width of the embedding", low=2, high=4096)
+    student_temperature: float = option(0.1, "tau_s", low=0.01, high=10.0)
+    teacher_temperature: float = option(0.04, "tau_t", low=0.005, high=10.0)
+    centre_momentum: float = option(
+        0.99, "of the teacher's centre; 0.9 for 32 and more global views", low=0.0, high=1.0
+    )
+    teacher_momentum: float = option(0.996, "mu of the teacher, rising to 1 over the run", low=0.0, high=1.0)
+    standardise: bool = option(True, "standardise pooled features by running moments (without, they hardly differ)")
+    moments_momentum: float = option(0.9, "of these moments", low=0.0, high=1.0)
+
+
+@register("glmae", config=GLMAEConfig)
+class GLMAE(MAE):
+    """See the module. Views are batched view by view: row ``j * B + i`` is view j of volume i."""
+
+    title = "global-local masked autoencoder with a teacher, reconstructed (encoder + decoder)"
+    citation = (
+        "Zhuang et al., Advancing Volumetric Medical Image Segmentation via Global-Local Masked Autoencoder, "
+        "arXiv:2306.08913, doi:10.1109/TMI.2025.3569782",
+    )
+    grad_clip = 1.0
+    presets = {
+        "arm_a": {"global_views": 0, "gg_weight": 0.0, "lg_weight": 0.0},  # local reconstruction only
+        "arm_b": {"gg_weight": 0.0, "lg_weight": 0.0},  # and global reconstruction
+        "arm_c": {"lg_weight": 0.0},  # and global-to-global consistency
+        "arm_d": {},  # and local-to-global consistency: everything
+        "sparse": {"masking": "sparse"},
+        "more_views": {"global_views": 2, "local_views": 4},
+    }
+
+    def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: GLMAEConfig) -> None:
+        self.local_size = _local_size(request, plan, config)
+        super().__init__(network, plan, replace(request, size=self.local_size), config)
+        self.request = request
+        self.consistent = config.global_views > 0 and config.gg_weight + config.lg_weight > 0
+        self.register_buffer("weight", torch.tensor(0.0 if config.ramp > 0 else 1.0))
+        self._warned: set[str] = set()
+        self._measure = True
+        if self.consistent:
+            width = 2 * sum(encoder_channels(plan)[-STAGES:])
+            self.projector = DinoHead(width, config.prototypes, hidden=config.hidden, bottleneck=config.bottleneck)
+            self.teacher_encoder = EMA(unwrap(network).encoder)
+            self.teacher_projector = EMA(self.projector)
+            self.moments = nn.ModuleDict(
+                {k: RunningStandardisation(width, config.moments_momentum) for k in ("student", "teacher")}
+            )
+            self.centre = Centre(config.prototypes, config.centre_momentum)
+            self.health = Health(config.prototypes)
+            self.register_buffer("seen", torch.zeros(3))
+            self.register_buffer("balance", torch.zeros(()))
+
+    # ---- views ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def crops(
+        cls, plan: Plan, stats: SourceStats, config: GLMAEConfig, size: tuple[int, ...] | None = None
+    ) -> CropRequest:
+        """Crops of about two thirds of the image within the patch, in windows that hold a view up to ``max_zoom`` wider.
+
+        Raises:
+            NnsslError: options that contradict each other, or no legal crop.
+        """
+        if config.global_views + config.local_views == 0:
+            raise NnsslError("global_views and local_views are both 0: nothing would be learnt.")
+        if config.min_zoom > config.max_zoom:
+            raise NnsslError(f"min_zoom={config.min_zoom} exceeds max_zoom={config.max_zoom}.")
+        check_options(config)
+        used = [config.global_views and config.global_weight, config.local_views and config.local_weight]
+        if not any(used):
+            raise NnsslError(
+                "no reconstruction has a weight: the decoder would not learn. Set global_weight or local_weight."
+            )
+        median = stats.median_shape[-plan.dim :]
+        what = {"what": "the network", "size": size}
+        chosen, why = geometry.choose_crop(
+            plan.patch_size, median, plan.total_stride, compare=config.views != "B", **what
+        )
+        window = _window(chosen, median, config.max_zoom)
+        if config.views == "auto" and not _wider(chosen, window):
+            chosen, why = geometry.choose_crop(plan.patch_size, median, plan.total_stride, compare=False, **what)
+            window = _window(chosen, median, config.max_zoom)
+        wider = [w / s for w, s in zip(window, chosen)]
+        request = CropRequest(size=chosen, window=window)
+        local = _local_size(request, plan, config)
+        why += f" Global views are up to {geometry.size_text([round(f, 2) for f in wider])} times as wide"
+        why += f"; local views have {geometry.size_text(local)} voxels."
+        if config.global_views and not _wider(chosen, window) and local == chosen:
+            why += " The images hold nothing wider than a crop: global and local views differ in place only."
+        block = masking.choose_block(local, plan.cumulative_strides, block=config.block)
+        masking.choose_block(chosen, plan.cumulative_strides, block=block)
+        views = config.global_views + config.local_views
+        why += (
+            f" {config.mask_ratio:.0%} of the blocks of {geometry.size_text(block)} voxels are hidden in {views} views."
+        )
+        batch = max(4, plan.batch_size)
+        return CropRequest(size=chosen, window=window, batch_size=batch, min_batch=2, explanation=why)
+
+    def views(self, crops: Crops, draws: Draws) -> Batch:
+        """Global and local views of each window and their masks; see :meth:`loss` for shapes."""
+        c, dim = self.config, self.plan.dim
+        data, inside = filled(crops)
+        region = inside & crops.body if c.region == "body" else inside
+        image, batch = image_lengths(inside), {}
+        for kind, count, size in (
+            ("global", c.global_views, self.request.size),
+            ("local", c.local_views, self.local_size),
+        ):
+            made: dict[str, list[Tensor]] = {"target": [], "valid": [], "mask": [], "zoom": []}
+            plain = torch.tensor([float(n) for n in size], device=data.device).expand(len(data), dim)
+            for _ in range(count):
+                extent, cutter = plain, copy_box
+                if kind == "global":
+                    factor = draws.uniform(c.min_zoom, c.max_zoom)[:, None]
+                    extent, cutter = torch.maximum(torch.minimum(plain * factor, image), plain), zoom
+                start = place_boxes(crops.body, inside, extent, draws, least=c.body_share)
+                flip = draws.chance(0.5, dim) if c.mirror else None
+                made["target"].append(cutter(data, start, extent, size, flip))
+                made["valid"].append(cutter(region.to(data.dtype), start, extent, size, flip) >= 0.5)
+                made["mask"].append(self.draw_mask(made["valid"][-1], draws))
+                made["zoom"].append((extent / plain).mean(1))
+            if count:
+                view = {k: torch.cat(v) for k, v in made.items()}
+                batch[kind] = {"input": view["target"], **view}
+        return batch
+
+    # ---- loss ----------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Reconstruction of both kinds of views, and consistency.
+
+        Args:
+            batch: ``global`` and ``local``, where there are such views, each with ``input`` and ``target`` ``(n B, C,
+                *size)``, ``mask`` ``(n B, 1 or C, *size)`` bool, hidden, ``valid`` ``(n B, 1, *size)`` bool, ``zoom`` ``(n B,)``.
+        """
+        c, terms, features = self.config, {}, {}
+        total = torch.zeros((), device=next(iter(batch.values()))["input"].device)
+        for kind, weight in (("global", c.global_weight), ("local", c.local_weight)):
+            if kind not in batch:
+                continue
+            view = batch[kind]
+            skips, prediction, active = self.reconstruct(view["input"], view["mask"])
+            errors = self.errors(prediction, view["target"], view["mask"], view["valid"])
+            terms |= {f"{kind}_{k}": v for k, v in errors.items()}
+            total = total + weight * errors["reconstruction"]
+            features[kind] = pool_stages(skips[-STAGES:], None if active is None else active[-STAGES:])
+        if "global" in batch:
+            terms["zoom"] = batch["global"]["zoom"].mean()
+        if self.consistent:
+            agreed = self.agreement(features, batch["global"]["input"])
+            weighted = c.gg_weight * agreed["gg"] + c.lg_weight * agreed.get("lg", 0.0)
+            if self._measure and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._balance(total, weighted)
+            total = total + (self.weight if self.training else 1.0) * weighted
+            terms |= {**agreed, "gradient_ratio": self.balance.clone()}
+        return {"total": total, **terms}
+
+    def agreement(self, features: dict[str, Tensor], whole: Tensor) -> dict[str, Tensor]:
+        """Consistency of the student's pooled features with the teacher's view of the whole global views.
+
+        Args:
+            features: ``global`` ``(p B, D)`` and, where there are local views, ``local`` ``(q B, D)``.
+            whole: ``(p B, C, *size)``, nothing hidden.
+        """
+        c, kinds = self.config, list(features)
+        counts = [len(features[k]) for k in kinds]
+        n = counts[0] // c.global_views
+        embedded = self.projector.embed(self._standardised("student", torch.cat(list(features.values()))))
+        logits = dict(zip(kinds, self.projector.logits(embedded).split(counts)))
+        pooled = pool_stages(self.teacher_encoder(whole)[-STAGES:])
+        with torch.no_grad():
+            anchor = self.teacher_projector.module.embed(self._standardised("teacher", pooled))
+            said = self.teacher_projector.module.logits(anchor).view(c.global_views, n, -1)
+            targets = teacher_targets(said, self.centre.value, c.teacher_temperature)
+            single, mean = self.health(targets)
+            spread = _spread(embedded.detach()[: counts[0]])
+            if self.training:
+                self.centre.observe(said)
+                self.seen.copy_(torch.stack([single, mean, spread]))
+        terms = {}
+        for name, kind in (("gg", "global"), ("lg", "local")):
+            if kind in logits:
+                terms[name] = consistency(targets, logits[kind].view(-1, n, c.prototypes), c.student_temperature)
+        student = embedded.detach()
+        terms |= {"teacher_entropy": single, "mean_entropy": mean, "embedding_spread": spread}
+        terms["view_cosine"] = (student[: counts[0]] * anchor).sum(1).mean()
+        if not self.training and "local" in logits:
+            terms |= _retrieval(student[counts[0] :].view(-1, n, student.shape[1]), anchor.view(-1, n, anchor.shape[1]))
+        return terms
+
+    def _balance(self, reconstruction: Tensor, agreement: Tensor) -> None:
+        """Gradient norm of the encoder by the (unramped) consistency, as a multiple of that by the reconstruction."""
+        params = [p for p in unwrap(self.network).encoder.parameters() if p.requires_grad]
+        norms = []
+        for term in (agreement, reconstruction):
+            found = torch.autograd.grad(term, params, retain_graph=True, allow_unused=True)
+            norms.append(torch.stack([g.float().square().sum() for g in found if g is not None]).sum().sqrt())
+        self.balance.copy_(norms[0] / norms[1].clamp_min(1e-12))
+        self._measure = False
+
+    def _standardised(self, who: str, pooled: Tensor) -> Tensor:
+        return self.moments[who](pooled) if self.config.standardise else pooled
+
+    def after_step(self, progress: Progress) -> None:
+        """Teacher, centre and ramp, and every now and then a look at the teacher's health."""
+        c = self.config
+        self.weight.fill_(min(1.0, progress.step / max(1.0, c.ramp * progress.steps)))
+        if not self.consistent:
+            return
+        momentum = cosine_momentum(progress.step, progress.steps, c.teacher_momentum)
+        self.teacher_encoder.update(unwrap(self.network).encoder, momentum)
+        self.teacher_projector.update(self.projector, momentum)
+        self.centre.step()
+        if progress.step % CHECK_EVERY == 0:
+            self._measure = True
+            if progress.step >= 0.05 * progress.steps:
+                self._alarm(progress.step)
+
+    def _alarm(self, step: int) -> None:
+        problem = diagnose(*self.seen.tolist(), self.config.prototypes)
+        kind = None if problem is None else problem.split(":")[0]
+        if kind is not None and kind not in self._warned:
+            self._warned.add(kind)
+            log.warning("glmae, step %d: %s", step, problem)
+
+    # ---- what a person sees --------------------------------------------------------------------------------------
+
+    def embed(self, batch: Batch) -> Tensor:
+        """The teacher's embedding of the whole global views, ``(p B, bottleneck)``; without a teacher, as mae's."""
+        if not self.consistent:
+            return super().embed(batch.get("global", batch.get("local")))
+        pooled = pool_stages(self.teacher_encoder(batch["global"]["input"])[-STAGES:])
+        return self.teacher_projector.module.embed(self._standardised("teacher", pooled))
+
+    def pictures(self, batch: Batch) -> Picture:
+        """As mae's, for the first global and the first local view of each volume."""
+        columns: dict[str, Any] = {}
+        for kind in ("global", "local"):
+            if kind in batch:
+                view = batch[kind]
+                n = min(3, len(view["input"]) // getattr(self.config, f"{kind}_views"))
+                panel = self.panel(*(view[k][:n] for k in ("input", "target", "mask", "valid")))
+                columns |= {f"{kind} {k}" if k == "view" else f"{k} ({kind})": v for k, v in panel.items()}
+        return Picture(
+            columns, "glmae: hidden blocks are blue; a global view shows more of the volume than a local one"
+        )
+
+    def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
+        """Learnt: hidden voxels better than guessed, in both kinds of views; consistency is told, and must not have collapsed."""
+        kinds = [k for k in ("local", "global") if f"{k}_inpainting" in last]
+        if not kinds:
+            return super().verdict(first, last)
+        told = [compare(self.name, f"hidden voxels in {k} views", last, f"{k}_") for k in kinds]
+        learnt, sentences = all(t[0] for t in told), [t[1] for t in told]
+        if "teacher_entropy" in last:
+            seen = [last[k] for k in ("teacher_entropy", "mean_entropy", "embedding_spread")]
+            problem = diagnose(*seen, self.config.prototypes)
+            learnt = learnt and problem is None
+            sentences.append(f"Consistency: {problem}" if problem else "The teacher tells images apart.")
+        if "retrieval" in last:
+            sentences.append(
+                f"A local view finds the global view of its volume in {last['retrieval']:.0%} of the cases "
+                f"({last['retrieval_chance']:.0%} by chance)."
+            )
+        return learnt, " ".join(sentences)
+
+
+def _window(size: Sequence[int], median: Sequence[int], zoom_most: float) -> tuple[int, ...]:
+    """Voxels to read: as wide as the widest view, but not wider than the median image."""
+    return tuple(max(s, min(math.ceil(zoom_most * s), m)) for s, m in zip(size, median))
+
+
+def _wider(size: Sequence[int], window: Sequence[int]) -> bool:
+    return any(w >= WIDER * s for w, s in zip(window, size))
+
+
+def _local_size(request: CropRequest, plan: Plan, config: GLMAEConfig) -> tuple[int, ...]:
+    """Voxels of a local view: the crop's (mode A), or 0.6 of them in whole bottleneck voxels, two or more in all (mode B)."""
+    size, stride = request.size, plan.total_stride
+    if config.views == "A" or (config.views == "auto" and _wider(size, request.window)):
+        return tuple(size)
+    local = [min(n, math.ceil(LOCAL_SHARE * n / s) * s) for n, s in zip(size, stride)]
+    while math.prod(n // s for n, s in zip(local, stride)) < 2:
+        axis = max(range(len(local)), key=lambda a: (size[a] - local[a]) / stride[a])
+        local[axis] += stride[axis]
+    return tuple(local)
+
+
+@torch.no_grad()
+def _spread(z: Tensor) -> Tensor:
+    """SD of the coordinates of unit vectors ``(N, D)`` times sqrt(D), over ranks: about 1 is healthy, 0 collapsed."""
+    z = gather_with_grad(z)
+    return z.std(0, unbiased=False).mean() * z.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def _retrieval(local: Tensor, whole: Tensor) -> dict[str, Tensor]:
+    """How often a local view ``(q, B, D)`` is nearest to the first global view ``(p, B, D)`` of its own volume."""
+    anchors = gather_with_grad(whole[0].contiguous())
+    own = torch.arange(local.shape[1], device=local.device) + rank() * local.shape[1]
+    hit = ((local @ anchors.T).argmax(-1) == own).float().mean()
+    return {"retrieval": mean_over_ranks(hit), "retrieval_chance": hit.new_tensor(1.0 / len(anchors))}

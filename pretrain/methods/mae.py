@@ -1,0 +1,312 @@
+"""Masked autoencoding on nnU-Net's own networks: hide blocks of the image, reconstruct them.
+
+He et al. 2022 (arXiv:2111.06377) for the idea; Wald et al. 2024 (arXiv:2410.23132) and 2025 (OpenMind, arXiv:2412.17041) on
+nnU-Net's CNNs, where a dense encoder that sees 0 in place of hidden voxels did best. Encoder, decoder and skips are all
+trained; only the 1x1x1 head that makes the image stays behind. ``L = sum_{u in M & V} (y_u - v_u)^2 / |M & V|``: M the hidden
+voxels, V those that lie in the image.
+
+What differs from the public code, and why, is in docs/methods/mae.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnssl import masking
+from nnssl.errors import NnsslError
+from nnssl.heads.dino import pool_stages
+from nnssl.heads.restoration import restoration_head
+from nnssl.losses.masked import block_statistics, masked_error
+from nnssl.networks import encoder_channels, partial_decode, unwrap, walk
+from nnssl.networks.sparse import Densify, check_sparse, sparse_encoder
+from nnssl.plans import Plan
+from nnssl.pretrain import geometry
+from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.spatial import central_crop, random_affine
+from nnssl.pretrain.augment.zoom import filled
+from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Method, Picture, SourceStats, option
+from nnssl.pretrain.methods.registry import register
+
+__all__ = ["MAE", "MAEConfig", "MaskedConfig", "check_options", "compare"]
+
+_LINEAR = {2: "bilinear", 3: "trilinear"}
+
+
+@dataclass(frozen=True)
+class MaskedConfig:
+    """Options of masked reconstruction that mae and glmae share."""
+
+    mask_ratio: float = option(0.75, "share of the blocks that is hidden", low=0.01, high=0.99)
+    mask_spread: float = option(0.0, "each crop's share is drawn within mask_ratio +- this", low=0.0, high=0.5)
+    block: tuple[int, ...] | None = option(
+        None, "voxels per axis of a block, z,y,x; auto: from the plan's strides", low=1
+    )
+    masking: str = option("dense", "hidden voxels are filled, or never computed on", choices=("dense", "sparse"))
+    fill: str = option("zero", "what dense masking puts there: 0, or a learned value", choices=("zero", "learned"))
+    per_channel: bool = option(False, "a mask for each channel, so that channels help each other")
+    target: str = option("intensity", "what is reconstructed", choices=("intensity", "block_norm"))
+    error: str = option("mse", "of the reconstruction", choices=("mse", "l1"))
+    region: str = option("image", "where the error counts", choices=("image", "body"))
+    mirror: bool = option(True, "mirror crops on every axis")
+    optimiser: str = option("sgd", "sgd: nesterov, polynomial decay; adamw: warm-up, cosine", choices=("sgd", "adamw"))
+    lr: float | None = option(None, "initial learning rate; auto: 0.01 (sgd), 0.0005 (adamw)", low=0.0, high=10.0)
+    weight_decay: float | None = option(None, "auto: 3e-5 (sgd), 0.05 (adamw; not on norms, biases)", low=0.0, high=1.0)
+    momentum: float = option(0.99, "momentum of sgd", low=0.0, high=1.0)
+    warmup: float = option(0.05, "share of the run in which adamw's learning rate rises", low=0.0, high=0.5)
+
+
+@dataclass(frozen=True)
+class MAEConfig(MaskedConfig):
+    """Options of mae."""
+
+    augment_p: float = option(0.2, "probability that a crop is turned and scaled", low=0.0, high=1.0)
+    rotation: float = option(30.0, "largest rotation, degrees", low=0.0, high=180.0)
+    min_scale: float = option(0.8, "smallest magnification", low=0.2, high=1.0)
+    max_scale: float = option(1.25, "largest magnification", low=1.0, high=5.0)
+
+
+@register("mae", config=MAEConfig)
+class MAE(Method):
+    """See the module. The finest decoder output goes through a 1x1(x1) convolution to as many channels as the image has."""
+
+    title = "masked autoencoder: reconstruct hidden blocks (encoder + decoder)"
+    citation = (
+        "Wald et al., Revisiting MAE pre-training for 3D medical image segmentation, arXiv:2410.23132",
+        "He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377",
+    )
+    presets = {
+        "sparse": {"masking": "sparse"},
+        "s3d": {"masking": "sparse", "mask_spread": 0.15},
+        "learned_fill": {"fill": "learned"},
+        "adamw": {"optimiser": "adamw"},
+    }
+
+    def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: Any) -> None:
+        super().__init__(network, plan, request, config)
+        self.block = masking.choose_block(request.size, plan.cumulative_strides, block=config.block)
+        self.head = restoration_head(plan.features[0], plan.n_channels, dim=plan.dim)
+        if config.fill == "learned":
+            self.fill = nn.Parameter(torch.zeros(1, plan.n_channels, *[1] * plan.dim))
+        if config.masking == "sparse":
+            check_sparse(unwrap(network).encoder)
+            self.densify = Densify(encoder_channels(plan))
+        unwrap(network).get_submodule("decoder.seg_layers").requires_grad_(False)
+
+    # ---- views ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def crops(cls, plan: Plan, stats: SourceStats, config: Any, size: tuple[int, ...] | None = None) -> CropRequest:
+        """Crops of the plan's patch, as many a step as its batch.
+
+        Raises:
+            NnsslError: options that contradict each other, a block that does not fit, or no legal crop.
+        """
+        check_options(config)
+        size, why = geometry.choose_crop(
+            plan.patch_size,
+            stats.median_shape[-plan.dim :],
+            plan.total_stride,
+            compare=False,
+            size=size,
+            what="the network",
+        )
+        block = masking.choose_block(size, plan.cumulative_strides, block=config.block)
+        window = size
+        if config.augment_p > 0:
+            rotation = geometry.rotation_degrees(plan.spacing, config.rotation)
+            wanted = geometry.window_for(size, plan.spacing, rotation=rotation, min_scale=config.min_scale)
+            room = [
+                max(0, m - n) for m, n in zip(stats.median_shape[-plan.dim :], size)
+            ]  # beyond it lies mostly padding
+            window = tuple(min(w, n + r + r % 2) for w, n, r in zip(wanted, size, room))
+        why += f" {config.mask_ratio:.0%} of its blocks of {geometry.size_text(block)} voxels are hidden."
+        return CropRequest(size=size, window=window, batch_size=max(2, plan.batch_size), min_batch=1, explanation=why)
+
+    def views(self, crops: Crops, draws: Draws) -> Batch:
+        """One crop of each window, turned, scaled and mirrored, and its mask; see :meth:`loss` for shapes."""
+        c, size = self.config, self.request.size
+        data, inside = filled(crops)
+        region = inside & crops.body if c.region == "body" else inside
+        if c.augment_p > 0 or c.mirror:
+            view = random_affine(
+                data,
+                draws,
+                size,
+                self.plan.spacing,
+                body=torch.cat([inside, region], 1),
+                rotation=geometry.rotation_degrees(self.plan.spacing, c.rotation),
+                scale=(c.min_scale, c.max_scale),
+                mirror_axes=range(len(size)) if c.mirror else (),
+                p=c.augment_p,
+            )
+            inside, region = view.body[:, :1], view.body[:, 1:]
+            lowest = crops.intensity[:, :, 0].to(data.dtype).view(*data.shape[:2], *[1] * len(size))
+            image = torch.where(inside, view.data, lowest)
+        else:
+            image, region = central_crop(data, size).contiguous(), central_crop(region, size).contiguous()
+        return {"input": image, "target": image, "valid": region, "mask": self.draw_mask(region, draws)}
+
+    def draw_mask(self, valid: Tensor, draws: Draws) -> Tensor:
+        """Hidden voxels ``(B, 1 or C, *size)`` bool of crops whose valid voxels are ``(B, 1, *size)`` bool."""
+        c, channels = self.config, self.plan.n_channels if self.config.per_channel else 1
+        eligible = masking.mostly(valid, self.block).repeat_interleave(channels, 1)
+        scores = draws.uniform(0, 1, *eligible.shape[1:])
+        ratio = draws.uniform(c.mask_ratio - c.mask_spread, c.mask_ratio + c.mask_spread).clamp(0.01, 0.99)
+        share = ratio.repeat_interleave(channels) if c.mask_spread > 0 else c.mask_ratio
+        blocks = masking.mask_blocks(scores.flatten(0, 1), share, eligible.flatten(0, 1))
+        return masking.to_voxels(blocks.view_as(eligible), self.block)
+
+    # ---- loss ----------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Reconstruction error of hidden, valid voxels; where nothing is learnt from (eval), also of guesses.
+
+        Args:
+            batch: ``input``, ``target`` ``(B, C, *size)``; ``mask`` ``(B, 1 or C, *size)`` bool, hidden; ``valid``
+                ``(B, 1, *size)`` bool.
+        """
+        prediction = self.reconstruct(batch["input"], batch["mask"])[1]
+        terms = self.errors(prediction, batch["target"], batch["mask"], batch["valid"])
+        return {"total": terms["reconstruction"], **terms}
+
+    def encode(self, image: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Skips of the image without what ``mask`` hides, and in sparse mode the active places ``(B, 1, *size_s)`` of each."""
+        if self.config.masking == "sparse":
+            return self._encode_sparse(image, mask)
+        fill = self.fill.to(image.dtype) if self.config.fill == "learned" else 0.0
+        return walk(self.network, torch.where(mask, fill, image), 0).skips, None
+
+    @torch.compiler.disable
+    def _encode_sparse(self, image: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        with sparse_encoder(unwrap(self.network).encoder, ~mask) as active:
+            skips = walk(self.network, torch.where(mask, 0.0, image), 0).skips
+        places = [active.at(s.shape[2:]) for s in skips]
+        return self.densify(skips, active), places
+
+    def reconstruct(self, image: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor] | None]:
+        """Skips, the whole predicted image ``(B, C, *size)``, and active places as in :meth:`encode`."""
+        skips, active = self.encode(image, mask)
+        out = self.head(partial_decode(self.network, skips)[-1])
+        if out.shape[2:] != image.shape[2:]:
+            out = F.interpolate(out, size=image.shape[2:], mode=_LINEAR[self.plan.dim])
+        return skips, out, active
+
+    def errors(self, prediction: Tensor, target: Tensor, mask: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        """``reconstruction``; ``skipped``, the crops in which nothing is hidden; in eval also the errors of guesses.
+
+        ``surround``: mean of the surrounding visible voxels; ``inpainting``: linear interpolation from them; ``oracle``: each
+        block's true mean, in units of the target.
+        """
+        c, region, kind = self.config, mask & valid, self.config.error
+        mean: Tensor | float = 0.0
+        sd: Tensor | float = 1.0
+        if c.target == "block_norm":
+            mean, sd = block_statistics(target, valid, self.block)
+        goal = (target - mean) / sd
+        terms = {"reconstruction": masked_error(prediction, goal, region, kind=kind)}
+        terms["skipped"] = (~region.flatten(1).any(1)).sum().float()
+        if not self.training:
+            visible = valid & ~mask
+            guesses = {
+                "surround": masking.surrounding_means(target, visible, self.block),
+                "inpainting": masking.inpaint(target, visible),
+                "oracle": masking.block_means(target, region, self.block),
+            }
+            terms |= {k: masked_error((v - mean) / sd, goal, region, kind=kind) for k, v in guesses.items()}
+        return terms
+
+    def pretrained_parts(self) -> dict[str, Any]:
+        """Everything but the segmentation heads."""
+        return {"encoder": True, "decoder_stages": list(range(self.plan.n_stages - 1))}
+
+    # ---- optimisation --------------------------------------------------------------------------------------------
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """SGD as nnU-Net's, or AdamW without decay of norms, biases and tokens."""
+        c, params = self.config, [p for p in self.parameters() if p.requires_grad]
+        if c.optimiser == "sgd":
+            lr, decay = 1e-2 if c.lr is None else c.lr, 3e-5 if c.weight_decay is None else c.weight_decay
+            return torch.optim.SGD(params, lr, momentum=c.momentum, weight_decay=decay, nesterov=c.momentum > 0)
+        lr, decay = 5e-4 if c.lr is None else c.lr, 0.05 if c.weight_decay is None else c.weight_decay
+        still = [p for p in params if p.squeeze().ndim <= 1]
+        moved = [p for p in params if p.squeeze().ndim > 1]
+        return torch.optim.AdamW([{"params": moved}, {"params": still, "weight_decay": 0.0}], lr=lr, weight_decay=decay)
+
+    def lr_factor(self, step: int, steps: int) -> float:
+        """``(1 - t/T)^0.9`` for SGD, warm-up and cosine for AdamW."""
+        if self.config.optimiser == "sgd":
+            return (1.0 - step / max(1, steps)) ** 0.9
+        return super().lr_factor(step, steps)
+
+    # ---- what a person sees --------------------------------------------------------------------------------------
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Mean and maximum of the bottleneck of the whole crop, ``(B, 2 C)``."""
+        return pool_stages(walk(self.network, batch["input"], 0).skips[-1:])
+
+    def pictures(self, batch: Batch) -> Picture:
+        """Middle slices: view, mask, reconstruction of what is hidden, its error, and linear interpolation."""
+        columns = self.panel(*(batch[k][:4] for k in ("input", "target", "mask", "valid")))
+        return Picture(columns, f"{self.name}: hidden blocks are blue; the error is on the scale of the image")
+
+    def panel(self, image: Tensor, target: Tensor, mask: Tensor, valid: Tensor) -> dict[str, Any]:
+        """The columns of a picture for crops ``(B, C, *size)``."""
+        prediction = self.reconstruct(image, mask)[1].float()
+        if self.config.target == "block_norm":
+            mean, sd = block_statistics(target, valid, self.block)
+            prediction = prediction * sd + mean
+        guess = masking.inpaint(target, valid & ~mask)
+        images = [target, torch.where(mask, prediction, target), torch.where(mask, guess, target)]
+        slices = [_slice(x[:, :1].float())[:, 0] for x in images]
+        low, high = (slices[0].flatten(1).quantile(q, 1).view(-1, 1, 1) for q in (0.005, 0.995))
+        shown = [((x - low) / (high - low).clamp_min(1e-6)).clamp(0, 1) for x in slices]
+        hidden, counted = _slice(mask[:, :1])[:, 0], _slice(valid)[:, 0]
+        blue = torch.tensor([0.15, 0.3, 0.6], device=image.device)
+        masked = torch.where(hidden[..., None], blue, shown[0][..., None])
+        error = torch.where(hidden & counted, (shown[1] - shown[0]).abs(), 0.0)
+        columns = {
+            "view": shown[0],
+            "masked": masked,
+            "reconstruction": shown[1],
+            "error": error,
+            "interpolated": shown[2],
+        }
+        return {k: v.float().cpu().numpy() for k, v in columns.items()}
+
+    def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
+        """Learnt: hidden voxels are predicted better than by interpolation, and than by the mean of what is around them."""
+        if "inpainting" not in last:
+            return super().verdict(first, last)
+        return compare(self.name, "hidden voxels", last, "")
+
+
+def compare(name: str, what: str, last: dict[str, float], prefix: str) -> tuple[bool, str]:
+    """Verdict on one reconstruction error against its guesses, whose terms start with ``prefix``."""
+    value, interpolated, around = (last[f"{prefix}{k}"] for k in ("reconstruction", "inpainting", "surround"))
+    learnt = value < min(interpolated, around)
+    return learnt, (
+        f"{name} {'learnt' if learnt else 'did not learn'}: on held-out crops the error of {what} is {value:.3g}, "
+        f"{'below' if learnt else 'not below both'} linear interpolation from the visible ones ({interpolated:.3g}) and the mean "
+        f"around ({around:.3g}); one number per block could reach {last[f'{prefix}oracle']:.3g}."
+    )
+
+
+def check_options(config: MaskedConfig) -> None:
+    """Whether the options of masking fit together.
+
+    Raises:
+        NnsslError: they do not.
+    """
+    if config.masking == "sparse" and (config.fill == "learned" or config.per_channel):
+        raise NnsslError(
+            "masking=sparse computes nothing where voxels are hidden: fill=learned and per_channel need dense."
+        )
+
+
+def _slice(x: Tensor) -> Tensor:
+    return x if x.ndim == 4 else x[:, :, x.shape[2] // 2]

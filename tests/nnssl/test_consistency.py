@@ -1,0 +1,182 @@
+"""DINO's form of agreement: values, invariances, the order of the centre, and what tells that it went wrong."""
+
+import math
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from nnssl.heads.dino import DinoHead, RunningStandardisation, pool_stages
+from nnssl.losses.consistency import Centre, Health, consistency, diagnose, entropy, teacher_targets
+
+K = 12
+
+
+@pytest.mark.parametrize(("p", "v", "b"), [(1, 1, 3), (2, 2, 4), (2, 5, 3), (3, 1, 2)])
+def test_all_pairs_against_a_loop(p, v, b):
+    said, logits, centre = torch.randn(p, b, K), torch.randn(v, b, K), torch.randn(K)
+    q = teacher_targets(said, centre, 0.04)
+    torch.testing.assert_close(q.sum(-1), torch.ones(p, b))
+    total = 0.0
+    for i in range(p):
+        for j in range(v):
+            for n in range(b):
+                target = F.softmax((said[i, n] - centre) / 0.04, 0)
+                total += -(target * F.log_softmax(logits[j, n] / 0.1, 0)).sum()
+    torch.testing.assert_close(consistency(q, logits, 0.1), total / (p * v * b))
+    order = torch.randperm(v)
+    torch.testing.assert_close(consistency(q, logits[order], 0.1), consistency(q, logits, 0.1))
+
+
+def test_values_that_are_known():
+    q = teacher_targets(torch.randn(1, 5, K), torch.zeros(K), 0.04)
+    assert consistency(q, torch.zeros(2, 5, K), 0.1).item() == pytest.approx(math.log(K), rel=1e-5)
+    logits = torch.randn(1, 5, K)
+    assert consistency(q, logits, 0.1) >= entropy(q).mean()
+    said, centre = torch.randn(1, 5, K), torch.randn(K)
+    q = teacher_targets(said, centre, 0.3)
+    same = (said - centre) / 0.3 * 0.1
+    torch.testing.assert_close(consistency(q, same, 0.1), entropy(q).mean())
+    torch.testing.assert_close(teacher_targets(said + 7.0, centre, 0.3), q, atol=1e-5, rtol=1e-4)
+    assert entropy(torch.eye(K)).abs().max() == 0
+
+
+def test_gradient_reaches_the_student_only():
+    said = torch.randn(1, 3, K, requires_grad=True)
+    logits = torch.randn(2, 3, K, requires_grad=True)
+    consistency(teacher_targets(said, torch.zeros(K), 0.04), logits, 0.1).backward()
+    assert said.grad is None and torch.isfinite(logits.grad).all() and logits.grad.abs().sum() > 0
+
+
+def test_centre_moves_after_the_step():
+    centre, expected = Centre(K, 0.9), torch.zeros(K)
+    for _ in range(5):
+        logits = torch.randn(2, 3, K)
+        centre.observe(logits)
+        assert torch.equal(centre.value, expected)
+        centre.step()
+        expected = 0.9 * expected + 0.1 * logits.reshape(-1, K).mean(0)
+        torch.testing.assert_close(centre.value, expected)
+        expected = centre.value.clone()
+    centre.step()  # a skipped step observes nothing new
+    assert torch.equal(centre.value, expected)
+
+
+def test_health_tells_collapse_from_plateau():
+    images = torch.randn(1, 64, 256)
+    cases = {
+        "collapse": torch.eye(256)[torch.zeros(64, dtype=torch.long)][None],
+        "plateau": F.softmax(images / 1000, -1),
+        "same": F.softmax(images[:, :1].expand(1, 64, 256) / 0.7, -1),
+    }
+    for name, targets in cases.items():
+        single, mean = Health(256)(targets)
+        word = "collapse" if name == "collapse" else "plateau"
+        assert diagnose(float(single), float(mean), 1.0, 256).startswith(word), name
+    health = Health(256)
+    for _ in range(50):
+        single, mean = health(F.softmax(torch.randn(1, 4, 256) / 0.5, -1))
+    assert single < 0.8 * mean and mean > 0.9 * math.log(256)
+    assert diagnose(float(single), float(mean), 1.0, 256) is None
+    assert diagnose(float(single), float(mean), 0.01, 256).startswith("collapse")
+    before = health.mean.clone()
+    health.eval()(torch.eye(256)[None, :4])
+    assert torch.equal(health.mean, before)
+
+
+def test_running_standardisation():
+    norm = RunningStandardisation(3, momentum=0.9)
+    scale, shift = torch.tensor([0.01, 1.0, 100.0]), torch.tensor([50.0, 0.0, -3.0])
+    data = torch.randn(200, 5, 3) * scale + shift
+    for i, batch in enumerate(data):
+        out = norm(batch)
+        if i == 0:  # the first batch's own moments
+            expected = (batch - batch.mean(0)) / (batch.var(0, unbiased=False) + norm.eps).sqrt()
+            torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(norm.var.sqrt(), scale, rtol=0.3, atol=0)
+    assert ((norm.mean - shift).abs() < 0.4 * scale).all()
+    before = norm.mean.clone()
+    norm.eval()
+    x = torch.randn(2, 3)
+    assert torch.equal(norm(x), (x - norm.mean) * (norm.var + norm.eps).rsqrt()) and torch.equal(norm.mean, before)
+    fresh = RunningStandardisation(3).eval()
+    assert fresh(data[0]).std() > 0.5 and fresh.count == 0
+
+
+def test_running_moments_are_those_of_a_mixture():
+    norm = RunningStandardisation(2, momentum=0.5)
+    a, b = torch.randn(4, 2) + 3, 2 * torch.randn(4, 2)
+    norm(a), norm(b)
+    everything = torch.cat([a, b])  # half and half
+    torch.testing.assert_close(norm.mean, everything.mean(0))
+    torch.testing.assert_close(norm.var, everything.var(0, unbiased=False))
+
+
+def test_no_gradient_runs_through_the_moments():
+    norm = RunningStandardisation(2)
+    x = torch.randn(4, 2, requires_grad=True)
+    norm(x).sum().backward()
+    torch.testing.assert_close(x.grad, (norm.var + norm.eps).rsqrt().expand(4, 2))
+
+
+def test_head():
+    head = DinoHead(10, 20, hidden=8, bottleneck=6)
+    x = torch.randn(5, 10)
+    z, logits = head.embed(x), head(x)
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(logits, F.cosine_similarity(z[:, None], head.prototypes[None], dim=-1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(head(x), logits)
+    torch.nn.init.zeros_(head.prototypes)
+    assert (head(x) == 0).all()
+    logits = head(x)
+    logits.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in head.parameters())
+
+
+@pytest.mark.parametrize("size", [(2, 3, 4), (5, 2), (1, 1, 1)])
+def test_pooling(size):
+    maps = [torch.randn(3, 2, *size), torch.randn(3, 4, *[2 * n for n in size])]
+    got = pool_stages(maps)
+    assert got.shape == (3, 12)
+    for b in range(3):
+        expected = torch.cat([t for m in maps for t in (m[b].flatten(1).mean(1), m[b].flatten(1).amax(1))])
+        torch.testing.assert_close(got[b], expected)
+    active = [torch.rand(3, 1, *m.shape[2:]) < 0.5 for m in maps]
+    active[0][2] = False
+    part = pool_stages(maps, active)
+    assert torch.isfinite(part).all() and (part[2, :4] == 0).all()
+    on = active[1][0, 0]
+    torch.testing.assert_close(part[0, 4:8], maps[1][0][:, on].mean(1) if on.any() else torch.zeros(4))
+
+
+def _worker(index, port, folder):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=2)
+    x = torch.randn(8, K, generator=torch.Generator().manual_seed(0))[4 * index : 4 * index + 4]
+    centre, norm, health = Centre(K), RunningStandardisation(K), Health(K)
+    centre.observe(x)
+    centre.step()
+    norm(x)
+    health(F.softmax(x, -1))
+    torch.save((centre.value, norm.mean, norm.var, health.mean), f"{folder}/{index}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_moments_of_one(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_worker, args=(port, str(tmp_path)), nprocs=2)
+    x = torch.randn(8, K, generator=torch.Generator().manual_seed(0))
+    centre, norm, health = Centre(K), RunningStandardisation(K), Health(K)
+    centre.observe(x)
+    centre.step()
+    norm(x)
+    health(F.softmax(x, -1))
+    for i in range(2):
+        for mine, theirs in zip((centre.value, norm.mean, norm.var, health.mean), torch.load(tmp_path / f"{i}.pt")):
+            torch.testing.assert_close(theirs, mine, atol=1e-6, rtol=1e-5)

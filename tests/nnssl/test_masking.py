@@ -1,0 +1,169 @@
+"""Which blocks fit a plan, how many are hidden, where their voxels are, and the guesses of somebody who learnt nothing."""
+
+import pytest
+import torch
+
+from nnssl.errors import NnsslError
+from nnssl.masking import (
+    block_means,
+    block_sum,
+    choose_block,
+    inpaint,
+    mask_blocks,
+    mostly,
+    surrounding_means,
+    to_voxels,
+)
+
+
+def cumulative(*strides):
+    out, total = [], (1,) * len(strides[0])
+    for s in strides:
+        total = tuple(a * b for a, b in zip(total, s))
+        out.append(total)
+    return out
+
+
+ISO = cumulative((1, 1, 1), *[(2, 2, 2)] * 5)
+FLAT = cumulative((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))
+THICK = cumulative((1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("size", "strides", "block", "count"),
+    [
+        ((160, 160, 160), ISO, (16, 16, 16), 1000),
+        ((48, 192, 192), FLAT, (8, 16, 16), 864),
+        ((20, 256, 224), THICK, (4, 16, 16), 1120),
+        ((40, 56, 40), cumulative((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)), (4, 4, 4), 1400),
+        ((256, 320), cumulative((1, 1), *[(2, 2)] * 6), (32, 32), 80),
+    ],
+)
+def test_block_follows_the_strides(size, strides, block, count):
+    assert choose_block(size, strides) == block
+    assert torch.tensor([n // b for n, b in zip(size, block)]).prod() == count
+
+
+def test_small_crops_get_smaller_blocks_and_what_does_not_fit_is_refused():
+    assert choose_block((16, 16, 16), ISO[:4]) == (4, 4, 4)
+    assert choose_block((8, 4, 4), ISO[:4]) == (1, 1, 1)
+    assert choose_block((4, 2, 2), ISO[:3]) == (1, 1, 1)
+    assert choose_block((8, 8, 8), cumulative((2, 2, 2), (2, 2, 2))) == (2, 2, 2)
+    assert choose_block((20, 30, 40), ISO, block=(5, 6, 8)) == (5, 6, 8)
+    for block in ((3, 4, 4), (16, 16, 16), (4, 4), (0, 4, 4)):
+        with pytest.raises(NnsslError, match="1x1x1, 2x2x2, 4x4x4, 8x8x8"):
+            choose_block((16, 16, 16), ISO, block=block)
+    with pytest.raises(NnsslError, match="--crop"):
+        choose_block((2, 2), [(2, 2), (4, 4)])
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.6, 0.75, 0.8, 0.9])
+@pytest.mark.parametrize("grid", [(4, 4, 4), (6, 6, 6), (10, 10, 10), (5, 16, 14), (15, 15, 15), (4, 16)])
+def test_exact_counts(ratio, grid):
+    n = int(torch.tensor(grid).prod())
+    mask = mask_blocks(torch.rand(5, *grid), ratio)
+    assert (mask.flatten(1).sum(1) == min(max(round(ratio * n), 1), n - 1)).all()
+    assert not torch.equal(mask[0], mask[1])
+
+
+def test_counts_are_clamped_and_per_sample():
+    scores = torch.rand(4, 2, 2)
+    assert (mask_blocks(scores, 0.99).flatten(1).sum(1) == 3).all()
+    assert (mask_blocks(scores, 0.01).flatten(1).sum(1) == 1).all()
+    ratio = torch.tensor([0.25, 0.5, 0.75, 0.5])
+    assert mask_blocks(scores, ratio).flatten(1).sum(1).tolist() == [1, 2, 3, 2]
+    equal = torch.zeros(1, 4, 4)  # ties do not change the count
+    assert mask_blocks(equal, 0.75).sum() == 12
+    assert torch.equal(mask_blocks(scores, 0.5), mask_blocks(scores.clone(), 0.5))
+
+
+def test_each_block_is_hidden_equally_often():
+    share = mask_blocks(torch.rand(2000, 3, 4, 5), 0.75).double().mean(0)
+    assert (share - 0.75).abs().max() < 4 * (0.75 * 0.25 / 2000) ** 0.5
+
+
+def test_only_eligible_blocks_are_hidden():
+    eligible = torch.rand(50, 3, 4, 5) < 0.4
+    eligible[0] = False
+    eligible[1] = False
+    eligible[1, 0, 0, 0] = True
+    mask = mask_blocks(torch.rand(50, 3, 4, 5), 0.75, eligible)
+    n = eligible.flatten(1).sum(1)
+    assert not (mask & ~eligible).any()
+    assert mask.flatten(1).sum(1).tolist() == [min(max(round(0.75 * k), 1), k - 1) if k > 1 else 0 for k in n.tolist()]
+
+
+@pytest.mark.parametrize(("grid", "block"), [((2, 3, 4), (4, 2, 3)), ((5, 2, 3), (1, 5, 2)), ((3, 4), (2, 5))])
+def test_voxels_are_the_blocks(grid, block):
+    blocks = torch.randn(2, 3, *grid)
+    voxels = to_voxels(blocks, block)
+    for _ in range(200):
+        place = [int(torch.randint(g * b, ())) for g, b in zip(grid, block)]
+        cell = [p // b for p, b in zip(place, block)]
+        assert torch.equal(voxels[(..., *place)], blocks[(..., *cell)])
+    size = int(torch.tensor(block).prod())
+    torch.testing.assert_close(block_sum(voxels, block), blocks * size)
+    valid = torch.zeros(1, 1, *voxels.shape[2:], dtype=torch.bool)
+    valid[..., : block[-1] // 2 if block[-1] > 1 else 1] = True
+    expected = (block_sum(valid.float(), block) >= size / 2)[0, 0]
+    assert torch.equal(mostly(valid, block)[0, 0], expected)
+
+
+def test_surrounding_means_against_a_loop():
+    block, grid = (2, 3, 2), (3, 4, 5)
+    size = [g * b for g, b in zip(grid, block)]
+    x = torch.randn(2, 2, *size, dtype=torch.float64)
+    visible = to_voxels(mask_blocks(torch.rand(2, *grid), 0.5)[:, None], block)
+    visible = visible & (torch.rand(2, 1, *size) < 0.7)
+    got = surrounding_means(x, visible, block)
+    for b in range(2):
+        for cell in torch.cartesian_prod(*[torch.arange(g) for g in grid]).tolist():
+            for radius in (1, 2, 4, 8):
+                part = tuple(
+                    slice(max(0, i - radius) * n, min(g, i + radius + 1) * n) for i, n, g in zip(cell, block, grid)
+                )
+                seen = visible[(b, 0, *part)]
+                if seen.any():
+                    break
+            for c in range(2):
+                expected = x[(b, c, *part)][seen].mean()
+                place = tuple(i * n for i, n in zip(cell, block))
+                torch.testing.assert_close(got[(b, c, *place)], expected)
+
+
+def test_surrounding_means_looks_farther_where_nothing_is_near():
+    x, visible = torch.randn(1, 1, 12, 2), torch.zeros(1, 1, 12, 2, dtype=torch.bool)
+    assert (surrounding_means(x, visible, (1, 2)) == 0).all()
+    visible[..., 0, :] = True
+    torch.testing.assert_close(surrounding_means(x, visible, (1, 2)), x[:, :, :1].mean().expand_as(x))
+
+
+@pytest.mark.parametrize("size", [(16, 24, 12), (9, 13, 7), (20, 30)])
+def test_interpolation_follows_a_slope_and_the_oracle_knows_the_means(size):
+    axes = [torch.linspace(0, s, s) for s in size]
+    ramp = sum(a.view([-1 if i == k else 1 for k in range(len(size))]) for i, a in enumerate(axes))[None, None]
+    visible = torch.rand(1, 1, *size) < 0.3
+    guess = inpaint(torch.where(visible, ramp, torch.nan), visible)
+    assert torch.equal(guess[visible], ramp[visible])
+    assert torch.isfinite(guess).all()
+    hidden = ~visible
+    assert (guess - ramp)[hidden].abs().mean() < 0.15 * (ramp - ramp.mean())[hidden].abs().mean()
+    constant = torch.full_like(ramp, 3.0)
+    torch.testing.assert_close(inpaint(constant, visible), constant)
+    blocks = torch.randn(1, 2, *[s // 1 for s in size])
+    torch.testing.assert_close(block_means(blocks, torch.ones_like(blocks, dtype=torch.bool), (1,) * len(size)), blocks)
+
+
+def test_block_means_over_a_region():
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    region = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    region[..., 0, :2] = True
+    means = block_means(x, region, (2, 2))
+    assert (means[..., :2, :2] == 0.5).all() and (means[..., 2:, :] == 0).all()
+
+
+def test_guesses_ignore_what_is_hidden():
+    x, visible = torch.randn(2, 1, 8, 12, 4), torch.rand(2, 1, 8, 12, 4) < 0.3
+    other = torch.where(visible, x, torch.inf)
+    assert torch.equal(inpaint(x, visible), inpaint(other, visible))
+    assert torch.equal(surrounding_means(x, visible, (2, 2, 2)), surrounding_means(other, visible, (2, 2, 2)))

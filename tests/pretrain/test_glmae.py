@@ -1,0 +1,521 @@
+"""glmae: what each network sees, in which order things move, and that the arms are what they say."""
+
+import logging
+import math
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+
+from nnssl import checkpoint
+from nnssl.ema import cosine_momentum
+from nnssl.errors import NnsslError
+from nnssl.networks import build_network, unwrap
+from nnssl.plans import Plan
+from nnssl.pretrain import run
+from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.engine.hooks import Hook
+from nnssl.pretrain.methods import Crops, Progress, SourceStats, get_method
+from nnssl.pretrain.options import make_config
+
+ISO = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
+ANISO = ((1, 1, 1), (1, 2, 2), (2, 2, 2))
+GEOMETRIES = {"iso": (ISO, (8, 12, 16)), "aniso": (ANISO, (4, 16, 12))}
+CASES = [("iso", "plain", 3), ("aniso", "resenc", 3), ("iso", "resenc", 2)]
+SMALL = {"prototypes": 32, "hidden": 16, "bottleneck": 8}
+MEDIAN = (20, 40, 35)
+
+
+def build(plans, description, values, median=MEDIAN, crop=None, dim=3):
+    plan = Plan.from_dicts(plans, "3d_fullres" if dim == 3 else "2d", description)
+    cls = get_method("glmae")
+    config = make_config(cls.Config, {**SMALL, **values})
+    request = cls.crops(plan, SourceStats(median, 5), config, crop)
+    torch.manual_seed(0)
+    return cls(build_network(plan), plan, request, config)
+
+
+@pytest.fixture
+def make(tiny_plans, tiny_dataset_json):
+    """``make(geometry, arch, dim, channels, features, median, crop, **options) -> method``."""
+
+    def made(geometry="iso", arch="plain", dim=3, channels=1, features=(4, 6, 8), median=MEDIAN, crop=None, **options):
+        strides, size = GEOMETRIES[geometry]
+        plans = tiny_plans(dim, arch, channels, strides=strides, patch=size, features=features)
+        return build(plans, tiny_dataset_json(channels), options, median, crop, dim)
+
+    return made
+
+
+def make_crops(method, n=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    window, channels = method.request.window, method.plan.n_channels
+    coarse = torch.randn(n, channels, *[w // 4 + 2 for w in window], generator=g)
+    data = F.interpolate(coarse, size=window, mode="trilinear" if len(window) == 3 else "bilinear")
+    data = data + 0.1 * torch.randn(data.shape, generator=g)
+    return Crops(
+        data=data,
+        body=data[:, :1] > -0.5,
+        position=torch.zeros(n, 3),
+        axis_position=torch.zeros(n, 3),
+        intensity=torch.tensor([-2.0, 3.0]).expand(n, channels, 2).clone(),
+        start=torch.zeros(n, 3, dtype=torch.int64),
+        case=[f"c{i}" for i in range(n)],
+    )
+
+
+def make_batch(method, n=3, seed=0, step=0):
+    with torch.no_grad():
+        return method.views(make_crops(method, n, seed), Draws(0, step, n))
+
+
+def gradients(method, batch):
+    method.zero_grad(set_to_none=True)
+    terms = method(batch)
+    terms["total"].backward()
+    return terms, {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
+
+
+def train(method, steps, total=None, seed=0, n=3):
+    optimiser = method.optimiser()
+    for step in range(steps):
+        batch = make_batch(method, n, seed, step)
+        optimiser.zero_grad(set_to_none=True)
+        method(batch)["total"].backward()
+        nn.utils.clip_grad_norm_(method.parameters(), method.grad_clip)
+        optimiser.step()
+        method.after_step(Progress(step + 1, total or steps, 0, 1))
+    return method
+
+
+# ---------------------------------------------------------------------------------------------- crops and views
+
+
+@pytest.mark.parametrize(("geometry", "arch", "dim"), CASES)
+@pytest.mark.parametrize("mode", ["A", "B"])
+def test_shapes_of_the_views(make, geometry, arch, dim, mode):
+    method = make(geometry, arch, dim, 2, views=mode, global_views=2, local_views=3)
+    size = method.request.size
+    stride = method.plan.total_stride
+    batch = make_batch(method)
+    assert batch["global"]["target"].shape == (6, 2, *size) and batch["local"]["target"].shape == (
+        9,
+        2,
+        *method.local_size,
+    )
+    expected = size if mode == "A" else tuple(min(n, math.ceil(0.6 * n / s) * s) for n, s in zip(size, stride))
+    assert method.local_size == expected
+    assert (batch["global"]["zoom"] > 1).all() and (batch["local"]["zoom"] == 1).all()
+    for view in batch.values():
+        assert view["mask"].shape == view["valid"].shape == (len(view["target"]), 1, *view["target"].shape[2:])
+        blocks = math.prod(n // b for n, b in zip(view["mask"].shape[2:], method.block))
+        counts = view["mask"].flatten(1).sum(1)[view["valid"].flatten(1).all(1)]
+        assert (counts == min(max(round(0.75 * blocks), 1), blocks - 1) * math.prod(method.block)).all()
+    assert not torch.equal(batch["local"]["target"][:3], batch["local"]["target"][3:6])
+    again = make_batch(method)
+    assert all(torch.equal(batch[k][x], again[k][x]) for k in batch for x in batch[k])
+
+
+def test_crop_and_mode_follow_the_volume(make):
+    wide = make()  # patch 8x12x16 in a volume of 20x40x35
+    assert wide.request.size == (8, 12, 16) and wide.request.window == (20, 30, 35) and wide.local_size == (8, 12, 16)
+    tight = make(median=(8, 12, 16))
+    assert tight.request.size == (4, 8, 8) and tight.local_size == (4, 8, 8)  # two thirds leave room for wider views
+    narrow = make(median=(9, 13, 17), crop=(8, 12, 16))
+    assert narrow.local_size == (8, 8, 12) and "0.6" not in narrow.request.explanation
+    assert make(median=(9, 13, 17), crop=(8, 12, 16), views="A").local_size == (8, 12, 16)
+    thin = make(median=(4, 40, 35), crop=(4, 12, 16))
+    zoomed = make_batch(thin, 20)["global"]["zoom"]
+    assert thin.request.window == (4, 30, 35) and zoomed.min() > 1.2  # no wider in z, but in the plane
+
+
+def test_small_images_are_padded_dark_and_not_counted(make):
+    method = make(median=MEDIAN)
+    crops = make_crops(method)
+    crops.data[:, :, 6:] = 0  # six slices are left of a crop of eight
+    batch = method.views(crops, Draws(0, 0, 3))
+    for view in batch.values():
+        outside = ~view["valid"]
+        assert outside.any() and not (view["mask"] & outside).all()
+        whole_slices = outside.flatten(3).all(3)
+        assert torch.equal(whole_slices.squeeze(1).sum(1), torch.full((len(outside),), 2))
+        dark = view["target"][whole_slices[..., None, None].expand_as(view["target"])]
+        torch.testing.assert_close(dark, torch.full_like(dark, -2.0))
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_views_show_the_volume(make, mirror):
+    method = make(mirror=mirror)
+    crops = make_crops(method, 2)
+    ramp = torch.arange(crops.data.shape[3]).float() + 1
+    crops.data[:] = ramp.view(1, 1, 1, -1, 1)
+    batch = method.views(crops, Draws(0, 0, 2))
+    for kind, least in (("global", 1.4), ("local", 1.0)):
+        steps = batch[kind]["target"].diff(dim=3)
+        slope = steps.abs().mean((1, 2, 3, 4))
+        assert (slope >= least - 1e-3).all() and (slope <= 2.51).all()
+        assert (steps > 0).all() or mirror
+        assert batch[kind]["valid"].all()
+
+
+def test_options_that_make_no_sense(make):
+    with pytest.raises(NnsslError, match="nothing would be learnt"):
+        make(global_views=0, local_views=0)
+    with pytest.raises(NnsslError, match="min_zoom"):
+        make(min_zoom=2.0, max_zoom=1.5)
+    with pytest.raises(NnsslError, match="decoder"):
+        make(local_weight=0.0, global_weight=0.0)
+    with pytest.raises(NnsslError, match="sparse"):
+        make(masking="sparse", fill="learned")
+    with pytest.raises(NnsslError, match="block="):
+        make(block="3,3,3")
+
+
+# ---------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize(("geometry", "arch", "dim"), CASES)
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_nothing_leaks_into_the_student(make, geometry, arch, dim, mode):
+    """Whatever stands behind the masks of the student: its loss terms and all gradients are the same bits."""
+    method = make(geometry, arch, dim, masking=mode, ramp=0.0)
+    state = {k: v.clone() for k, v in method.state_dict().items()}
+    batch = make_batch(method)
+    whole = batch["global"]["input"]
+    teacher = method.agreement
+    method.agreement = lambda features, seen: teacher(features, whole)  # the teacher keeps its whole views
+    terms, grads = gradients(method, batch)
+    for value in (50 * torch.randn(()), torch.inf, torch.nan):
+        method.load_state_dict(state)
+        hidden = {k: {**v, "input": torch.where(v["mask"], value, v["input"])} for k, v in batch.items()}
+        other, others = gradients(method, hidden)
+        for key in ("total", "gg", "lg", "global_reconstruction", "local_reconstruction"):
+            assert torch.equal(other[key], terms[key]), key
+        assert others.keys() == grads.keys() and all(torch.equal(others[k], grads[k]) for k in grads)
+
+
+def test_the_teacher_sees_whole_global_views_only(make):
+    method = make(global_views=2, views="B")
+    batch = make_batch(method)
+    seen = []
+    method.teacher_encoder.module.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    student = []
+    unwrap(method.network).encoder.register_forward_pre_hook(lambda m, x: student.append(x[0]))
+    terms, grads = gradients(method, batch)
+    assert len(seen) == 1 and torch.equal(seen[0], batch["global"]["target"])
+    assert len(student) == 2
+    for x, kind in zip(student, ("global", "local")):
+        hidden = batch[kind]["mask"].expand_as(x)
+        assert (x[hidden] == 0).all() and torch.equal(x[~hidden], batch[kind]["target"][~hidden])
+    teacher = [p for n, p in method.named_parameters() if n.startswith("teacher_")]
+    assert teacher and all(p.grad is None and not p.requires_grad for p in teacher)
+    optimised = {id(p) for g in method.optimiser().param_groups for p in g["params"]}
+    assert not optimised & {id(p) for p in teacher}
+    assert not any(m.training for n in ("teacher_encoder", "teacher_projector") for m in getattr(method, n).modules())
+    for name, p in method.named_parameters():
+        assert (name in grads) == p.requires_grad and ("seg_layers" not in name or not p.requires_grad), name
+
+
+def test_order_of_one_step(make):
+    """The loss uses the old centre; teacher, centre and ramp move afterwards, and not where a step is skipped."""
+    method = make(ramp=0.5)
+    optimiser, batch = method.optimiser(), make_batch(method)
+    before = [p.clone() for p in method.teacher_encoder.parameters()]
+    method(batch)["total"].backward()
+    assert (method.centre.value == 0).all() and method.weight == 0
+    optimiser.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, method.teacher_encoder.parameters()))
+    method.after_step(Progress(1, 10, 0, 1))
+    mu = cosine_momentum(1, 10)
+    for old, new, s in zip(before, method.teacher_encoder.parameters(), unwrap(method.network).encoder.parameters()):
+        torch.testing.assert_close(new, mu * old + (1 - mu) * s)
+    assert (method.centre.value != 0).any() and method.weight == pytest.approx(0.2)
+    centre = method.centre.value.clone()
+    with torch.no_grad():
+        method.eval()(batch)
+    method.train()
+    assert torch.equal(method.centre.value, centre)
+    method.after_step(Progress(5, 10, 0, 1))
+    assert method.weight == 1 and torch.equal(method.centre.value, centre)  # nothing observed in between
+
+
+def test_without_weight_it_is_plain_masked_reconstruction(make):
+    plain, full = make(gg_weight=0.0, lg_weight=0.0), make(ramp=1.0)  # at step 0 the ramp is 0
+    assert not hasattr(plain, "projector")
+    full.network.load_state_dict(plain.network.state_dict())
+    full.head.load_state_dict(plain.head.state_dict())
+    batch = make_batch(plain)
+    a, b = gradients(plain, batch)[1], gradients(full, batch)[1]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all((v == 0).all() for k, v in b.items() if k.startswith("projector"))
+    mae = get_method("mae")
+    alone = mae(plain.network, plain.plan, plain.request, make_config(mae.Config, {}))
+    alone.head.load_state_dict(plain.head.state_dict())
+    terms = plain(batch)
+    for kind in ("global", "local"):
+        torch.testing.assert_close(alone(batch[kind])["total"], terms[f"{kind}_reconstruction"])
+    torch.testing.assert_close(terms["total"], terms["global_reconstruction"] + terms["local_reconstruction"])
+
+
+def test_local_views_in_any_order(make):
+    method = make(local_views=3).eval()
+    batch = make_batch(method)
+    order = torch.tensor([6, 7, 8, 0, 1, 2, 3, 4, 5])
+    with torch.no_grad():
+        a = method(batch)
+        b = method({**batch, "local": {k: v[order] for k, v in batch["local"].items()}})
+    for key in ("total", "gg", "lg"):
+        torch.testing.assert_close(a[key], b[key])
+
+
+@pytest.mark.parametrize(("p", "q"), [(1, 0), (2, 0), (2, 1), (0, 2)])
+def test_any_number_of_views(make, p, q):
+    method = make(global_views=p, local_views=q)
+    terms, grads = gradients(method, make_batch(method))
+    assert ("gg" in terms) == (p > 0) and ("lg" in terms) == (p > 0 and q > 0)
+    assert torch.isfinite(terms["total"]) and all(torch.isfinite(g).all() for g in grads.values())
+    for name, parameter in method.named_parameters():
+        assert (name in grads) == parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("preset", list(get_method("glmae").presets))
+def test_presets_are_the_arms(make, preset):
+    values = get_method("glmae").presets[preset]
+    method = make(**values)
+    terms, _ = gradients(method, make_batch(method))
+    there = {"arm_a": "local", "arm_b": "global local", "arm_c": "global local gg"}.get(
+        preset, "global local gg lg"
+    ).split()
+    assert ("local_reconstruction" in terms) and ("global_reconstruction" in terms) == ("global" in there)
+    assert method.consistent == ("gg" in there)
+    assert (method.config.lg_weight > 0) == ("lg" in there)
+    assert method.pretrained_parts() == {"encoder": True, "decoder_stages": [0, 1]}
+
+
+def test_terms_of_an_untrained_network(make):
+    method = make(ramp=0.0, prototypes=64)
+    nn.init.zeros_(method.projector.prototypes)
+    terms = method(make_batch(method))
+    assert terms["gg"].item() == pytest.approx(math.log(64), rel=1e-4)
+    assert 0 < terms["teacher_entropy"] <= math.log(64) + 1e-5
+    method = make(ramp=0.0)
+    terms = method(make_batch(method))
+    assert terms["gradient_ratio"] > 0 and math.isfinite(terms["gradient_ratio"])
+    assert terms["mean_entropy"] >= terms["teacher_entropy"] - 1e-5
+    assert "retrieval" not in terms
+
+
+def test_standardised_features_tell_images_apart(make):
+    """Pooled InstanceNorm maps are nearly equal for all images; running moments undo that."""
+    spread = {}
+    for on in (True, False):
+        method = make(standardise=on, features=(8, 16, 16)).eval()
+        with torch.no_grad():
+            spread[on] = method(make_batch(method, 8))["embedding_spread"].item()
+    assert spread[True] > 3 * spread[False]
+
+
+def test_autocast(make):
+    method = make(ramp=0.0)
+    batch, state = make_batch(method), {k: v.clone() for k, v in method.state_dict().items()}
+    exact = method(batch)
+    method.load_state_dict(state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = method(batch)
+    assert rough["gg"].dtype == rough["total"].dtype == torch.float32
+    assert abs(rough["total"] - exact["total"]) < 0.05 * exact["total"]
+
+
+# ---------------------------------------------------------------------------------------------- for a person
+
+
+def test_alarm_names_the_trouble(make, caplog):
+    method = make()
+    with caplog.at_level(logging.WARNING, "nnssl"):
+        method(make_batch(method))
+        method.seen.copy_(torch.tensor([0.0, 0.1, 1.0]))
+        method.after_step(Progress(50, 10000, 0, 1))  # too early to tell
+        assert not caplog.records
+        method.after_step(Progress(50, 1000, 0, 1))
+        method.after_step(Progress(100, 1000, 0, 1))
+        assert len(caplog.records) == 1 and "step 50: collapse" in caplog.text
+        method.seen.copy_(torch.tensor([math.log(32), math.log(32), 1.0]))
+        method.after_step(Progress(150, 1000, 0, 1))
+    assert "step 150: plateau" in caplog.text and "teacher_temperature" in caplog.text
+
+
+@pytest.mark.parametrize("values", [{}, {"views": "B", "masking": "sparse"}, {"global_views": 0}, {"local_views": 0}])
+def test_what_a_person_sees(make, values):
+    method = make(**values).eval()
+    batch = make_batch(method, 4)
+    with torch.no_grad():
+        terms, picture, z = method(batch), method.pictures(batch), method.embed(batch)
+    kinds = [k for k in ("global", "local") if k in batch]
+    assert len(picture.columns) == 5 * len(kinds)
+    for image in picture.columns.values():
+        assert len(image) == 3 and np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1
+    assert z.ndim == 2 and torch.isfinite(z).all()
+    for kind in kinds:
+        assert terms[f"{kind}_oracle"] < terms[f"{kind}_surround"]
+    assert ("retrieval" in terms) == (len(kinds) == 2)
+    last = {k: float(v) for k, v in terms.items()}
+    learnt, sentence = method.verdict(last, last)
+    assert not learnt and "did not learn" in sentence
+    assert ("A local view finds" in sentence) == (len(kinds) == 2)
+
+
+def test_verdict(make):
+    good = {"reconstruction": 0.1, "inpainting": 0.3, "surround": 0.5, "oracle": 0.2}
+    last = {f"{k}_{t}": v for k in ("local", "global") for t, v in good.items()}
+    healthy = {
+        "teacher_entropy": 2.0,
+        "mean_entropy": 3.0,
+        "embedding_spread": 0.8,
+        "retrieval": 0.8,
+        "retrieval_chance": 0.25,
+    }
+    method = make()
+    learnt, sentence = method.verdict({}, {**last, **healthy})
+    assert learnt and "80%" in sentence and "tells images apart" in sentence
+    assert not method.verdict({}, {**last, **healthy, "global_reconstruction": 0.4})[0]
+    learnt, sentence = method.verdict({}, {**last, **healthy, "teacher_entropy": 0.0, "mean_entropy": 0.0})
+    assert not learnt and "collapse" in sentence
+    assert method.verdict({"total": 2.0}, {"total": 1.0})[0]
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def test_nnunet_gets_the_student(make, tmp_path):
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+
+    method = train(make("aniso", "resenc"), 2)
+    payload = checkpoint.build_payload(
+        method.network,
+        method.plan,
+        method="glmae",
+        config=vars(method.config),
+        crop_size=method.request.size,
+        pretrained_parts=method.pretrained_parts(),
+        data={},
+        citations=method.citation,
+    )
+    checkpoint.save(tmp_path / "weights.pth", payload)
+    network = build_network(method.plan)
+    load_pretrained_weights(network, str(tmp_path / "weights.pth"))
+    x = torch.randn(1, 1, *method.request.size)
+    for a, b in zip(network.encoder(x), unwrap(method.network).encoder(x)):
+        assert torch.equal(a, b)
+    assert not torch.equal(network.encoder(x)[-1], method.teacher_encoder(x)[-1])
+
+
+@pytest.mark.slow
+def test_resume_is_exact(tiny_preprocessed, nnunet_env):
+    """Two epochs equal one epoch, a stop and another, bit for bit: teacher, centre, moments and ramp are all kept."""
+
+    class Stop(Hook):
+        name = "stop"
+
+        def after_epoch(self, engine, row):
+            os.kill(os.getpid(), 15)
+
+    tiny_preprocessed(901, "Tiny", 6, plan_options={"features": (4, 4, 6), "patch": (8, 8, 8)})
+    options = {"workers": 0, "batch_size": 2, "held_out_batches": 1, **SMALL}
+    common = {"method": "glmae", "device": "cpu", "epochs": 2, "iterations": 2, "options": options}
+    straight = run(901, name="straight", **common)
+    assert not run(901, name="halves", hooks=[Stop()], **common).finished
+    halves = run(901, method="glmae", device="cpu", name="halves", continue_run=True)
+    assert straight.finished and halves.finished
+    a, b = (checkpoint.load(r.checkpoint).weights for r in (straight, halves))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (checkpoint.load(r.folder / "checkpoint_latest.pth").training["method"] for r in (straight, halves))
+    assert a.keys() == b.keys() and {"centre.value", "moments.teacher.mean", "weight"} <= set(a)
+    assert all(torch.equal(a[k], b[k]) for k in a if k != "balance")
+    assert "retrieval" in straight.metrics
+
+
+def _worker(index, port, folder, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=2)
+    method = build(*arguments)
+    wrapped = nn.parallel.DistributedDataParallel(method)
+    crops = make_crops(method, 4)
+    crops = Crops(**{k: v[2 * index : 2 * index + 2] for k, v in vars(crops).items()})
+    terms = wrapped(method.views(crops, Draws(0, 0, 4, 2 * index, 2)))
+    terms["total"].backward()
+    grads = {k: p.grad for k, p in method.named_parameters() if p.grad is not None}
+    method.after_step(Progress(1, 10, 0, 1))
+    torch.save(({k: v.detach() for k, v in terms.items()}, grads, method.centre.value), f"{folder}/{index}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path, tiny_plans, tiny_dataset_json):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    plans = tiny_plans(strides=ISO, patch=(8, 12, 16), features=(4, 4, 6))
+    arguments = (plans, tiny_dataset_json(), {"ramp": 0.0})
+    mp.spawn(_worker, args=(port, str(tmp_path), arguments), nprocs=2)
+    method = build(*arguments)
+    with torch.no_grad():
+        batch = method.views(make_crops(method, 4), Draws(0, 0, 4))
+    terms, grads = gradients(method, batch)
+    method.after_step(Progress(1, 10, 0, 1))
+    ranks = [torch.load(tmp_path / f"{i}.pt") for i in range(2)]
+    for key in ("total", "gg", "lg", "global_reconstruction", "teacher_entropy", "mean_entropy", "embedding_spread"):
+        mean = sum(r[0][key] for r in ranks) / 2
+        torch.testing.assert_close(mean, terms[key].detach(), atol=1e-5, rtol=1e-4, msg=key)
+    largest = max(float(g.abs().max()) for g in grads.values())
+    for _, theirs, centre in ranks:
+        torch.testing.assert_close(centre, method.centre.value, atol=1e-6, rtol=1e-4)
+        for key, grad in grads.items():
+            torch.testing.assert_close(theirs[key], grad, atol=1e-4 * largest, rtol=1e-3, msg=key)
+
+
+@pytest.mark.slow
+def test_local_views_find_their_volume(tiny_plans, tiny_dataset_json):
+    """Volumes of distinct texture: on new volumes a local view finds the global view of its own well above chance."""
+    plans = tiny_plans(strides=ISO, patch=(16, 16, 16), features=(8, 16, 16))
+    weights = {"lg_weight": 1.0, "gg_weight": 1.0, "ramp": 0.0, "lr": 1e-3, "mask_ratio": 0.5}
+    teacher = {"prototypes": 64, "hidden": 128, "bottleneck": 64, "teacher_momentum": 0.99, "centre_momentum": 0.9}
+    method = build(plans, tiny_dataset_json(), {**weights, **teacher}, median=(32, 32, 32))
+    window = method.request.window
+
+    def volumes(seed):
+        g, made = torch.Generator().manual_seed(seed), []
+        for i in range(8):  # bright or dark, small or large, few or many blobs
+            cell, density = (2, 4)[i // 2 % 2], (0.02, 0.1)[i // 4]
+            blobs = (torch.rand(1, 1, *[w // cell for w in window], generator=g) < density).float()
+            blobs.view(-1)[0] = 1
+            x = F.interpolate(blobs, size=window, mode="trilinear")[0] + 0.05 * torch.randn(window, generator=g)
+            made.append((x - x.mean()) / x.std() * (1 if i % 2 else -1))
+        crops = make_crops(method, 8)
+        crops.data, crops.body = torch.stack(made), torch.ones_like(crops.body)
+        return crops
+
+    optimiser, found = method.optimiser(), []
+    for step in range(120):
+        with torch.no_grad():
+            batch = method.views(volumes(step % 16), Draws(0, step, 8))
+        optimiser.zero_grad(set_to_none=True)
+        method(batch)["total"].backward()
+        nn.utils.clip_grad_norm_(method.parameters(), method.grad_clip)
+        optimiser.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 20)
+        optimiser.step()
+        method.after_step(Progress(step + 1, 120, 0, 1))
+    method.eval()
+    with torch.no_grad():
+        for k in range(12):
+            terms = method(method.views(volumes(100 + k), Draws(0, 1000 + k, 8)))
+            found.append(terms["retrieval"].item())
+    assert terms["retrieval_chance"].item() == pytest.approx(1 / 8)
+    assert sum(found) / len(found) > 0.21  # 192 views: 3.5 standard errors above chance
+    assert terms["embedding_spread"] > 0.2 and terms["teacher_entropy"] < 0.9 * terms["mean_entropy"]
+    assert terms["gg"] < 0.95 * math.log(64)
