@@ -143,7 +143,7 @@ def describe_options(cls: type) -> list[tuple[str, str, str, str]]:
     """Rows ``(name, default, range, meaning)`` of a config dataclass."""
     rows = []
     for f in fields(cls):
-        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc, operator]
         text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
         rows.append((f.name, "auto" if default is None else text, _range(f), f.metadata.get("help", "")))
     return rows

@@ -74,10 +74,10 @@ def shared_preparation() -> Iterator[None]:
         return
     waiting = dist.new_group(backend="gloo", timeout=PREPARATION_LIMIT)
     if rank() != 0:
-        dist.barrier(group=waiting)
+        dist.barrier(group=waiting)  # type: ignore[arg-type]
     yield
     if rank() == 0:
-        dist.barrier(group=waiting)
+        dist.barrier(group=waiting)  # type: ignore[arg-type]
 
 
 def launch(arguments: list[str], processes: int) -> int:

@@ -1,0 +1,180 @@
+"""Local corruption for restoration: pixel shuffling, non-linear intensities, in-painting; batched, on the device.
+
+Kats et al. 2024, arXiv:2401.06473, section 2.2, with the numbers of the authors' code; a re-parameterised Models
+Genesis (Zhou et al. 2021). Each sample draws its own corruption. Images are in [0, 1]; nothing is written in place,
+so that the clean image stays clean.
+
+Differs from the authors' code: block sizes never vanish on short axes (theirs does nothing where an axis has fewer
+than 20 voxels); block starts reach the last voxel; each block has its own permutation unless asked otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nnssl.pretrain.augment.draws import Draws
+
+__all__ = ["inpaint", "inpaint_size_range", "local_corruption", "monotone_intensity", "pixel_shuffle", "shuffle_block"]
+
+SHUFFLE_SHARE = 5000 * 36 / (128 * 128 * 32)
+"""Voxels of all shuffled blocks over voxels of the crop, in the authors' code on its 128x128x32 crops: 0.34."""
+SAMPLES = 2048
+
+
+def local_corruption(
+    u: Tensor,
+    draws: Draws,
+    *,
+    shuffle_p: float = 0.8,
+    shuffle_blocks: int = 0,
+    independent: bool = True,
+    nonlinear_p: float = 0.9,
+    inpaint_max: int = 30,
+    inpaint_p: float = 0.95,
+) -> Tensor:
+    """Shuffle, then change intensities, then paint blocks of noise.
+
+    Args:
+        u: ``(B, C, *size)`` float32 in [0, 1]; left as it is.
+        draws: random numbers of this step.
+        shuffle_p: probability that a sample is shuffled.
+        shuffle_blocks: see :func:`pixel_shuffle`.
+        independent: see :func:`pixel_shuffle`.
+        nonlinear_p: probability that a channel's intensities are mapped.
+        inpaint_max, inpaint_p: see :func:`inpaint`.
+
+    Returns:
+        ``(B, C, *size)``, a new tensor.
+    """
+    out = pixel_shuffle(u, draws, p=shuffle_p, blocks=shuffle_blocks, independent=independent)
+    out = monotone_intensity(out, draws, p=nonlinear_p)
+    return inpaint(out, draws, most=inpaint_max, again=inpaint_p)
+
+
+def shuffle_block(size: Sequence[int]) -> tuple[int, ...]:
+    """Voxels per axis of a shuffled block: a twentieth of the crop, at least 1.
+
+    Where that is 1 on every axis (no axis has 40 voxels), a block of 1 voxel would shuffle nothing: it is 2 on each
+    axis with at least 8 voxels, or on all axes where none has.
+    """
+    block = tuple(max(1, s // 20) for s in size)
+    if max(block) > 1:
+        return block
+    block = tuple(2 if s >= 8 else 1 for s in size)
+    return block if max(block) > 1 else tuple(min(2, s) for s in size)
+
+
+def pixel_shuffle(u: Tensor, draws: Draws, *, p: float = 0.8, blocks: int = 0, independent: bool = True) -> Tensor:
+    """Permute the voxels inside many small blocks; all channels alike.
+
+    Sources are read from the image as it came in, and where blocks overlap the later one counts, so that every output
+    value is an input value from less than a block away.
+
+    Args:
+        u: ``(B, C, *size)``.
+        draws: random numbers of this step.
+        p: probability that a sample is shuffled.
+        blocks: blocks per sample; 0: as many as give the same share of the crop as 5000 do of 128x128x32.
+        independent: a permutation per block; False: one for all blocks of a sample, as in the released code.
+    """
+    size = u.shape[2:]
+    block = shuffle_block(size)
+    inside = math.prod(block)
+    n = blocks or max(1, round(SHUFFLE_SHARE * math.prod(size) / inside))
+    chosen = draws.chance(p)
+    starts, orders = [], []
+    for g in draws.generators():
+        where = torch.rand(n, len(size), generator=g, device=g.device)
+        keys = torch.rand(n if independent else 1, inside, generator=g, device=g.device)
+        starts.append(where)
+        orders.append(keys.argsort(1).expand(n, -1))
+    room = torch.tensor([s - b + 1 for s, b in zip(size, block)], device=u.device)
+    start = torch.minimum((torch.stack(starts) * room).long(), room - 1)  # (B, n, dim)
+    order = torch.stack(orders)  # (B, n, inside)
+    weight = torch.tensor([math.prod(size[i + 1 :]) for i in range(len(size))], device=u.device)
+    grid = torch.cartesian_prod(*[torch.arange(b, device=u.device) for b in block]).reshape(inside, len(size))
+    offset = (grid * weight).sum(1)  # flat distance of each voxel of a block from its start
+    first = (start * weight).sum(2)  # (B, n)
+    target = (first[:, :, None] + offset).flatten(1)
+    source = (first[:, :, None] + offset[order]).flatten(1)
+    rank = torch.arange(n * inside, device=u.device).expand_as(target)
+    # The highest rank that writes to a voxel wins: a maximum does not depend on the order of parallel writes.
+    winner = torch.full((len(u), math.prod(size)), -1, device=u.device).scatter_reduce(1, target, rank, "amax")
+    own = torch.arange(math.prod(size), device=u.device).expand_as(winner)
+    moved = (winner >= 0) & chosen[:, None]
+    index = torch.where(moved, source.gather(1, winner.clamp_min(0)), own)
+    return u.flatten(2).gather(2, index[:, None].expand(-1, u.shape[1], -1)).view_as(u)
+
+
+def monotone_intensity(u: Tensor, draws: Draws, *, p: float = 0.9) -> Tensor:
+    """Map intensities by a random non-decreasing curve from (0, 0) to (1, 1), one per sample and channel.
+
+    The curve is a cubic Bezier with both control points uniform in the unit square; values outside [0, 1] saturate.
+
+    Args:
+        u: ``(B, C, *size)`` float32 in [0, 1].
+        draws: random numbers of this step.
+        p: probability that a channel is mapped.
+    """
+    control = draws.uniform(0, 1, u.shape[1], 2, 2)  # (B, C, point, xy)
+    chosen = draws.chance(p, u.shape[1])
+    t = torch.linspace(0, 1, SAMPLES, device=u.device)
+    basis = torch.stack([3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2])  # (point, T)
+    curve = torch.einsum("bcpk,pt->bckt", control, basis) + t**3
+    x, y = curve.cummax(3).values.clamp(0, 1).unbind(2)  # rounding must not make it fall
+    table = _on_grid(x, y)
+    place = u.flatten(2).clamp(0, 1) * (SAMPLES - 1)
+    i = place.long().clamp_max(SAMPLES - 2)
+    below, above = table.gather(2, i), table[..., 1:].gather(2, i)
+    mapped = torch.minimum(below + (place - i) * (above - below), above).view_as(u)
+    return torch.where(chosen.view(*chosen.shape, *[1] * (u.ndim - 2)), mapped, u)
+
+
+def _on_grid(x: Tensor, y: Tensor) -> Tensor:
+    """Curves ``y(x)``, ``(B, C, T)`` each and rising from 0 to 1, at T evenly spaced places of x."""
+    grid = torch.linspace(0, 1, x.shape[-1], device=x.device).expand_as(x).contiguous()
+    i = (torch.searchsorted(x.contiguous(), grid, right=True) - 1).clamp(0, x.shape[-1] - 2)
+    x0, x1, y0, y1 = x.gather(2, i), x.gather(2, i + 1), y.gather(2, i), y.gather(2, i + 1)
+    share = ((grid - x0) / (x1 - x0).clamp_min(1e-12)).clamp(0, 1)
+    return torch.minimum(y0 + share * (y1 - y0), y1).cummax(2).values
+
+
+def inpaint_size_range(size: int) -> tuple[int, int]:
+    """Smallest and largest extent of a painted block along an axis of ``size`` voxels: a tenth to (excluded) a fifth of it."""
+    low = max(1, size // 10)
+    return low, max(low + 1, size // 5) - 1
+
+
+def inpaint(u: Tensor, draws: Draws, *, most: int = 30, again: float = 0.95) -> Tensor:
+    """Fill blocks with noise that is uniform in [0, 1), at least 3 voxels from the border where they fit.
+
+    After each block another follows with probability ``again``, up to ``most``: 14.9 blocks on average.
+
+    Args:
+        u: ``(B, C, *size)``.
+        draws: random numbers of this step.
+        most: largest number of blocks.
+        again: probability of each further block, also of the first.
+    """
+    size = u.shape[2:]
+    painted = (draws.uniform(0, 1, most) < again).cumprod(1).bool()  # (B, most)
+    extent, place = draws.uniform(0, 1, most, len(size)), draws.uniform(0, 1, most, len(size))
+    cover = painted[:, :, None].float()  # (B, most, voxels so far)
+    for axis, s in enumerate(size):
+        low, high = inpaint_size_range(s)
+        length = low + (extent[..., axis] * (high - low + 1)).long().clamp_max(high - low)
+        margin = ((s - length) // 2).clamp_max(3)
+        room = s - length - 2 * margin + 1
+        start = margin + torch.minimum((place[..., axis] * room).long(), room - 1)
+        i = torch.arange(s, device=u.device)
+        inside = ((i >= start[..., None]) & (i < (start + length)[..., None])).float()  # (B, most, s)
+        if axis < len(size) - 1:
+            cover = (cover[:, :, :, None] * inside[:, :, None]).flatten(2)
+        else:
+            covered = torch.einsum("bnv,bns->bvs", cover, inside) > 0
+    noise = torch.stack([torch.rand(u.shape[1:], generator=g, device=u.device) for g in draws.generators()])
+    return torch.where(covered.view(-1, 1, *size), noise.to(u.dtype), u)

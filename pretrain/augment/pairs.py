@@ -1,0 +1,175 @@
+"""Two overlapping crops of one window and the voxels that they share; integer offsets, no resampling.
+
+Sampling as in Kats et al. 2024 (arXiv:2401.06473) and vox2vec: an anchor voxel of the body, two boxes that contain
+it, drawn independently, and up to ``n`` body voxels of their overlap. Flips, rotations and scalings are left out on
+purpose, as in both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nnssl.pretrain.augment.draws import Draws
+
+__all__ = ["CropPairs", "cut", "draw_pairs", "image_bounds", "mean_overlap"]
+
+TRIES = 64
+
+
+@dataclass
+class CropPairs:
+    """Where both crops of each window lie. View 0 is A, view 1 is B; indices are voxels.
+
+    Attributes:
+        anchor: ``(B, dim)`` int64, in the window.
+        start: ``(2, B, dim)`` int64, first voxel of each crop in the window.
+        voxels: ``(2, B, n, dim)`` int64, the shared voxels in each crop; row i of A and of B are the same voxel.
+        valid: ``(B, n)`` bool; rows that are not valid hold the anchor.
+    """
+
+    anchor: Tensor
+    start: Tensor
+    voxels: Tensor
+    valid: Tensor
+
+
+def image_bounds(data: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Which part of each window lies in the image: padding is exactly 0 in all channels, at the ends of the window.
+
+    Args:
+        data: ``(B, C, *window)``.
+        start: ``(B, 3)`` int64, first voxel of the window in the image's array; only a negative one means padding
+            before it.
+
+    Returns:
+        ``low`` and ``high``, ``(B, dim)`` int64 each: first voxel inside and first voxel behind the image.
+    """
+    dim = data.ndim - 2
+    window = torch.tensor(data.shape[2:], device=data.device)
+    low = (-start[:, 3 - dim :]).clamp_min(0)
+    used = (data != 0).any(1)  # (B, *window)
+    ends = []
+    for axis in range(dim):
+        line = used
+        for other in reversed([a for a in range(dim) if a != axis]):
+            line = line.any(1 + other)
+        ends.append((line * torch.arange(1, data.shape[2 + axis] + 1, device=data.device)).amax(1))
+    high = torch.stack(ends, 1)
+    return torch.minimum(low, window - 1), torch.where(high > low, high, window)
+
+
+def draw_pairs(
+    body: Tensor,
+    size: Sequence[int],
+    draws: Draws,
+    *,
+    n: int = 1024,
+    min_overlap: float = 0.0,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+) -> CropPairs:
+    """Draw an anchor, two boxes around it, and voxels of their overlap.
+
+    The anchor is uniform over the window's body voxels. Per view and axis the box starts uniformly where it contains
+    the anchor and lies in the image; where the image is smaller than the box, anywhere in the window where it
+    contains the anchor. If the overlap holds more than ``n`` body voxels, ``n`` different ones are chosen uniformly,
+    and else all: at least the anchor. A window without body gets no valid voxel.
+
+    Args:
+        body: ``(B, 1, *window)`` bool.
+        size: voxels per axis of a crop, at most the window's.
+        draws: random numbers of this step.
+        n: most voxels per pair.
+        min_overlap: least overlap of the boxes per axis as a share of ``size``, in [0, 1].
+        low, high: ``(B, dim)`` int64, bounds of the image in the window, see :func:`image_bounds`; the whole window
+            by default.
+
+    Raises:
+        ValueError: for a size that exceeds the window.
+    """
+    window = body.shape[2:]
+    if any(s > w for s, w in zip(size, window)):
+        raise ValueError(f"crops of {tuple(size)} do not fit into windows of {tuple(window)}")
+    body = body[:, 0]
+    device, count, dim = body.device, len(body), len(window)
+    extent, crop = torch.tensor(window, device=device), torch.tensor(tuple(size), device=device)
+    low = torch.zeros(count, dim, dtype=torch.long, device=device) if low is None else low
+    high = extent.expand(count, dim) if high is None else high
+    tries, place = draws.uniform(0, 1, TRIES, dim), draws.uniform(0, 1, 2, dim)
+    generators = draws.generators()
+
+    anchor = _anchors(body, torch.minimum((tries * extent).long(), extent - 1), generators)
+    fits = high - low >= crop
+    first = torch.maximum(torch.where(fits, low, 0), anchor - crop + 1)
+    last = torch.minimum(torch.where(fits, high - crop, extent - crop), anchor)
+    start_a = _between(first, last, place[:, 0])
+    reach = crop - (crop * min_overlap - 1e-6).ceil().long().clamp_min(0)
+    start_b = _between(torch.maximum(first, start_a - reach), torch.minimum(last, start_a + reach), place[:, 1])
+    start = torch.stack([start_a, start_b])
+
+    shared_low, shared_high = start.amax(0), start.amin(0) + crop
+    voxels = anchor[:, None].repeat(1, n, 1)
+    valid = torch.zeros(count, n, dtype=torch.bool, device=device)
+    for i, (a, b) in enumerate(zip(shared_low.tolist(), shared_high.tolist())):
+        box = body[i][tuple(slice(x, y) for x, y in zip(a, b))]
+        found = torch.nonzero(box)
+        if len(found) > n:
+            found = found[torch.randperm(len(found), generator=generators[i], device=device)[:n]]
+        voxels[i, : len(found)] = found + shared_low[i]
+        valid[i, : len(found)] = True
+    return CropPairs(anchor, start, voxels[None] - start[:, :, None], valid)
+
+
+def cut(x: Tensor, start: Tensor, size: Sequence[int]) -> Tensor:
+    """Cut a box out of each sample.
+
+    Args:
+        x: ``(B, C, *window)``.
+        start: ``(B, dim)`` int64.
+        size: voxels per axis.
+
+    Returns:
+        ``(B, C, *size)``, a new tensor.
+    """
+    boxes = [(slice(None), *[slice(a, a + s) for a, s in zip(corner, size)]) for corner in start.tolist()]
+    return torch.stack([crop[box] for crop, box in zip(x, boxes)])
+
+
+def _anchors(body: Tensor, tries: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """First of the random voxels ``tries`` ``(B, T, dim)`` that lies in the body; where none does, one of all body voxels."""
+    sample = torch.arange(len(body), device=body.device)[:, None]
+    places = (sample, *tries.unbind(2))
+    hit = body[places]  # (B, T)
+    anchor = tries[sample[:, 0], hit.int().argmax(1)]
+    for i in torch.nonzero(~hit.any(1)).squeeze(1).tolist():
+        voxels = torch.nonzero(body[i])
+        if len(voxels):
+            pick = torch.randint(len(voxels), (1,), generator=generators[i], device=body.device)
+            anchor[i] = voxels[pick[0]]
+    return anchor
+
+
+def _between(first: Tensor, last: Tensor, share: Tensor) -> Tensor:
+    """Integer in [first, last] (inclusive) for ``share`` uniform in [0, 1)."""
+    room = (last - first + 1).clamp_min(1)
+    return first + torch.minimum((share * room).long(), room - 1)
+
+
+def mean_overlap(size: Sequence[int], start: Tensor) -> Tensor:
+    """Share of a crop that the other one shows too.
+
+    Args:
+        size: voxels per axis of a crop.
+        start: ``(2, B, dim)`` int64.
+
+    Returns:
+        ``(B,)`` float32 in [0, 1].
+    """
+    crop = torch.tensor(tuple(size), device=start.device)
+    shared = (crop - (start[0] - start[1]).abs()).clamp_min(0)
+    return shared.double().prod(1).float() / math.prod(size)

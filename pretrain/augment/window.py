@@ -1,0 +1,53 @@
+"""vox2vec's corruption of CT, in units of [0, 1]: in-plane blur or sharpening, noise, and a random intensity window.
+
+Goncharov et al. 2023, "vox2vec", arXiv:2307.14725, with the numbers of the authors' code. Theirs are in HU over a
+window of 2350; here they are shares of the image's range, so that they mean something on other modalities too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.intensity import gaussian_blur
+
+__all__ = ["window_corruption"]
+
+HU = 1 / 2350  # of the default window, -1350 to 1000
+
+
+def window_corruption(u: Tensor, draws: Draws) -> Tensor:
+    """Blur or sharpen (p = 0.5), add noise (p = 0.5), and look at it through a random window (p = 0.8).
+
+    Args:
+        u: ``(B, C, *size)`` float32 in [0, 1]; left as it is. In 3d the first axis is taken for the one through the
+            slices, as nnU-Net's transpose makes it, and is not blurred.
+        draws: random numbers of this step.
+
+    Returns:
+        ``(B, C, *size)`` in [0, 1], a new tensor.
+    """
+    filtered, sharpen = draws.chance(0.5), draws.chance(0.5)
+    soft, sharp, amount = draws.uniform(0.25, 1.5), draws.uniform(0.5, 1.0), draws.uniform(10.0, 30.0)
+    noisy, sd = draws.chance(0.5), draws.uniform(0.0, 30.0 * HU)
+    windowed, low, high = draws.chance(0.8), draws.uniform(0.0, 350 * HU), draws.uniform(1650 * HU, 1.0)
+
+    def column(x: Tensor) -> Tensor:
+        return x.view(-1, *[1] * (u.ndim - 1))
+
+    blurred = gaussian_blur(u, _in_plane(torch.where(sharpen, sharp, soft), u.ndim - 2), radius=5)
+    detail = blurred - gaussian_blur(blurred, _in_plane(torch.full_like(soft, 0.5), u.ndim - 2), radius=2)
+    blurred = torch.where(column(sharpen), blurred + column(amount) * detail, blurred)
+    out = torch.where(column(filtered), blurred, u)
+    out = out + column(torch.where(noisy, sd, 0.0)) * draws.noise(*u.shape[1:])
+    low, high = torch.where(windowed, low, 0.0), torch.where(windowed, high, 1.0)
+    return ((out - column(low)) / column(high - low)).clamp(0, 1)
+
+
+def _in_plane(sigma: Tensor, dim: int) -> Tensor:
+    """``(B,)`` -> ``(B, dim)``: 0 along the first of three axes."""
+    sigma = sigma[:, None].repeat(1, dim)
+    if dim == 3:
+        sigma[:, 0] = 0.0
+    return sigma

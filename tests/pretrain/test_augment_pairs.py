@@ -1,0 +1,123 @@
+import pytest
+import torch
+
+from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.pairs import cut, draw_pairs, image_bounds, mean_overlap
+
+WINDOWS = [((20, 30, 24), (8, 16, 12)), ((16, 9, 31), (16, 5, 8)), ((12, 12), (8, 5))]
+
+
+def _body(batch, window, share=0.5, seed=0):
+    return torch.rand(batch, 1, *window, generator=torch.Generator().manual_seed(seed)) < share
+
+
+@pytest.mark.parametrize(("window", "size"), WINDOWS)
+def test_voxels_correspond(window, size):
+    """Each voxel of the window has its own value: both crops must show the same at corresponding places."""
+    batch, n = 220, 20
+    body = _body(batch, window)
+    ids = torch.arange(body[0, 0].numel()).view(1, 1, *window).expand(batch, -1, *window)
+    pairs = draw_pairs(body, size, Draws(0, 0, batch), n=n)
+    crops = [cut(ids, s, size) for s in pairs.start]
+    masks = [cut(body, s, size) for s in pairs.start]
+    for i in range(batch):
+        k = pairs.valid[i]
+        assert pairs.valid[i].any()
+        a, b = (pairs.voxels[v, i][k] for v in (0, 1))
+        for v, x in enumerate((a, b)):
+            assert (x >= 0).all() and (x < torch.tensor(size)).all()
+            assert masks[v][(i, 0, *x.T)].all()
+        values = crops[0][(i, 0, *a.T)]
+        assert torch.equal(values, crops[1][(i, 0, *b.T)])
+        assert torch.equal(values, ids[(i, 0, *(a + pairs.start[0, i]).T)])
+        assert len(values.unique()) == len(values)  # without replacement
+
+
+@pytest.mark.parametrize(("window", "size"), WINDOWS)
+def test_boxes_hold_the_anchor_and_all_shared_voxels_are_used(window, size):
+    batch = 150
+    body = _body(batch, window, 0.02)
+    body[:, 0].view(batch, -1)[torch.arange(batch), torch.randint(0, body[0].numel(), (batch,))] = True
+    pairs = draw_pairs(body, size, Draws(1, 0, batch), n=6)
+    extent, crop = torch.tensor(window), torch.tensor(size)
+    assert (pairs.start >= 0).all() and (pairs.start + crop <= extent).all()
+    assert (pairs.start <= pairs.anchor).all() and (pairs.anchor < pairs.start + crop).all()
+    for i in range(batch):
+        assert body[(i, 0, *pairs.anchor[i])]
+        low, high = pairs.start[:, i].amax(0), pairs.start[:, i].amin(0) + crop
+        shared = body[i, 0][tuple(slice(a, b) for a, b in zip(low.tolist(), high.tolist()))].sum().item()
+        assert pairs.valid[i].sum() == min(6, shared)
+
+
+def test_a_body_of_one_voxel_and_none():
+    body = torch.zeros(3, 1, 20, 24, 16, dtype=torch.bool)
+    body[0, 0, 19, 3, 7] = body[1, 0, 0, 0, 0] = True
+    pairs = draw_pairs(body, (8, 8, 12), Draws(0, 0, 3), n=5)
+    assert pairs.valid.sum(1).tolist() == [1, 1, 0]
+    assert pairs.anchor[:2].tolist() == [[19, 3, 7], [0, 0, 0]]
+    assert torch.equal(pairs.voxels[:, :2, 0] + pairs.start[:, :2], pairs.anchor[:2].expand(2, -1, -1))
+    assert (pairs.voxels >= 0).all()
+
+
+def test_anchors_and_starts_are_uniform():
+    """Chi-square with 1 % limits on a line: anchors over the body, starts over the legal ones of the central anchors."""
+    body = torch.ones(6000, 1, 40, dtype=torch.bool)
+    body[..., ::2] = False
+    pairs = draw_pairs(body, (10,), Draws(0, 0, 6000), n=1)
+    counts = torch.bincount(pairs.anchor[:, 0], minlength=40)
+    assert counts[::2].sum() == 0
+    assert _chi2(counts[1::2]) < 36.2  # 19 degrees of freedom
+    middle = (pairs.anchor[:, 0] >= 9) & (pairs.anchor[:, 0] <= 30)
+    for start in pairs.start:
+        assert _chi2(torch.bincount((pairs.anchor[:, 0] - start[:, 0])[middle], minlength=10)) < 21.7  # 9
+    joint = (pairs.anchor - pairs.start[0])[middle, 0] // 2 * 5 + (pairs.anchor - pairs.start[1])[middle, 0] // 2
+    assert _chi2(torch.bincount(joint, minlength=25)) < 43.0  # 24: the views are independent
+
+
+def _chi2(counts):
+    expected = counts.sum() / len(counts)
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize(("window", "size"), WINDOWS)
+def test_least_overlap(window, size, share):
+    pairs = draw_pairs(_body(300, window), size, Draws(0, 0, 300), n=1, min_overlap=share)
+    crop = torch.tensor(size)
+    overlap = crop - (pairs.start[0] - pairs.start[1]).abs()
+    assert (overlap >= (crop * share).ceil().clamp_min(1)).all()
+    assert (mean_overlap(size, pairs.start) <= 1).all()
+    if share == 1.0:
+        assert torch.equal(pairs.start[0], pairs.start[1])
+        assert (mean_overlap(size, pairs.start) == 1).all()
+
+
+def test_boxes_stay_in_the_image():
+    data = torch.zeros(2, 2, 20, 30, 16)
+    data[0, 1, 4:19, 2:30, :] = torch.rand(15, 28, 16) + 0.1
+    data[1, 0, 0:20, 0:25, 3:9] = 1.0  # the last axis is narrower than the crop
+    start = torch.tensor([[-4, -2, 5], [7, 0, -3]])
+    low, high = image_bounds(data, start)
+    assert low.tolist() == [[4, 2, 0], [0, 0, 3]] and high.tolist() == [[19, 30, 16], [20, 25, 9]]
+    body = data.abs().sum(1, keepdim=True) > 0
+    draws = [draw_pairs(body, (10, 12, 8), Draws(0, s, 2), n=4, low=low, high=high) for s in range(60)]
+    starts = torch.cat([d.start for d in draws])  # (120, 2, 3)
+    size = torch.tensor([10, 12, 8])
+    fits = torch.tensor([[True, True, True], [True, True, False]])
+    assert ((starts >= low) | ~fits).all() and ((starts + size <= high) | ~fits).all()
+    assert (starts >= 0).all() and (starts + size <= torch.tensor([20, 30, 16])).all()
+    assert image_bounds(torch.zeros(1, 1, 4, 6), torch.tensor([[0, -2, 0]]))[1].tolist() == [[4, 6]]
+
+
+def test_streams():
+    body = _body(4, (20, 20, 20))
+    whole = draw_pairs(body, (8, 8, 8), Draws(0, 0, 4), n=9)
+    again = draw_pairs(body, (8, 8, 8), Draws(0, 0, 4), n=9)
+    other = draw_pairs(body, (8, 8, 8), Draws(0, 1, 4), n=9)
+    parts = [draw_pairs(body[i : i + 2], (8, 8, 8), Draws(0, 0, 4, i, 2), n=9) for i in (0, 2)]
+    for name, axis in (("anchor", 0), ("start", 1), ("voxels", 1), ("valid", 0)):
+        assert torch.equal(getattr(whole, name), getattr(again, name))
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(p, name) for p in parts], axis))
+    assert not torch.equal(whole.start, other.start)
+    with pytest.raises(ValueError, match="do not fit"):
+        draw_pairs(body, (8, 21, 8), Draws(0, 0, 4))
