@@ -32,7 +32,7 @@ CONFIGURATION, PLANS, FOLD = "3d_fullres", "nnUNetPlans_cpu", "0"
 FEW_PROCESSES = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 # Cases: labelled, unlabelled, test. Lengths: epochs x iterations.
-FULL = {"cases": (5, 32, 8), "pretrain": (8, 50), "finetune": (12, 100), "val": 5}
+FULL = {"cases": (5, 32, 8), "pretrain": (8, 50), "finetune": (8, 80), "val": 5}
 QUICK = {"cases": (5, 6, 2), "pretrain": (1, 2), "finetune": (1, 2), "val": 1}
 
 
