@@ -254,9 +254,14 @@ def load_plan(dataset: int | str, configuration: str = "3d_fullres", plans_name:
                 f"{name} has no plans '{plans_name}'.{nearest(plans_name, others)} It has: {', '.join(others)}. "
                 f"Choose one with -p, or plan anew: nnUNetv2_plan_and_preprocess -d {number}"
             )
-        raise NnsslError(
-            f"{name} has not been planned: {path} does not exist. Type: nnUNetv2_plan_and_preprocess -d {number}"
+        raw = set_folders().get("nnUNet_raw")
+        unlabelled = raw is not None and (raw / name / "imagesTr").is_dir() and not (raw / name / "labelsTr").is_dir()
+        advice = (
+            "It has no labels, which nnU-Net's planner needs: use the plans of a labelled dataset with -t"
+            if unlabelled
+            else f"Type: nnUNetv2_plan_and_preprocess -d {number}"
         )
+        raise NnsslError(f"{name} has not been planned: {path} does not exist. {advice}")
     description = folder / "dataset.json"
     raw = set_folders().get("nnUNet_raw")
     if not description.is_file() and raw is not None:

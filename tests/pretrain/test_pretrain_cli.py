@@ -61,6 +61,7 @@ def test_help_works(capsys):
         (["-d", "901", "-m", "macl", "--name", "a__b"], "__"),
         (["-d", "901", "902", "-m", "macl"], "-t"),
         (["-d", "902", "-m", "macl"], "nnUNetv2_plan_and_preprocess"),
+        (["-d", "903", "-m", "macl"], "no labels.*-t"),
         (["-d", "901", "-m", "macl", "--cases", "nowhere.txt"], "nowhere.txt"),
     ],
 )
@@ -69,6 +70,7 @@ def test_misuse_gets_one_line_that_tells_the_fix(tiny_preprocessed, tiny_raw_dat
 
     tiny_preprocessed(901, "Tiny", 4)
     tiny_raw_dataset(902, "Unplanned", 1)
+    tiny_raw_dataset(903, "Unlabelled", 1, labelled=False)
     given = SMALL[:6] if "-device" not in arguments else SMALL[:4]
     assert main([*arguments, *given]) == 1
     err = capsys.readouterr().err
