@@ -103,3 +103,5 @@ def _end(executor: ProcessPoolExecutor) -> None:
     deadline = time.monotonic() + 5
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
