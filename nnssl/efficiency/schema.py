@@ -1,0 +1,176 @@
+"""From YAML to frozen dataclasses: unknown keys are errors that name the nearest, wrong types say what is wanted."""
+
+from __future__ import annotations
+
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from nnssl.errors import NnsslError, nearest, raise_problems
+
+__all__ = ["build", "check_keys", "key", "number", "read_yaml", "resolve_path"]
+
+T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that refuses a key given twice, of which it would silently take the last."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for child, _ in node.value:
+        name = loader.construct_object(child, deep=True)
+        if name in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"'{name}' is given twice", child.start_mark)
+        seen.add(name)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_Loader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, lambda loader, node: _mapping(loader, node, True)
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        NnsslError: the file is missing, is no YAML, names a key twice or holds no mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)  # noqa: S506  a safe loader
+    except OSError as error:
+        raise NnsslError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise NnsslError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise NnsslError(f"{path} holds no settings: lines such as 'dataset: 4' are expected.")
+    return {str(k): v for k, v in content.items()}
+
+
+def key(default: Any, help: str, *, low: float | None = None) -> Any:
+    """A field of a dataclass with its meaning and, for numbers, the least legal value."""
+    from dataclasses import field
+
+    meta = {"help": help, "low": low}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+def check_keys(given: Mapping[str, Any], known: typing.Iterable[str], where: str) -> list[str]:
+    """One sentence for each key that is not known, with the nearest one that is."""
+    names = sorted(known)
+    return [
+        f"{where}unknown key '{k}'.{nearest(k, names)} There are: {', '.join(names)}" for k in given if k not in names
+    ]
+
+
+def build(cls: type[T], given: Mapping[str, Any], where: str = "") -> T:
+    """Make a dataclass of a mapping.
+
+    Args:
+        cls: a frozen dataclass whose fields are the keys.
+        given: from the file; values that are already of the right type are taken as they are.
+        where: what the messages begin with, for example ``"training: "``.
+
+    Raises:
+        NnsslError: lists every unknown key and every value of a wrong type or out of range.
+    """
+    if not isinstance(given, Mapping):
+        title = where.rstrip(": ") or "the file"
+        raise NnsslError(
+            f"the experiment: {title}: keys such as '{fields(cls)[0].name}: ...' are wanted, not {given!r}"
+        )  # type: ignore[arg-type]
+    out, problems = {}, check_keys(given, (f.name for f in fields(cls)), where)  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for f in fields(cls):  # type: ignore[arg-type]
+        if f.name not in given:
+            continue
+        try:
+            out[f.name] = _convert(hints[f.name], given[f.name], f"{where}{f.name}: ")
+            problems += _range(f, out[f.name], where)
+        except NnsslError as error:
+            problems.append(str(error))
+        except (ValueError, TypeError) as error:
+            problems.append(f"{where}{f.name}: {error}")
+    raise_problems(problems, "the experiment")
+    return cls(**out)
+
+
+def _range(f: Field, value: Any, where: str) -> list[str]:
+    low = f.metadata.get("low")
+    values = value if isinstance(value, tuple) else (value,)
+    if low is None or all(v is None or v >= low for v in values):
+        return []
+    return [f"{where}{f.name}: at least {low} is needed, not {value}"]
+
+
+def number(value: Any) -> Any:
+    """A number where the text is one (YAML reads ``1e-3`` as text), everything else as it is."""
+    if not isinstance(value, str):
+        return value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(hint) if a is not type(None)]
+        return None if value is None else _convert(inner[0], value, where)
+    if is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+        if not isinstance(value, Mapping):
+            raise TypeError(f"keys such as '{fields(hint)[0].name}: ...' are wanted, not {value!r}")
+        return build(hint, {str(k): v for k, v in value.items()}, where)  # type: ignore[arg-type]
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(item, part, where) for part in parts)
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise TypeError(f"true or false is wanted, not {value!r}")
+        return value
+    if hint in (int, float):
+        return _number(hint, value)
+    if hint is str:
+        if isinstance(value, (Mapping, list)) or value is None:
+            raise TypeError(f"text is wanted, not {value!r}")
+        return str(value)
+    if hint is dict or origin is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"keys and values are wanted, not {value!r}")
+        return {str(k): number(v) for k, v in value.items()}
+    return value
+
+
+def _number(hint: type, value: Any) -> Any:
+    read = number(value)
+    if isinstance(read, bool) or not isinstance(read, (int, float)) or (hint is int and read != int(read)):
+        raise TypeError(f"a {'whole ' if hint is int else ''}number is wanted, not {value!r}")
+    return hint(read)
+
+
+def resolve_path(text: str, folder: Path) -> Path:
+    """A path of the file: ``$VARIABLES`` and ``~`` are filled in; a relative one is relative to the file.
+
+    Raises:
+        NnsslError: a variable that is not set.
+    """
+    filled = os.path.expanduser(os.path.expandvars(text))
+    if "$" in filled:
+        raise NnsslError(f"'{text}' names a variable that is not set.")
+    return Path(os.path.normpath(folder / filled))

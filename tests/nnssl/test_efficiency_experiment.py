@@ -1,0 +1,130 @@
+"""The experiment file: defaults, sections, and what is refused with the nearest name."""
+
+from pathlib import Path
+
+import pytest
+
+from nnssl.efficiency.experiment import load_experiment
+from nnssl.errors import NnsslError
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = "dataset: 4\nmethods: [scratch, mae, macl]\nlabels: [4, 16]\nseeds: 3\ntraining: {epochs: 20}\n"
+
+
+def load(folder: Path, text: str):
+    file = folder / "my exp.yaml"
+    file.write_text(text)
+    return load_experiment(file)
+
+
+def test_five_lines_are_enough(tmp_path):
+    experiment = load(tmp_path, SHORT)
+    assert experiment.name == "my-exp" and experiment.pictures
+    (setting,) = experiment.settings
+    assert [a.name for a in setting.arms] == ["scratch", "mae", "macl"]
+    assert setting.dataset == "4" and setting.labels == ("4", "16") and setting.seeds == (0, 1, 2)
+    assert setting.configuration == "3d_fullres" and setting.plans == "nnUNetPlans" and not setting.network.changes
+    assert all(a.training.lengths == {"epochs": 20} for a in setting.arms)
+
+
+def test_methods_have_options_checkpoints_and_sections_of_their_own(tmp_path):
+    text = """
+dataset: Dataset004_Hippocampus
+labels: 10%
+seeds: [7]
+training: {epochs: 20, figures: {peak_lr: 1e-2, warmup: 0.1}}
+pretraining: {epochs: 5, options: {batch_size: 8}}
+methods:
+  - {name: long, method: macl, options: {temperature: 0.2}, pretraining: {epochs: 50}}
+  - {name: theirs, checkpoint: weights/theirs.pth, adapt: {depth: match}, training: {figures: {peak_lr: 1e-3}}}
+  - {method: scratch, training: {schedule: freeze-unfreeze, figures: {frozen: 0.5}}}
+"""
+    (setting,) = load(tmp_path, text).settings
+    long, theirs, scratch = setting.arms
+    assert (long.pretraining.epochs, long.pretraining.options) == (50, {"batch_size": 8, "temperature": 0.2})
+    assert theirs.checkpoint == tmp_path / "weights" / "theirs.pth" and theirs.adapt == {"depth": "match"}
+    assert theirs.training.figures == {"peak_lr": 1e-3, "warmup": 0.1}
+    assert scratch.training.figures == {"frozen": 0.5}, "figures of another schedule are not taken over"
+    assert long.training.figures["peak_lr"] == 0.01 and setting.labels == ("10%",) and setting.seeds == (7,)
+
+
+def test_settings_share_the_rest_of_the_file(tmp_path):
+    text = SHORT + (
+        "settings:\n  - {name: few, labels: [1, 2], training: {iterations: 9}}\n"
+        "  - {name: other, dataset: 5, methods: [scratch]}\n"
+    )
+    few, other = load(tmp_path, text).settings
+    assert few.labels == ("1", "2") and few.arms[0].training.lengths == {"epochs": 20, "iterations": 9}
+    assert (other.dataset, few.dataset) == ("5", "4") and [a.name for a in other.arms] == ["scratch"]
+    with pytest.raises(NnsslError, match="two are called 'few'"):
+        load(tmp_path, text.replace("name: other", "name: few"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("sedes: 2", r"unknown key 'sedes'. Did you mean 'seeds'\?"),
+        ("pretraining: {epoch: 3}", r"pretraining: unknown key 'epoch'. Did you mean 'epochs'\?"),
+        (
+            "methods: [scratch, {method: mae, optoins: {}}]",
+            r"method mae: unknown key 'optoins'. Did you mean 'options'\?",
+        ),
+        ("methods: [scratch, mea]", r"method mea: unknown method 'mea'. Did you mean 'mae'\?"),
+        (
+            "methods: [{method: mae, options: {mask_rato: 0.5}}]",
+            r"unknown option 'mask_rato'. Did you mean 'mask_ratio'\?",
+        ),
+        ("training: {schedule: warmup-pol}", "no schedule 'warmup-pol'. Did you mean 'warmup-poly'"),
+        ("training: {figures: {peak: 1}}", "'peak' is no figure of the schedule"),
+        ("training: {epochs: few}", "training: epochs: a whole number is wanted, not 'few'"),
+        ("training: {epochs: 0}", "training: epochs: at least 1 is needed"),
+        ("training: 20", "training: keys such as 'schedule: ...' are wanted, not 20"),
+        ("mirroring: maybe", "mirroring: true or false is wanted"),
+        ("labels: [some]", "labels: 'some' is neither a number, a share such as 10%, nor all"),
+        ("labels: [4, 4]", "labels: a value is given twice"),
+        ("seeds: []", "seeds: none is given"),
+        ("methods: [mae, mae]", "two methods are called 'mae'"),
+        ("methods: [{name: a, method: mae, checkpoint: b}]", "method a: either 'method' or 'checkpoint' is needed"),
+        ("methods: [{checkpoint: b}]", "needs a 'name'"),
+        ("methods: [{name: a__b, method: mae}]", "since nnU-Net splits folder names"),
+        ("methods: [{method: scratch, options: {a: 1}}]", "there is no pretraining"),
+        ("methods: [{method: mae, coverage: 0.5}]", "adapt and coverage belong to a checkpoint"),
+        ("test: [a]\nfolds: [0]", "test and folds exclude each other"),
+        ("splits: a.json\nfolds: [0]", "splits and folds exclude each other"),
+        ("splits: $NOT_SET_ANYWHERE/a.json", "names a variable that is not set"),
+        ("dataset:", "'dataset' is missing"),
+        ("settings: 3", "settings: a list is wanted"),
+        ("settings: [{titel: 3}]", "settings, number 1: unknown key 'titel'"),
+    ],
+)
+def test_faults_are_named(tmp_path, change, message):
+    name = change.partition(":")[0]
+    kept = [line for line in SHORT.splitlines() if not line.startswith(f"{name}:")]
+    with pytest.raises(NnsslError, match=message):
+        load(tmp_path, "\n".join([*kept, change]) + "\n")
+
+
+def test_all_faults_of_a_section_are_told_at_once(tmp_path):
+    with pytest.raises(NnsslError) as error:
+        load(tmp_path, SHORT.replace("{epochs: 20}", "{epochs: -1, iteration: 3, val_cases: x}"))
+    assert all(word in str(error.value) for word in ("found 3 problems", "epochs", "iteration", "val_cases"))
+
+
+def test_a_key_given_twice_and_a_file_that_is_no_yaml_are_refused(tmp_path):
+    with pytest.raises(NnsslError, match="'dataset' is given twice"):
+        load(tmp_path, SHORT + "dataset: 5\n")
+    with pytest.raises(NnsslError, match="is no YAML"):
+        load(tmp_path, "dataset: [4\n")
+    with pytest.raises(NnsslError, match="holds no settings"):
+        load(tmp_path, "- 4\n")
+    with pytest.raises(NnsslError, match="cannot be read"):
+        load_experiment(tmp_path / "missing.yaml")
+
+
+def test_examples_can_be_read(monkeypatch):
+    monkeypatch.setenv("nnUNet_raw", "/data/nnUNet_raw")
+    monkeypatch.setenv("nnUNet_results", "/data/nnUNet_results")
+    files = sorted((ROOT / "examples" / "label_efficiency").glob("*.yaml"))
+    assert {"hippocampus.yaml", "hippocampus_cpu.yaml", "left_atrium.yaml", "smoke.yaml"} <= {f.name for f in files}
+    experiments = {f.name: load_experiment(f) for f in files}
+    assert not experiments["left_atrium.yaml"].pictures, "no picture of it may be published"

@@ -1,0 +1,446 @@
+"""The jobs of an experiment: run in order, one fails and others go on, and after a kill in any phase nothing is repeated.
+
+A small program stands in for the commands: it writes the files that each would write, and can be told to hang or to fail.
+"""
+
+import csv
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nnssl.efficiency import cli, executor, report
+from nnssl.efficiency.executor import LocalBackend, full_command, run_jobs
+from nnssl.efficiency.experiment import load_experiment
+from nnssl.efficiency.jobs import PHASES, Job, build_graph
+from nnssl.efficiency.records import Records, try_lock
+from nnssl.errors import NnsslError
+
+FAKE = """
+import json, os, sys, time
+control = sys.argv[1]
+table = json.load(open(os.path.join(control, "table.json")))
+command = [a for a in sys.argv[2:] if a != "--c"]
+job = table[json.dumps(command)]
+for path in job["resume"][-1:]:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    open(path, "w").write("begun")
+if os.path.exists(os.path.join(control, "fail-" + job["id"])):
+    print("out of memory, lower the batch")
+    sys.exit(3)
+begin = time.monotonic()
+while os.path.exists(os.path.join(control, "hang-" + job["phase"])) and time.monotonic() < begin + 600:
+    open(os.path.join(control, "hanging"), "w").write(job["id"])
+    time.sleep(0.01)
+for path in job["outputs"]:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    open(path, "w").write("written by " + job["id"])
+if job["phase"] == "evaluate":
+    spec = json.load(open(command[1]))
+    rows = [{"case": c["case"], "label": "liver", "dice": 0.5, "surface_dice": 0.5, "hd95": float("nan"),
+             "reference_voxels": 9, "prediction_voxels": 8} for c in spec["cases"]]
+    curve = [{"epoch": 0, "step": 3, "pseudo_dice": 0.1, "train_loss": 1.0, "val_loss": 2.0, "minutes": 0.5}]
+    json.dump({"cases": rows, "curve": curve, "labels": {"liver": 1}}, open(spec["result"], "w"))
+if job["id"] + "-incomplete" in os.listdir(control):
+    os.unlink(job["outputs"][0])
+"""
+
+
+class Lab:
+    """A tiny experiment with fake commands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out, self.control = folder, folder / "out", folder / "control"
+        self.control.mkdir()
+        (self.control / "fake.py").write_text(FAKE)
+        self.file = folder / "exp.yaml"
+        self.write()
+
+    def write(self, **changes: str) -> None:
+        lines = {"dataset": 901, "methods": "[scratch, mae]", "labels": "[1]", "seeds": 1, "training": "{epochs: 2}"}
+        lines["network"] = "{features: [4, 8, 12]}"
+        self.file.write_text("".join(f"{k}: {v}\n" for k, v in {**lines, **changes}.items()))
+        graph = self.graph()
+        table = {
+            json.dumps(list(j.command)): {"id": j.id, "phase": j.phase, "outputs": [str(p) for p in j.outputs],
+                                          "resume": [str(p) for p in j.resume]}
+            for j in graph.jobs.values()
+        }  # fmt: skip
+        (self.control / "table.json").write_text(json.dumps(table))
+
+    def graph(self):
+        return build_graph(load_experiment(self.file), self.out, "cpu")
+
+    def run(self, slots: int = 1, **options):
+        launcher = [sys.executable, "-S", str(self.control / "fake.py"), str(self.control)]
+        backend = LocalBackend(Records(self.out), {}, launcher=launcher)
+        return cli.run_experiment(self.file, out=self.out, device="cpu", slots=slots, backend=backend, **options)
+
+    def starts(self, job_id: str) -> list[str]:
+        file = self.out / "logs" / f"{job_id}.log"
+        return [line for line in file.read_text().splitlines() if line.startswith("$ ")] if file.is_file() else []
+
+    def rows(self, name: str) -> list[dict]:
+        with (self.out / name).open(newline="") as file:
+            return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def lab(tiny_preprocessed, tmp_path, monkeypatch):
+    tiny_preprocessed(901, "Tiny", 5, n_test=2)
+    monkeypatch.setattr(executor, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(cli, "need_surface_library", lambda: None)
+    monkeypatch.setattr(report, "write", lambda folder, experiment, published=None: None)
+    return Lab(tmp_path)
+
+
+def test_the_graph_has_each_phase_in_order_and_shares_what_can_be_shared(lab):
+    lab.write(labels="[1, 2]", seeds="2")
+    graph = lab.graph()
+    phases = [j.phase for j in graph.jobs.values()]
+    assert [phases.count(p) for p in PHASES] == [1, 1, 8, 8, 8, 8]
+    ids = list(graph.jobs)
+    assert all(ids.index(need) < ids.index(j.id) for j in graph.jobs.values() for need in j.needs)
+    assert [r.arm.name for r in graph.runs[:2]] == ["scratch", "mae"]
+    assert graph.runs[0].group == graph.runs[1].group != graph.runs[2].group
+    assert ids.index(graph.runs[0].jobs[-1]) < next(i for i, p in enumerate(phases) if p == "pretrain")
+
+
+def test_names_change_with_what_decides_the_result_and_with_nothing_else(lab):
+    def names():
+        return {p: {j.id for j in lab.graph().jobs.values() if j.phase == p} for p in ("pretrain", "train", "evaluate")}
+
+    first = names()
+    lab.write(environment="{A: 1}", title="other", pictures="false")
+    assert names() == first
+    lab.write(surface_tolerance_mm="2")
+    assert names()["train"] == first["train"] and names()["evaluate"].isdisjoint(first["evaluate"])
+    lab.write(training="{epochs: 3}")
+    assert names()["pretrain"] == first["pretrain"] and names()["train"].isdisjoint(first["train"])
+    lab.write(pretraining="{epochs: 3}")
+    scratch = {i for i in first["train"] if "scratch" in i}
+    assert names()["pretrain"].isdisjoint(first["pretrain"]) and names()["train"] & first["train"] == scratch
+    lab.write(network="{features: [4, 8, 16]}")
+    assert all(names()[p].isdisjoint(first[p]) for p in first)
+
+
+def test_settings_share_what_is_the_same(lab):
+    first = set(lab.graph().jobs)
+    lab.write(
+        settings="[{name: one}, {name: two, methods: [scratch, {name: other, method: mae}]}, {name: three, labels: [2]}]"
+    )
+    graph = lab.graph()
+    phases = [j.phase for j in graph.jobs.values()]
+    assert first < set(graph.jobs) and phases.count("pretrain") == phases.count("network") == 1
+    assert phases.count("train") == 5, "scratch of one and two is one training"
+    assert [r.about["setting"] for r in graph.runs] == ["one"] * 2 + ["two"] * 2 + ["three"] * 2
+    assert not lab.run().failed
+    rows = lab.rows("cases.csv")
+    there = {(r["setting"], r["method"]) for r in rows}
+    assert there == {(r.resolved.name, r.arm.name) for r in graph.runs} and len(there) == 6
+    about = json.loads((lab.out / "experiment.json").read_text())
+    assert (
+        [s["labels"] for s in about["settings"]] == [[1], [1], [2]] and "labels" not in about and about["seeds"] == [0]
+    )
+
+
+def test_networks_of_two_datasets_are_told_apart(lab, tiny_preprocessed):
+    tiny_preprocessed(902, "Twin", 5, n_test=2)
+    lab.write(settings="[{name: one}, {name: two, dataset: 902}]")
+    networks = [j for j in lab.graph().jobs.values() if j.phase == "network"]
+    assert len({j.id for j in networks}) == len({j.outputs[0] for j in networks}) == 2
+
+
+def test_all_is_run_once_and_collected(lab):
+    outcome = lab.run(slots=2)
+    graph = lab.graph()
+    assert not outcome.failed and set(outcome.done) == set(graph.jobs)
+    assert len(lab.rows("cases.csv")) == 4 and {r["method"] for r in lab.rows("cases.csv")} == {"scratch", "mae"}
+    row = lab.rows("cases.csv")[0]
+    assert (row["labels"], row["setting"], row["seed"], row["fold"], row["hd95"]) == ("1", "Tiny", "0", "all", "")
+    assert lab.rows("runs.csv")[0]["pseudo_dice"] == "0.1" and lab.rows("failures.csv") == []
+    about = json.loads((lab.out / "experiment.json").read_text())
+    assert about["methods"] == ["scratch", "mae"] and about["labels"] == [1] and about["seeds"] == [0]
+    images = json.loads((lab.out / "images.json").read_text())
+    assert Path(images["cases"]["Tiny"]["case_005"]["image"]).is_file() and len(images["predictions"]) == 2
+    links = list((lab.out / "test").glob("*/*"))
+    assert sorted(p.name for p in links) == ["case_005_0000.nii.gz", "case_006_0000.nii.gz"] and links[0].stat().st_size
+    again = lab.run()
+    assert not again.done and set(again.finished) == set(graph.jobs)
+    assert all(len(lab.starts(i)) == 1 for i in graph.jobs)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("whole", [True, False], ids=["machine goes down", "program is killed"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_kill_in_each_phase_loses_nothing(lab, phase, whole, caplog):
+    """SIGKILL while a job of the phase runs: of the program and its job (as a crash), or of the program alone."""
+    hang = lab.control / f"hang-{phase}"
+    hang.touch()
+    child = os.fork()
+    if child == 0:
+        try:
+            lab.run()
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 300
+    while not (lab.control / "hanging").is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    job_id = (lab.control / "hanging").read_text()
+    record = lab.out / "jobs" / f"{job_id}.json"
+    while json.loads(record.read_text() if record.is_file() else "{}").get("status") != "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pid = json.loads(record.read_text())["pid"]
+    if whole:
+        os.killpg(pid, signal.SIGKILL)
+        before = {i for i in lab.graph().jobs if lab.starts(i)}
+        hang.unlink()
+        lab.run()
+    else:
+        before = {i for i in lab.graph().jobs if lab.starts(i)}
+        with caplog.at_level(logging.INFO, logger="nnssl"):
+            outcome = _run_while_hanging(lab, hang, caplog)
+        assert job_id in outcome.done, "it was waited for"
+        assert len(lab.starts(job_id)) == 1, "and not started a second time"
+    job = lab.graph().jobs[job_id]
+    if whole:
+        assert len(lab.starts(job_id)) == 2
+        assert lab.starts(job_id)[1].endswith(" --c") == bool(job.resume)
+    assert all(len(lab.starts(i)) == 1 for i in lab.graph().jobs if i != job_id)
+    assert len(before) == list(lab.graph().jobs).index(job_id) + 1
+    assert len(lab.rows("cases.csv")) == 4
+
+
+def _run_while_hanging(lab, hang, caplog):
+    """Start again while the old job still runs, and let it end once the program says that it waits."""
+    import threading
+
+    def release():
+        deadline = time.monotonic() + 300
+        while "still running from an earlier start" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        hang.unlink()
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    try:
+        return lab.run()
+    finally:
+        thread.join()
+
+
+def test_a_process_that_outlives_its_dead_leader_is_ended(lab):
+    """Data-loading workers of a killed training hold its lock; they are ended and the job is started anew."""
+    records = Records(lab.out)
+    lock = try_lock(records.lock("a"))
+    leader = os.fork()
+    if leader == 0:
+        os.setsid()
+        if os.fork() == 0:
+            time.sleep(60)
+        os._exit(0)
+    os.waitpid(leader, 0)
+    lock.close()
+    assert try_lock(records.lock("a")) is None
+    records.write("a", status="running", pid=leader)
+    backend = LocalBackend(records, launcher=[sys.executable, "-S", "-c", "print('hello')"])
+    outcome = run_jobs([Job("a", "plan", ("x",), recorded=True)], records, backend)
+    assert outcome.done == ["a"], outcome
+    assert records.last_lines("a") == ["hello"]
+
+
+def test_a_failing_job_stops_only_what_needs_it(lab, caplog):
+    graph = lab.graph()
+    pretrain = next(i for i in graph.jobs if i.startswith("pretrain"))
+    fail = lab.control / f"fail-{pretrain}"
+    fail.touch()
+    outcome = lab.run()
+    assert list(outcome.failed) == [pretrain] and "exit status 3: out of memory" in outcome.failed[pretrain]
+    assert {i.split("-")[0] for i in outcome.blocked} == {"plan", "train", "predict", "evaluate"}
+    assert {r["method"] for r in lab.rows("cases.csv")} == {"scratch"}
+    failures = lab.rows("failures.csv")
+    assert [f["phase"] for f in failures] == ["pretrain", "plan", "train", "predict", "evaluate"]
+    assert failures[0]["method"] == "mae" and (lab.out / failures[0]["log"]).is_file()
+    assert failures[1]["reason"] == f"not run: {pretrain} failed"
+    fail.unlink()
+    again = lab.run()
+    assert not again.failed and again.done[0] == pretrain and lab.starts(pretrain)[1].endswith(" --c")
+    assert lab.rows("failures.csv") == [] and {r["method"] for r in lab.rows("cases.csv")} == {"scratch", "mae"}
+
+
+def test_the_command_tells_failures_by_its_exit_status(lab, monkeypatch, capsys):
+    train = next(i for i in lab.graph().jobs if i.startswith("train"))
+    (lab.control / f"fail-{train}").touch()
+    launcher = [sys.executable, "-S", str(lab.control / "fake.py"), str(lab.control)]
+    monkeypatch.setattr(cli, "LocalBackend", lambda records, *args: LocalBackend(records, launcher=launcher))
+    assert cli.main([str(lab.file), "--device", "cpu", "-o", str(lab.out)]) == 1
+    out = capsys.readouterr().out
+    assert "1 job(s) failed, 2 that need them were not run" in out and str(lab.out / "logs" / f"{train}.log") in out
+    (lab.control / f"fail-{train}").unlink()
+    assert cli.main([str(lab.file), "--device", "cpu", "-o", str(lab.out)]) == 0
+
+
+def test_a_command_that_ends_well_without_its_file_has_failed(lab):
+    job_id = next(i for i in lab.graph().jobs if i.startswith("train"))
+    (lab.control / f"{job_id}-incomplete").touch()
+    outcome = lab.run()
+    assert "checkpoint_final.pth is missing though the command ended well" in outcome.failed[job_id]
+
+
+def test_predictions_without_a_record_are_looked_at_again(lab):
+    """A killed prediction may leave a half written last file: only its record tells that it was finished."""
+    lab.run()
+    job_id = next(i for i in lab.graph().jobs if i.startswith("predict"))
+    (lab.out / "jobs" / f"{job_id}.json").unlink()
+    assert lab.run().done == [job_id]
+
+
+def test_interrupting_ends_the_job_and_the_next_start_goes_on(lab):
+    class Impatient(Exception):  # noqa: N818
+        pass
+
+    (lab.control / "hang-train").touch()
+    seen = []
+
+    class Watching(LocalBackend):
+        def start(self, job, slot):
+            handle = super().start(job, slot)
+            if job.phase == "train":
+                while not (lab.control / "hanging").is_file():
+                    time.sleep(0.01)
+                seen.append(handle)
+                raise_on_poll(handle)
+            return handle
+
+    def raise_on_poll(handle):
+        def poll():
+            raise Impatient
+
+        handle.poll = poll
+
+    launcher = [sys.executable, "-S", str(lab.control / "fake.py"), str(lab.control)]
+    with pytest.raises(Impatient):
+        cli.run_experiment(lab.file, out=lab.out, device="cpu", backend=Watching(Records(lab.out), launcher=launcher))
+    assert seen[0].process.poll() == -signal.SIGTERM
+    (lab.control / "hang-train").unlink()
+    assert not lab.run().failed
+
+
+def test_dry_run_writes_nothing_and_tells_what_is_there(lab, caplog):
+    before = sorted(p for p in lab.folder.rglob("*"))
+    with caplog.at_level(logging.INFO, logger="nnssl"):
+        cli.run_experiment(lab.file, out=lab.out, device="cpu", dry_run=True)
+    assert sorted(p for p in lab.folder.rglob("*")) == before
+    graph = lab.graph()
+    assert all(f"{'to do':13} {i}" in caplog.text for i in graph.jobs)
+    assert "10 jobs, 0 of them finished" in caplog.text and "a few steps were timed" in caplog.text
+    assert "$ nnUNetv2_train 901 3d_fullres all -p nnUNetPlans_exp-" in caplog.text
+    fail = lab.control / f"fail-{next(i for i in graph.jobs if i.startswith('pretrain'))}"
+    fail.touch()
+    lab.run()
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="nnssl"):
+        cli.run_experiment(lab.file, out=lab.out, device="cpu", dry_run=True)
+    assert "10 jobs, 5 of them finished" in caplog.text and caplog.text.count("exists  ") == 5
+    assert f"failed before {fail.name[5:]}" in caplog.text
+    assert "rough for pretrain: a few steps were timed" in caplog.text, "the rest is known from the finished jobs"
+    fail.unlink()
+    lab.run()
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="nnssl"):
+        cli.run_experiment(lab.file, out=lab.out, device="cpu", dry_run=True)
+    assert "10 jobs, 10 of them finished" in caplog.text and "Time:" not in caplog.text
+
+
+def test_estimates_come_from_finished_jobs(lab):
+    from nnssl.efficiency.estimate import clock, estimate_jobs
+
+    graph, records = lab.graph(), Records(lab.out)
+    jobs = {j.phase: j for j in graph.jobs.values()}
+    trains = [j for j in graph.jobs.values() if j.phase == "train"]
+    records.write(trains[0].id, status="done", seconds=120.0)
+    found = estimate_jobs(graph, records, [trains[1], jobs["plan"]], "cuda")
+    assert found.seconds[trains[1].id] == pytest.approx(120.0) and found.measured == {"train"}
+    assert (clock(59), clock(60 * 90), clock(3600)) == ("1 min", "1 h 30 min", "1 h 00 min")
+
+
+def test_two_at_a_time_in_one_folder_are_refused_and_report_only_runs_nothing(lab):
+    lab.run()
+    with try_lock(lab.out / ".lock"), pytest.raises(NnsslError, match="another process is at work"):
+        lab.run()
+    (lab.out / "cases.csv").unlink()
+    graph = lab.graph()
+    next(iter(graph.jobs.values())).outputs[0].unlink()
+    outcome = lab.run(report_only=True)
+    assert not outcome.done and len(lab.rows("cases.csv")) == 4
+
+
+def test_report_only_names_what_failed_before(lab):
+    job_id = next(i for i in lab.graph().jobs if i.startswith("pretrain"))
+    (lab.control / f"fail-{job_id}").touch()
+    lab.run()
+    outcome = lab.run(report_only=True)
+    assert list(outcome.failed) == [job_id] and not outcome.done
+    assert [f["job"] for f in lab.rows("failures.csv")] == [job_id] and "out of memory" in lab.rows("failures.csv")[0][
+        "reason"
+    ]
+
+
+def test_slots_run_side_by_side_and_gpus_are_shared_out(lab, tmp_path):
+    records = Records(tmp_path / "side")
+    code = "import os, sys, time; p = sys.argv[1]\n"
+    code += "open(p + sys.argv[2], 'w').write(os.environ.get('CUDA_VISIBLE_DEVICES', '-'))\n"
+    code += "while len([f for f in os.listdir(p)]) < 2: time.sleep(0.01)"
+    (tmp_path / "seen").mkdir()
+    backend = LocalBackend(records, {"CUDA_VISIBLE_DEVICES": "9"}, ["4", "7"], [sys.executable, "-S", "-c", code])
+    jobs = [Job(i, "train", (str(tmp_path / "seen") + "/", i), recorded=True, gpu=True) for i in "ab"]
+    assert sorted(run_jobs(jobs, records, backend, slots=2).done) == ["a", "b"], "one alone would wait for ever"
+    assert {(tmp_path / "seen" / i).read_text() for i in "ab"} == {"4", "7"}
+
+
+def test_published_figures_and_pictures_reach_the_report(lab, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(
+        report, "write", lambda folder, experiment, published=None: seen.append((folder, experiment, published))
+    )
+    with pytest.raises(NnsslError, match="do not exist"):
+        lab.run(published=tmp_path / "none.csv")
+    (tmp_path / "p.csv").write_text("method,labels,dice\n")
+    lab.write(published="p.csv", pictures="false")
+    lab.run()
+    assert seen[-1][0] == lab.out and seen[-1][2] == tmp_path / "p.csv" and not seen[-1][1].pictures
+    assert len(seen) == 2, "after the only group, and at the end"
+
+
+def test_a_fault_of_the_report_does_not_stop_the_jobs(lab, monkeypatch, caplog):
+    calls = []
+
+    def write(folder, experiment, published=None):
+        calls.append(1)
+        if len(calls) == 1:
+            raise ValueError("no such colour")
+
+    monkeypatch.setattr(report, "write", write)
+    assert not lab.run().failed and "no such colour" in caplog.text and len(calls) == 2
+
+
+def test_resume_is_asked_for_where_something_was_begun(tmp_path):
+    job = Job("a", "train", ("nnUNetv2_train", "4"), resume=(tmp_path / "x",))
+    assert full_command(job) == ("nnUNetv2_train", "4")
+    (tmp_path / "x").touch()
+    assert full_command(job)[-1] == "--c"
+
+
+def test_no_gpu_is_said_before_anything_runs(lab, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(NnsslError, match="--device cpu"):
+        cli.run_experiment(lab.file, out=lab.out, device="cuda")
