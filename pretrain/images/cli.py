@@ -1,0 +1,84 @@
+"""The command ``nnssl_add_images``: a thin shell over :func:`nnssl.pretrain.images.add_images`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from nnssl.command import run_command
+
+__all__ = ["main", "parser"]
+
+
+def _channel(text: str) -> tuple[str, str]:
+    name, equals, pattern = text.partition("=")
+    if not (name and equals and pattern):
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form NAME=PATTERN, such as T1=_t1")
+    return name, pattern
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    p = argparse.ArgumentParser(
+        prog="nnssl_add_images",
+        allow_abbrev=False,
+        description="Make an nnU-Net raw dataset without labels from folders of NIfTI, NRRD, MetaImage and DICOM files, or add "
+        "to one. Cases get neutral names; what is not used is listed with the reason. The same command again adds what is new.",
+        epilog="Example: nnssl_add_images -d 500 -n PelvisScans /data/export, then: nnssl_pretrain -d 500 -t 501 -m macl",
+    )
+    p.add_argument("folders", nargs="+", metavar="FOLDER", help="looked through recursively")
+    p.add_argument("-d", required=True, metavar="DATASET", help="id of the dataset, such as 500")
+    p.add_argument("-n", metavar="NAME", help="name of a new dataset: Dataset500_NAME with the cases NAME_0001, ...")
+    p.add_argument(
+        "--modality", metavar="NAME", help="CT, MR or another name of the channel (default: what DICOM says)"
+    )
+    p.add_argument(
+        "--channels",
+        nargs="+",
+        type=_channel,
+        metavar="NAME=PATTERN",
+        help="cases of several images: a name and a regular expression for each channel, for example T1=_t1 T2=_t2",
+    )
+    p.add_argument(
+        "--four-d",
+        choices=("reject", "split", "first"),
+        default="reject",
+        help="images of several volumes: leave out (default), make a case of each, or take the first",
+    )
+    p.add_argument("--least-slices", type=int, default=8, metavar="N", help="fewer are no volume (default: 8)")
+    p.add_argument(
+        "--link",
+        choices=("auto", "symbolic", "never"),
+        default="auto",
+        help="NIfTI files: hard links where their headers hold no text (default), symbolic links as they are, or written anew",
+    )
+    p.add_argument("--report", metavar="FILE", help="CSV of what is not used (default: ./<Dataset>_not_added.csv)")
+    p.add_argument(
+        "--mapping", metavar="FILE", help="CSV of cases and the files they come from (default: none is written)"
+    )
+    p.add_argument("-np", type=int, metavar="N", help="processes (default: nnU-Net's)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = parser().parse_args(argv)
+    return run_command(lambda: _body(args))
+
+
+def _body(args: argparse.Namespace) -> None:
+    from nnssl.pretrain.images.add import add_images
+
+    add_images(
+        args.d,
+        args.folders,
+        name=args.n,
+        modality=args.modality,
+        channels=dict(args.channels) if args.channels else None,
+        four_d=args.four_d,
+        least_slices=args.least_slices,
+        link=args.link,
+        report=args.report,
+        mapping=args.mapping,
+        n_processes=args.np,
+    )

@@ -1,0 +1,222 @@
+"""The raw dataset that images are added to: names, places, what was added before, and dataset.json."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnssl.errors import NnsslError
+from nnssl.files import read_json, write_json
+from nnssl.paths import raw_folder
+from nnssl.plans import dataset_id, list_datasets
+
+__all__ = ["Dataset", "Line", "find_dataset"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+ENDING = ".nii.gz"
+INDEX = "nnssl_images.jsonl"
+
+
+@dataclass(frozen=True)
+class Line:
+    """What became of one job in an earlier call. It holds hashes and neutral names, no path.
+
+    Attributes:
+        key: of the job.
+        cases: that it gave.
+        sha256: of each.
+        reason: why it gave none.
+        options: under which that was so.
+    """
+
+    key: str
+    cases: tuple[str, ...] = ()
+    sha256: tuple[str, ...] = ()
+    reason: str = ""
+    options: str = ""
+
+
+def find_dataset(number: int | str, name: str | None) -> str:
+    """The full name of a dataset, which need not exist yet.
+
+    Args:
+        number: its id, or its full name.
+        name: what follows the id; may be left out where the dataset exists.
+
+    Raises:
+        NnsslError: a name that nnU-Net cannot take, or another one than the dataset's.
+    """
+    text = str(number)
+    if not text.isdecimal():
+        own = text.partition("_")[2]
+        if name not in (None, own):
+            raise NnsslError(f"-d {text} and -n {name} name two datasets.")
+        return find_dataset(dataset_id(text), own)
+    if name is not None and (not _NAME.fullmatch(name) or "__" in name):
+        raise NnsslError(
+            f"-n {name}: letters, digits, - and single _ are possible. It becomes part of every case's name."
+        )
+    known = [n for n in list_datasets() if dataset_id(n) == int(text)]
+    if name is not None:
+        full = f"Dataset{int(text):03d}_{name}"
+        if known and full not in known:
+            raise NnsslError(f"Dataset {text} exists and is called {known[0]}. Leave out -n, or take another number.")
+        return full
+    if not known:
+        raise NnsslError(f"There is no dataset {text} yet: name it with -n.")
+    if len(known) > 1:
+        raise NnsslError(f"Dataset {text} has several names: {', '.join(known)}. Give one with -n.")
+    return known[0]
+
+
+@dataclass
+class Dataset:
+    """``nnUNet_raw/<name>``; call :meth:`open` first.
+
+    Attributes:
+        name: full name.
+        channels: channel names; empty until they are known.
+        lines: of earlier calls by key.
+        hashes: voxel hash -> case.
+    """
+
+    name: str
+    channels: tuple[str, ...] = ()
+    lines: dict[str, Line] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    _next: int = 1
+
+    @property
+    def folder(self) -> Path:
+        """``nnUNet_raw/<name>``."""
+        return raw_folder() / self.name
+
+    @property
+    def images(self) -> Path:
+        """``imagesTr``."""
+        return self.folder / "imagesTr"
+
+    @property
+    def prefix(self) -> str:
+        """What case names begin with."""
+        return self.name.partition("_")[2]
+
+    def _json(self) -> Path:
+        return self.folder / "dataset.json"
+
+    def open(self) -> None:
+        """Look at what is there.
+
+        Raises:
+            NnsslError: the dataset has labels, or images of another format.
+        """
+        labels = self.folder / "labelsTr"
+        if labels.is_dir() and any(labels.iterdir()):
+            raise NnsslError(
+                f"{self.name} has labels; images without labels would break it. Take a dataset of its own."
+            )
+        if self._json().is_file():
+            told = read_json(self._json())
+            ending = told.get("file_ending", ENDING)
+            if ending != ENDING or told.get("dataset"):
+                what = f"holds {ending} files" if ending != ENDING else "names its images one by one"
+                raise NnsslError(f"{self.name} {what}; images are added as {ENDING}. Take a dataset of its own.")
+            names = told.get("channel_names") or told.get("modality") or {}
+            self.channels = tuple(str(names[k]) for k in sorted(names, key=int))
+        self._read_index()
+        pattern = re.compile(re.escape(self.prefix) + r"_(\d+)_\d{4}" + re.escape(ENDING))
+        if self.images.is_dir():
+            numbers = [int(m[1]) for f in os.listdir(self.images) if (m := pattern.fullmatch(f))]
+            self._next = max(numbers, default=0) + 1
+            self._check_whole(numbers)
+
+    def _check_whole(self, numbers: Sequence[int]) -> None:
+        odd = [case for n in sorted(set(numbers)) if not self._whole(case := f"{self.prefix}_{n:04d}")]
+        if odd:
+            raise NnsslError(
+                f"{self.name}: {', '.join(odd[:3])} has fewer than {len(self.channels)} channels, as an interrupted call leaves "
+                "it. Delete its files in imagesTr and start again; the case is then added anew."
+            )
+
+    def _read_index(self) -> None:
+        with contextlib.suppress(FileNotFoundError), open(self.folder / INDEX, encoding="utf-8") as file:
+            for text in file:
+                try:
+                    content: dict[str, Any] = json.loads(text)
+                    line = Line(**{**content, **{k: tuple(content[k]) for k in ("cases", "sha256")}})
+                except (ValueError, TypeError, KeyError):
+                    continue  # a killed process left it unfinished
+                self.lines[line.key] = line
+        for key, line in list(self.lines.items()):
+            whole = [self._whole(case) for case in line.cases]
+            if not all(whole):
+                del self.lines[key]  # removed by the user, or a killed process was about to put it into place
+            self.hashes.update({sha: case for sha, case, there in zip(line.sha256, line.cases, whole) if there})
+
+    def _whole(self, case: str) -> bool:
+        return all(os.path.exists(self.images / f"{case}_{c:04d}{ENDING}") for c in range(max(1, len(self.channels))))
+
+    def append(self, line: Line) -> None:
+        """Remember what became of a job."""
+        with open(self.folder / INDEX, "ab") as file:
+            file.write(b"\n" + json.dumps(vars(line)).encode() if file.tell() else json.dumps(vars(line)).encode())
+        self.lines[line.key] = line
+
+    def place(self, drafts: Sequence[str], announce: Callable[[str], None]) -> str:
+        """Move the channels of a case into place under the next free number.
+
+        Args:
+            drafts: files of its channels.
+            announce: called with the case's name before anything is moved.
+
+        Returns:
+            The case's name.
+        """
+        while True:
+            case = f"{self.prefix}_{self._next:04d}"
+            self._next += 1
+            finals = [self.images / f"{case}_{c:04d}{ENDING}" for c in range(len(drafts))]
+            announce(case)
+            try:
+                _move(drafts[0], finals[0])
+            except FileExistsError:  # another call on another machine has just taken it
+                continue
+            for draft, final in zip(drafts[1:], finals[1:]):
+                os.replace(draft, final)
+            return case
+
+    def describe(self) -> None:
+        """Write dataset.json with the number of cases; what else is in it stays."""
+        count = len({f.rsplit("_", 1)[0] for f in os.listdir(self.images) if f.endswith(ENDING)})
+        content: dict[str, Any] = {
+            "channel_names": {str(c): name for c, name in enumerate(self.channels)},
+            "labels": {"background": 0},
+            "numTraining": count,
+            "file_ending": ENDING,
+        }
+        if self._json().is_file():
+            content = {**content, **read_json(self._json()), "numTraining": count}
+        write_json(self._json(), content)
+
+
+def _move(draft: str, final: Path) -> None:
+    """Rename, but never over a file that exists."""
+    if os.path.islink(draft):
+        os.symlink(os.readlink(draft), final)
+    else:
+        try:
+            os.link(draft, final)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            if final.exists():
+                raise FileExistsError(final) from None
+            os.replace(draft, final)
+            return
+    os.unlink(draft)

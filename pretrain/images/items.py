@@ -1,0 +1,119 @@
+"""What is found in a folder: an image, or something that is not used and why."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nnssl.errors import NnsslError
+
+__all__ = ["FOUR_D", "Item", "Job", "Rejected", "group_channels", "single_channels"]
+
+ENDINGS = re.compile(r"\.?(nii\.gz|nii|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
+
+FOUR_D = ("reject", "split", "first")
+"""What becomes of an image with several volumes: nothing, a case of each, or a case of the first."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image.
+
+    Attributes:
+        files: a file, or the slices of a DICOM series from bottom to top.
+        root: the folder that it was found under, as given.
+        text: path below that folder, for DICOM with the series' description: what ``--channels`` is matched with.
+        study: DICOM's study identifier; empty for other formats.
+        modality: DICOM's, for example ``"CT"``; empty where unknown.
+        step: mm from slice to slice of a series; 0 for a single file.
+    """
+
+    files: tuple[str, ...]
+    root: str
+    text: str
+    study: str = ""
+    modality: str = ""
+    step: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """What is not used. ``reason`` is the same for all of a kind and names nobody; ``detail`` may hold paths."""
+
+    file: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case to be: its channels, and a key that changes when a file does."""
+
+    key: str
+    items: tuple[Item, ...]
+
+    @classmethod
+    def of(cls, items: Sequence[Item]) -> Job:
+        """The key is a hash of paths, sizes and times: it finds an image again and tells nothing of it."""
+        digest = hashlib.sha256()
+        for item in items:
+            for file in item.files:
+                info = os.stat(file)
+                text = f"{os.path.abspath(file)}\0{info.st_size}\0{info.st_mtime_ns}\n"
+                digest.update(text.encode("utf-8", "surrogateescape"))
+        return cls(digest.hexdigest(), tuple(items))
+
+
+def single_channels(items: Sequence[Item]) -> list[Job]:
+    """Each image is a case."""
+    return [Job.of([item]) for item in items]
+
+
+def _pattern(name: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.IGNORECASE)
+    except re.error as error:
+        raise NnsslError(f"--channels {name}={pattern}: this is no regular expression ({error}).") from None
+
+
+def group_channels(items: Sequence[Item], patterns: Mapping[str, str]) -> tuple[list[Job], list[Rejected]]:
+    """Images that differ in their channel only become one case.
+
+    Args:
+        items: all of them.
+        patterns: channel name -> regular expression, upper and lower case alike, that is looked for in :attr:`Item.text`.
+            DICOM series belong together where their study is the same, other files where their path is but for the match and
+            the ending.
+
+    Returns:
+        The cases, and the images of which no case can be made.
+
+    Raises:
+        NnsslError: a pattern is none.
+    """
+    compiled = {name: _pattern(name, pattern) for name, pattern in patterns.items()}
+    groups: dict[str, dict[str, list[Item]]] = {}
+    rejected = []
+    for item in items:
+        found = {name: match for name, p in compiled.items() if (match := p.search(item.text))}
+        if len(found) != 1:
+            reason = "it matches several channels" if found else "it matches no channel"
+            rejected.append(Rejected(item.files[0], reason, ", ".join(found)))
+            continue
+        (name, match), *_ = found.items()
+        rest = item.study or item.text[: match.start()] + "\0" + ENDINGS.sub("", item.text[match.end() :])
+        groups.setdefault(f"{item.root}\0{rest}", {}).setdefault(name, []).append(item)
+    jobs = []
+    for channels in groups.values():
+        missing = [name for name in compiled if name not in channels]
+        twice = [name for name, several in channels.items() if len(several) > 1]
+        if missing or twice:
+            reason = "a channel of its case is missing" if missing else "its case has several images for a channel"
+            members = [i for several in channels.values() for i in several]
+            rejected += [Rejected(i.files[0], reason, ", ".join(missing or twice)) for i in members]
+        else:
+            jobs.append(Job.of([channels[name][0] for name in compiled]))
+    return jobs, rejected
