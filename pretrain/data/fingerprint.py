@@ -1,0 +1,216 @@
+"""nnU-Net's dataset fingerprint from images alone: what its planner needs to know, with the body in place of the labels.
+
+nnU-Net's own extractor takes intensities where labels are; everything else in a fingerprint (spacings, shapes after cropping to
+non-zero, how much cropping took away) comes from the images anyway. Here intensities are those inside the body
+(:mod:`nnssl.pretrain.data.body`), weighted as nnU-Net does: each image counts the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+
+from nnssl.errors import NnsslError
+from nnssl.pretrain.data.body import AIR_HU, body_of_raw
+from nnssl.pretrain.data.orientation import direction_matrix, patient_axes
+from nnssl.pretrain.data.processes import run_jobs
+from nnssl.pretrain.data.raw import RawCase
+
+__all__ = ["MOST_IMAGES", "CaseFigures", "FigureWorker", "combine", "looks_like_ct", "measure", "sample_cases"]
+
+MOST_IMAGES = 2000
+"""Images that are looked at; medians of more do not differ. They are chosen by the hash of their names."""
+
+QUANTILES = 1001
+"""Quantiles of each image's intensities that are kept: percentile 0, 0.1, ..., 100."""
+
+CT_SHARE = 0.9
+"""Share of the images that must reach down to air in Hounsfield units for a nameless channel to be taken for CT."""
+
+
+@dataclass(frozen=True)
+class CaseFigures:
+    """What one image adds to the fingerprint, or why it cannot.
+
+    Attributes:
+        name: ``"<source>/<case>"``.
+        files: stamps of its files, see :data:`nnssl.pretrain.data.raw.Stamp`.
+        shape: voxels after cropping to non-zero, (z, y, x) of the file.
+        spacing: in mm, same axes.
+        kept: share of the voxels that cropping keeps.
+        low: smallest intensity of each channel, air included.
+        mean, std: of each channel inside the body.
+        quantiles: :data:`QUANTILES` of each channel inside the body.
+        bad: why the image cannot be used; all else is empty then.
+    """
+
+    name: str
+    files: tuple[tuple[str, int, int], ...]
+    shape: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+    kept: float = 1.0
+    low: tuple[float, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    quantiles: tuple[tuple[float, ...], ...] = ()
+    bad: str = ""
+
+    @classmethod
+    def from_json(cls, line: str) -> CaseFigures:
+        """Raises ``ValueError``, ``TypeError`` or ``KeyError`` for a damaged line."""
+        content = json.loads(line)
+        content["files"] = tuple((str(n), int(s), int(m)) for n, s, m in content["files"])
+        content["quantiles"] = tuple(tuple(q) for q in content["quantiles"])
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class FigureWorker:
+    """Measures one image. Pickles.
+
+    Args:
+        reader: name of nnU-Net's reader.
+        is_ct: of each channel; None where the channels' names do not tell.
+    """
+
+    reader: str
+    is_ct: tuple[bool, ...] | None = None
+
+    def __call__(self, job: tuple[str, RawCase]) -> CaseFigures:
+        """Measure an image; never raises but for Ctrl-C and lack of memory."""
+        name, case = job
+        loud = sitk.ProcessObject.GetGlobalWarningDisplay()
+        sitk.ProcessObject.SetGlobalWarningDisplay(False)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                reader = recursive_find_reader_writer_by_name(self.reader)()
+                data, properties = reader.read_images(list(case.files))
+                return self._figures(name, case, data, properties)
+        except MemoryError:
+            raise
+        except Exception as error:  # readers raise anything on broken files
+            return CaseFigures(name, case.stamps, bad=f"{type(error).__name__}: {error}"[:300])
+        finally:
+            sitk.ProcessObject.SetGlobalWarningDisplay(loud)
+
+    def _figures(self, name: str, case: RawCase, data: np.ndarray, properties: Mapping[str, Any]) -> CaseFigures:
+        if not np.isfinite(data).all():
+            raise ValueError("voxels are NaN or infinite")
+        if all(channel.min() == channel.max() for channel in data):
+            raise ValueError("the image is constant")
+        low = tuple(float(channel.min()) for channel in data)
+        is_ct = self.is_ct or tuple(value <= AIR_HU for value in low)
+        matrix = direction_matrix(properties)
+        axes, _ = patient_axes(np.eye(3) if matrix is None else matrix, (0, 1, 2))
+        body = body_of_raw(data, is_ct, axes[2])
+        nonzero = (data != 0).any(0)
+        shape = [int(np.ptp(np.flatnonzero(nonzero.any(tuple(b for b in range(3) if b != a))))) + 1 for a in range(3)]
+        inside = [channel[body] for channel in data]
+        share = np.linspace(0, 100, QUANTILES)
+        return CaseFigures(
+            name,
+            case.stamps,
+            tuple(shape),
+            tuple(float(s) for s in properties["spacing"]),
+            float(np.prod(shape) / nonzero.size),
+            low,
+            tuple(float(v.mean(dtype=np.float64)) for v in inside),
+            tuple(float(v.std(dtype=np.float64)) for v in inside),
+            tuple(tuple(float(f"{q:.6g}") for q in np.percentile(v, share)) for v in inside),
+        )
+
+
+def sample_cases(cases: Mapping[str, RawCase], most: int) -> dict[str, RawCase]:
+    """At most ``most`` of the cases: the same on each machine, and nearly the same with a few cases more or less."""
+    names = sorted(cases, key=lambda n: hashlib.sha256(n.encode("utf-8", "surrogateescape")).hexdigest())[:most]
+    return {name: cases[name] for name in sorted(names)}
+
+
+def _read_lines(path: Path | None) -> dict[str, CaseFigures]:
+    known: dict[str, CaseFigures] = {}
+    if path is not None and path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                figures = CaseFigures.from_json(line)  # a line that a killed process left unfinished is passed over
+                known[figures.name] = figures
+    return known
+
+
+def measure(
+    cases: Mapping[str, RawCase], worker: FigureWorker, *, n_processes: int, notes: Path | None, description: str
+) -> list[CaseFigures]:
+    """Measure images, in parallel and with a progress bar.
+
+    Args:
+        cases: by ``"<source>/<case>"``.
+        worker: measures one.
+        n_processes: 0 and 1 work in this process.
+        notes: file of one JSON line per image, so that an interrupted call is continued by the next; None for none.
+        description: of the progress bar.
+
+    Returns:
+        In the order of ``cases``.
+    """
+    known = {n: f for n, f in _read_lines(notes).items() if n in cases and f.files == cases[n].stamps}
+    jobs = [(name, case) for name, case in cases.items() if name not in known]
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(notes, "a", encoding="utf-8", errors="replace")) if notes and jobs else None
+        if file is not None:
+            file.write("\n")  # ends a line that a killed process left unfinished
+        replies = stack.enter_context(contextlib.closing(run_jobs(worker, jobs, n_processes, description)))  # type: ignore[type-var]
+        for figures in replies:
+            known[figures.name] = figures
+            if file is not None:
+                file.write(json.dumps(asdict(figures)) + "\n")
+                file.flush()
+    return [known[name] for name in cases]
+
+
+def looks_like_ct(figures: Sequence[CaseFigures], channel: int) -> bool:
+    """Whether nearly all images of a channel reach down to air in Hounsfield units."""
+    return sum(f.low[channel] <= AIR_HU for f in figures) >= CT_SHARE * len(figures)
+
+
+def combine(figures: Sequence[CaseFigures]) -> dict[str, Any]:
+    """nnU-Net's ``dataset_fingerprint.json`` from the figures of good images.
+
+    Raises:
+        NnsslError: images with different numbers of channels.
+    """
+    n_channels = len(figures[0].mean)
+    odd = next((f for f in figures if len(f.mean) != n_channels), None)
+    if odd is not None:
+        raise NnsslError(f"{odd.name} has {len(odd.mean)} channel(s), {figures[0].name} has {n_channels}.")
+    intensities = {}
+    for c in range(n_channels):
+        mean, std = np.array([f.mean[c] for f in figures]), np.array([f.std[c] for f in figures])
+        edges = np.array([f.quantiles[c] for f in figures])
+        low, median, high = np.percentile((edges[:, 1:] + edges[:, :-1]) / 2, [0.5, 50, 99.5])
+        intensities[str(c)] = {
+            "mean": float(mean.mean()),
+            "median": float(median),
+            "std": float(np.sqrt(max(0.0, (std**2 + mean**2).mean() - mean.mean() ** 2))),
+            "min": float(edges.min()),
+            "max": float(edges.max()),
+            "percentile_99_5": float(high),
+            "percentile_00_5": float(low),
+        }
+    return {
+        "spacings": [list(f.spacing) for f in figures],
+        "shapes_after_crop": [list(f.shape) for f in figures],
+        "foreground_intensity_properties_per_channel": intensities,
+        "median_relative_size_after_cropping": float(np.median([f.kept for f in figures])),
+    }

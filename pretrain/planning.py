@@ -1,0 +1,272 @@
+"""Plans without labels: nnU-Net's own planner on a fingerprint that is made from the images alone.
+
+A dataset that has neither labels nor plans gets both files under nnU-Net's names in ``nnUNet_preprocessed/<Dataset>``, so that
+everything that follows (preprocessing, pretraining, nnU-Net itself) finds them. Nothing that exists is overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+
+from nnssl.distributed import rank
+from nnssl.errors import NnsslError
+from nnssl.files import read_json, write_json
+from nnssl.paths import preprocessed_folder, set_folders
+from nnssl.plans import Plan, dataset_id, load_plan, resolve_dataset
+from nnssl.pretrain.data.fingerprint import MOST_IMAGES, FigureWorker, combine, looks_like_ct, measure, sample_cases
+from nnssl.pretrain.data.raw import RawCase, RawSource, describe, list_unplanned
+from nnssl.pretrain.planner import PLANNERS, plans_name, run_planner
+
+__all__ = ["is_unlabelled", "planned"]
+
+log = logging.getLogger("nnssl")
+
+ESTIMATE_IMAGES = 32
+"""Images that a dry run looks at."""
+
+NAMED = 3
+POLL_SECONDS = 1.0
+
+
+def is_unlabelled(name: str) -> bool:
+    """Whether a dataset has raw images and no label file."""
+    raw = set_folders().get("nnUNet_raw")
+    if raw is None:
+        return False
+    named = describe(name).get("dataset")
+    if isinstance(named, dict) and named:
+        return not any(isinstance(e, dict) and e.get("label") for e in named.values())
+    labels = raw / name / "labelsTr"
+    return (raw / name / "imagesTr").is_dir() and not (labels.is_dir() and any(labels.iterdir()))
+
+
+def _is_pool_of(owner: str, names: Sequence[str], path: Path) -> bool:
+    """Whether the plans of ``owner`` are, or may be made, those of all these datasets together."""
+    try:
+        told = read_json(preprocessed_folder() / owner / "dataset_fingerprint.json").get("nnssl", {})
+    except NnsslError:
+        return not path.is_file() and all(is_unlabelled(name) for name in names)
+    return isinstance(told, dict) and told.get("sources") == list(names)
+
+
+def planned(
+    names: Sequence[str],
+    target: int | str | None = None,
+    configuration: str = "3d_fullres",
+    plans: str = "nnUNetPlans",
+    *,
+    planner: str | None = None,
+    gpu_memory_target: float | None = None,
+    n_processes: int | None = None,
+    write: bool = True,
+) -> Plan:
+    """The plans of a run; where the dataset whose plans are wanted has neither labels nor plans, they are made.
+
+    Args:
+        names: datasets to learn from, sorted. Without a target their plans are those of the first; several must then all be
+            without labels, and the plans are made from the images of all of them.
+        target: dataset whose plans are used.
+        configuration, plans: which of its plans.
+        planner: key of :data:`PLANNERS` that makes missing plans; the one whose name ``plans`` is, or nnU-Net's default.
+        gpu_memory_target: GB that the planner fills; its own default where None.
+        n_processes: for reading images; nnU-Net's default where None.
+        write: False makes missing plans from a few images and writes nothing.
+
+    Raises:
+        NnsslError: it is not clear whose plans are wanted; a labelled dataset without plans; no usable image; another planner
+            made the existing plans.
+    """
+    owner = resolve_dataset(target) if target is not None else names[0]
+    sources = [owner] if target is not None else list(names)
+    wanted = plans_name(planner, plans)
+    path = preprocessed_folder() / owner / f"{wanted}.json"
+    if len(sources) > 1 and not _is_pool_of(owner, sources, path):
+        raise NnsslError(
+            f"-d names {len(names)} datasets, so it is not clear whose plans to use: say it with -t. (Datasets that all have "
+            "neither labels nor plans are planned together.)"
+        )
+    if path.is_file():
+        _check_same(path, planner, gpu_memory_target)
+        return load_plan(owner, configuration, wanted)
+    if planner is None:
+        planner = next((key for key, (_, _, name) in PLANNERS.items() if name == wanted), None)
+    if planner is None or not is_unlabelled(owner):
+        return load_plan(owner, configuration, wanted)  # which says what to type
+    if write and int(os.environ.get("RANK", rank())) != 0:
+        _wait_for(path)
+        return load_plan(owner, configuration, wanted)
+    content, description = _make(
+        owner, sources, planner, wanted, gpu_memory_target, n_processes or default_num_processes, write
+    )
+    plan = Plan.from_dicts(content, configuration, description)
+    _tell(plan, path if write else None)
+    return plan
+
+
+def _check_same(path: Path, planner: str | None, gpu_memory_target: float | None) -> None:
+    used = read_json(path).get("experiment_planner_used")
+    if planner is not None and used != PLANNERS[planner][1]:
+        raise NnsslError(
+            f"{path} was made by {used}, not by --planner {planner}. Leave --planner out, or give -p another name."
+        )
+    if gpu_memory_target is not None:
+        log.warning("%s exists: -gpu_memory_target is not looked at.", path)
+
+
+def _wait_for(path: Path) -> None:
+    """Until another process has planned; the launcher ends this one if that fails."""
+    while not path.is_file():
+        time.sleep(POLL_SECONDS)
+
+
+def _list(sources: Sequence[str]) -> tuple[dict[str, RawCase], RawSource]:
+    """All images as ``"<source>/<case>"``, and what the first source says of its channels."""
+    cases: dict[str, RawCase] = {}
+    first: RawSource | None = None
+    for source in sources:
+        raw = list_unplanned(source)
+        if raw is None or not raw.cases:
+            raise NnsslError(f"{source} has no usable images in nnUNet_raw/{source}/imagesTr.")
+        first = first or raw
+        ours, theirs = list(first.channel_names.values()), list(raw.channel_names.values())
+        if raw.n_channels != first.n_channels or (ours and theirs and ours != theirs):
+            raise NnsslError(
+                f"{sources[0]} and {source} differ in their channels ({', '.join(ours) or first.n_channels} and "
+                f"{', '.join(theirs) or raw.n_channels}), so they cannot be planned together. Name one with -t."
+            )
+        cases.update({f"{source}/{name}": case for name, case in raw.cases.items()})
+    if first is None:
+        raise NnsslError("There is no dataset to plan.")
+    return cases, first
+
+
+def _reader(cases: Mapping[str, RawCase], description: Mapping[str, Any], ending: str) -> str:
+    """The reader that nnU-Net would take, tried on one of the first images that any takes."""
+    for case in list(cases.values())[:NAMED]:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.suppress(RuntimeError):
+                content = {**description, "file_ending": ending}
+                return determine_reader_writer_from_dataset_json(content, case.files[0], verbose=False).__name__
+    case = next(iter(cases.values()))
+    raise NnsslError(f"None of nnU-Net's readers reads {case.files[0]}, nor the images after it.")
+
+
+def _make(
+    owner: str,
+    sources: Sequence[str],
+    planner: str,
+    wanted: str,
+    gpu_memory_target: float | None,
+    n_processes: int,
+    write: bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Plans and dataset.json of a dataset without labels; written beside the fingerprint unless ``write`` is False."""
+    log.info("%s has neither labels nor plans: it is planned from its images alone.", " + ".join(sources))
+    folder, (cases, raw) = preprocessed_folder() / owner, _list(sources)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+    description = describe(owner)
+    first = next(iter(cases.values())).files[0]
+    ending = description.get("file_ending") or (".nii.gz" if first.lower().endswith(".nii.gz") else Path(first).suffix)
+    reader = _reader(cases, description, ending)
+    names = dict(raw.channel_names)
+    made = folder / "dataset_fingerprint.json"
+    if made.is_file() and names:
+        fingerprint = read_json(made)
+    else:
+        chosen = sample_cases(cases, MOST_IMAGES if write else ESTIMATE_IMAGES)
+        if len(chosen) < len(cases):
+            log.info("%d of its %d images are looked at.", len(chosen), len(cases))
+        is_ct = tuple(get_normalization_scheme(n).__name__ == "CTNormalization" for n in names.values()) or None
+        notes = folder / "nnssl_fingerprint_notes.jsonl" if write else None
+        found = measure(
+            chosen, FigureWorker(reader, is_ct), n_processes=n_processes, notes=notes, description="Fingerprint"
+        )
+        bad, good = [f for f in found if f.bad], [f for f in found if not f.bad]
+        if bad:
+            shown = "; ".join(f"{f.name}: {f.bad}" for f in bad[:NAMED])
+            log.warning("%d image(s) cannot be used and do not enter the plans: %s", len(bad), shown)
+        if not good:
+            raise NnsslError(f"No image of {', '.join(sources)} can be used: nothing to plan from.")
+        if not names:
+            names = {c: "CT" if looks_like_ct(good, c) else "MR" for c in range(len(good[0].low))}
+            log.warning(
+                "%s has no dataset.json: its channels are taken for %s by their intensities. If that is wrong, write "
+                "dataset.json yourself and delete %s.",
+                owner,
+                ", ".join(names.values()),
+                folder,
+            )
+        fingerprint = combine(good)
+        fingerprint["nnssl"] = {"foreground": "body", "sources": list(sources), "images": len(good)}
+    description = _complete(description, names, len(cases), ending)
+    told = {**description, "numTraining": len(cases)}
+    content = run_planner(owner, planner, wanted, gpu_memory_target, told, fingerprint, reader)
+    if write:
+        _write(owner, description, fingerprint, content, wanted)
+    return content, description
+
+
+def _complete(description: dict[str, Any], names: Mapping[int, str], n: int, ending: str) -> dict[str, Any]:
+    """dataset.json with all that nnU-Net asks for; what the user wrote stays."""
+    if not (description.get("channel_names") or description.get("modality")):
+        description = {"channel_names": {str(c): name for c, name in names.items()}, **description}
+    rest = {"labels": {"background": 0}, "numTraining": n, "file_ending": ending}
+    return {**description, **{k: v for k, v in rest.items() if not description.get(k)}}
+
+
+def _write(
+    owner: str, description: dict[str, Any], fingerprint: dict[str, Any], content: dict[str, Any], wanted: str
+) -> None:
+    """Write what is missing; the plans last, they say that all is there."""
+    folder = preprocessed_folder() / owner
+    with contextlib.suppress(FileExistsError):
+        write_json(folder / "dataset.json", description, overwrite=False)
+    raw = set_folders()["nnUNet_raw"] / owner / "dataset.json"
+    with contextlib.suppress(OSError):  # FileExistsError: the user's own stays; a read-only raw folder has none
+        write_json(raw, description, overwrite=False)
+    with contextlib.suppress(FileExistsError):
+        write_json(folder / "dataset_fingerprint.json", fingerprint, overwrite=False)
+    with contextlib.suppress(FileExistsError):
+        write_json(folder / f"{wanted}.json", content, overwrite=False)
+    (folder / "nnssl_fingerprint_notes.jsonl").unlink(missing_ok=True)
+
+
+def _tell(plan: Plan, path: Path | None) -> None:
+    """What the planner chose."""
+
+    def sizes(values: Sequence[float]) -> str:
+        return "x".join(f"{v:g}" for v in values)
+
+    log.info(
+        "nnU-Net's %s chose for %s: spacing %s mm, median image %s, patch %s, batch %d, %s with %d stages, %s.",
+        plan.plans["experiment_planner_used"],
+        plan.configuration,
+        sizes([round(s, 3) for s in plan.spacing]),
+        sizes(plan.median_shape),
+        sizes(plan.patch_size),
+        plan.batch_size,
+        plan.network_class,
+        plan.n_stages,
+        ", ".join(plan.normalization_schemes),
+    )
+    if path is None:
+        log.info("From a few images, for an estimate only: nothing was written.")
+    else:
+        log.info("Plans: %s", path)
+        log.info(
+            "Should labels come later: keep these plans (nnUNetv2_preprocess -d %d), nnUNetv2_plan_and_preprocess would make "
+            "others.",
+            dataset_id(plan.dataset_name),
+        )
