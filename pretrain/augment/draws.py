@@ -39,6 +39,11 @@ class Draws:
         state = np.random.SeedSequence([seed, step % 2**63, 0x5EED]).generate_state(1, np.uint64)[0]
         self._cpu = torch.Generator().manual_seed(int(state) % 2**63)
 
+    def fork(self, total: int, first: int = 0, count: int | None = None) -> Draws:
+        """Random numbers for another batch of the same step; a later fork of the same draws has others."""
+        seed = int(torch.randint(0, 2**62, (1,), generator=self._cpu))
+        return Draws(seed, 0, total, first, count, self.device)
+
     def _mine(self, x: Tensor) -> Tensor:
         return x[self.first : self.first + self.count].to(self.device)
 

@@ -1,0 +1,29 @@
+"""Which cases' labels a checkpoint has learnt from: an evaluation on these is none."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["case_hash", "labels_seen"]
+
+
+def case_hash(name: str) -> str:
+    """sha256 (hex) of a case's name: what checkpoints tell of labelled cases."""
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def labels_seen(description: Mapping[str, Any], dataset: str, cases: Iterable[str]) -> list[str]:
+    """The cases whose labels the weights have learnt from.
+
+    Args:
+        description: ``Checkpoint.nnssl``.
+        dataset: name of the dataset that the cases are of.
+        cases: their names.
+    """
+    told = description.get("omni") or {}
+    if told.get("labelled") != dataset:
+        return []
+    known = set(told.get("case_hashes", ()))
+    return sorted(case for case in cases if case_hash(case) in known)

@@ -1,0 +1,169 @@
+"""Crops of a window of cells: which cells can be used, where random crops lie, and changes that each crop gets by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnssl.losses.overlap import base_crops, overlap_labels
+from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.intensity import from_unit, gaussian_blur, to_unit
+
+__all__ = ["alter_crops", "alter_intensity", "draw_offsets", "flip_and_turn", "inside_image", "usable_cells"]
+
+TRIES = 16
+"""Places that are tried for a random crop before it is left out."""
+
+LEAST_INSIDE, LEAST_OVERLAP = 0.25, 0.5
+"""Least share of a cell in the image, and of a random crop in cells that are used."""
+
+LEAST_BODY = 0.01
+"""A cell with less body is air; two cells of air look alike."""
+
+_COARSE = 3.0  # an axis this much coarser than the finest is neither blurred nor sampled down, as in nnU-Net
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def inside_image(start: Tensor, shape: Tensor, window: Sequence[int]) -> Tensor:
+    """Which voxels of windows lie in the image: ``(B, 1, *window)`` bool.
+
+    Args:
+        start: ``(B, 3)`` first voxel of each window in its image; the last ``len(window)`` count.
+        shape: ``(B, 3)`` voxels of the images.
+        window: voxels per axis.
+    """
+    dim = len(window)
+    inside = torch.ones(len(start), 1, *window, dtype=torch.bool, device=start.device)
+    for axis, n in enumerate(window):
+        place = start[:, 3 - dim + axis, None] + torch.arange(n, device=start.device)
+        line = (place >= 0) & (place < shape[:, 3 - dim + axis, None])
+        inside &= line.view(len(start), 1, *[n if a == axis else 1 for a in range(dim)])
+    return inside
+
+
+def usable_cells(windows: Tensor, inside: Tensor, body: Tensor, grid: Sequence[int]) -> Tensor:
+    """Cells that show something: a quarter of it in the image, some body, and not constant.
+
+    Args:
+        windows: ``(B, C, *window)``.
+        inside, body: ``(B, 1, *window)`` bool.
+        grid: cells per axis.
+
+    Returns:
+        ``(B, n)`` bool.
+    """
+    base = base_crops(windows, grid).flatten(3)
+    spread = (base.amax(3) - base.amin(3)).amax(2)
+    seen = base_crops(inside.float(), grid).flatten(2).mean(2)
+    tissue = base_crops((body & inside).float(), grid).flatten(2).mean(2)
+    return (seen >= LEAST_INSIDE) & (tissue >= LEAST_BODY) & (spread > 1e-6)
+
+
+def draw_offsets(
+    draws: Draws, size: Sequence[int], grid: Sequence[int], n: int, usable: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Place random crops anywhere in the window, both ends included; drawn again where half of one lies in no usable cell.
+
+    Args:
+        draws: random numbers of this step.
+        size: voxels per axis of a crop and of a cell.
+        grid: cells per axis.
+        n: crops per window.
+        usable: ``(B, cells)`` bool.
+
+    Returns:
+        Offsets ``(B, n, dim)`` int64; overlaps with usable cells ``(B, n, cells)`` float32, which add up to 1; and ``(B, n)``
+        bool, False for a crop for which no place was found.
+    """
+    room = torch.tensor([(g - 1) * c + 1 for c, g in zip(size, grid)], device=usable.device)
+    share = draws.uniform(0, 1, TRIES, n, len(grid))
+    places = torch.minimum((share * room).long(), room - 1)  # (B, TRIES, n, dim)
+    overlap = overlap_labels(places, size, grid) * usable[:, None, None]
+    kept = overlap.sum(-1)
+    fits = kept >= LEAST_OVERLAP
+    pick = fits.int().argmax(1)  # the first that fits
+    sample, crop = torch.arange(len(usable), device=usable.device)[:, None], torch.arange(n, device=usable.device)[None]
+    overlap, kept = overlap[sample, pick, crop], kept[sample, pick, crop]
+    return places[sample, pick, crop], overlap / kept.clamp_min(1e-6)[..., None], fits.any(1)
+
+
+def alter_crops(
+    x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: float, rot90: float, intensity: float
+) -> Tensor:
+    """Change each crop by itself, after it was cut: where it lies stays true.
+
+    Args:
+        x: ``(B, K, C, *size)``, K crops of each window.
+        bounds: ``(B, C, 2)`` intensities that count as 0 and 1.
+        draws: random numbers of this step.
+        spacing: mm per voxel and axis.
+        mirror: probability of a flip, per axis.
+        rot90: probability of a quarter turn (or two or three) in a plane, see :func:`flip_and_turn`.
+        intensity: probability of each change of :func:`alter_intensity`.
+
+    Returns:
+        The same shape, a new tensor.
+    """
+    x = flip_and_turn(x, draws, spacing, mirror=mirror, rot90=rot90)
+    return alter_intensity(x, bounds, draws, spacing, p=intensity) if intensity > 0 else x
+
+
+def flip_and_turn(x: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: float, rot90: float) -> Tensor:
+    """Flip every axis, and turn in the last plane of axes whose spacings and sizes are equal (none: no turn).
+
+    Args:
+        x: ``(B, K, C, *size)``.
+        draws, spacing, mirror, rot90: see :func:`alter_crops`.
+    """
+    k, size = x.shape[1], x.shape[3:]
+
+    def column(chosen: Tensor) -> Tensor:
+        return chosen.view(*chosen.shape, *[1] * (x.ndim - 2))
+
+    for axis in range(len(size)):
+        x = torch.where(column(draws.chance(mirror, k)), x.flip(3 + axis), x)
+    turned, quarters = draws.chance(rot90, k), draws.integers(1, 4, k)
+    planes = [(a, b) for b in range(len(size)) for a in range(b) if size[a] == size[b] and spacing[a] == spacing[b]]
+    if planes and rot90 > 0:
+        axes, still = [3 + a for a in planes[-1]], x
+        for n in (1, 2, 3):
+            x = torch.where(column(turned & (quarters == n)), still.rot90(n, axes), x)
+    return x
+
+
+def alter_intensity(x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence[float], *, p: float) -> Tensor:
+    """Gamma, blur, half the resolution and noise, each with probability ``p``. (Brightness and contrast cancel in InstanceNorm.)
+
+    Args:
+        x: ``(B, K, C, *size)``.
+        bounds, draws, spacing: see :func:`alter_crops`.
+        p: probability of each.
+    """
+    k, size, shape = x.shape[1], x.shape[3:], x.shape
+    flat, fine = x.flatten(0, 1), [s < _COARSE * min(spacing) for s in spacing]
+
+    def column(value: Tensor) -> Tensor:
+        return value.reshape(-1, *[1] * (flat.ndim - 1))
+
+    gamma, exponent = draws.chance(p, k), draws.uniform(math.log(0.7), math.log(1.5), k).exp()
+    u = to_unit(flat, bounds.repeat_interleave(k, 0))
+    within = u.clamp(0, 1)
+    u = torch.where(column(gamma), within.clamp_min(1e-6) ** column(exponent) + (u - within), u)
+
+    blurred, sigma = draws.chance(p, k), draws.uniform(0.5, 1.0, k).flatten()
+    relative = torch.tensor([min(spacing) / s if f else 0.0 for s, f in zip(spacing, fine)], device=x.device)
+    u = torch.where(column(blurred), gaussian_blur(u, sigma[:, None] * relative, radius=3), u)
+
+    coarse = draws.chance(p, k)
+    half = [n // 2 if f and n > 3 else n for n, f in zip(size, fine)]
+    if half != list(size):
+        small = F.interpolate(u, size=half, mode="nearest-exact")
+        u = torch.where(column(coarse), F.interpolate(small, size=size, mode=_LINEAR[len(size)]), u)
+
+    noisy, sd = draws.chance(p, k), draws.uniform(0.0, 0.05, k)  # of the range, that is up to 0.2 standard deviations
+    u = u + column(torch.where(noisy, sd, 0.0)) * draws.noise(*shape[1:]).flatten(0, 1)
+    return from_unit(u, bounds.repeat_interleave(k, 0)).view(shape)

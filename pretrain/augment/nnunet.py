@@ -1,0 +1,193 @@
+"""nnU-Net's training augmentation for image and label alike, batched, on the training device.
+
+The kinds, probabilities and ranges are those of ``nnUNetTrainer.get_training_transforms`` (2.8.1). nnU-Net's own transforms
+run sample by sample in worker processes and draw from global generators; these draw from :class:`Draws`, so that a step
+is a pure function of (seed, step, sample), and cost little beside the network.
+
+Differs: rotations keep shapes on anisotropic voxels; rotation and scaling come together (with the probability that nnU-Net
+applies either); labels are taken from the nearest voxel instead of the most probable of an interpolated one-hot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nnssl.plans import Plan
+from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.intensity import gaussian_blur
+from nnssl.pretrain.augment.spatial import central_crop, draw_affine, sampling_grid, warp
+from nnssl.pretrain.geometry import window_for
+
+__all__ = [
+    "TrainingAugmentation",
+    "adjust_gamma",
+    "alter",
+    "draw_grid",
+    "limit_contrast",
+    "low_resolution",
+    "middle_label",
+    "move_label",
+]
+
+SCALE = (1 / 1.4, 1 / 0.7)
+P_MOVE = 0.36
+"""nnU-Net rotates with probability 0.2 and scales with 0.2, independently."""
+THICK = 3.0
+"""nnU-Net turns in the plane only where the patch is this much longer in the plane than across it."""
+
+
+@dataclass(frozen=True)
+class TrainingAugmentation:
+    """Figures for a plan's patch.
+
+    Attributes:
+        size: voxels per axis that the network sees.
+        window: voxels to read, so that what is turned seldom shows padding.
+        spacing: mm per voxel and axis.
+        rotation: largest angle about each axis in degrees.
+        mirror_axes: axes that are mirrored with probability 0.5 each.
+        masked: image channels whose voxels outside of the non-zero mask stay 0 whatever is done to the others.
+    """
+
+    size: tuple[int, ...]
+    window: tuple[int, ...]
+    spacing: tuple[float, ...]
+    rotation: tuple[float, ...]
+    mirror_axes: tuple[int, ...]
+    masked: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, plan: Plan, size: Sequence[int], mirror: bool = True) -> TrainingAugmentation:
+        """As nnU-Net's ``configure_rotation_dummyDA_mirroring_and_inital_patch_size``."""
+        size = tuple(int(s) for s in size)
+        if len(size) == 2:
+            rotation: tuple[float, ...] = (15.0 if max(size) / min(size) > 1.5 else 180.0,)
+        elif max(size) / size[0] > THICK:
+            rotation = (180.0, 0.0, 0.0)
+        else:
+            rotation = (30.0, 30.0, 30.0)
+        window = window_for(size, plan.spacing, rotation=rotation, min_scale=0.85)
+        masked = tuple(i for i, used in enumerate(plan.config.use_mask_for_norm) if used)
+        return cls(size, window, plan.spacing, rotation, tuple(range(len(size))) if mirror else (), masked)
+
+
+def draw_grid(draws: Draws, how: TrainingAugmentation, window: Sequence[int]) -> Tensor:
+    """Draw rotation, scaling and mirroring; where each voxel of the view lies in the window, ``(B, *size, d)``."""
+    affine = draw_affine(
+        draws, how.size, how.spacing, rotation=how.rotation, scale=SCALE, mirror_axes=how.mirror_axes, p=P_MOVE
+    )
+    return sampling_grid(affine, how.size, window)
+
+
+def move_label(label: Tensor, grid: Tensor, outside: int) -> Tensor:
+    """Take labels from the nearest voxel.
+
+    Args:
+        label: ``(B, 1, *window)`` integers of at least -1.
+        grid: from :func:`draw_grid`.
+        outside: label of what lies outside of the window, and of label -1.
+
+    Returns:
+        ``(B, 1, *size)`` int64.
+    """
+    moved = warp(label.to(grid.dtype) + 1, grid, "nearest").round().long() - 1
+    return torch.where(moved < 0, outside, moved)
+
+
+def middle_label(label: Tensor, size: Sequence[int], outside: int) -> Tensor:
+    """The middle of ``(B, 1, *window)`` labels, unchanged but for -1, which becomes ``outside``: ``(B, 1, *size)`` int64."""
+    middle = central_crop(label, size).long()
+    return torch.where(middle < 0, outside, middle)
+
+
+def alter(x: Tensor, draws: Draws, masked: Sequence[int] = ()) -> Tensor:
+    """Noise, blur, brightness, contrast, lower resolution and both gammas, in nnU-Net's order.
+
+    Args:
+        x: ``(B, C, *size)``, normalised.
+        draws: random numbers of this step.
+        masked: channels in which voxels that are 0 in all channels stay 0.
+
+    Returns:
+        A new tensor of the same shape.
+    """
+    out = _alter(x, draws)
+    if masked:
+        kept = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
+        kept[list(masked)] = True
+        empty = (x == 0).all(1, keepdim=True) & kept.view(1, -1, *[1] * (x.ndim - 2))
+        out = torch.where(empty, 0.0, out)
+    return out
+
+
+def _alter(x: Tensor, draws: Draws) -> Tensor:
+    channels = x.shape[1]
+    on, variance = draws.chance(0.1), draws.uniform(0.0, 0.1)
+    x = x + _wide(torch.where(on, variance, 0.0), x) * draws.noise(*x.shape[1:])
+    on = draws.chance(0.2)[:, None] & draws.chance(0.5, channels)
+    x = torch.where(_wide(on, x), gaussian_blur(x, draws.uniform(0.5, 1.0, x.ndim - 2), radius=3), x)
+    on, factor = draws.chance(0.15)[:, None], _skewed(draws, 0.75, 1.25, channels)
+    x = x * _wide(torch.where(on, factor, 1.0), x)
+    on, factor = draws.chance(0.15)[:, None], _skewed(draws, 0.75, 1.25, channels)
+    x = torch.where(_wide(on, x), limit_contrast(x, factor), x)
+    on = draws.chance(0.25)[:, None] & draws.chance(0.5, channels)
+    x = torch.where(_wide(on, x), low_resolution(x, draws.uniform(0.5, 1.0)), x)
+    on, exponent = draws.chance(0.1)[:, None], _skewed(draws, 0.7, 1.5, channels)
+    x = torch.where(_wide(on, x), -adjust_gamma(-x, exponent), x)
+    on, exponent = draws.chance(0.3)[:, None], _skewed(draws, 0.7, 1.5, channels)
+    return torch.where(_wide(on, x), adjust_gamma(x, exponent), x)
+
+
+def _wide(value: Tensor, like: Tensor) -> Tensor:
+    """``(B,)`` or ``(B, C)`` -> broadcastable to ``(B, C, *spatial)``."""
+    return value.reshape(*value.shape, *[1] * (like.ndim - value.ndim))
+
+
+def _skewed(draws: Draws, low: float, high: float, *shape: int) -> Tensor:
+    """Half of the numbers uniform in [low, 1), half in [1, high)."""
+    below = draws.chance(0.5, *shape)
+    return torch.where(below, draws.uniform(low, 1.0, *shape), draws.uniform(1.0, high, *shape))
+
+
+def limit_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Spread values around each channel's mean, within the range that they have; ``factor`` is ``(B, C)``."""
+    flat = x.flatten(2)
+    mean, low, high = (_wide(v, x) for v in (flat.mean(-1), flat.amin(-1), flat.amax(-1)))
+    return torch.minimum(torch.maximum(mean + (x - mean) * _wide(factor, x), low), high)
+
+
+def adjust_gamma(x: Tensor, exponent: Tensor) -> Tensor:
+    """Raise each channel, scaled to [0, 1], to a power ``(B, C)`` and give it back its mean and standard deviation."""
+    flat = x.flatten(2)
+    low, mean, sd = (_wide(v, x) for v in (flat.amin(-1), flat.mean(-1), flat.std(-1)))
+    width = _wide(flat.amax(-1) - flat.amin(-1), x).clamp_min(1e-7)
+    y = ((x - low) / width).clamp(0, 1) ** _wide(exponent, x) * width + low
+    flat = y.flatten(2)
+    return (y - _wide(flat.mean(-1), x)) / _wide(flat.std(-1), x).clamp_min(1e-7) * sd + mean
+
+
+def low_resolution(x: Tensor, scale: Tensor) -> Tensor:
+    """Take each sample's nearest voxels on a grid that is coarser by ``scale`` ``(B,)`` and interpolate linearly between them.
+
+    Equals ``interpolate(mode="nearest-exact")`` to ``round(n scale)`` voxels and linear interpolation back, without a loop
+    over samples.
+    """
+    for axis in range(2, x.ndim):
+        n = x.shape[axis]
+        coarse = (scale * n).round().clamp(1, n)[:, None]
+        place = (torch.arange(n, device=x.device) + 0.5) * (coarse / n) - 0.5
+        place = place.clamp_min(0)
+        first = place.floor().minimum(coarse - 1)
+        share = torch.where(first >= coarse - 1, torch.zeros_like(place), place - first)
+        shape = [1] * x.ndim
+        shape[0], shape[axis] = len(x), n
+        values = []
+        for k in (first, (first + 1).minimum(coarse - 1)):
+            voxel = ((k + 0.5) * (n / coarse)).floor().long().clamp(0, n - 1)
+            values.append(x.gather(axis, voxel.view(shape).expand_as(x)))
+        x = values[0] + share.to(x.dtype).view(shape) * (values[1] - values[0])
+    return x

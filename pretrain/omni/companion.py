@@ -1,0 +1,210 @@
+"""What is read beside the crops of a step: labelled patches, and after the switch patches for pseudo-labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nnssl.distributed import rank, world_size
+from nnssl.plans import Plan
+from nnssl.pretrain.data.case import CaseFormat
+from nnssl.pretrain.data.crops import CropDataset
+from nnssl.pretrain.data.pool import CaseRef, Pool
+from nnssl.pretrain.data.weights import case_weights
+from nnssl.pretrain.methods.base import CropRequest, Crops
+from nnssl.pretrain.omni.cases import LabelledSet
+from nnssl.pretrain.omni.patches import COMPARED, LABELLED, UNLABELLED, LabelledDataset, Patches, stack
+
+__all__ = ["OmniCompanion", "OmniCrops", "StepReader", "Sizes"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many patches of which size a step has.
+
+    Attributes:
+        size, window: voxels per axis that the network sees, and that are read.
+        labelled, unlabelled: patches a step over all ranks.
+        foreground: share of labelled patches around a labelled voxel.
+    """
+
+    size: tuple[int, ...]
+    window: tuple[int, ...]
+    labelled: int
+    unlabelled: int
+    foreground: float
+
+
+@dataclass
+class OmniCrops:
+    """What the loader delivers for one step on one rank.
+
+    Attributes:
+        ssl: the method's own crops.
+        labelled: labelled patches; None where there are none to evaluate on.
+        unlabelled: patches for pseudo-labels; None before the switch.
+    """
+
+    ssl: Crops
+    labelled: Patches | None
+    unlabelled: Patches | None
+
+    @property
+    def case(self) -> list[str]:
+        """Names of all cases of the step."""
+        more = [p.case for p in (self.labelled, self.unlabelled) if p is not None]
+        return [*self.ssl.case, *(name for names in more for name in names)]
+
+    def _map(self, how: Any) -> OmniCrops:
+        parts = [None if p is None else how(p) for p in (self.labelled, self.unlabelled)]
+        return OmniCrops(how(self.ssl), *parts)
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> OmniCrops:
+        """Move all tensors to ``device``."""
+        return self._map(lambda part: part.to(device, non_blocking))
+
+    def pin_memory(self) -> OmniCrops:
+        """Called by torch's DataLoader."""
+        return self._map(lambda part: part.pin_memory())
+
+    def __len__(self) -> int:
+        return len(self.ssl)
+
+
+class StepReader:
+    """Reads the patches of a step on one rank; pickles, and is called in the loader's processes.
+
+    Args:
+        labelled: data set of labelled patches, or None.
+        unlabelled: data set of patches without labels, or None.
+        sizes: of both.
+        switch: first step that has patches for pseudo-labels.
+        rank, world_size: of this process.
+        augment: whether labelled patches are to be augmented.
+    """
+
+    def __init__(
+        self,
+        labelled: LabelledDataset | None,
+        unlabelled: CropDataset | None,
+        sizes: Sizes,
+        switch: int,
+        rank: int,
+        world_size: int,
+        augment: bool,
+    ) -> None:
+        self.labelled, self.unlabelled, self.sizes, self.switch = labelled, unlabelled, sizes, switch
+        self.rank, self.world_size, self.augment = rank, world_size, augment
+
+    def read(self, step: int) -> tuple[Patches | None, Patches | None]:
+        """Labelled patches and, from the switch on, patches for pseudo-labels.
+
+        Raises:
+            NnsslError: a case's files are missing or damaged.
+        """
+        labelled = unlabelled = None
+        if self.labelled is not None:
+            total = self.sizes.labelled
+            share = total // self.world_size
+            first = self.rank * share
+            labelled = stack([self.labelled[step, first + i] for i in range(share)], first, total, self.augment)
+        if self.unlabelled is not None and step >= self.switch:
+            total = self.sizes.unlabelled
+            share = total // self.world_size
+            first = self.rank * share
+            samples = [self.unlabelled[step, first + i] for i in range(share)]
+            data = torch.stack([torch.from_numpy(s.data) for s in samples])
+            unlabelled = Patches(data, None, [None] * share, [s.case for s in samples], first, total, self.augment)
+        return labelled, unlabelled
+
+    @staticmethod
+    def join(crops: Crops, read: tuple[Patches | None, Patches | None]) -> OmniCrops:
+        """Put the patches beside the crops."""
+        return OmniCrops(crops, *read)
+
+
+class OmniCompanion:
+    """Makes the readers of a run.
+
+    Args:
+        plan: the plan.
+        pool: the images without labels.
+        cases: the labelled cases.
+        sizes: of the patches.
+        seed: of the run.
+        switch: first step of the second stage.
+        augment: whether training patches are augmented.
+        weights: how often the cases of each source are drawn, by its name; None for equally often.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        pool: Pool,
+        cases: LabelledSet,
+        sizes: Sizes,
+        *,
+        seed: int,
+        switch: int,
+        augment: bool,
+        weights: dict[str, float] | None = None,
+    ) -> None:
+        self.plan, self.pool, self.cases, self.sizes = plan, pool, cases, sizes
+        self.seed, self.switch, self.augment, self.weights = seed, switch, augment, weights
+
+    def reader(self, split: str) -> StepReader:
+        """Of ``"train"``, or of ``"held_out"``, which reads held-out labelled cases and never augments."""
+        if split == "train":
+            labelled: LabelledDataset | None = self.labelled_dataset(self.cases.train)
+            return StepReader(
+                labelled, self._unlabelled(self.pool.train), self.sizes, self.switch, rank(), world_size(), self.augment
+            )
+        held_out = self.cases.held_out
+        labelled = self.labelled_dataset(held_out, held_out=True) if held_out else None
+        return StepReader(labelled, None, self.sizes, self.switch, rank(), world_size(), False)
+
+    def labelled_dataset(
+        self, cases: Sequence[Any], *, held_out: bool = False, batch: int | None = None
+    ) -> LabelledDataset:
+        """Patches of labelled cases; of held-out ones without a margin, in a fixed order."""
+        s = self.sizes
+        return LabelledDataset(
+            cases,
+            self.cases.folder,
+            self.plan,
+            s.size,
+            s.size if held_out else s.window,
+            seed=self.seed,
+            batch=s.labelled if batch is None else batch,
+            foreground=s.foreground,
+            stream=COMPARED if held_out else LABELLED,
+            in_turn=held_out,
+        )
+
+    def _unlabelled(self, refs: Sequence[CaseRef]) -> CropDataset:
+        s = self.sizes
+        return CropDataset(
+            refs,
+            CaseFormat.from_plan(self.plan),
+            CropRequest(size=s.size, window=s.window),
+            seed=self.seed,
+            batch_size=s.unlabelled,
+            stream=UNLABELLED,
+            weights=case_weights(refs, self.weights),
+        )
+
+    def random(self, crops: Crops) -> OmniCrops:
+        """Random patches of the second stage beside random crops, for an estimate of time and memory."""
+        generator = torch.Generator().manual_seed(1)
+        heads = self.plan.n_classes
+
+        def patches(total: int, labels: bool) -> Patches:
+            data = torch.randn(total, self.plan.n_channels, *self.sizes.window, generator=generator)
+            label = torch.randint(0, heads, (total, 1, *self.sizes.window), generator=generator, dtype=torch.int16)
+            names = [f"case{i}" for i in range(total)]
+            return Patches(data, label if labels else None, [None] * total, names, 0, total, self.augment)
+
+        return OmniCrops(crops, patches(self.sizes.labelled, True), patches(self.sizes.unlabelled, False))

@@ -1,0 +1,101 @@
+"""Options of ``--labelled``: ``-o omni.key=value``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nnssl.errors import NnsslError, nearest
+from nnssl.pretrain.methods.base import option
+from nnssl.pretrain.options import make_config, split_options
+
+__all__ = ["OMNI_RUNTIME", "PREFIX", "PRESETS", "OmniConfig", "resolve_omni", "take_omni"]
+
+PREFIX = "omni."
+
+
+@dataclass(frozen=True)
+class OmniConfig:
+    """Options of the omni-supervised stages, settable by ``-o omni.key=value`` beside the method's own."""
+
+    switch: float = option(
+        0.5, "share of the run's steps after which pseudo-labels are learnt from; 1: never", low=0.0, high=1.0
+    )
+    fold: str = option(
+        "0",
+        "learn from the labels of this fold's training cases; --labelled-cases comes before it",
+        choices=("0", "1", "2", "3", "4", "all"),
+    )
+    annotated: tuple[str, ...] = option(
+        (), "classes or regions that are annotated, where not all are: liver,spleen; empty: all"
+    )
+    ssl_weight: float = option(1.0, "weight of the self-supervised loss", low=0.0, high=1000.0)
+    seg_weight: float = option(1.0, "weight of the loss on labelled patches", low=0.0, high=1000.0)
+    semi_weight: float = option(1.0, "weight of the loss on pseudo-labelled patches", low=0.0, high=1000.0)
+    batch: int | None = option(
+        None, "labelled patches a step over all GPUs; auto: the plan's batch, a multiple of the GPUs", low=1
+    )
+    unlabelled: int | None = option(None, "pseudo-labelled patches a step over all GPUs; auto: as omni.batch", low=1)
+    patch: tuple[int, ...] = option((), "voxels of these patches, z,y,x; empty: the plan's patch", low=1)
+    foreground: float = option(0.33, "share of labelled patches around a labelled voxel", low=0.0, high=1.0)
+    teacher: str = option(
+        "ema",
+        "who makes pseudo-labels: the moving average of the network, or its snapshot at the switch",
+        choices=("ema", "snapshot"),
+    )
+    momentum: float = option(0.99, "of teacher=ema; less in the first steps of the run", low=0.0, high=1.0)
+    threshold: float = option(
+        0.8, "least probability of a pseudo-label; voxels below it are ignored; 0: none is", low=0.0, high=1.0
+    )
+    pseudo_from: str = option(
+        "clean", "image that the teacher sees: the clean patch, or the student's", choices=("clean", "augmented")
+    )
+    semi_through_encoder: bool = option(True, "pseudo-labels train the encoder too; false: decoder and heads only")
+    augment: bool = option(True, "nnU-Net's augmentation of both kinds of patches")
+    mirror: bool = option(True, "mirroring among it; false where left and right are different labels")
+    agreement: int = option(
+        32, "patches of held-out labelled cases that pseudo-labels are compared on after each epoch; 0: none", low=0
+    )
+    volumes: int = option(4, "cases whose pseudo-labels are written as volumes at the end; 0: none", low=0)
+    volumes_every: int = option(0, "epochs between two more such sets; 0: only at the end", low=0)
+
+
+OMNI_RUNTIME = frozenset({"agreement", "volumes", "volumes_every"})
+"""Options that do not change what is learnt: they may differ when a run is continued."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"teacher": "snapshot", "threshold": 0.0},
+    "code": {"teacher": "snapshot", "threshold": 0.0, "pseudo_from": "augmented", "semi_through_encoder": False},
+}
+"""``paper``: the recipe as published; ``code``: what the released code does."""
+
+
+def take_omni(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split options into the method's and engine's, and those that begin with ``omni.`` (without it)."""
+    given = dict(options or {})
+    mine = {k[len(PREFIX) :]: given.pop(k) for k in list(given) if k.startswith(PREFIX)}
+    return given, mine
+
+
+def resolve_omni(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> OmniConfig:
+    """Fill in defaults: what a continued run was started with, under a preset, under what the user gave.
+
+    Args:
+        given: options without the prefix; ``preset`` among them.
+        saved: ``identity["omni"]["options"]`` of the run that is continued.
+
+    Raises:
+        NnsslError: unknown or illegal options, an unknown preset.
+    """
+    lists = ("annotated", "patch")
+    options = {k: () if k in lists and v in ("", "auto") else v for k, v in given.items()}
+    preset = options.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise NnsslError(f"-o omni.preset={preset}: known are {', '.join(PRESETS)}.{nearest(str(preset), PRESETS)}")
+    base = PRESETS[preset] if preset else dict(saved or {})
+    try:
+        (mine,) = split_options(options, [OmniConfig])
+        return make_config(OmniConfig, mine, base)
+    except NnsslError as error:
+        raise NnsslError(f"omni: {error}") from error

@@ -1,0 +1,252 @@
+"""Any objective with segmentation beside it: the omni-supervised framework of VoCo as a layer over a :class:`Method`.
+
+Wu, Zhuang, Chen 2024, "Large-Scale 3D Medical Image Pre-training with Geometric Context Priors", arXiv:2410.09890. Stage 1: the
+method's own loss on unlabelled crops plus nnU-Net's loss on labelled patches, in one optimiser step. Stage 2: besides, nnU-Net's
+loss on unlabelled patches against pseudo-labels.
+
+Differs from the released code, and why: docs/methods/omni.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnssl.ema import EMA
+from nnssl.networks import unwrap
+from nnssl.plans import Plan
+from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment.nnunet import TrainingAugmentation, alter, draw_grid, middle_label, move_label
+from nnssl.pretrain.augment.spatial import central_crop, warp
+from nnssl.pretrain.methods.base import Batch, CropRequest, Method, Picture, Progress
+from nnssl.pretrain.omni.companion import OmniCrops
+from nnssl.pretrain.omni.config import OmniConfig
+from nnssl.pretrain.omni.loss import SegmentationLoss, deep_weights, ignore_value, segment
+from nnssl.pretrain.omni.patches import Patches
+from nnssl.pretrain.omni.pictures import omni_columns
+from nnssl.pretrain.omni.pseudo import confidence, labels_of, pseudo_label
+
+__all__ = ["OmniMixin", "make_omni", "teacher_momentum"]
+
+
+def teacher_momentum(step: int, most: float) -> float:
+    """Momentum of the teacher after ``step`` steps: ``min(most, (1 + t) / (10 + t))``, so that it follows the first steps."""
+    return min(most, (1 + step) / (10 + step))
+
+
+class OmniMixin(Method):
+    """Stands before a method in the bases of the class that :func:`make_omni` makes; all of its own state is named ``omni_*``.
+
+    Attributes:
+        omni: the options.
+        omni_varied: whether labelled cases differ in what is annotated.
+        omni_loss, omni_semi_loss: on labels and on pseudo-labels, whose doubtful voxels are ignored.
+        omni_teacher: the moving average, or the snapshot.
+    """
+
+    omni: ClassVar[OmniConfig]
+    omni_varied: ClassVar[bool] = False
+    omni_snapshot_taken: Tensor
+
+    def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: Any) -> None:
+        super().__init__(network, plan, request, config)
+        manager = plan.manager.get_label_manager(plan.dataset_json)
+        self.omni_ignore = ignore_value(plan)
+        self.omni_augmentation = TrainingAugmentation.of(plan, self.omni.patch or plan.patch_size, self.omni.mirror)
+        self.omni_loss = SegmentationLoss(plan, manager.ignore_label, varied=self.omni_varied)
+        self.omni_semi_loss = SegmentationLoss(plan, self.omni_ignore)
+        self.omni_order = [int(c) for c in manager.regions_class_order] if manager.has_regions else None
+        self.omni_teacher = EMA(network)
+        self.register_buffer("omni_snapshot_taken", torch.zeros((), dtype=torch.bool))
+        inner: Any = unwrap(network).requires_grad_(True)
+        heads = inner.decoder.seg_layers
+        for head, weight in zip(reversed(heads), deep_weights(len(heads))):
+            head.requires_grad_(weight > 0)  # nnU-Net gives the lowest output no weight: its head would get no gradient
+
+    # ---- batches -------------------------------------------------------------------------------------------------
+
+    def views(self, crops: Any, draws: Draws) -> Batch:
+        """The method's own batch, and patches as the network is to see them.
+
+        Returns:
+            ``ssl``: the method's batch; ``labelled`` (``data``, ``targets``, ``annotated``) and, in the second stage, ``semi``
+            (``data``, ``clean``, and how the view lies in the window) where there are such patches.
+        """
+        found: OmniCrops = crops
+        batch: Batch = {"ssl": super().views(found.ssl, draws)}
+        if found.labelled is not None:
+            batch["labelled"] = self._labelled(found.labelled, draws)
+        if found.unlabelled is not None:
+            self._take_snapshot()
+            batch["semi"] = self._semi(found.unlabelled, draws)
+        return batch
+
+    def _labelled(self, patches: Patches, draws: Draws) -> Batch:
+        how = self.omni_augmentation
+        if patches.label is None:
+            raise ValueError("labelled patches without labels")
+        if patches.augment:
+            own = draws.fork(patches.total, patches.first, len(patches))
+            grid = draw_grid(own, how, patches.data.shape[2:])
+            data, label = alter(warp(patches.data, grid), own, how.masked), move_label(patches.label, grid, outside=0)
+        else:
+            data, label = _middle(patches.data, how.size), middle_label(patches.label, how.size, outside=0)
+        return {"data": data, "label": label, "targets": self.omni_loss.targets(label), "annotated": patches.annotated}
+
+    def _semi(self, patches: Patches, draws: Draws) -> Batch:
+        how = self.omni_augmentation
+        clean = _middle(patches.data, how.size)
+        batch: Batch = {"data": clean, "clean": clean, "grid": None, "window": tuple(patches.data.shape[2:])}
+        if patches.augment:
+            own = draws.fork(patches.total, patches.first, len(patches))
+            batch["grid"] = draw_grid(own, how, patches.data.shape[2:])
+            batch["data"] = alter(warp(patches.data, batch["grid"]), own, how.masked)
+        return batch
+
+    # ---- the teacher ---------------------------------------------------------------------------------------------
+
+    def omni_network(self) -> nn.Module:
+        """The network that makes pseudo-labels now: the teacher, or before its snapshot is taken the student."""
+        if self.omni.teacher == "snapshot" and not bool(self.omni_snapshot_taken):
+            return self.network
+        return self.omni_teacher.module
+
+    @torch.no_grad()
+    def _take_snapshot(self) -> None:
+        if self.omni.teacher == "snapshot" and not bool(self.omni_snapshot_taken):
+            self.omni_teacher.update(self.network, 0.0)
+            self.omni_snapshot_taken.fill_(True)
+
+    def after_step(self, progress: Progress) -> None:
+        """The method's own, and the moving average."""
+        super().after_step(progress)
+        if self.omni.teacher == "ema":
+            self.omni_teacher.update(self.network, teacher_momentum(progress.step, self.omni.momentum))
+
+    @torch.no_grad()
+    def omni_logits(self, x: Tensor, network: nn.Module | None = None) -> Tensor:
+        """What the teacher (or another network) makes of clean patches: logits ``(B, K, *size)`` float32."""
+        teacher: Any = unwrap(self.omni_network() if network is None else network)
+        return segment(teacher, teacher.encoder(x), deep=False)[0].float()
+
+    def omni_labels(self, logits: Tensor) -> Tensor:
+        """Logits -> label map ``(B, 1, *size)`` int64, as nnU-Net writes it."""
+        return labels_of(logits, self.omni_order)
+
+    def omni_confidence(self, logits: Tensor) -> Tensor:
+        """Logits -> probability of the label that :meth:`omni_labels` gives, ``(B, 1, *size)``."""
+        return confidence(logits, regions=self.omni_order is not None)
+
+    # ---- losses --------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """The method's own loss, plus segmentation.
+
+        Args:
+            batch: from :meth:`views`.
+
+        Returns:
+            ``total = ssl_weight ssl + seg_weight seg + semi_weight semi``; ``ssl``, the method's own total, and its terms;
+            ``seg`` and ``semi``, nnU-Net's loss, with their ``_dice`` and ``_ce``; ``confident``, the share of voxels that
+            pseudo-labels teach; ``stage``, 1 or 2.
+        """
+        own = super().loss(batch["ssl"])
+        total = self.omni.ssl_weight * own["total"]
+        terms = {"ssl": own["total"].detach()}
+        zero = torch.zeros((), device=total.device)
+        if "labelled" in batch:
+            part = batch["labelled"]
+            network: Any = unwrap(self.network)
+            outputs = segment(network, network.encoder(part["data"]))
+            dice, ce = self.omni_loss(outputs, part["targets"], part["annotated"])
+            total = total + self.omni.seg_weight * (dice + ce)
+            terms.update(seg=(dice + ce).detach(), seg_dice=dice.detach(), seg_ce=ce.detach())
+        if "semi" in batch:
+            dice, ce, confident = self._semi_loss(batch["semi"])
+            total = total + self.omni.semi_weight * (dice + ce)
+            terms.update(semi=(dice + ce).detach(), semi_dice=dice.detach(), semi_ce=ce.detach(), confident=confident)
+        elif self.training:
+            terms.update(semi=zero, semi_dice=zero, semi_ce=zero, confident=zero)
+        if self.training:
+            terms["stage"] = zero + (2.0 if "semi" in batch else 1.0)
+        return {"total": total, **terms, **{k: v for k, v in own.items() if k != "total"}}
+
+    def _semi_loss(self, part: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Dice, cross-entropy, and the share of voxels that count."""
+        target = self._pseudo(part)
+        network: Any = unwrap(self.network)
+        with torch.set_grad_enabled(self.omni.semi_through_encoder and torch.is_grad_enabled()):
+            skips = network.encoder(part["data"])
+        dice, ce = self.omni_semi_loss(segment(network, skips), self.omni_semi_loss.targets(target))
+        return dice, ce, (target != self.omni_ignore).float().mean()
+
+    @torch.no_grad()
+    def _pseudo(self, part: Batch) -> Tensor:
+        """Pseudo-labels where the student's view shows them: ``(B, 1, *size)`` int64."""
+        if self.omni.pseudo_from == "augmented":
+            logits = self.omni_logits(part["data"])
+            return pseudo_label(logits, self.omni.threshold, self.omni_ignore, self.omni_order)
+        made = pseudo_label(self.omni_logits(part["clean"]), self.omni.threshold, self.omni_ignore, self.omni_order)
+        if part["grid"] is None:
+            return made
+        margin = [(w - s) // 2 for w, s in zip(part["window"], made.shape[2:])]
+        rest = [w - s - m for w, s, m in zip(part["window"], made.shape[2:], margin)]
+        pad = [n for pair in reversed(list(zip(margin, rest))) for n in pair]
+        return move_label(F.pad(made, pad, value=-1), part["grid"], outside=self.omni_ignore)
+
+    # ---- what the engine asks ------------------------------------------------------------------------------------
+
+    def pretrained_parts(self) -> dict[str, Any]:
+        """The encoder and all decoder stages."""
+        return {"encoder": True, "decoder_stages": list(range(self.plan.n_stages - 1))}
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """The method's own, over what it trains and the rest of the network."""
+        optimiser = super().optimiser()
+        known = {id(p) for group in optimiser.param_groups for p in group["params"]}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
+        if rest:
+            optimiser.add_param_group({"params": rest})
+        return optimiser
+
+    def embed(self, batch: Batch) -> Tensor | None:
+        """The method's own."""
+        return super().embed(batch["ssl"])
+
+    def pictures(self, batch: Batch) -> Picture | None:
+        """The method's own columns, then held-out patches with their labels and what the teacher makes of them."""
+        own = super().pictures(batch["ssl"])
+        columns = dict(own.columns) if own is not None else {}
+        if "labelled" in batch:
+            part = batch["labelled"]
+            columns.update(omni_columns(part["data"], part["label"], self.omni_labels(self.omni_logits(part["data"]))))
+        title = own.title if own is not None else ""
+        return Picture(columns, f"{title}; pseudo-labels should look like labels") if columns else None
+
+    def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
+        """The method's own, on its own loss."""
+        own = [{**terms, "total": terms["ssl"]} if "ssl" in terms else terms for terms in (first, last)]
+        return super().verdict(*own)
+
+
+def _middle(x: Tensor, size: Sequence[int]) -> Tensor:
+    return central_crop(x, size).contiguous()
+
+
+def make_omni(base: type[Method], config: OmniConfig, varied: bool = False) -> type[Method]:
+    """A method that learns from labels and pseudo-labels beside ``base``.
+
+    Args:
+        base: any registered method; its options stay its own.
+        config: the options of the stages.
+        varied: whether labelled cases differ in what is annotated.
+
+    Returns:
+        A class that the engine uses like any other; it is not registered. Its name is that of ``base`` with ``Omni`` behind it.
+    """
+    own = {"name": f"{base.name}Omni", "omni": config, "omni_varied": varied, "__doc__": base.__doc__}
+    return type(f"Omni{base.__name__}", (OmniMixin, base), own)

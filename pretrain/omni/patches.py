@@ -1,0 +1,207 @@
+"""Labelled patches from disk: parts of image and segmentation, around labelled voxels as often as nnU-Net has them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from torch import Tensor
+
+from nnssl.errors import NnsslError
+from nnssl.plans import Plan
+from nnssl.pretrain.data.sampling import HELD_OUT, draw_cases, draw_start, generator
+from nnssl.pretrain.omni.cases import LabelledCase, class_locations
+
+__all__ = ["COMPARED", "LABELLED", "UNLABELLED", "LabelledDataset", "LabelledPatch", "Patches", "stack"]
+
+UNLABELLED, LABELLED, COMPARED = 2, 3, 4
+"""Streams of random numbers beside those of :mod:`nnssl.pretrain.data.sampling`."""
+
+_OPEN: dict[str, Any] = {"mode": "r", "dparams": {"nthreads": 1}} | ({} if os.name == "nt" else {"mmap_mode": "r"})
+
+
+@dataclass(frozen=True)
+class LabelledPatch:
+    """One patch: image ``(C, *window)`` float32 and labels ``(1, *window)`` int16, -1 outside of the image."""
+
+    data: np.ndarray
+    label: np.ndarray
+    case: LabelledCase
+
+
+@dataclass
+class Patches:
+    """Patches of one step on one rank.
+
+    Attributes:
+        data: ``(B, C, *window)`` float32.
+        label: ``(B, 1, *window)`` int16, or None where there are no labels.
+        annotated: heads that are annotated in each sample, None in a sample: all.
+        case: names of the cases.
+        first, total: number of the first one among all of the step, and how many these are over all ranks.
+        augment: whether they are to be augmented.
+    """
+
+    data: Tensor
+    label: Tensor | None
+    annotated: list[tuple[int, ...] | None]
+    case: list[str]
+    first: int
+    total: int
+    augment: bool = True
+
+    def _map(self, data: Tensor, label: Tensor | None) -> Patches:
+        return Patches(data, label, self.annotated, self.case, self.first, self.total, self.augment)
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> Patches:
+        """Move to ``device``, without waiting where memory is pinned."""
+        label = None if self.label is None else self.label.to(device, non_blocking=non_blocking)
+        return self._map(self.data.to(device, non_blocking=non_blocking), label)
+
+    def pin_memory(self) -> Patches:
+        """Called by torch's DataLoader."""
+        return self._map(self.data.pin_memory(), None if self.label is None else self.label.pin_memory())
+
+    def __len__(self) -> int:
+        return int(self.data.shape[0])
+
+
+def stack(samples: Sequence[LabelledPatch], first: int, total: int, augment: bool = True) -> Patches:
+    """A batch of patches."""
+    return Patches(
+        torch.from_numpy(np.stack([s.data for s in samples])),
+        torch.from_numpy(np.stack([s.label for s in samples])),
+        [s.case.annotated for s in samples],
+        [s.case.name for s in samples],
+        first,
+        total,
+        augment,
+    )
+
+
+class LabelledDataset:
+    """Labelled patches by ``(step, sample)``: a pure function of these and the seed. It holds no images, and pickles.
+
+    Args:
+        cases: to draw from.
+        folder: of the preprocessed cases.
+        plan: channels and labels.
+        size: voxels per axis that the network sees.
+        window: voxels that are read around them.
+        seed: of the run.
+        batch: patches a step over all ranks. As in nnU-Net its last ``foreground`` are around a labelled voxel.
+        foreground: their share.
+        stream: of random numbers.
+        in_turn: walk through the cases in a fixed order instead of drawing them.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[LabelledCase],
+        folder: Path,
+        plan: Plan,
+        size: Sequence[int],
+        window: Sequence[int],
+        *,
+        seed: int,
+        batch: int,
+        foreground: float,
+        stream: int = LABELLED,
+        in_turn: bool = False,
+    ) -> None:
+        if not cases:
+            raise NnsslError("There are no labelled cases to draw patches from.")
+        manager = plan.manager.get_label_manager(plan.dataset_json)
+        self.cases, self.folder = list(cases), folder
+        self.flat = plan.dim == 2
+        self.size = (1, *size) if self.flat else tuple(size)
+        self.window = (1, *window) if self.flat else tuple(window)
+        self.n_channels, self.seed, self.batch, self.foreground = plan.n_channels, seed, batch, foreground
+        self.stream, self.in_turn = stream, in_turn
+        self.anywhere = (-1, *manager.all_labels)
+        """nnU-Net's key for all voxels that are annotated, where there is an ignore label."""
+        self.has_ignore = bool(manager.has_ignore_label)
+        self.heads: list[Any] = list(manager.foreground_regions if manager.has_regions else manager.foreground_labels)
+        self.from_zero = bool(manager.has_regions)
+
+    def __getitem__(self, item: tuple[int, int]) -> LabelledPatch:
+        """Draw a patch.
+
+        Raises:
+            NnsslError: the case's files are missing or damaged, or hold NaN or infinite voxels there.
+        """
+        step, sample = item
+        drawn = draw_cases(self.seed, step, HELD_OUT if self.in_turn else self.stream, len(self.cases), self.batch)
+        case = self.cases[int(drawn[sample])]
+        image, label = self._open(f"{case.name}.b2nd"), self._open(f"{case.name}_seg.b2nd")
+        if (
+            len(image.shape) != 4
+            or image.shape[0] != self.n_channels
+            or tuple(image.shape[1:]) != tuple(label.shape[1:])
+        ):
+            raise NnsslError(
+                f"Labelled case {case.name}: image {tuple(image.shape)} and segmentation {tuple(label.shape)} do not fit each "
+                f"other or the plan ({self.n_channels} channels). Preprocess the dataset again."
+            )
+        rng = generator(self.seed, step, self.stream, sample)
+        wanted = sample >= round(self.batch * (1 - self.foreground))
+        start = self._start(case, image.shape[1:], rng, wanted)
+        box = [[int(s), int(s) + int(w)] for s, w in zip(start, self.window)]
+        try:
+            data = np.ascontiguousarray(crop_and_pad_nd(image, box, 0), dtype=np.float32)
+            seg = np.ascontiguousarray(crop_and_pad_nd(label, box, -1), dtype=np.int16)[:1]
+        except (RuntimeError, OSError, ValueError) as error:
+            raise NnsslError(
+                f"Labelled case {case.name} in {self.folder} is damaged ({error}). Preprocess it again."
+            ) from error
+        if not np.isfinite(data.sum(dtype=np.float64)):
+            raise NnsslError(
+                f"Labelled case {case.name} has NaN or infinite voxels. Leave it out with --labelled-cases."
+            )
+        return LabelledPatch(data[:, 0], seg[:, 0], case) if self.flat else LabelledPatch(data, seg, case)
+
+    def _open(self, name: str) -> Any:
+        file = self.folder / name
+        try:
+            return blosc2.open(urlpath=str(file), **_OPEN)
+        except Exception as error:  # blosc2 raises several kinds
+            what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+            raise NnsslError(f"--labelled: {file} {what}. Preprocess the dataset again.") from error
+
+    def _start(self, case: LabelledCase, shape: Sequence[int], rng: np.random.Generator, wanted: bool) -> np.ndarray:
+        """First voxel of the window; negative outside of the image."""
+        voxel = self._voxel(case, rng, wanted) if wanted or self.has_ignore else None
+        if voxel is None:
+            return draw_start(rng, shape, self.window, self.size)
+        start = []
+        for n, v, s, w in zip(shape, voxel, self.size, self.window):
+            first = min(max(0, int(v) - s // 2), n - s) if n > s else (n - s) // 2
+            start.append(first - (w - s) // 2)
+        return np.asarray(start, dtype=np.int64)
+
+    def _voxel(self, case: LabelledCase, rng: np.random.Generator, wanted: bool) -> np.ndarray | None:
+        """A voxel of one of the annotated classes, or, not ``wanted``, any that is annotated at all; None: there is none."""
+        known = {k: v for k, v in class_locations(self.folder, case.name).items() if len(v)}
+        if wanted:
+            offset = 0 if self.from_zero else 1
+            heads = self.heads if case.annotated is None else [self.heads[i - offset] for i in case.annotated]
+            keys = [k for k in known if _plain(k) in [_plain(h) for h in heads]]
+        else:
+            keys = []
+        if not keys:
+            keys = [k for k in known if _plain(k) == self.anywhere] if self.has_ignore else []
+        if not keys:
+            return None
+        voxels = known[keys[int(rng.integers(len(keys)))]]
+        return np.asarray(voxels[int(rng.integers(len(voxels)))][1:])
+
+
+def _plain(key: Any) -> Any:
+    return tuple(int(i) for i in key) if isinstance(key, (tuple, list)) else int(key)

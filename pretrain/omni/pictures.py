@@ -1,0 +1,50 @@
+"""Columns of ``views_epoch_*.png``: patches with labels beside pseudo-labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["omni_columns"]
+
+_COLOURS = np.array(
+    [
+        [0.90, 0.35, 0.25],
+        [0.25, 0.60, 0.90],
+        [0.35, 0.75, 0.35],
+        [0.95, 0.75, 0.20],
+        [0.65, 0.40, 0.80],
+        [0.30, 0.75, 0.75],
+    ]
+)
+
+
+def omni_columns(data: Tensor, label: Tensor, made: Tensor, rows: int = 4) -> dict[str, np.ndarray]:
+    """Slices with most labelled voxels: the labels, and the pseudo-labels, over the image.
+
+    Args:
+        data: ``(B, C, *size)``.
+        label, made: ``(B, 1, *size)`` integers.
+        rows: most rows.
+
+    Returns:
+        caption -> ``(rows, H, W, 3)`` in [0, 1].
+    """
+    label, made, data = label[:rows], made[:rows], data[:rows, 0].float()
+    if data.ndim == 4:
+        best = (label[:, 0] > 0).flatten(2).sum(2).argmax(1)
+        at = torch.arange(len(data), device=data.device), best
+        image, labels, pseudo = data[at], label[:, 0][at], made[:, 0][at]
+    else:
+        image, labels, pseudo = data, label[:, 0], made[:, 0]
+    grey = image.cpu().numpy()
+    low, high = np.percentile(grey, (0.5, 99.5))
+    grey = np.clip((grey - low) / max(high - low, 1e-6), 0, 1)
+    return {"held-out labels": _over(grey, labels.cpu().numpy()), "pseudo-labels": _over(grey, pseudo.cpu().numpy())}
+
+
+def _over(grey: np.ndarray, label: np.ndarray) -> np.ndarray:
+    rgb = np.repeat(grey[..., None], 3, -1)
+    colour = _COLOURS[(label - 1) % len(_COLOURS)]
+    return np.where(label[..., None] > 0, 0.55 * rgb + 0.45 * colour, rgb)

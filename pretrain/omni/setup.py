@@ -1,0 +1,163 @@
+"""From ``--labelled`` to what a run needs: the method, what is read beside its crops, the watcher, and the record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnssl.errors import NnsslError
+from nnssl.plans import Plan, dataset_id
+from nnssl.plans.labels import ALL
+from nnssl.pretrain.augment.nnunet import TrainingAugmentation
+from nnssl.pretrain.data import Pool
+from nnssl.pretrain.methods.base import Method
+from nnssl.pretrain.omni.agreement import AgreementHook
+from nnssl.pretrain.omni.cases import LabelledSet, find_labelled
+from nnssl.pretrain.omni.companion import OmniCompanion, Sizes
+from nnssl.pretrain.omni.config import OMNI_RUNTIME, OmniConfig, resolve_omni
+from nnssl.pretrain.omni.method import make_omni
+from nnssl.pretrain.options import config_dict
+
+__all__ = ["FOLDER", "Omni", "prepare_omni"]
+
+log = logging.getLogger("nnssl")
+
+FOLDER = "Omni"
+"""Stands behind the method's name in the output folder."""
+
+
+@dataclass(frozen=True)
+class Omni:
+    """The labelled part of a run.
+
+    Attributes:
+        plan: of the labelled dataset.
+        config: the options.
+        cases: the labelled cases.
+        sizes: of the patches.
+    """
+
+    plan: Plan
+    config: OmniConfig
+    cases: LabelledSet
+    sizes: Sizes
+
+    def method(self, base: type[Method]) -> type[Method]:
+        """The class that the engine trains."""
+        return make_omni(base, self.config, varied=len({c.annotated for c in self.cases.train}) > 1)
+
+    def companion(self, pool: Pool, seed: int, steps: int, weights: dict[str, float] | None = None) -> OmniCompanion:
+        """What reads the patches of a run of that many steps; ``weights`` of the sources, as of the crops."""
+        return OmniCompanion(
+            self.plan,
+            pool,
+            self.cases,
+            self.sizes,
+            seed=seed,
+            switch=self.switch(steps),
+            augment=self.config.augment,
+            weights=weights,
+        )
+
+    def hook(self, companion: OmniCompanion) -> AgreementHook:
+        """The watcher."""
+        return AgreementHook(self.config, companion)
+
+    def switch(self, steps: int) -> int:
+        """First step of the second stage; ``steps`` where there is none."""
+        return round(self.config.switch * steps)
+
+    def identity(self) -> dict[str, Any]:
+        """What a continued run must have in common."""
+        options = {k: v for k, v in config_dict(self.config).items() if k not in OMNI_RUNTIME}
+        return {
+            "labelled": self.cases.identity(),
+            "options": options,
+            "patch": list(self.sizes.size),
+            "batch": self.sizes.labelled,
+            "unlabelled": self.sizes.unlabelled,
+        }
+
+    def introduce(self, steps: int) -> None:
+        """Tell what is going to happen, and what the labels that are learnt from mean for an evaluation."""
+        s, switch, number = self.sizes, self.switch(steps), dataset_id(self.cases.dataset)
+        log.info(
+            "Labels: %d cases of %s (%s), %d labelled cases held out; %d patches of %s a step.",
+            len(self.cases.train),
+            self.cases.dataset,
+            self.cases.why,
+            len(self.cases.held_out),
+            s.labelled,
+            "x".join(map(str, s.size)),
+        )
+        if switch < steps:
+            log.info(
+                "Pseudo-labels: from step %d of %d on %d patches a step, by the %s; voxels below %.2f are ignored.",
+                switch,
+                steps,
+                s.unlabelled,
+                "moving average of the network" if self.config.teacher == "ema" else "network's snapshot at that step",
+                self.config.threshold,
+            )
+        else:
+            log.info("Pseudo-labels: none (-o omni.switch=%g).", self.config.switch)
+        if self.config.fold == ALL or self.cases.why.startswith("listed"):
+            text = (
+                "a fold that validates on one of these cases has seen its labels: evaluate on images that are in none"
+            )
+        else:
+            text = (
+                f"only fold {self.config.fold} of {number} can be fine-tuned and validated with it; for another fold K type "
+                f"-o omni.fold=K --name foldK"
+            )
+        log.info("The result has learnt from the labels of these cases: %s.", text)
+
+
+def prepare_omni(
+    plan: Plan,
+    given: Mapping[str, Any],
+    saved: Mapping[str, Any] | None = None,
+    *,
+    cases: str | Path | None = None,
+    ranks: int = 1,
+) -> Omni:
+    """Resolve options and choose the labelled cases. Reads no image.
+
+    Args:
+        plan: of the labelled dataset, which is the target.
+        given: options without the prefix ``omni.``.
+        saved: ``config.json`` of the run that is continued.
+        cases: file of ``--labelled-cases``.
+        ranks: number of processes.
+
+    Raises:
+        NnsslError: no labels, unknown cases or options, a patch that the network cannot take, batches that cannot be shared.
+    """
+    if plan.is_primus:
+        raise NnsslError(
+            f"--labelled trains a U-Net with its decoder, and the network of plans '{plan.plans_name}' is a {plan.network_class}."
+        )
+    old = (saved or {}).get("identity", {}).get("omni", {})
+    config = resolve_omni(given, old.get("options"))
+    found = find_labelled(plan, fold=config.fold, annotated=config.annotated, cases=Path(cases) if cases else None)
+    size = tuple(config.patch) or plan.patch_size
+    stride = plan.total_stride
+    if len(size) != plan.dim or any(n % t for n, t in zip(size, stride)) or all(n == t for n, t in zip(size, stride)):
+        raise NnsslError(
+            f"-o omni.patch={','.join(map(str, size))}: {plan.dim} multiples of {','.join(map(str, stride))} are wanted, the "
+            "total stride of the network, and more than one of them on some axis."
+        )
+    labelled = _shared(config.batch, -(-plan.batch_size // ranks) * ranks, ranks, "omni.batch")
+    unlabelled = _shared(config.unlabelled, labelled, ranks, "omni.unlabelled")
+    window = TrainingAugmentation.of(plan, size).window if config.augment else size
+    return Omni(plan, config, found, Sizes(size, window, labelled, unlabelled, config.foreground))
+
+
+def _shared(asked: int | None, default: int, ranks: int, name: str) -> int:
+    value = default if asked is None else asked
+    if value % ranks:
+        raise NnsslError(f"-o {name}={value} cannot be shared by {ranks} processes; use a multiple of {ranks}.")
+    return value
