@@ -17,25 +17,27 @@ from nnssl.distributed import gather_with_grad
 __all__ = ["DinoHead", "RunningStandardisation", "pool_stages"]
 
 
-def pool_stages(maps: Sequence[Tensor], active: Sequence[Tensor] | None = None) -> Tensor:
+def pool_stages(maps: Sequence[Tensor], active: Sequence[Tensor] | None = None, *, maximum: bool = True) -> Tensor:
     """Mean and maximum of feature maps, concatenated, in float32.
 
     Args:
         maps: ``(B, C_i, *size_i)``.
         active: per map ``(B, 1, *size_i)`` bool, places that count; all by default.
+        maximum: False for the mean alone, which is enough under LayerNorm.
 
     Returns:
-        ``(B, 2 * sum(C_i))``.
+        ``(B, 2 * sum(C_i))``, or ``(B, sum(C_i))`` without the maximum.
     """
     out = []
     for i, x in enumerate(maps):
         flat = x.float().flatten(2)
         if active is None:
-            out += [flat.mean(-1), flat.amax(-1)]
+            out += [flat.mean(-1), flat.amax(-1)] if maximum else [flat.mean(-1)]
             continue
         on = active[i].flatten(2)
         out += [torch.where(on, flat, 0.0).sum(-1) / on.sum(-1).clamp_min(1)]
-        out += [torch.where(on.any(-1), flat.masked_fill(~on, -torch.inf).amax(-1), 0.0)]
+        if maximum:
+            out += [torch.where(on.any(-1), flat.masked_fill(~on, -torch.inf).amax(-1), 0.0)]
     return torch.cat(out, 1)
 
 
@@ -91,7 +93,7 @@ class DinoHead(nn.Module):
 
     Args:
         width: of the input.
-        prototypes: K.
+        prototypes: K; 0 where nothing but the embedding is wanted.
         hidden: width of the two hidden layers.
         bottleneck: width of the embedding.
     """
@@ -107,10 +109,14 @@ class DinoHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.prototypes = nn.Parameter(nn.init.trunc_normal_(torch.empty(prototypes, bottleneck), std=0.02))
 
+    def project(self, x: Tensor) -> Tensor:
+        """``(B, width)`` -> ``(B, bottleneck)`` float32, of any length."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.mlp(x.float())
+
     def embed(self, x: Tensor) -> Tensor:
         """``(B, width)`` -> ``(B, bottleneck)`` float32, of unit length."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.normalize(self.mlp(x.float()), dim=1)
+        return F.normalize(self.project(x), dim=1)
 
     def logits(self, z: Tensor) -> Tensor:
         """Embeddings ``(B, bottleneck)`` -> ``(B, K)`` float32 in [-1, 1]; 0 where prototypes are 0."""

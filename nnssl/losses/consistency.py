@@ -1,7 +1,8 @@
 """Agreement of a student's views with a teacher's, as distributions over prototypes; DINO's form (arXiv:2104.14294).
 
 ``q = softmax((P_m(z^c) - c) / tau_t)`` without gradient, ``H(q, z) = - sum_k q_k log softmax(P_s(z) / tau_s)_k``. The centre
-``c`` and a low ``tau_t`` pull in opposite directions; :class:`Health` tells when one of them wins.
+``c`` and a low ``tau_t`` pull in opposite directions; :class:`Health` tells when one of them wins. :func:`alignment` is
+what there is without prototypes; it needs a predictor and :func:`variance_hinge`, without which all images end at one place.
 """
 
 from __future__ import annotations
@@ -12,9 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnssl.distributed import mean_over_ranks
+from nnssl.distributed import gather_with_grad, mean_over_ranks
 
-__all__ = ["Centre", "Health", "consistency", "diagnose", "entropy", "teacher_targets"]
+__all__ = [
+    "Centre",
+    "Health",
+    "alignment",
+    "consistency",
+    "diagnose",
+    "embedding_spread",
+    "entropy",
+    "retrieval",
+    "teacher_targets",
+    "variance_hinge",
+]
 
 
 @torch.no_grad()
@@ -44,6 +56,69 @@ def consistency(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
         log_p = F.log_softmax(logits.float() / temperature, -1)
         # H is linear in q: the mean over p x v pairs is that of the mean target.
         return -(targets.mean(0, keepdim=True) * log_p).sum(-1).mean()
+
+
+def alignment(predictions: Tensor, targets: Tensor, kind: str) -> Tensor:
+    """Mean distance over all pairs of a teacher's and a student's view of the same volume.
+
+    Args:
+        predictions: ``(v, B, D)``, of the student's predictor.
+        targets: ``(p, B, D)``, of the teacher's projector; no gradient goes through them.
+        kind: ``"cosine"``: ``1 - cos(z, e)``; ``"mse"``: ``|z - e|^2 / D``.
+
+    Returns:
+        ``()`` float32.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in ("cosine", "mse"):
+        raise ValueError(f"kind must be 'cosine' or 'mse', not '{kind}'")
+    with torch.autocast(predictions.device.type, enabled=False):
+        z, e = predictions.float()[None], targets.detach().float()[:, None]
+        if kind == "cosine":
+            return 1.0 - F.cosine_similarity(z, e, dim=-1).mean()
+        return (z - e).square().mean()
+
+
+def variance_hinge(z: Tensor, eps: float = 1e-4) -> Tensor:
+    """``mean over views and coordinates of max(0, 1 - sqrt(var + eps))``, the variance over volumes and ranks.
+
+    Bardes et al. 2022, VICReg (arXiv:2105.04906), eq. 1, with the biased variance. 0 where images differ enough, 1 where
+    they are all the same.
+
+    Args:
+        z: ``(v, B, D)`` embeddings; unit vectors are to come times sqrt(D).
+        eps: keeps the gradient of the root finite.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        everyone = gather_with_grad(z.float().transpose(0, 1).contiguous())  # (B, v, D)
+        return F.relu(1.0 - (everyone.var(0, unbiased=False) + eps).sqrt()).mean()
+
+
+@torch.no_grad()
+def embedding_spread(z: Tensor) -> Tensor:
+    """SD of the coordinates of unit vectors ``(N, D)`` times sqrt(D), over ranks: about 1 is healthy, 0 collapsed."""
+    z = gather_with_grad(z)
+    return z.std(0, unbiased=False).mean() * z.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def retrieval(local: Tensor, whole: Tensor, volume: Tensor) -> tuple[Tensor, Tensor]:
+    """How often the global view nearest to a local one is of the same volume.
+
+    Args:
+        local: ``(q, B, D)`` unit embeddings of local views.
+        whole: ``(B, D)`` of one global view of each volume; those of all ranks are looked at.
+        volume: ``(B,)`` int64, equal for crops of one volume.
+
+    Returns:
+        Share of hits, and the share that guessing would have, both over ranks.
+    """
+    anchors, names = gather_with_grad(whole.contiguous()), gather_with_grad(volume.contiguous())
+    same = names[None] == volume[:, None]  # (B, anchors)
+    hit = same[torch.arange(len(volume), device=volume.device), (local @ anchors.T).argmax(-1)].float().mean()
+    return mean_over_ranks(hit), mean_over_ranks(same.float().mean())
 
 
 @torch.no_grad()
@@ -121,14 +196,16 @@ def diagnose(single: float, mean: float, spread: float, prototypes: int) -> str 
         single: H(q), mean entropy of single targets, in nats.
         mean: H(mean q), entropy of their mean over many images.
         spread: SD of the student's unit embeddings over a batch times sqrt(D); about 1 where images differ.
-        prototypes: K; the largest entropy is ln K.
+        prototypes: K; the largest entropy is ln K. 0 where there are none, and the spread alone tells.
     """
-    most = math.log(prototypes)
     if spread < 0.05:
         return (
             f"collapse: the student embeds all images of a batch at nearly the same place (spread {spread:.3f}, 1 is healthy). "
             "Lower lr or the consistency weights, or raise the batch."
         )
+    if prototypes == 0:
+        return None
+    most = math.log(prototypes)
     if mean < 0.1 * most:
         return (
             f"collapse: the teacher gives every image the same few of {prototypes} prototypes (entropy of the mean target "

@@ -1,0 +1,74 @@
+"""A projector with batch statistics and no learned scale, over the rows that count.
+
+As VoCo's (arXiv:2410.09890): Linear - BN - ReLU - Linear - BN - ReLU - Linear, the norms ``affine=False,
+track_running_stats=False``: the statistics are always the batch's, in evaluation too. They are taken over the rows that are
+given, so that callers decide what the batch is: gather rows over ranks before.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ROW_NORMS", "BatchNormMLP", "standardise_rows"]
+
+ROW_NORMS = ("batch", "row")
+
+
+def standardise_rows(x: Tensor, rows: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Zero mean and unit variance of every feature over the batch, without learned parameters, in float32.
+
+    Args:
+        x: ``(N, D)``.
+        rows: ``(N,)`` bool, rows that count for mean and variance; all by default. The others are scaled like them.
+        eps: added to the variance.
+
+    Returns:
+        ``(N, D)``.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = x if x.dtype == torch.float64 else x.float()
+        if rows is None:
+            mean, var = x.mean(0), x.var(0, unbiased=False)
+        else:
+            weight = rows[:, None].to(x.dtype) / rows.sum().clamp_min(1)
+            mean = (weight * x).sum(0)
+            var = (weight * (x - mean).square()).sum(0)
+        return (x - mean) * (var + eps).rsqrt()
+
+
+class BatchNormMLP(nn.Module):
+    """Three linear maps with normalisation and ReLU between them.
+
+    Args:
+        width: features of the input.
+        hidden: features between the maps.
+        out: features of the output.
+        norm: ``"batch"``, or ``"row"``: each row by itself, what ``InstanceNorm1d`` does to ``(N, D)``; it does not centre
+            the batch, and features that are alike stay alike.
+
+    Raises:
+        ValueError: for an unknown norm.
+    """
+
+    def __init__(self, width: int, hidden: int = 1024, out: int = 1024, *, norm: str = "batch") -> None:
+        super().__init__()
+        if norm not in ROW_NORMS:
+            raise ValueError(f"norm '{norm}' is none of {', '.join(ROW_NORMS)}")
+        self.norm = norm
+        self.maps = nn.ModuleList([nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out)])
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """``(N, width)`` -> ``(N, out)`` float32, not of unit length.
+
+        Args:
+            x: features.
+            rows: ``(N,)`` bool, rows that count for batch statistics; at least two of them.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x = x if x.dtype == torch.float64 else x.float()
+            for linear in list(self.maps)[:-1]:
+                x = linear(x)
+                x = standardise_rows(x, rows) if self.norm == "batch" else nn.functional.layer_norm(x, x.shape[1:])
+                x = x.relu()
+            return self.maps[-1](x)
