@@ -6,6 +6,7 @@ For each seed the same cases and the same length of training, from plan variants
   freeze-unfreeze   nnUNetTrainerPretrainedFreezeUnfreeze
   scratch           the control of each of the two: the same schedule from random weights
   nnunet            nnU-Net's own recipe (SGD, 1e-2, poly, no warm-up) from random weights, on the same cases
+  low-rate          the default with a tenth of its learning rate, and its control
 
 Arms that have a result are not trained again. The Dice is that of the validation cases, which no arm has trained on, or with
 --test-images and --test-labels of those. Differences are paired by seed.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -29,21 +31,29 @@ from nnssl.plans import load_plan, resolve_dataset, write_variant
 from nnssl.plans.figures import trainer_for
 
 SCRATCH = "nnUNetTrainerPretrainedScratch"
-NNUNET = {"peak_lr": 0.01, "warmup": 0.0}
-# arm -> (schedule, its figures, trainer, whether it starts from the checkpoint)
+# kind of plan -> (schedule, its figures)
+PLANS = {
+    "warmuppoly": ("warmup_poly", {}),
+    "freezeunfreeze": ("freeze_unfreeze", {}),
+    "nnunet": ("warmup_poly", {"peak_lr": 0.01, "warmup": 0.0}),
+    "low": ("warmup_poly", {"peak_lr": 0.001}),
+}
+# arm -> (kind of plan, whether it starts from the checkpoint)
 ARMS = {
-    "default": ("warmup_poly", {}, trainer_for("warmup_poly"), True),
-    "default-scratch": ("warmup_poly", {}, SCRATCH, False),
-    "freeze-unfreeze": ("freeze_unfreeze", {}, trainer_for("freeze_unfreeze"), True),
-    "freeze-unfreeze-scratch": ("freeze_unfreeze", {}, SCRATCH, False),
-    "nnunet": ("warmup_poly", NNUNET, SCRATCH, False),
+    "default": ("warmuppoly", True),
+    "default-scratch": ("warmuppoly", False),
+    "freeze-unfreeze": ("freezeunfreeze", True),
+    "freeze-unfreeze-scratch": ("freezeunfreeze", False),
+    "nnunet": ("nnunet", False),
+    "low-rate": ("low", True),
+    "low-rate-scratch": ("low", False),
 }
 
 
 def variant_of(args: argparse.Namespace, arm: str, seed: int) -> str:
     """The plans of an arm, written where they are not there yet. An arm and its control share a plan."""
-    schedule, figures, _, _ = ARMS[arm]
-    kind = "nnunet" if figures is NNUNET else schedule.replace("_", "")
+    kind = ARMS[arm][0]
+    schedule, figures = PLANS[kind]
     name = f"{args.name}-{kind}-n{Path(str(args.labels)).stem.rstrip('%')}-s{seed}"
     base = load_plan(args.d, args.c, args.p)
     told = {
@@ -64,7 +74,8 @@ def variant_of(args: argparse.Namespace, arm: str, seed: int) -> str:
 
 def commands(args: argparse.Namespace, arm: str, plans: str) -> tuple[list[list[str]], Path]:
     """What is run for one arm, and the file that then holds its Dice."""
-    trainer = ARMS[arm][2]
+    kind, pretrained = ARMS[arm]
+    trainer = trainer_for(PLANS[kind][0]) if pretrained else SCRATCH
     folder = results_folder() / resolve_dataset(args.d) / f"{trainer}__{plans}__{args.c}"
     train = ["nnUNetv2_train", str(args.d), args.c, args.fold, "-p", plans, "-tr", trainer, "-device", args.device]
     if not args.test_images:
@@ -83,7 +94,7 @@ def commands(args: argparse.Namespace, arm: str, plans: str) -> tuple[list[list[
         "-f",
         args.fold,
     ]
-    predict += ["-p", plans, "-tr", trainer, "-device", args.device]
+    predict += ["-p", plans, "-tr", trainer, "-device", args.device, *shlex.split(args.predict_options)]
     described = [str(folder / "dataset.json"), "-pfile", str(folder / "plans.json")]
     evaluate = ["nnUNetv2_evaluate_folder", args.test_labels, str(out), "-djfile", *described]
     return [train, predict, evaluate], out / "summary.json"
@@ -122,12 +133,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--fold", default="0")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS)[:5])
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--iterations", type=int)
     parser.add_argument("--val-iterations", type=int)
     parser.add_argument("--test-images")
     parser.add_argument("--test-labels")
+    parser.add_argument(
+        "--predict-options", default="", help='for nnUNetv2_predict, for example "--disable_tta -step_size 0.75"'
+    )
     parser.add_argument("--name", default="few", help="begins the names of the plan variants")
     parser.add_argument("--csv", type=Path, default=Path("few_labels.csv"))
     parser.add_argument("--dry-run", action="store_true", help="only show the commands")

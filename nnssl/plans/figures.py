@@ -7,15 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nnssl.errors import NnsslError, nearest, raise_problems
 
-__all__ = ["DEFAULT_FAMILY", "FAMILIES", "USED", "Figures", "check_options", "family_name", "trainer_for"]
+__all__ = [
+    "DEFAULT_FAMILY",
+    "FAMILIES",
+    "PRIMUS",
+    "PRIMUS_FAMILIES",
+    "USED",
+    "Figures",
+    "check_options",
+    "family_name",
+    "trainer_for",
+]
 
 DEFAULT_FAMILY = "warmup_poly"
 SCRATCH = "nnUNetTrainerPretrainedScratch"
+PRIMUS = ("nnUNetTrainerPretrainedPrimus", "nnUNetTrainerPretrainedPrimusScratch")
+"""The trainers for Primus; both follow whatever family of :data:`PRIMUS_FAMILIES` the plan names."""
 FAMILIES: dict[str, tuple[str, ...]] = {
     "warmup_poly": ("nnUNetTrainerPretrained", SCRATCH),
     "freeze_unfreeze": ("nnUNetTrainerPretrainedFreezeUnfreeze", SCRATCH),
@@ -24,7 +36,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "head_only": ("nnUNetTrainerPretrainedHeadOnly", SCRATCH),
     "linear_probe": ("nnUNetTrainerLinearProbe",),
 }
-"""Family of schedule -> the trainers that follow it. The control without pretraining follows any but the probe's."""
+"""Family of schedule -> the trainers of U-Nets that follow it. The control without pretraining follows any but the probe's."""
+PRIMUS_FAMILIES = tuple(family for family in FAMILIES if family != "linear_probe")
 
 SCHEMA = 1
 LENGTHS = ("epochs", "iterations", "val_iterations")
@@ -41,7 +54,10 @@ USED: dict[str, tuple[str, ...]] = {
 
 _ADAM = {"optimizer": "adam", "peak_lr": 3e-4, "warmup": 0.0}
 _DEFAULTS: dict[str, dict[str, Any]] = {"freeze_unfreeze": _ADAM, "linear_probe": _ADAM}
-_CHOICES = {"optimizer": ("sgd", "adam"), "levels": ("decoder", "encoder")}
+_PRIMUS = {"optimizer": "adamw", "peak_lr": 1e-4}
+SHORT_RUN, SHORT_PEAK_LR = 25_000, 1e-2
+"""Below so many optimiser steps nnU-Net's SGD gets its own learning rate as peak, unless the plan names one."""
+_CHOICES = {"optimizer": ("sgd", "adam", "adamw"), "levels": ("decoder", "encoder")}
 
 
 @dataclass(frozen=True)
@@ -51,15 +67,18 @@ class Figures:
     ``freeze_unfreeze`` and ``linear_probe`` have the defaults of the paper that they come from (Kats et al. 2024, after
     Goncharov et al. 2023): Adam with 3e-4 and no weight decay, the backbone frozen for 15,000 of 45,000 steps and then raised
     from 3e-5 to 3e-4 over 1,200. ``sawtooth`` and ``warmup_poly`` have those of MIC-DKFZ's nnssl (1000 epochs: 50 of warm-up to
-    1e-3; before that 50 for the decoder alone).
+    1e-3; before that 50 for the decoder alone). A Primus is trained with AdamW and 1e-4 whatever the family (MIC-DKFZ's
+    fine-tuning; its training from scratch takes 3e-4).
 
     Attributes:
         epochs: epochs of training.
         iterations: optimiser steps per epoch.
         val_iterations: validation batches per epoch.
-        peak_lr: largest learning rate, reached at the end of the warm-up.
+        peak_lr: largest learning rate, reached at the end of the warm-up. Where the plan does not name one, 1e-2 for SGD in runs
+            of less than :data:`SHORT_RUN` steps: 1e-3 leaves them half trained (``docs/fine-tuning.md`` has the figures).
         warmup: share of the epochs in [0, 1) over which the learning rate rises.
-        optimizer: ``"sgd"`` (nnU-Net's: momentum 0.99, nesterov, weight decay 3e-5) or ``"adam"`` (no weight decay).
+        optimizer: ``"sgd"`` (nnU-Net's: momentum 0.99, nesterov, weight decay 3e-5), ``"adam"`` (no weight decay) or ``"adamw"``
+            (betas 0.9 and 0.98, and the weight decay of the trainer: 0.05 for Primus).
         layer_decay: factor in (0, 1] on the learning rate per stage away from the heads.
         frozen: share of the steps in [0, 1) that the backbone is frozen for.
         ramp: share of the steps in (0, 1) over which the backbone's learning rate then rises, exponentially.
@@ -117,7 +136,10 @@ class Figures:
         """
         ours, name = plans.get("nnssl") or {}, plans.get("plans_name", "?")
         where = f"Plans '{name}' cannot be trained with {trainer}"
-        asked = ours.get("schedule") or family
+        asked, primus = ours.get("schedule") or family, trainer in PRIMUS
+        if primus and asked not in PRIMUS_FAMILIES:
+            can = ", ".join(f.replace("_", "-") for f in PRIMUS_FAMILIES)
+            raise NnsslError(f"{where}: the schedule '{asked}' is for U-Nets only. For Primus there are {can}.")
         if asked != family:
             known = FAMILIES.get(asked)
             use = f"use -tr {' or -tr '.join(known)}" if known else f"this version knows {', '.join(FAMILIES)}"
@@ -128,12 +150,16 @@ class Figures:
         problems += _check_cases(ours.get("train_cases"))
         values = {
             **_DEFAULTS.get(family, {}),
+            **(_PRIMUS if primus else {}),
             **{f.name: ours[f.name] for f in fields(cls) if ours.get(f.name) is not None},
         }
         for key, value in values.items():
             problems += _check(key, value)
         raise_problems(problems, where)
-        return cls(**values)
+        figures = cls(**values)
+        if "peak_lr" not in values and figures.optimizer == "sgd" and figures.steps < SHORT_RUN:
+            figures = replace(figures, peak_lr=SHORT_PEAK_LR)
+        return figures
 
 
 def _check_cases(cases: Any) -> list[str]:
@@ -177,9 +203,9 @@ def family_name(text: str) -> str:
     return name
 
 
-def trainer_for(family: str) -> str:
-    """The trainer to type for a family of schedule."""
-    return FAMILIES[family][0]
+def trainer_for(family: str, primus: bool = False) -> str:
+    """The trainer to type for a family of schedule, and for a U-Net or a Primus."""
+    return PRIMUS[0] if primus else FAMILIES[family][0]
 
 
 def check_options(options: Mapping[str, Any], family: str) -> None:

@@ -55,7 +55,7 @@ def test_trains_from_the_only_pretraining_and_resumes_without_it(dataset, pretra
         nnUNetTrainer.on_epoch_end(trainer),
     )
     trainer.run_training()
-    assert seen == pytest.approx([0.5e-3, 1e-3])
+    assert seen == pytest.approx([0.5e-2, 1e-2])
     folder = Path(trainer.output_folder)
     final = torch.load(folder / "checkpoint_final.pth", weights_only=True)
     assert final["trainer_name"] == "nnUNetTrainer" and final["current_epoch"] == 2
@@ -82,7 +82,7 @@ def test_trains_from_the_only_pretraining_and_resumes_without_it(dataset, pretra
     assert again.current_epoch == 2 and again.provenance == provenance
     again.run_training()
     lrs = again.logger.get_value("lrs", step=None)
-    assert lrs == pytest.approx([0.5e-3, 1e-3, 1e-3 * (2 / 3) ** 0.9, 1e-3 * (1 / 3) ** 0.9])
+    assert lrs == pytest.approx([0.5e-2, 1e-2, 1e-2 * (2 / 3) ** 0.9, 1e-2 * (1 / 3) ** 0.9])
     assert torch.load(folder / "checkpoint_final.pth", weights_only=True)["nnssl_finetuning"] == provenance
 
 

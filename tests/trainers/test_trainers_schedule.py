@@ -18,6 +18,15 @@ def test_defaults_are_nnunets_lengths():
     assert Figures().warmup_epochs == 50
 
 
+def test_short_runs_get_nnunets_own_learning_rate():
+    assert figures(epochs=100, iterations=250).peak_lr == 1e-3
+    assert figures(epochs=100, iterations=249).peak_lr == 1e-2
+    assert figures(epochs=10, peak_lr=2e-3).peak_lr == 2e-3, "what the plan names wins"
+    assert figures(epochs=10, optimizer="adam").peak_lr == 1e-3, "the rule is for SGD"
+    other = {"plans_name": "x", "nnssl": {"epochs": 10, "schedule": "freeze_unfreeze"}}
+    assert Figures.from_plans(other, "freeze_unfreeze", NAME).peak_lr == 3e-4
+
+
 def test_figures_come_from_the_plan():
     got = figures(
         schema=1, schedule=FAMILY, epochs=20, iterations=3, val_iterations=2, peak_lr=0.01, warmup=0.2, base_plans="b"

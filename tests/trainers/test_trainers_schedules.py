@@ -157,7 +157,10 @@ def test_group_names():
     assert group_of("encoder.stages.3.blocks.0.conv1.conv.weight") == "encoder stage 3"
     assert group_of("decoder.encoder.stages.2.0.convs.0.conv.weight") == "encoder stage 2"
     assert group_of("decoder.transpconvs.1.weight") == "decoder stage 1"
-    assert group_of("eva.blocks.0.norm1.weight") == "other"
+    assert group_of("eva.blocks.0.norm1.weight") == "encoder stage 1"
+    assert group_of("eva.pos_embed") == group_of("down_projection.proj.weight") == "encoder stage 0"
+    assert group_of("eva.norm.bias") == "encoder norm" and group_of("up_projection.decode.2.bias") == "up_projection"
+    assert group_of("something.weight") == "other"
 
 
 def test_frozen_batch_normalisations_keep_their_statistics():
@@ -336,7 +339,7 @@ def test_layer_decay_in_training(dataset, pretraining, build, start):
     plans = variant(dataset, "x", layer_decay=0.5, warmup=0.0)
     trainer = start(build(plans=plans))
     rates = [g["lr"] for g in trainer.optimizer.param_groups]
-    assert rates == pytest.approx([1e-3 * 0.5**i for i in range(6)])
+    assert rates == pytest.approx([1e-2 * 0.5**i for i in range(6)])
     assert isinstance(trainer.optimizer, torch.optim.SGD)
     assert run_epoch(trainer) == [EVERYTHING] * 2
 
@@ -392,7 +395,7 @@ def test_one_whole_training_draws_the_rates(dataset, pretraining, build):
     folder = Path(trainer.output_folder)
     assert imread(folder / "progress.png").shape[0] > 6000
     rows = torch.load(folder / "checkpoint_final.pth", weights_only=True)["nnssl_learning_rates"]
-    assert [row["first"]["encoder stage 0"] for row in rows] == pytest.approx([0, 1e-3])
+    assert [row["first"]["encoder stage 0"] for row in rows] == pytest.approx([0, 1e-2])
     assert set(trainer.logger.get_checkpoint()) == {
         *("mean_fg_dice", "ema_fg_dice", "dice_per_class_or_region", "train_losses", "val_losses", "lrs"),
         *("epoch_start_timestamps", "epoch_end_timestamps"),
