@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,12 @@ from nnssl.plans import Plan, check_name, dataset_id, list_datasets
 __all__ = ["PretrainingRun", "find_pretrainings", "find_pretrainings_elsewhere", "list_pretrainings", "output_folder"]
 
 log = logging.getLogger("nnssl")
+
+LONGEST_SOURCES = 80
+"""Characters of a folder's name that may list the datasets learnt from; of more of them a range, their number and a hash tell."""
+
+LONGEST_NAME = 255
+"""Bytes in a folder's name on nearly all file systems."""
 
 CONFIG, FINAL, LATEST = "config.json", "checkpoint_final.pth", "checkpoint_latest.pth"
 
@@ -68,17 +76,26 @@ def output_folder(plan: Plan, method_folder_name: str, sources: Sequence[int | s
         ``nnUNet_results/<Dataset>/nnssl<Method>[_d500_d502][_<name>]__<plans>__<configuration>``.
 
     Raises:
-        NnsslError: for a name that nnU-Net's tools would split, or ``nnUNet_results`` unset.
+        NnsslError: for a name that nnU-Net's tools would split or that is too long, or ``nnUNet_results`` unset.
     """
     own = dataset_id(plan.dataset_name)
     ids = sorted({int(s) if str(s).isdecimal() else dataset_id(str(s)) for s in sources})
     first = "nnssl" + check_name(method_folder_name, "method")
     if ids and ids != [own]:
-        first += "".join(f"_d{i:03d}" for i in ids)
+        listed = "".join(f"_d{i:03d}" for i in ids)
+        if len(listed) > LONGEST_SOURCES:
+            listed = f"_d{ids[0]:03d}to{ids[-1]:03d}n{len(ids)}x{hashlib.sha256(listed.encode()).hexdigest()[:8]}"
+        first += listed
     if name is not None:
         first += f"_{check_name(name)}"
     check_name(plan.plans_name, "plans name")
-    return results_folder() / plan.dataset_name / f"{first}__{plan.plans_name}__{plan.configuration}"
+    folder = f"{first}__{plan.plans_name}__{plan.configuration}"
+    if len(os.fsencode(folder)) > LONGEST_NAME:
+        raise NnsslError(
+            f"the name of the output folder would have {len(os.fsencode(folder))} bytes, and file systems allow "
+            f"{LONGEST_NAME}: {folder}. Choose a shorter --name."
+        )
+    return results_folder() / plan.dataset_name / folder
 
 
 def _read_run(folder: Path) -> PretrainingRun | None:

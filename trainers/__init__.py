@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         nnUNetTrainerPretrainedSawtooth,
     )
     from nnssl.trainers.pretrained import nnUNetTrainerPretrained, nnUNetTrainerPretrainedScratch
+    from nnssl.trainers.primus import nnUNetTrainerPretrainedPrimus, nnUNetTrainerPretrainedPrimusScratch
     from nnssl.trainers.probe import nnUNetTrainerLinearProbe
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "nnUNetTrainerPretrainedFreezeUnfreeze",
     "nnUNetTrainerPretrainedFrozen",
     "nnUNetTrainerPretrainedHeadOnly",
+    "nnUNetTrainerPretrainedPrimus",
+    "nnUNetTrainerPretrainedPrimusScratch",
     "nnUNetTrainerPretrainedSawtooth",
     "nnUNetTrainerPretrainedScratch",
 ]
@@ -51,6 +54,14 @@ TRAINERS: dict[str, tuple[str, str]] = {
     "nnUNetTrainerPretrainedHeadOnly": (
         "nnssl.trainers.families",
         "only the segmentation heads are trained",
+    ),
+    "nnUNetTrainerPretrainedPrimus": (
+        "nnssl.trainers.primus",
+        "the same for plans whose network is a Primus; the plan says which schedule",
+    ),
+    "nnUNetTrainerPretrainedPrimusScratch": (
+        "nnssl.trainers.primus",
+        "its control: the plan's schedule from random weights",
     ),
     "nnUNetTrainerLinearProbe": (
         "nnssl.trainers.probe",

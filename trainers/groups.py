@@ -14,26 +14,39 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nnssl.networks import canonical_state_dict, unwrap
-from nnssl.transfer import HEADS, part_of
+from nnssl.transfer import is_head, part_of
 
 __all__ = ["backbone_groups", "build_optimizer", "changed_parts", "group_of", "hold_statistics", "parameter_groups"]
 
 _STAGE = re.compile(r"(?:decoder\.)?encoder\.stages\.(\d+)\.")
+_BLOCK = re.compile(r"eva\.blocks\.(\d+)\.")
+_LAST = "encoder norm"
 
 
 def group_of(name: str) -> str:
-    """The group of a parameter: ``"encoder stage 0"`` (with the stem), ..., ``"decoder stage 0"``, ..., ``"seg_layers"``."""
+    """The group of a parameter: ``"encoder stage 0"`` (with the stem), ..., ``"decoder stage 0"``, ..., ``"seg_layers"``.
+
+    Of a Primus: ``"encoder stage 0"`` is the embedding with its positions, then come the transformer blocks from 1 on,
+    ``"encoder norm"`` behind the last of them, and ``"up_projection"``.
+    """
     part = part_of(name)
     if part != "encoder":
         return part
+    block = _BLOCK.match(name)
+    if block:
+        return f"encoder stage {int(block.group(1)) + 1}"
+    if name.startswith("eva.norm."):
+        return _LAST
     stage = _STAGE.match(name)
     return f"encoder stage {stage.group(1) if stage else 0}"
 
 
 def _depth(group: str) -> tuple[int, int]:
     """Sorts from the heads down to the stem."""
-    if group == HEADS:
+    if is_head(group):
         return 0, 0
+    if group == _LAST:
+        return 3, -(10**6)
     kind, _, number = group.rpartition(" stage ")
     return ({"decoder": 1, "encoder": 3}.get(kind, 2), -int(number) if kind else 0)
 
@@ -56,7 +69,7 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
 def backbone_groups(parts: Iterable[str], groups: Iterable[str]) -> tuple[str, ...]:
     """The groups that lie in the given parts (``"encoder"``, ``"decoder stage 0"``, ...) of a transfer report."""
     wanted = set(parts)
-    return tuple(g for g in groups if g in wanted or ("encoder" in wanted and g.startswith("encoder stage ")))
+    return tuple(g for g in groups if g in wanted or ("encoder" in wanted and g.startswith("encoder ")))
 
 
 def hold_statistics(network: nn.Module, frozen: Iterable[nn.Parameter]) -> None:
@@ -77,14 +90,16 @@ def changed_parts(network: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def build_optimizer(parameters: Any, kind: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """nnU-Net's SGD, or Adam without weight decay.
+    """nnU-Net's SGD, Adam without weight decay, or AdamW as nnU-Net's Primus trainers have it.
 
     Args:
         parameters: parameters or groups.
-        kind: ``"sgd"`` or ``"adam"``.
+        kind: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         lr: learning rate of the groups that name none.
-        weight_decay: of SGD.
+        weight_decay: of SGD and AdamW.
     """
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, betas=(0.9, 0.98))
     if kind == "adam":
         return torch.optim.Adam(parameters, lr)
     return torch.optim.SGD(parameters, lr, momentum=0.99, weight_decay=weight_decay, nesterov=True)

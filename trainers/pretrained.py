@@ -21,20 +21,44 @@ from nnssl.files import write_json
 from nnssl.networks import canonical_state_dict
 from nnssl.paths import encode_path
 from nnssl.plans import Plan
-from nnssl.plans.figures import FAMILIES
+from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, PRIMUS, SCRATCH, trainer_for
 from nnssl.plans.labels import folds_of, restrict
+from nnssl.plans.primus import CLASSES
 from nnssl.trainers.groups import changed_parts
 from nnssl.trainers.inspection import content_of, digests
 from nnssl.trainers.schedule import Figures
 from nnssl.trainers.stepwise import StepwiseTrainer
 from nnssl.trainers.weights import find_weights
 
-__all__ = ["nnUNetTrainerPretrained", "nnUNetTrainerPretrainedScratch"]
+__all__ = ["check_network", "nnUNetTrainerPretrained", "nnUNetTrainerPretrainedScratch"]
 
 PROVENANCE = "nnssl_finetuning"
 """Key of a fine-tuned checkpoint that says what the training started from; ``"nnssl"`` marks pretrained ones."""
 RATES = "nnssl_learning_rates"
 """Key of the learning rates that were applied, by epoch and group, where there is more than one group."""
+
+
+def check_network(cls: type, plans: dict[str, Any], configuration: str, primus: bool) -> None:
+    """Refuse a Primus for a trainer of U-Nets and the reverse, and name the right one.
+
+    Raises:
+        NnsslError: the plans have the other kind of network.
+    """
+    values = plans["configurations"].get(configuration, {})
+    while "architecture" not in values and values.get("inherits_from") in plans["configurations"]:
+        values = plans["configurations"][values["inherits_from"]]
+    kind = str(values.get("architecture", {}).get("network_class_name", "")).rsplit(".", 1)[-1]
+    if (kind in CLASSES.values()) == primus:
+        return
+    family, control = (plans.get("nnssl") or {}).get("schedule") or DEFAULT_FAMILY, cls.__name__ in (SCRATCH, PRIMUS[1])
+    use = PRIMUS[int(control)] if not primus else SCRATCH if control else trainer_for(family)
+    advice = f"use -tr {use}"
+    if primus:
+        advice += ", or write plans with a Primus: nnssl_plan --network primus-s --name NAME"
+    raise NnsslError(
+        f"Plans '{plans.get('plans_name', '?')}' ({configuration}) hold {'no' if primus else 'a'} Primus, and {cls.__name__} "
+        f"trains {'nothing else' if primus else 'U-Nets'}; {advice}."
+    )
 
 
 class nnUNetTrainerPretrained(StepwiseTrainer):
@@ -50,6 +74,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
     """
 
     pretrained: ClassVar[bool] = True
+    primus: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -59,6 +84,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net reads this very signature
     ) -> None:
+        check_network(type(self), plans, configuration, self.primus)
         self.family = self.schedule_of(plans)
         figures = Figures.from_plans(plans, self.family, type(self).__name__)
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -78,9 +104,15 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         """The network that pretrained weights go into."""
         return self.network
 
+    def stock_name(self) -> str | None:
+        """The trainer of nnU-Net's that builds the same network, under whose name checkpoints are saved; None for our own."""
+        same = type(self).build_network_architecture is nnUNetTrainer.build_network_architecture
+        return nnUNetTrainer.__name__ if same else None
+
     def do_split(self) -> tuple[list[str], list[str]]:
         """As nnU-Net, with only the training cases that the plan chooses; validation cases are never among them."""
-        chosen = (self.plans_manager.plans.get("nnssl") or {}).get("train_cases")
+        told = self.plans_manager.plans.get("nnssl") or {}
+        chosen = told.get("train_cases")
         if not chosen:
             return super().do_split()
         if self.fold == "all" or Path(self.preprocessed_dataset_folder_base, "splits_final.json").is_file():
@@ -88,7 +120,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         else:
             folds = folds_of(self.plan())
             train, val = folds.get(str(self.fold), ([], []))
-        train, val = restrict(self.fold, list(train), list(val), chosen)
+        train, val = restrict(self.fold, list(train), list(val), chosen, told.get("val_cases"))
         self.print_to_log_file(f"nnssl: the plan trains this fold on {len(train)}: {', '.join(train)}")
         return train, val
 
@@ -118,7 +150,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
             if changed:
                 raise NnsslError(
                     f"{type(self).__name__} is the control without pretraining and takes no -pretrained_weights; "
-                    "use -tr nnUNetTrainerPretrained."
+                    f"use -tr {PRIMUS[0] if self.primus else trainer_for(self.family)}."
                 )
             self.provenance["weights"] = "random"
             self.set_backbone()
@@ -148,7 +180,16 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         self.set_backbone(part.part for part in report.parts if part.loaded or part.adapted)
         self.provenance.update(weights="pretrained", sha256=source.sha256, method=loaded.method)
         text = f"nnssl: weights from {source.path}, {source.why}\n{report}"
+        learnt = loaded.nnssl.get("omni") and self.fold != "all"
+        seen = checkpoints.labels_seen(loaded.nnssl, plan.dataset_name, self.do_split()[1]) if learnt else []
+        if seen:
+            text += (
+                f"\nWARNING: the pretraining has learnt from the labels of {len(seen)} of this fold's validation cases, "
+                f"first {seen[0]}: the validation says nothing about new images. Pretrain with -o omni.fold={self.fold}, or "
+                "evaluate on other images."
+            )
         content = {
+            "labels_seen": len(seen),
             "source": encode_path(source.path),
             "sha256": source.sha256,
             "method": loaded.method,
@@ -175,8 +216,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         content = content_of(super().save_checkpoint)
         if content is None:  # another rank, or checkpoints are off
             return
-        if type(self).build_network_architecture is nnUNetTrainer.build_network_architecture:
-            content["trainer_name"] = nnUNetTrainer.__name__
+        content["trainer_name"] = self.stock_name() or content["trainer_name"]
         content[PROVENANCE] = self.provenance
         if self.rates:
             content[RATES] = list(self.rates)

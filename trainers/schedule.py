@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from nnssl.plans.figures import FAMILIES, Figures
-from nnssl.transfer import HEADS
+from nnssl.transfer import is_head
 
 __all__ = [
     "FAMILIES",
@@ -107,7 +107,7 @@ class Rates:
         """Whether a group is trained at no step."""
         if self.family == "encoder_frozen":
             return group.startswith("encoder")
-        return self.family == "head_only" and group != HEADS
+        return self.family == "head_only" and not is_head(group)
 
 
 class EpochSchedule:

@@ -15,7 +15,7 @@ from torch import nn
 from nnssl.trainers.groups import backbone_groups, build_optimizer, hold_statistics, parameter_groups
 from nnssl.trainers.rates import describe_rates, draw_rates
 from nnssl.trainers.schedule import EpochSchedule, Figures, Rates, StepSchedule
-from nnssl.transfer import HEADS
+from nnssl.transfer import is_head
 
 __all__ = ["StepwiseTrainer"]
 
@@ -28,9 +28,13 @@ class StepwiseTrainer(nnUNetTrainer):
     A group with learning rate 0 is frozen: its gradients are dropped before they are clipped and applied, so that it stays
     bit-identical and takes no part in the norm. ``requires_grad`` is only ever changed before DDP wraps the network, for
     groups that no step trains.
+
+    Attributes:
+        clip: largest norm of all gradients together.
     """
 
     schedule: ClassVar[str] = "warmup_poly"
+    clip: ClassVar[float] = CLIP
     family: str
     figures: Figures
     provenance: dict[str, Any]
@@ -68,7 +72,7 @@ class StepwiseTrainer(nnUNetTrainer):
     def default_backbone(self, groups: Iterable[str]) -> list[str]:
         """The parts that the plan calls the backbone, or all groups but the heads."""
         named = (self.plans_manager.plans.get("nnssl") or {}).get("backbone")
-        return list(named) if named else [name for name in groups if name != HEADS]
+        return list(named) if named else [name for name in groups if not is_head(name)]
 
     def set_backbone(self, parts: Iterable[str] | None = None) -> None:
         """Tell ``freeze_unfreeze`` which parts came pretrained (default: the plan's), and remember it for ``--c``."""
@@ -95,7 +99,7 @@ class StepwiseTrainer(nnUNetTrainer):
     def train_step(self, batch: dict) -> dict:
         """As nnU-Net, at this step's learning rates and without the gradients of what is frozen."""
         if not isinstance(self.lr_scheduler, StepSchedule):
-            return super().train_step(batch)
+            return super().train_step(batch) if self.clip == CLIP else self._step_without((), batch)
         before = {name for name, lr in self.lr_scheduler.now().items() if lr == 0}
         self.lr_scheduler.set(self.current_epoch * self.num_iterations_per_epoch + self._iteration)
         self._iteration += 1
@@ -107,7 +111,7 @@ class StepwiseTrainer(nnUNetTrainer):
         if self.rates:
             self.rates[-1]["last"] = now
         held = [p for p in frozen if p.requires_grad]
-        return self._step_without(held, batch) if held else super().train_step(batch)
+        return self._step_without(held, batch) if held or self.clip != CLIP else super().train_step(batch)
 
     def _step_without(self, frozen: Iterable[nn.Parameter], batch: dict) -> dict:
         """One optimiser step that leaves the given parameters as they are."""
@@ -124,7 +128,7 @@ class StepwiseTrainer(nnUNetTrainer):
             parameter.grad = None
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         if scaler is None:
             self.optimizer.step()
         else:

@@ -9,6 +9,7 @@ from nnssl.errors import NnsslError
 from nnssl.files import sha256_of
 from nnssl.paths import decode_path
 from nnssl.plans import Plan, dataset_id
+from nnssl.plans.figures import PRIMUS, SCRATCH
 from nnssl.results import PretrainingRun, find_pretrainings, find_pretrainings_elsewhere, list_pretrainings
 
 __all__ = ["Source", "find_weights"]
@@ -113,7 +114,7 @@ def _none(plan: Plan) -> str:
         )
     else:
         text.append(f"Type: nnssl_pretrain -d {number} {options}   (from other images: -d SOURCE -t {number})")
-    text.append("To train without pretraining: -tr nnUNetTrainerPretrainedScratch")
+    text.append(f"To train without pretraining: -tr {PRIMUS[1] if plan.is_primus else SCRATCH}")
     return "\n".join(text)
 
 

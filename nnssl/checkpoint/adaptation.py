@@ -8,6 +8,7 @@ only; a PlainConvUNet is written with its own ``n_conv_per_stage``, which nnU-Ne
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -22,6 +23,10 @@ _STEM = {
         ["encoder.stages.0.0.convs.0.all_modules.0", "encoder.stages.0.0.convs.0.conv"],
     ),
     "ResidualEncoderUNet": ("encoder.stem", ["encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"]),
+}
+_PRIMUS_STEM = {
+    "Primus": ["down_projection.proj"],
+    "PrimusV2": ["down_projection.stem.blocks.0.conv1.conv", "down_projection.stem.blocks.0.conv1.all_modules.0"],
 }
 _TOP = (
     "dataset_name",
@@ -44,7 +49,14 @@ def adaptation_plan(plan: Plan, crop_size: Sequence[int]) -> dict[str, Any]:
     config = plan.config.configuration
     kwargs = deepcopy(config["architecture"]["arch_kwargs"])
     kwargs.pop("deep_supervision", None)
-    key_to_stem, in_proj = _STEM[plan.network_class]
+    name, encoder, positions = plan.network_class, "encoder.stages", None
+    if plan.is_primus:
+        encoder, key_to_stem, positions = "eva", "down_projection", "eva.pos_embed"
+        in_proj = _PRIMUS_STEM["Primus" if name == "Primus" else "PrimusV2"]
+        stock = re.fullmatch(r"nnUNet_(Primus\w+)_Trainer", plan.stock_trainer or "")
+        name = stock.group(1).replace("_", "") if stock else name  # PrimusM: that package's name of the size
+    else:
+        key_to_stem, in_proj = _STEM[name]
     pretrain = {key: deepcopy(plan.plans.get(key)) for key in _TOP}
     pretrain["configurations"] = {
         plan.configuration: {
@@ -63,17 +75,17 @@ def adaptation_plan(plan: Plan, crop_size: Sequence[int]) -> dict[str, Any]:
     }
     return {
         "architecture_plans": {
-            "arch_class_name": plan.network_class,
+            "arch_class_name": name,
             "arch_kwargs": kwargs,
             "arch_kwargs_requiring_import": list(config["architecture"]["_kw_requires_import"]),
         },
         "pretrain_plan": pretrain,
         "pretrain_num_input_channels": plan.n_channels,
         "recommended_downstream_patchsize": list(plan.patch_size),
-        "key_to_encoder": "encoder.stages",
+        "key_to_encoder": encoder,
         "key_to_stem": key_to_stem,
-        "keys_to_in_proj": in_proj,
-        "key_to_lpe": None,
+        "keys_to_in_proj": list(in_proj),
+        "key_to_lpe": positions,
         "architecture_kwargs": deepcopy(kwargs),
         "pretrain_patch_size": [int(i) for i in crop_size],
     }

@@ -30,7 +30,8 @@ from nnssl.errors import NnsslError, nearest
 from nnssl.files import write_atomic
 from nnssl.plans import Plan
 from nnssl.transfer.apply import unprefixed, unwrapped
-from nnssl.transfer.parts import HEADS, part_names, part_of
+from nnssl.transfer.layout import is_transformer
+from nnssl.transfer.parts import HEADS, UP, part_names, part_of
 
 __all__ = ["FORMATS", "convert", "one_name_each"]
 
@@ -176,6 +177,13 @@ def _describe(
 
 def _check_whole(weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
     """Refuse to write for ``-pretrained_weights`` what it would refuse to read."""
+    if is_transformer(weights):
+        if not any(name.startswith(f"{UP}.") for name in weights):
+            raise NnsslError(
+                f"{checkpoint.path} has no up_projection, and -pretrained_weights asks for every tensor of a Primus. Name the "
+                "file in a plan instead: nnssl_plan --checkpoint FILE --name NAME"
+            )
+        return
     architecture = architecture_of(checkpoint)
     if architecture is None:
         raise NnsslError(

@@ -1,17 +1,21 @@
 """Builds a plan's network, and walks it: encoder skips and decoder levels without segmentation heads."""
 
 from nnssl.networks.build import build_network, decoder_channels, encoder_channels
+from nnssl.networks.primus import PrimusEncoder, encoder_module, is_primus
 from nnssl.networks.state import alias_map, canonical_state_dict, full_state_dict, unwrap
 from nnssl.networks.walker import Pyramid, partial_decode, walk
 
 __all__ = [
+    "PrimusEncoder",
     "Pyramid",
     "alias_map",
     "build_network",
     "canonical_state_dict",
     "decoder_channels",
     "encoder_channels",
+    "encoder_module",
     "full_state_dict",
+    "is_primus",
     "partial_decode",
     "unwrap",
     "walk",

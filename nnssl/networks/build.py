@@ -3,30 +3,51 @@
 from __future__ import annotations
 
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnssl.plans.plan import Plan
 
-__all__ = ["build_network", "decoder_channels", "encoder_channels"]
+__all__ = ["build_network", "build_primus", "decoder_channels", "encoder_channels"]
 
 
 def build_network(plan: Plan, n_classes: int | None = None, deep_supervision: bool = False) -> nn.Module:
-    """Build and initialise the stock network of a plan (PlainConvUNet or ResidualEncoderUNet).
+    """Build and initialise the stock network of a plan: a U-Net, or a Primus for the plan's patch.
 
     Args:
         plan: the plan.
         n_classes: channels of the segmentation heads; the dataset's own number by default.
-        deep_supervision: whether the forward returns all resolutions; the weights are the same either way.
+        deep_supervision: whether the forward returns all resolutions; the weights are the same either way. Not for Primus.
     """
-    config = plan.config
+    config, classes = plan.config, plan.n_classes if n_classes is None else n_classes
+    if plan.is_primus:
+        return build_primus(config, plan.n_channels, classes)
     return get_network_from_plans(
         config.network_arch_class_name,
         config.network_arch_init_kwargs,
         config.network_arch_init_kwargs_req_import,
         plan.n_channels,
-        plan.n_classes if n_classes is None else n_classes,
+        classes,
         allow_init=True,
         deep_supervision=deep_supervision,
+    )
+
+
+def build_primus(config: ConfigurationManager, n_channels: int, n_classes: int) -> nn.Module:
+    """The Primus that a configuration of plans describes, for its patch.
+
+    Args:
+        config: nnU-Net's manager of the configuration; ``architecture`` as :func:`nnssl.plans.primus.architecture` makes it.
+        n_channels: image channels.
+        n_classes: channels of the output.
+    """
+    kwargs = dict(config.network_arch_init_kwargs)
+    kwargs |= {
+        "patch_embed_size": tuple(kwargs["patch_embed_size"]),
+        "input_shape": tuple(int(n) for n in config.patch_size),
+    }
+    return get_network_from_plans(
+        config.network_arch_class_name, kwargs, [], n_channels, n_classes, allow_init=True, deep_supervision=None
     )
 
 

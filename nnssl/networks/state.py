@@ -38,5 +38,6 @@ def canonical_state_dict(network: nn.Module) -> dict[str, Tensor]:
 
 def full_state_dict(network: nn.Module) -> dict[str, Tensor]:
     """Every name of the state dict, as nnU-Net's files have it: copies on the CPU, aliases sharing one copy."""
-    copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in canonical_state_dict(network).items()}
+    state = canonical_state_dict(network)
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     return {name: copies[canonical] for name, canonical in alias_map(network).items()}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnssl.networks.primus import PrimusEncoder, is_primus
 from nnssl.networks.state import unwrap
 
 __all__ = ["Pyramid", "partial_decode", "walk"]
@@ -63,13 +64,17 @@ def walk(network: nn.Module, x: Tensor, n_decoder_stages: int | None = None) -> 
     """Run the encoder and the first decoder stages; never the segmentation heads.
 
     Args:
-        network: PlainConvUNet or ResidualEncoderUNet, also wrapped.
-        x: ``(B, C, *size)``; each axis divisible by the plan's total stride.
+        network: PlainConvUNet or ResidualEncoderUNet, also wrapped; of a Primus the tokens are both the one skip and the one
+            level, and no decoder runs.
+        x: ``(B, C, *size)``; each axis divisible by the plan's total stride, for Primus of the plan's patch.
         n_decoder_stages: number of decoder stages to run, from the bottleneck up; all by default.
 
     Raises:
-        ValueError: for a size that the strides do not divide, naming axis and numbers.
+        ValueError: for a size that the strides do not divide, naming axis and numbers, or that a Primus is not built for.
     """
+    if is_primus(network):
+        tokens = PrimusEncoder(network)(x)
+        return Pyramid(skips=list(tokens), levels=list(tokens))
     encoder: Any = unwrap(network).encoder
     total = [1] * (x.ndim - 2)
     for stride in encoder.strides:

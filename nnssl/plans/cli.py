@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="name of the variant: letters, digits, - and _")
     parser.add_argument("--checkpoint", metavar="FILE", help="pretrained weights that the trainer takes")
     parser.add_argument(
+        "--network",
+        metavar="primus-s",
+        help="a transformer in place of the U-Net: primus-s, -b, -m, -l as nnU-Net's Primus trainers build them (also primusv2-, "
+        "primusv3-), or primus:WIDTH,BLOCKS,HEADS",
+    )
+    parser.add_argument(
         "--features", type=_numbers, metavar="8,16,32", help="channels per stage; fewer stages cut the network"
     )
     parser.add_argument(
@@ -83,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
         help="train on a number of cases, a percentage of each fold's training cases, or the cases that a file names",
     )
     parser.add_argument("--seed", type=int, default=None, metavar="N", help="which cases --labels takes (default: 0)")
+    parser.add_argument(
+        "--validate",
+        metavar="FILE",
+        help="with --labels: the cases that validate in fold all, one a line (default: all that are not trained on)",
+    )
     parser.add_argument(
         "--adapt",
         type=_pair,
@@ -119,19 +130,19 @@ def _table(variants: list[Variant]) -> str:
 
 def _summary(plan: Plan) -> str:
     number = dataset_id(plan.dataset_name)
-    hidden = ("schema", "sha256", "configuration", "train_cases")
+    hidden = ("schema", "sha256", "configuration", "train_cases", "val_cases")
     told = {k: v for k, v in plan.nnssl.items() if k not in hidden}
     cases = plan.nnssl.get("train_cases", {})
     return "\n".join(
         [
-            f"  network   {plan.network_class}, {plan.n_stages} stages, features {', '.join(map(str, plan.features))}",
+            f"  network   {plan.network_text}",
             f"  patch     {' x '.join(map(str, plan.patch_size))} voxels, total stride {plan.total_stride}, "
             f"batch {plan.batch_size}",
             f"  data      {plan.data_identifier} (shared with {plan.base_plans})",
             f"  trainer   {', '.join(f'{k} {v}' for k, v in told.items())}",
             *(f"  fold {fold:<4} trains on {len(names)}: {', '.join(names)}" for fold, names in cases.items()),
             f"Next: nnUNetv2_train {number} {plan.configuration} 0 -p {plan.plans_name} "
-            f"-tr {trainer_for(plan.nnssl['schedule'])}",
+            f"-tr {trainer_for(plan.nnssl['schedule'], plan.is_primus)}",
         ]
     )
 
@@ -148,6 +159,7 @@ def _run(args: argparse.Namespace) -> None:
         raise NnsslError("--name is missing: the variant is written as <plans>_<name>.json.")
     plan = load_plan(args.d, args.c, args.p)
     keys = (
+        "network",
         "features",
         "patch",
         "batch_size",
@@ -156,6 +168,7 @@ def _run(args: argparse.Namespace) -> None:
         "val_iterations",
         "schedule",
         "labels",
+        "validate",
         "coverage",
     )
     changes = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
@@ -164,6 +177,8 @@ def _run(args: argparse.Namespace) -> None:
         if args.labels is None:
             raise NnsslError("--seed chooses the cases of --labels; without it there is nothing to choose.")
         changes["seed"] = args.seed
+    if args.validate is not None and args.labels is None:
+        raise NnsslError("--validate names validation cases beside those of --labels; give both.")
     if (args.adapt or args.coverage is not None) and args.checkpoint is None:
         raise NnsslError("--adapt and --coverage say how --checkpoint is taken; name one.")
     if args.coverage is not None and not args.adapt:
@@ -172,7 +187,7 @@ def _run(args: argparse.Namespace) -> None:
         )
     if not changes and args.checkpoint is None:
         raise NnsslError(
-            "Nothing to change: give --checkpoint, --features, --patch, --epochs or another option (--help)."
+            "Nothing to change: give --checkpoint, --network, --features, --patch, --epochs or another option (--help)."
         )
     path = write_variant(plan, args.name, checkpoint=args.checkpoint, **changes)
     log.info(f"Wrote {encode_path(path)}")

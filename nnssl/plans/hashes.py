@@ -43,6 +43,8 @@ def canonical_arch_kwargs(arch_kwargs: dict[str, Any], dim: int) -> dict[str, An
         dim: spatial axes.
     """
     kwargs = {k: _plain(v) for k, v in arch_kwargs.items()}
+    if "eva_depth" in kwargs:
+        return _primus_kwargs(kwargs)
     n = int(kwargs["n_stages"])
     for key in ("strides", "kernel_sizes"):
         kwargs[key] = _per_axis(kwargs[key], n, dim)
@@ -52,6 +54,13 @@ def canonical_arch_kwargs(arch_kwargs: dict[str, Any], dim: int) -> dict[str, An
     if isinstance(kwargs.get("n_conv_per_stage_decoder"), int):
         kwargs["n_conv_per_stage_decoder"] = [kwargs["n_conv_per_stage_decoder"]] * (n - 1)
     return kwargs
+
+
+def _primus_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A Primus in the words of a U-Net: its tokens are the one stage. How much is dropped in training is no part of it."""
+    token = kwargs["patch_embed_size"]
+    stages = {"n_stages": 1, "features_per_stage": [kwargs["embed_dim"]], "strides": [token], "kernel_sizes": [token]}
+    return {**{k: v for k, v in kwargs.items() if not k.endswith(("_drop_rate", "drop_path_rate"))}, **stages}
 
 
 def architecture_hash(network_class: str, arch: dict[str, Any], n_channels: int) -> str:

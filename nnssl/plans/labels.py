@@ -15,7 +15,7 @@ from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import dataset_id
 from nnssl.plans.plan import Plan
 
-__all__ = ["ALL", "case_order", "choose_cases", "folds_of", "restrict", "small_split"]
+__all__ = ["ALL", "case_order", "choose_cases", "choose_validating", "folds_of", "restrict", "small_split"]
 
 ALL = "all"
 """nnU-Net's name for the fold that holds every case."""
@@ -121,16 +121,35 @@ def _number(text: str, whole: str) -> float:
         raise NnsslError(f"--labels {whole}: neither a number, a percentage such as 25%, nor a file.") from None
 
 
-def _from_file(path: Path, folds: Mapping[str, Split]) -> dict[str, list[str]]:
-    if not path.is_file():
-        raise NnsslError(f"--labels {path}: neither a number, a percentage such as 25%, nor a file.")
+def _named(path: Path, folds: Mapping[str, Split], option: str) -> list[str]:
     named = list(dict.fromkeys(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()))
     known = {case for train, val in folds.values() for case in (*train, *val)}
     unknown = [case for case in named if case not in known]
     if unknown:
         raise NnsslError(
-            f"--labels {path} names '{unknown[0]}', which is no preprocessed case.{nearest(unknown[0], known)}"
+            f"{option} {path} names '{unknown[0]}', which is no preprocessed case.{nearest(unknown[0], known)}"
         )
+    return named
+
+
+def choose_validating(folds: Mapping[str, Split], path: Path) -> dict[str, list[str]]:
+    """The validation cases of fold ``"all"``, which has none of its own: those that a file names, one a line.
+
+    Raises:
+        NnsslError: no such file, an unknown case, or no case.
+    """
+    if not path.is_file():
+        raise NnsslError(f"--validate {path}: there is no such file.")
+    named = _named(path, folds, "--validate")
+    if not named:
+        raise NnsslError(f"--validate {path} names no case.")
+    return {ALL: named}
+
+
+def _from_file(path: Path, folds: Mapping[str, Split]) -> dict[str, list[str]]:
+    if not path.is_file():
+        raise NnsslError(f"--labels {path}: neither a number, a percentage such as 25%, nor a file.")
+    named = _named(path, folds, "--labels")
     chosen = {fold: [case for case in named if case in train] for fold, (train, _) in folds.items()}
     chosen = {fold: cases for fold, cases in chosen.items() if cases}
     if not chosen:
@@ -138,10 +157,17 @@ def _from_file(path: Path, folds: Mapping[str, Split]) -> dict[str, list[str]]:
     return chosen
 
 
-def restrict(fold: int | str, train: Sequence[str], val: Sequence[str], chosen: Mapping[str, Sequence[str]]) -> Split:
+def restrict(
+    fold: int | str,
+    train: Sequence[str],
+    val: Sequence[str],
+    chosen: Mapping[str, Sequence[str]],
+    validating: Mapping[str, Sequence[str]] | None = None,
+) -> Split:
     """The split of a fold, with only the chosen training cases.
 
-    In fold ``"all"``, where nnU-Net trains and validates on every case, the cases that are not chosen validate.
+    In fold ``"all"``, where nnU-Net trains and validates on every case, the cases that are not chosen validate, or of these the
+    ``validating`` ones.
 
     Raises:
         NnsslError: the plan chooses none for this fold, or cases that this fold does not train on (the split has changed).
@@ -150,7 +176,11 @@ def restrict(fold: int | str, train: Sequence[str], val: Sequence[str], chosen: 
     if not mine:
         raise NnsslError(f"The plan chooses training cases for fold {', '.join(chosen)}, not for fold {fold}.")
     if str(fold) == ALL:
-        val = [case for case in train if case not in set(mine)] or mine
+        asked = list((validating or {}).get(ALL, ())) or train
+        val = [case for case in asked if case not in set(mine)] or list(asked)
+        unknown = sorted(set(val) - set(train))
+        if unknown:
+            raise NnsslError(f"The plan validates on '{unknown[0]}', which is no preprocessed case.")
     foreign = sorted(set(mine) - set(train))
     if foreign or (str(fold) != ALL and set(mine) & set(val)):
         wrong = foreign or sorted(set(mine) & set(val))

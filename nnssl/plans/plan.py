@@ -10,15 +10,16 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, nearest, raise_problems
 from nnssl.files import read_json
 from nnssl.paths import preprocessed_folder, set_folders
 from nnssl.plans.datasets import dataset_id, resolve_dataset
 from nnssl.plans.hashes import architecture_hash, canonical_arch_kwargs, data_hash
+from nnssl.plans.primus import CLASSES, check_patch, problems_of, stock_trainer
 
 __all__ = ["Plan", "load_plan", "plans_in"]
 
-NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
+NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", *CLASSES.values())
 _NEEDED = ("dataset_name", "plans_name", "configurations", "transpose_forward")
 
 
@@ -43,7 +44,8 @@ class Plan:
         """Check the dicts and make a plan of them; they are kept, not copied.
 
         Raises:
-            NnsslError: no nnU-Net plans, an unknown configuration, a cascade stage, or a network that is not a U-Net.
+            NnsslError: no nnU-Net plans, an unknown configuration, a cascade stage, or a network that is neither a U-Net of
+                nnU-Net's nor a Primus that its patch fits.
         """
         missing = [key for key in _NEEDED if key not in plans]
         if missing:
@@ -67,8 +69,12 @@ class Plan:
         if plan.network_class not in NETWORKS:
             raise NnsslError(
                 f"Configuration '{configuration}' of plans '{name}' uses the network {plan.network_class}; "
-                f"supported are {' and '.join(NETWORKS)}."
+                f"supported are {', '.join(NETWORKS)}."
             )
+        if plan.is_primus:
+            where, kwargs = f"Configuration '{configuration}' of plans '{name}'", plan.config.network_arch_init_kwargs
+            raise_problems(problems_of(kwargs), where)
+            check_patch(plan.patch_size, kwargs["patch_embed_size"], where)
         return plan
 
     @cached_property
@@ -122,8 +128,36 @@ class Plan:
 
     @property
     def network_class(self) -> str:
-        """``"PlainConvUNet"`` or ``"ResidualEncoderUNet"``."""
+        """``"PlainConvUNet"``, ``"ResidualEncoderUNet"``, ``"Primus"``, ``"PrimusV2"`` or ``"PrimusV3"``."""
         return str(self.config.network_arch_class_name).rsplit(".", 1)[-1]
+
+    @property
+    def is_primus(self) -> bool:
+        """Whether the network is a transformer on tokens: its map of tokens then counts as the one encoder stage."""
+        return self.network_class in CLASSES.values()
+
+    @property
+    def stock_trainer(self) -> str | None:
+        """The trainer of nnU-Net's that builds this network: of a Primus the one of its size; None where there is none."""
+        if not self.is_primus:
+            return "nnUNetTrainer"
+        return stock_trainer(self.network_class, self.config.network_arch_init_kwargs)
+
+    @property
+    def network_text(self) -> str:
+        """The network in a few words, for a person."""
+        if not self.is_primus:
+            return f"{self.network_class}, {self.n_stages} stages, features {', '.join(map(str, self.features))}"
+        depth, heads, token = (self._arch[k] for k in ("eva_depth", "eva_numheads", "patch_embed_size"))
+        grid, size = ("x".join(map(str, n)) for n in ([p // t for p, t in zip(self.patch_size, token)], token))
+        return (
+            f"{self.network_class}, width {self.features[0]}, {depth} blocks of {heads} heads, {grid} tokens of {size}"
+        )
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a Primus; 0 for a U-Net."""
+        return int(self._arch.get("eva_numheads", 0))
 
     @property
     def n_stages(self) -> int:
@@ -210,8 +244,12 @@ class Plan:
 
     @cached_property
     def architecture_hash(self) -> str:
-        """sha256 (hex) of network class, its arguments in one form, and input channels; classes do not enter."""
-        return architecture_hash(self.network_class, self._arch, self.n_channels)
+        """sha256 (hex) of network class, its arguments in one form, and input channels; classes do not enter.
+
+        The patch enters for Primus alone, which has a learned code for each place in it.
+        """
+        patch = {"patch_size": list(self.patch_size)} if self.is_primus else {}
+        return architecture_hash(self.network_class, {**self._arch, **patch}, self.n_channels)
 
     @cached_property
     def data_hash(self) -> str:
@@ -257,7 +295,7 @@ def load_plan(dataset: int | str, configuration: str = "3d_fullres", plans_name:
         raw = set_folders().get("nnUNet_raw")
         unlabelled = raw is not None and (raw / name / "imagesTr").is_dir() and not (raw / name / "labelsTr").is_dir()
         advice = (
-            "It has no labels, which nnU-Net's planner needs: use the plans of a labelled dataset with -t"
+            f"It has no labels: nnssl_pretrain -d {number} -m METHOD plans it from its images, or takes a target's plans with -t"
             if unlabelled
             else f"Type: nnUNetv2_plan_and_preprocess -d {number}"
         )

@@ -17,6 +17,7 @@ from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import resolve_dataset
 from nnssl.plans.figures import DEFAULT_FAMILY, USED, Figures, check_options, family_name, trainer_for
 from nnssl.plans.plan import Plan, plans_in
+from nnssl.plans.primus import check_patch, parse_network
 
 __all__ = ["SCHEMA", "Variant", "check_name", "derive", "list_variants", "write_variant"]
 
@@ -74,6 +75,8 @@ def _truncate(plan: Plan, config: dict[str, Any], features: Sequence[int]) -> No
 
 def _check_patch(plan: Plan) -> None:
     """Refuse a patch that the network's strides do not divide or that leaves a single bottleneck voxel."""
+    if plan.is_primus:
+        return  # its tokens have been looked at
     axes = "zyx"[-plan.dim :]
     wrong = [
         f"axis {axis} has {size} voxels, which the network's total stride {stride} does not divide "
@@ -119,6 +122,7 @@ def derive(
     plan: Plan,
     name: str,
     *,
+    network: str | None = None,
     features: Sequence[int] | None = None,
     patch: Sequence[int] | None = None,
     batch_size: int | None = None,
@@ -139,6 +143,7 @@ def derive(
     Args:
         plan: what it is derived from, itself a variant or not.
         name: joined to the plans name with ``_``.
+        network: a transformer in place of the plan's U-Net, see :func:`nnssl.plans.primus.parse_network`.
         features: channels per encoder stage, at least three; fewer than the network has stages cuts the deepest off.
         patch: training patch, one number per axis.
         batch_size: training batch.
@@ -153,19 +158,23 @@ def derive(
         backbone: the parts that ``freeze_unfreeze`` freezes first.
 
     Raises:
-        NnsslError: an illegal name, features that the network has no stages for, a patch that the strides do not divide, a figure
-            that the schedule does not have or that is out of range.
+        NnsslError: an illegal name, features that the network has no stages for, a patch that the strides or tokens do not
+            divide, a figure that the schedule does not have or that is out of range.
     """
     lengths = _positive(epochs=epochs, iterations=iterations, val_iterations=val_iterations)
     _positive(batch_size=batch_size)
     plans = deepcopy(plan.plans)
     plans["plans_name"] = f"{plan.plans_name}_{check_name(name)}"
-    if features is not None or patch is not None or batch_size is not None:
+    if any(x is not None for x in (network, features, patch, batch_size)):
         free_children(plans, plan)
         config = deepcopy(plan.config.configuration)
         config.pop("inherits_from", None)
         plans["configurations"][plan.configuration] = config
         if features is not None:
+            if plan.is_primus or network is not None:
+                raise NnsslError(
+                    "--features are the stages of a U-Net; a Primus is chosen with --network, for example primus-s."
+                )
             _truncate(plan, config, features)
         if patch is not None:
             if len(patch) != plan.dim:
@@ -173,6 +182,11 @@ def derive(
                     f"--patch has {len(patch)} numbers; configuration {plan.configuration} has {plan.dim} axes."
                 )
             config["patch_size"] = [int(p) for p in patch]
+        if network is not None:
+            config["architecture"] = parse_network(network)
+            check_patch(
+                config["patch_size"], config["architecture"]["arch_kwargs"]["patch_embed_size"], f"--network {network}"
+            )
         if batch_size is not None:
             config["batch_size"] = int(batch_size)
     told = {**plan.nnssl, "schema": SCHEMA, "base_plans": plan.base_plans, "configuration": plan.configuration}
@@ -189,8 +203,8 @@ def derive(
     if backbone is not None and told["schedule"] == "freeze_unfreeze":
         told["backbone"] = list(backbone)
     plans["nnssl"] = told
-    Figures.from_plans(plans, told["schedule"], trainer_for(told["schedule"]))
     variant = Plan.from_dicts(plans, plan.configuration, plan.dataset_json)
+    Figures.from_plans(plans, told["schedule"], trainer_for(told["schedule"], variant.is_primus))
     if features is not None or patch is not None:
         _check_patch(variant)
     return variant
@@ -203,6 +217,7 @@ def write_variant(
     checkpoint: str | Path | None = None,
     labels: str | int | None = None,
     seed: int = 0,
+    validate: str | Path | None = None,
     **changes: Any,
 ) -> Path:
     """Derive a variant, see :func:`derive`, and write it beside its base.
@@ -214,6 +229,7 @@ def write_variant(
             ``nnUNet_results/<Dataset>/nnssl_imported/<sha256>_<name>.pth``.
         labels: how many of each fold's training cases are trained on: a number, ``"25%"`` or a file of case names.
         seed: which of them (:func:`nnssl.plans.labels.case_order`).
+        validate: a file of the cases that validate in fold ``all``, in place of all that are not trained on.
         changes: the other arguments of :func:`derive`.
 
     Returns:
@@ -224,7 +240,7 @@ def write_variant(
             fit the variant's network.
     """
     from nnssl.plans.imports import check_fits, import_checkpoint  # networks and transfer depend on this package
-    from nnssl.plans.labels import choose_cases, folds_of
+    from nnssl.plans.labels import choose_cases, choose_validating, folds_of
 
     variant = derive(plan, name, **changes)
     path = preprocessed_folder() / plan.dataset_name / f"{variant.plans_name}.json"
@@ -232,8 +248,11 @@ def write_variant(
     if path.exists():
         raise taken
     if labels is not None:
-        chosen = choose_cases(folds_of(plan), labels, seed)
+        folds = folds_of(plan)
+        chosen = choose_cases(folds, labels, seed)
         changes["cases"] = {"labels": str(labels), "seed": int(seed), "train_cases": chosen}
+        if validate is not None:
+            changes["cases"]["val_cases"] = choose_validating(folds, Path(validate))
         variant = derive(plan, name, **changes)
     if checkpoint is not None:
         report = check_fits(checkpoint, variant)
@@ -244,9 +263,9 @@ def write_variant(
             changes["figures"] = {"levels": "encoder", **(changes.get("figures") or {})}
         encoded, digest = import_checkpoint(checkpoint, variant.dataset_name, name)
         variant = derive(plan, name, checkpoint=encoded, sha256=digest, **changes)
-    elif changes.get("features") is not None and plan.nnssl.get("checkpoint"):
+    elif {"features", "network"} & {k for k, v in changes.items() if v is not None} and plan.nnssl.get("checkpoint"):
         raise NnsslError(
-            f"{plan.plans_name} names a checkpoint for its own network; with other --features it cannot be used. "
+            f"{plan.plans_name} names a checkpoint for its own network; another one cannot use it. "
             f"Derive from {plan.base_plans} instead (-p {plan.base_plans})."
         )
     try:

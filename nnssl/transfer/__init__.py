@@ -2,7 +2,7 @@
 
 from nnssl.transfer.adapt import Adaptation, resize_positions
 from nnssl.transfer.apply import apply
-from nnssl.transfer.parts import HEADS, part_names, part_of
+from nnssl.transfer.parts import HEADS, UP, is_head, part_names, part_of
 from nnssl.transfer.proof import prove_loadable
 from nnssl.transfer.report import PartReport, TransferReport
 
@@ -11,7 +11,9 @@ __all__ = [
     "Adaptation",
     "PartReport",
     "TransferReport",
+    "UP",
     "apply",
+    "is_head",
     "part_names",
     "part_of",
     "prove_loadable",

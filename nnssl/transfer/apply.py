@@ -19,6 +19,8 @@ from nnssl.transfer.adapt import Adaptation
 from nnssl.transfer.layout import (
     describe,
     dimensions,
+    is_transformer,
+    n_blocks,
     n_stages,
     shift_parts,
     shift_stages,
@@ -26,11 +28,15 @@ from nnssl.transfer.layout import (
     widths,
 )
 from nnssl.transfer.matching import count, match
-from nnssl.transfer.parts import OTHER, part_names, part_of, wanted_parts
+from nnssl.transfer.parts import part_names, part_of, wanted_parts
 from nnssl.transfer.report import TransferReport
 
 __all__ = ["apply", "unprefixed", "unwrapped"]
 
+_ORDER = (
+    "the file does not tell which version of dynamic-network-architectures it is from; before 0.4.3 Primus counted its tokens in "
+    "another order, and such weights load but mean something else"
+)
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -87,6 +93,11 @@ def _check_bridgeable(target: Mapping[str, Tensor], source: Mapping[str, Tensor]
             f"features per stage are {', '.join(map(str, there))} in the checkpoint and {', '.join(map(str, here))} here; widths "
             "are not adapted, since a part of the channels would feed on inputs that are not there"
         )
+    elif n_blocks(target) != n_blocks(source):
+        problems.append(
+            f"it has {n_blocks(source)} transformer blocks, the network {n_blocks(target)}; blocks have no resolution to be "
+            "paired by"
+        )
     elif len(here) != len(there) and how.depth is None:
         problems.append(
             f"it has {len(there)} encoder stages, the network {len(here)}; to pair them add --adapt depth=match"
@@ -96,7 +107,7 @@ def _check_bridgeable(target: Mapping[str, Tensor], source: Mapping[str, Tensor]
 
 def _check_coverage(report: TransferReport, how: Adaptation) -> None:
     """Refuse an adapted transfer that fills less of the encoder than was asked for."""
-    part = next((p for p in report.parts if p.part in ("encoder", OTHER)), report.total)
+    part = next((p for p in report.parts if p.part == "encoder"), report.total)
     if part.percent / 100 < how.coverage:
         reasons = "; ".join(f"{n} x {reason}" for reason, n in part.reasons.most_common(3))
         raise NnsslError(
@@ -153,6 +164,25 @@ def _stride_notes(checkpoint: Checkpoint, network: nn.Module) -> list[str]:
     ]
 
 
+def _own_grid(network: nn.Module) -> tuple[int, ...] | None:
+    """Tokens per axis of a transformer; None of a U-Net."""
+    shape = getattr(getattr(getattr(unwrap(network), "eva", None), "rope", None), "feat_shape", None)
+    return None if shape is None else tuple(int(n) for n in shape)
+
+
+def _given_grid(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    """Tokens per axis in pretraining, from the patch and the size of a token; None where the file does not tell."""
+    told = checkpoint.adaptation_plan or {}
+    configurations = list(((told.get("pretrain_plan") or {}).get("configurations") or {}).values())
+    nested = configurations[0].get("patch_size") if configurations and isinstance(configurations[0], Mapping) else None
+    patch = checkpoint.nnssl.get("patch_size") or told.get("pretrain_patch_size") or nested
+    if patch is None or not is_transformer(weights):
+        return None
+    proj = weights.get("down_projection.proj.weight")
+    token = (8, 8, 8) if proj is None else tuple(proj.shape[2:])
+    return tuple(int(p) // int(t) for p, t in zip(patch, token))
+
+
 def _notes(checkpoint: Checkpoint, plan: Plan | None, stale: int) -> list[str]:
     notes = []
     if stale:
@@ -182,7 +212,7 @@ def apply(
     that were not pretrained keep the network's own initialisation. Nothing is copied where an error is raised.
 
     Args:
-        network: PlainConvUNet or ResidualEncoderUNet, also wrapped by DDP or torch.compile, on any device.
+        network: a network of nnU-Net's, also wrapped by DDP or torch.compile, on any device.
         checkpoint: a loaded checkpoint, its path, or a payload.
         plan: the network's plan, for notes about weights made for another one.
         minimum: parts that must be complete, as ``{"encoder": bool, "decoder_stages": [indices]}``; by default what the
@@ -217,13 +247,16 @@ def apply(
                 f"depth: {n_stages(source)} -> {n_stages(target)} encoder stages, those of equal resolution paired"
             )
             source, parts = shift_stages(source, deeper), shift_parts(parts, deeper)
-    wanted = wanted_parts(parts) + [OTHER] * any(name.startswith("eva.") for name in target)
-    matched = match(target, names, source, wanted, how)
+    wanted, grids = wanted_parts(parts), (_given_grid(checkpoint, source), _own_grid(network))
+    matched = match(target, names, source, wanted, how, grids)
     report = count(where, target, matched)
     report.adaptations[:0] = lines
     report.notes += _notes(checkpoint, plan, matched.stale) + _stride_notes(checkpoint, network)
     homeless = Counter(part_of(name) for name in source if name not in aliases)
-    by_coverage = minimum is None and (how.active or OTHER in wanted)
+    foreign_tokens = checkpoint.pretrained_parts is None and is_transformer(target)
+    by_coverage = minimum is None and (how.active or foreign_tokens)
+    if foreign_tokens:
+        report.notes.append(_ORDER)
     if minimum is None:
         minimum = parts if checkpoint.pretrained_parts is not None else {"encoder": True}
     _check_promise(report, [] if by_coverage else wanted_parts(minimum), target, source, homeless)

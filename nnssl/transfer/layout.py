@@ -8,10 +8,25 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["describe", "dimensions", "n_stages", "shift_parts", "shift_stages", "stem_channels", "stem_name", "widths"]
+__all__ = [
+    "describe",
+    "dimensions",
+    "is_transformer",
+    "n_blocks",
+    "n_stages",
+    "shift_parts",
+    "shift_stages",
+    "stem_channels",
+    "stem_name",
+    "widths",
+]
 
-_STEMS = ("encoder.stem.convs.0.conv.weight", "encoder.stages.0.0.convs.0.conv.weight")
+_STEMS = (
+    *("encoder.stem.convs.0.conv.weight", "encoder.stages.0.0.convs.0.conv.weight"),
+    *("down_projection.proj.weight", "down_projection.stem.blocks.0.conv1.conv.weight"),
+)
 _ENCODER = re.compile(r"encoder\.stages\.(\d+)\.")
+_BLOCK = re.compile(r"eva\.blocks\.(\d+)\.")
 _DECODER = re.compile(r"(decoder\.(?:stages|transpconvs)\.)(\d+)(\..*)")
 
 
@@ -20,8 +35,22 @@ def n_stages(weights: Mapping[str, Any]) -> int:
     return len({match.group(1) for name in weights if (match := _ENCODER.match(name))})
 
 
+def n_blocks(weights: Mapping[str, Any]) -> int:
+    """Number of transformer blocks; 0 in a U-Net."""
+    return len({match.group(1) for name in weights if (match := _BLOCK.match(name))})
+
+
+def is_transformer(weights: Mapping[str, Any]) -> bool:
+    """Whether they are of a network of tokens, as Primus is."""
+    return any(name.startswith("eva.") for name in weights)
+
+
 def describe(weights: Mapping[str, Any]) -> str:
-    """Class and depth, told from the names: ``"PlainConvUNet with 6 stages"``."""
+    """Class and depth, told from the names: ``"PlainConvUNet with 6 stages"``, ``"Primus with 12 blocks"``."""
+    if is_transformer(weights):
+        skips = any(n.startswith("down_projection.proj_to_tokens.") for n in weights)
+        deep = "PrimusV3" if skips else "PrimusV2" if "down_projection.final_proj.weight" in weights else "Primus"
+        return f"{deep} with {n_blocks(weights)} blocks"
     kind = "ResidualEncoderUNet" if any(n.startswith("encoder.stem.") for n in weights) else "PlainConvUNet"
     count = n_stages(weights)
     return f"{kind} with {count} stages" if count else "network of another kind"
@@ -45,7 +74,9 @@ def dimensions(weights: Mapping[str, Tensor]) -> int | None:
 
 
 def widths(weights: Mapping[str, Tensor]) -> list[int]:
-    """Channels after each encoder stage, highest resolution first."""
+    """Channels after each encoder stage, highest resolution first; of a transformer the one length of its tokens."""
+    if "eva.norm.weight" in weights:
+        return [int(weights["eva.norm.weight"].shape[0])]
     found: dict[int, int] = {}
     for name, tensor in weights.items():
         match = _ENCODER.match(name)

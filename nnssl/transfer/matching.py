@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,11 +13,17 @@ from torch import Tensor
 
 from nnssl.transfer.adapt import Adaptation, adapt_tensor, resize_positions
 from nnssl.transfer.layout import stem_name
-from nnssl.transfer.parts import HEADS, part_names, part_of
+from nnssl.transfer.parts import HEADS, UP, part_names, part_of
 from nnssl.transfer.report import PartReport, TransferReport
 
 __all__ = ["Matched", "count", "match"]
 
+Grids = tuple[Sequence[int] | None, Sequence[int] | None]
+
+_LEFT = {
+    HEADS: "new heads for this dataset's classes",
+    UP: "its widths depend on the number of classes, so that it is never transferred",
+}
 _STAGE = re.compile(r"(encoder|decoder)\.(?:stages|transpconvs)\.(\d+)")
 
 
@@ -37,21 +44,37 @@ class Matched:
     stale: int = 0
 
 
-def _cube(tokens: int) -> int | None:
+def _grid(told: Sequence[int] | None, tokens: int) -> tuple[int, ...] | None:
+    """Tokens per axis: as told where that many there are, else a cube."""
+    if told is not None and math.prod(told) == tokens:
+        return tuple(int(n) for n in told)
     side = round(tokens ** (1 / 3))
-    return side if side**3 == tokens else None
+    return (side,) * 3 if side**3 == tokens else None
 
 
-def _fit(name: str, given: Tensor, target: Mapping[str, Tensor], how: Adaptation) -> tuple[Tensor, str] | str:
-    """The given tensor in the shape of the network's, and what was done; or the reason why not."""
+def _fit(
+    name: str, given: Tensor, target: Mapping[str, Tensor], how: Adaptation, grids: Grids
+) -> tuple[Tensor, str] | str | None:
+    """The given tensor in the shape of the network's, and what was done; None where it fits as it is; or why it cannot."""
     shape = target[name].shape
     if name.endswith("pos_embed") and given.ndim == len(shape) == 3 and given.shape[2] == shape[2]:
-        old, new = _cube(given.shape[1]), _cube(shape[1])
+        old, new = _grid(grids[0], given.shape[1]), _grid(grids[1], shape[1])
+        if old == new and given.shape == shape:
+            return None
         if old is None or new is None:
-            return f"{given.shape[1]} positions in the checkpoint, {shape[1]} here; only cubic token grids are interpolated"
-        text = f"positions of {old}x{old}x{old} tokens -> {new}x{new}x{new}, interpolated"
-        return resize_positions(given, (old,) * 3, (new,) * 3), text
+            return (
+                f"{given.shape[1]} positions in the checkpoint, {shape[1]} here; the file does not tell its patch, and only "
+                "cubic token grids are then interpolated"
+            )
+        text = f"positions of {_times(old)} tokens -> {_times(new)}, interpolated"
+        return resize_positions(given, old, new), text
+    if given.shape == shape:
+        return None
     return adapt_tensor(given, shape, how, stem=name == stem_name(target), upsampling=".transpconvs." in name)
+
+
+def _times(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
 
 
 def _projections(names: list[str]) -> list[str]:
@@ -66,6 +89,7 @@ def match(
     source: Mapping[str, Tensor],
     parts: list[str],
     how: Adaptation,
+    grids: Grids = (None, None),
 ) -> Matched:
     """Pair each tensor of the network with one of the file.
 
@@ -75,12 +99,13 @@ def match(
         source: the file's tensors, under any of these names.
         parts: the parts that are taken.
         how: what may be adapted.
+        grids: tokens per axis of the file's position embeddings and of the network's, where known.
     """
     result = Matched()
-    for name, tensor in target.items():
+    for name in target:
         part = part_of(name)
         if part not in parts:
-            result.reasons[name] = "new heads for this dataset's classes" if part == HEADS else "not pretrained"
+            result.reasons[name] = _LEFT.get(part, "not pretrained")
             continue
         aliases = [name, *names[name]]
         known = [alias for alias in aliases if alias in source]
@@ -92,11 +117,10 @@ def match(
         given = source[known[0]]
         same = (source[k].data_ptr() == given.data_ptr() or torch.equal(source[k], given) for k in known[1:])
         result.stale += not all(same)
-        if given.shape == tensor.shape:
+        fitted = _fit(name, given, target, how, grids)
+        if fitted is None:
             result.found[name] = given
-            continue
-        fitted = _fit(name, given, target, how)
-        if isinstance(fitted, str):
+        elif isinstance(fitted, str):
             result.reasons[name] = fitted
         else:
             result.found[name], result.adapted[name] = fitted

@@ -1,4 +1,7 @@
-"""The parts of a U-Net that weights are counted by: encoder, decoder stages from the bottom up, segmentation heads."""
+"""The parts of a network that weights are counted by: encoder, decoder stages from the bottom up, segmentation heads.
+
+Of a Primus these are the encoder (embedding and transformer) and the up-projection, whose widths depend on the number of classes.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["HEADS", "OTHER", "decoder_stage", "part_names", "part_of", "wanted_parts"]
+__all__ = ["HEADS", "OTHER", "UP", "decoder_stage", "is_head", "part_names", "part_of", "wanted_parts"]
 
 HEADS = "seg_layers"
+UP = "up_projection"
 OTHER = "other"
+_ENCODER = ("encoder.", "decoder.encoder.", "down_projection.", "eva.")
 _STAGE = re.compile(r"decoder\.(?:transpconvs|stages)\.(\d+)\.")
 
 
@@ -22,10 +27,12 @@ def part_of(name: str) -> str:
     """The part that a tensor of the state dict belongs to: ``"encoder"``, ``"decoder stage 0"``, ..., ``"seg_layers"``.
 
     Args:
-        name: any of the tensor's names, ``decoder.encoder...`` included; ``"other"`` for what no U-Net of nnU-Net has.
+        name: any of the tensor's names, ``decoder.encoder...`` included; ``"other"`` for what no network of nnU-Net has.
     """
-    if name.startswith(("encoder.", "decoder.encoder.")):
+    if name.startswith(_ENCODER):
         return "encoder"
+    if name.startswith("up_projection.") or name == "mask_token":
+        return UP
     if name.startswith("decoder.seg_layers."):
         return HEADS
     stage = _STAGE.match(name)
@@ -36,7 +43,12 @@ def part_names(names: Iterable[str]) -> list[str]:
     """The parts of the given tensor names, in the order of computation, heads last."""
     found = {part_of(name) for name in names}
     stages = sorted((p for p in found if p.startswith("decoder stage ")), key=lambda p: int(p.rsplit(" ", 1)[1]))
-    return [p for p in ("encoder", *stages, OTHER, HEADS) if p in found]
+    return [p for p in ("encoder", *stages, OTHER, UP, HEADS) if p in found]
+
+
+def is_head(part: str) -> bool:
+    """Whether a part is made for a dataset's classes, and so never transferred."""
+    return part in (HEADS, UP)
 
 
 def wanted_parts(parts: Mapping[str, Any]) -> list[str]:

@@ -56,7 +56,8 @@ def prove_loadable(payload: Mapping[str, Any], plan: Plan) -> TransferReport:
     where = f"{plan.plans_name} {plan.configuration} of {plan.dataset_name}"
     with torch.random.fork_rng(devices=[]):
         stock = build_network(plan)
-        x = torch.randn(1, plan.n_channels, *plan.total_stride[:-1], 2 * plan.total_stride[-1])
+        size = plan.patch_size if plan.is_primus else (*plan.total_stride[:-1], 2 * plan.total_stride[-1])
+        x = torch.randn(1, plan.n_channels, *size)
     own = deepcopy(stock)
     weights = payload["network_weights"]
     try:
@@ -69,7 +70,8 @@ def prove_loadable(payload: Mapping[str, Any], plan: Plan) -> TransferReport:
             raise NnsslError(f"nnU-Net would load other weights than were trained for {where}: '{name}' differs.")
     report = apply(own, payload, plan)
     if report.part("encoder").percent == 100.0:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            stock.eval(), own.eval()  # a Primus drops paths in training
             if not all(torch.equal(a, b) for a, b in zip(walk(stock, x, 0).skips, walk(own, x, 0).skips)):
                 raise NnsslError(f"The encoder of {where} computes something else after loading this run's checkpoint.")
     return report

@@ -52,6 +52,8 @@ def crop_size(plan: Plan, median_shape: Sequence[int] | None = None) -> tuple[in
         plan: whose network is measured.
         median_shape: median case shape in voxels, three axes; the plan's own by default.
     """
+    if plan.is_primus:
+        return plan.patch_size  # its positions are those of the patch
     median = tuple(median_shape or plan.median_shape)[-plan.dim :]
     stride = plan.total_stride
     cells = [max(1, min(p, m) // s) for p, m, s in zip(plan.patch_size, median, stride)]

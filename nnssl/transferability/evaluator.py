@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl.errors import NnsslError
+from nnssl.networks.primus import PrimusEncoder, is_primus
 from nnssl.networks.state import unwrap
 from nnssl.transferability.distances import degenerate
 from nnssl.transferability.pooling import pool
@@ -202,7 +203,9 @@ class RobustnessEvaluator:
         """
         begin = time.perf_counter()
         module = unwrap(network) if isinstance(network, nn.Module) else nn.Identity()
-        encoder = getattr(module, "encoder", module) if isinstance(network, nn.Module) else network
+        encoder = network
+        if isinstance(network, nn.Module):
+            encoder = PrimusEncoder(module) if is_primus(module) else getattr(module, "encoder", module)
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         with untouched(module):
             levels, shape = self._levels(encoder, device)

@@ -12,6 +12,7 @@ What is known of the paper, and what is ours, is in docs/methods/glmae.md.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -22,18 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from nnssl import masking
-from nnssl.distributed import gather_with_grad, mean_over_ranks, rank
-from nnssl.ema import EMA, cosine_momentum
 from nnssl.errors import NnsslError
-from nnssl.heads.dino import DinoHead, RunningStandardisation, pool_stages
-from nnssl.losses.consistency import Centre, Health, consistency, diagnose, teacher_targets
-from nnssl.networks import encoder_channels, unwrap
+from nnssl.losses.consistency import diagnose
+from nnssl.networks import encoder_channels, encoder_module
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
+from nnssl.pretrain.agreement import STAGES, Agreement
 from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.augment.zoom import copy_box, filled, image_lengths, place_boxes, zoom
+from nnssl.pretrain.masked import check_options
 from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Picture, Progress, SourceStats, option
-from nnssl.pretrain.methods.mae import MAE, MaskedConfig, check_options, compare
+from nnssl.pretrain.methods.mae import MAE, MaskedConfig, compare
 from nnssl.pretrain.methods.registry import register
 
 __all__ = ["GLMAE", "GLMAEConfig"]
@@ -42,7 +42,6 @@ log = logging.getLogger("nnssl")
 
 WIDER = 1.2  # a global view that is not this much wider than a local one on any axis is no wider
 LOCAL_SHARE = 0.6  # local by global view in mode B, as the paper's 96 by 160
-STAGES = 2  # last encoder stages that stand in for a class token
 CHECK_EVERY = 50
 
 
@@ -69,7 +68,13 @@ class GLMAEConfig(MaskedConfig):
     gg_weight: float = option(0.1, "weight of the global-to-global consistency L_gg", low=0.0)
     lg_weight: float = option(0.1, "weight of the local-to-global consistency L_lg", low=0.0)
     ramp: float = option(0.1, "share of the run in which both consistency weights rise from 0", low=0.0, high=1.0)
-    prototypes: int = option(4096, "K, outputs of the projectors", low=2, high=65536)
+    consistency: str = option(
+        "ce",
+        "ce: cross-entropy over prototypes; cosine, mse: of embeddings, with a predictor and a variance term",
+        choices=("ce", "cosine", "mse"),
+    )
+    variance_weight: float = option(0.1, "weight of the variance term of cosine and mse", low=0.0)
+    prototypes: int = option(4096, "K, outputs of the projectors (ce)", low=2, high=65536)
     hidden: int = option(1024, "width of the projectors' hidden layers", low=8, high=8192)
     bottleneck: int = option(256, "width of the embedding", low=2, high=4096)
     student_temperature: float = option(0.1, "tau_s", low=0.01, high=10.0)
@@ -110,16 +115,8 @@ class GLMAE(MAE):
         self._warned: set[str] = set()
         self._measure = True
         if self.consistent:
-            width = 2 * sum(encoder_channels(plan)[-STAGES:])
-            self.projector = DinoHead(width, config.prototypes, hidden=config.hidden, bottleneck=config.bottleneck)
-            self.teacher_encoder = EMA(unwrap(network).encoder)
-            self.teacher_projector = EMA(self.projector)
-            self.moments = nn.ModuleDict(
-                {k: RunningStandardisation(width, config.moments_momentum) for k in ("student", "teacher")}
-            )
-            self.centre = Centre(config.prototypes, config.centre_momentum)
-            self.health = Health(config.prototypes)
-            self.register_buffer("seen", torch.zeros(3))
+            width = plan.features[0] if plan.is_primus else 2 * sum(encoder_channels(plan)[-STAGES:])
+            self.agreement = Agreement(encoder_module(network), width, config, maximum=not plan.is_primus)
             self.register_buffer("balance", torch.zeros(()))
 
     # ---- views ---------------------------------------------------------------------------------------------------
@@ -137,21 +134,26 @@ class GLMAE(MAE):
             raise NnsslError("global_views and local_views are both 0: nothing would be learnt.")
         if config.min_zoom > config.max_zoom:
             raise NnsslError(f"min_zoom={config.min_zoom} exceeds max_zoom={config.max_zoom}.")
-        check_options(config)
+        check_options(config, plan)
+        if config.consistency != "ce" and config.gg_weight + config.lg_weight > 0 and not config.variance_weight:
+            raise NnsslError(
+                f"consistency={config.consistency} without a variance term puts all images at one place: set variance_weight."
+            )
         used = [config.global_views and config.global_weight, config.local_views and config.local_weight]
         if not any(used):
             raise NnsslError(
                 "no reconstruction has a weight: the decoder would not learn. Set global_weight or local_weight."
             )
         median = stats.median_shape[-plan.dim :]
-        what = {"what": "the network", "size": size}
-        chosen, why = geometry.choose_crop(
-            plan.patch_size, median, plan.total_stride, compare=config.views != "B", **what
-        )
+        if plan.is_primus:
+            if config.views == "B":
+                raise NnsslError(
+                    f"views=B cuts local views smaller than the patch, which a {plan.network_class} has no positions for. Use A."
+                )
+            chosen, why = geometry.whole_patch(plan, size)
+        else:
+            chosen, why = _choose(plan, median, config, size)
         window = _window(chosen, median, config.max_zoom)
-        if config.views == "auto" and not _wider(chosen, window):
-            chosen, why = geometry.choose_crop(plan.patch_size, median, plan.total_stride, compare=False, **what)
-            window = _window(chosen, median, config.max_zoom)
         wider = [w / s for w, s in zip(window, chosen)]
         request = CropRequest(size=chosen, window=window)
         local = _local_size(request, plan, config)
@@ -166,7 +168,8 @@ class GLMAE(MAE):
             f" {config.mask_ratio:.0%} of the blocks of {geometry.size_text(block)} voxels are hidden in {views} views."
         )
         batch = max(4, plan.batch_size)
-        return CropRequest(size=chosen, window=window, batch_size=batch, min_batch=2, explanation=why)
+        body = config.region == "body" or config.body_share > 0
+        return CropRequest(size=chosen, window=window, batch_size=batch, min_batch=2, explanation=why, body=body)
 
     def views(self, crops: Crops, draws: Draws) -> Batch:
         """Global and local views of each window and their masks; see :meth:`loss` for shapes."""
@@ -174,6 +177,7 @@ class GLMAE(MAE):
         data, inside = filled(crops)
         region = inside & crops.body if c.region == "body" else inside
         image, batch = image_lengths(inside), {}
+        volume = torch.tensor([_number(name) for name in crops.case], device=data.device)
         for kind, count, size in (
             ("global", c.global_views, self.request.size),
             ("local", c.local_views, self.local_size),
@@ -193,7 +197,7 @@ class GLMAE(MAE):
                 made["zoom"].append((extent / plain).mean(1))
             if count:
                 view = {k: torch.cat(v) for k, v in made.items()}
-                batch[kind] = {"input": view["target"], **view}
+                batch[kind] = {"input": view["target"], "volume": volume.repeat(count), **view}
         return batch
 
     # ---- loss ----------------------------------------------------------------------------------------------------
@@ -203,9 +207,12 @@ class GLMAE(MAE):
 
         Args:
             batch: ``global`` and ``local``, where there are such views, each with ``input`` and ``target`` ``(n B, C,
-                *size)``, ``mask`` ``(n B, 1 or C, *size)`` bool, hidden, ``valid`` ``(n B, 1, *size)`` bool, ``zoom`` ``(n B,)``.
+                *size)``, ``mask`` ``(n B, 1 or C, *size)`` bool, hidden, ``valid`` ``(n B, 1, *size)`` bool, ``zoom`` ``(n B,)``,
+                ``volume`` ``(n B,)`` int64, equal for crops of one case.
         """
-        c, terms, features = self.config, {}, {}
+        c = self.config
+        terms: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         total = torch.zeros((), device=next(iter(batch.values()))["input"].device)
         for kind, weight in (("global", c.global_weight), ("local", c.local_weight)):
             if kind not in batch:
@@ -215,54 +222,26 @@ class GLMAE(MAE):
             errors = self.errors(prediction, view["target"], view["mask"], view["valid"])
             terms |= {f"{kind}_{k}": v for k, v in errors.items()}
             total = total + weight * errors["reconstruction"]
-            features[kind] = pool_stages(skips[-STAGES:], None if active is None else active[-STAGES:])
+            features[kind] = self.summarise(skips, active, STAGES)
         if "global" in batch:
             terms["zoom"] = batch["global"]["zoom"].mean()
         if self.consistent:
             agreed = self.agreement(features, batch["global"]["input"])
+            if not self.training and "local" in batch:
+                volume = batch["local"]["volume"][: len(features["local"]) // c.local_views]
+                first = batch["global"]["input"][: len(volume)]
+                agreed |= self.agreement.retrieval(features["local"], first, volume)
             weighted = c.gg_weight * agreed["gg"] + c.lg_weight * agreed.get("lg", 0.0)
+            weighted = weighted + c.variance_weight * agreed.get("variance", 0.0)
             if self._measure and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._balance(total, weighted)
             total = total + (self.weight if self.training else 1.0) * weighted
             terms |= {**agreed, "gradient_ratio": self.balance.clone()}
         return {"total": total, **terms}
 
-    def agreement(self, features: dict[str, Tensor], whole: Tensor) -> dict[str, Tensor]:
-        """Consistency of the student's pooled features with the teacher's view of the whole global views.
-
-        Args:
-            features: ``global`` ``(p B, D)`` and, where there are local views, ``local`` ``(q B, D)``.
-            whole: ``(p B, C, *size)``, nothing hidden.
-        """
-        c, kinds = self.config, list(features)
-        counts = [len(features[k]) for k in kinds]
-        n = counts[0] // c.global_views
-        embedded = self.projector.embed(self._standardised("student", torch.cat(list(features.values()))))
-        logits = dict(zip(kinds, self.projector.logits(embedded).split(counts)))
-        pooled = pool_stages(self.teacher_encoder(whole)[-STAGES:])
-        with torch.no_grad():
-            anchor = self.teacher_projector.module.embed(self._standardised("teacher", pooled))
-            said = self.teacher_projector.module.logits(anchor).view(c.global_views, n, -1)
-            targets = teacher_targets(said, self.centre.value, c.teacher_temperature)
-            single, mean = self.health(targets)
-            spread = _spread(embedded.detach()[: counts[0]])
-            if self.training:
-                self.centre.observe(said)
-                self.seen.copy_(torch.stack([single, mean, spread]))
-        terms = {}
-        for name, kind in (("gg", "global"), ("lg", "local")):
-            if kind in logits:
-                terms[name] = consistency(targets, logits[kind].view(-1, n, c.prototypes), c.student_temperature)
-        student = embedded.detach()
-        terms |= {"teacher_entropy": single, "mean_entropy": mean, "embedding_spread": spread}
-        terms["view_cosine"] = (student[: counts[0]] * anchor).sum(1).mean()
-        if not self.training and "local" in logits:
-            terms |= _retrieval(student[counts[0] :].view(-1, n, student.shape[1]), anchor.view(-1, n, anchor.shape[1]))
-        return terms
-
     def _balance(self, reconstruction: Tensor, agreement: Tensor) -> None:
         """Gradient norm of the encoder by the (unramped) consistency, as a multiple of that by the reconstruction."""
-        params = [p for p in unwrap(self.network).encoder.parameters() if p.requires_grad]
+        params = [p for p in encoder_module(self.network).parameters() if p.requires_grad]
         norms = []
         for term in (agreement, reconstruction):
             found = torch.autograd.grad(term, params, retain_graph=True, allow_unused=True)
@@ -270,26 +249,20 @@ class GLMAE(MAE):
         self.balance.copy_(norms[0] / norms[1].clamp_min(1e-12))
         self._measure = False
 
-    def _standardised(self, who: str, pooled: Tensor) -> Tensor:
-        return self.moments[who](pooled) if self.config.standardise else pooled
-
     def after_step(self, progress: Progress) -> None:
         """Teacher, centre and ramp, and every now and then a look at the teacher's health."""
         c = self.config
         self.weight.fill_(min(1.0, progress.step / max(1.0, c.ramp * progress.steps)))
         if not self.consistent:
             return
-        momentum = cosine_momentum(progress.step, progress.steps, c.teacher_momentum)
-        self.teacher_encoder.update(unwrap(self.network).encoder, momentum)
-        self.teacher_projector.update(self.projector, momentum)
-        self.centre.step()
+        self.agreement.follow(encoder_module(self.network), progress.step, progress.steps)
         if progress.step % CHECK_EVERY == 0:
             self._measure = True
             if progress.step >= 0.05 * progress.steps:
                 self._alarm(progress.step)
 
     def _alarm(self, step: int) -> None:
-        problem = diagnose(*self.seen.tolist(), self.config.prototypes)
+        problem = self.agreement.problem()
         kind = None if problem is None else problem.split(":")[0]
         if kind is not None and kind not in self._warned:
             self._warned.add(kind)
@@ -301,8 +274,7 @@ class GLMAE(MAE):
         """The teacher's embedding of the whole global views, ``(p B, bottleneck)``; without a teacher, as mae's."""
         if not self.consistent:
             return super().embed(batch.get("global", batch.get("local")))
-        pooled = pool_stages(self.teacher_encoder(batch["global"]["input"])[-STAGES:])
-        return self.teacher_projector.module.embed(self._standardised("teacher", pooled))
+        return self.agreement.embed(batch["global"]["input"])
 
     def pictures(self, batch: Batch) -> Picture:
         """As mae's, for the first global and the first local view of each volume."""
@@ -324,15 +296,17 @@ class GLMAE(MAE):
             return super().verdict(first, last)
         told = [compare(self.name, f"hidden voxels in {k} views", last, f"{k}_") for k in kinds]
         learnt, sentences = all(t[0] for t in told), [t[1] for t in told]
-        if "teacher_entropy" in last:
-            seen = [last[k] for k in ("teacher_entropy", "mean_entropy", "embedding_spread")]
-            problem = diagnose(*seen, self.config.prototypes)
+        if "embedding_spread" in last:
+            single, mean = (last.get(f"{k}_entropy", 0.0) for k in ("teacher", "mean"))
+            prototypes = self.config.prototypes if "teacher_entropy" in last else 0
+            problem = diagnose(single, mean, last["embedding_spread"], prototypes)
             learnt = learnt and problem is None
             sentences.append(f"Consistency: {problem}" if problem else "The teacher tells images apart.")
         if "retrieval" in last:
+            before = f", {first['retrieval']:.0%} before training" if "retrieval" in first else ""
             sentences.append(
                 f"A local view finds the global view of its volume in {last['retrieval']:.0%} of the cases "
-                f"({last['retrieval_chance']:.0%} by chance)."
+                f"({last['retrieval_chance']:.0%} by chance{before})."
             )
         return learnt, " ".join(sentences)
 
@@ -346,10 +320,26 @@ def _wider(size: Sequence[int], window: Sequence[int]) -> bool:
     return any(w >= WIDER * s for w, s in zip(window, size))
 
 
+def _choose(
+    plan: Plan, median: Sequence[int], config: GLMAEConfig, size: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], str]:
+    """The crop of a U-Net: small enough that wider views exist, or, where none do, the patch."""
+
+    def choose(compare: bool) -> tuple[tuple[int, ...], str]:
+        return geometry.choose_crop(
+            plan.patch_size, median, plan.total_stride, compare=compare, what="the network", size=size
+        )
+
+    chosen, why = choose(config.views != "B")
+    if config.views == "auto" and not _wider(chosen, _window(chosen, median, config.max_zoom)):
+        return choose(False)
+    return chosen, why
+
+
 def _local_size(request: CropRequest, plan: Plan, config: GLMAEConfig) -> tuple[int, ...]:
     """Voxels of a local view: the crop's (mode A), or 0.6 of them in whole bottleneck voxels, two or more in all (mode B)."""
     size, stride = request.size, plan.total_stride
-    if config.views == "A" or (config.views == "auto" and _wider(size, request.window)):
+    if plan.is_primus or config.views == "A" or (config.views == "auto" and _wider(size, request.window)):
         return tuple(size)
     local = [min(n, math.ceil(LOCAL_SHARE * n / s) * s) for n, s in zip(size, stride)]
     while math.prod(n // s for n, s in zip(local, stride)) < 2:
@@ -358,17 +348,6 @@ def _local_size(request: CropRequest, plan: Plan, config: GLMAEConfig) -> tuple[
     return tuple(local)
 
 
-@torch.no_grad()
-def _spread(z: Tensor) -> Tensor:
-    """SD of the coordinates of unit vectors ``(N, D)`` times sqrt(D), over ranks: about 1 is healthy, 0 collapsed."""
-    z = gather_with_grad(z)
-    return z.std(0, unbiased=False).mean() * z.shape[1] ** 0.5
-
-
-@torch.no_grad()
-def _retrieval(local: Tensor, whole: Tensor) -> dict[str, Tensor]:
-    """How often a local view ``(q, B, D)`` is nearest to the first global view ``(p, B, D)`` of its own volume."""
-    anchors = gather_with_grad(whole[0].contiguous())
-    own = torch.arange(local.shape[1], device=local.device) + rank() * local.shape[1]
-    hit = ((local @ anchors.T).argmax(-1) == own).float().mean()
-    return {"retrieval": mean_over_ranks(hit), "retrieval_chance": hit.new_tensor(1.0 / len(anchors))}
+def _number(case: str) -> int:
+    """A number for a case, the same on all ranks."""
+    return int.from_bytes(hashlib.sha256(case.encode("utf-8", "surrogateescape")).digest()[:7], "big")

@@ -3,7 +3,8 @@
 He et al. 2022 (arXiv:2111.06377) for the idea; Wald et al. 2024 (arXiv:2410.23132) and 2025 (OpenMind, arXiv:2412.17041) on
 nnU-Net's CNNs, where a dense encoder that sees 0 in place of hidden voxels did best. Encoder, decoder and skips are all
 trained; only the 1x1x1 head that makes the image stays behind. ``L = sum_{u in M & V} (y_u - v_u)^2 / |M & V|``: M the hidden
-voxels, V those that lie in the image.
+voxels, V those that lie in the image. On a Primus hidden blocks are whole tokens that the encoder never gets, and a small
+transformer, thrown away afterwards, makes the image.
 
 What differs from the public code, and why, is in docs/methods/mae.md.
 """
@@ -18,21 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnssl import masking
-from nnssl.errors import NnsslError
 from nnssl.heads.dino import pool_stages
 from nnssl.heads.restoration import restoration_head
+from nnssl.heads.tokens import TokenDecoder
 from nnssl.losses.masked import block_statistics, masked_error
-from nnssl.networks import encoder_channels, partial_decode, unwrap, walk
+from nnssl.masking.picture import masked_panel
+from nnssl.networks import PrimusEncoder, encoder_channels, encoder_module, partial_decode, unwrap, walk
 from nnssl.networks.sparse import Densify, check_sparse, sparse_encoder
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
 from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.augment.spatial import central_crop, random_affine
 from nnssl.pretrain.augment.zoom import filled
+from nnssl.pretrain.masked import PRIMUS_CLIP, check_options, make_optimiser, uses_adamw
 from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Method, Picture, SourceStats, option
 from nnssl.pretrain.methods.registry import register
 
-__all__ = ["MAE", "MAEConfig", "MaskedConfig", "check_options", "compare"]
+__all__ = ["MAE", "MAEConfig", "MaskedConfig", "compare"]
 
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 
@@ -53,8 +56,14 @@ class MaskedConfig:
     error: str = option("mse", "of the reconstruction", choices=("mse", "l1"))
     region: str = option("image", "where the error counts", choices=("image", "body"))
     mirror: bool = option(True, "mirror crops on every axis")
-    optimiser: str = option("sgd", "sgd: nesterov, polynomial decay; adamw: warm-up, cosine", choices=("sgd", "adamw"))
-    lr: float | None = option(None, "initial learning rate; auto: 0.01 (sgd), 0.0005 (adamw)", low=0.0, high=10.0)
+    optimiser: str = option(
+        "auto",
+        "sgd: nesterov, polynomial decay; adamw: warm-up, cosine; auto: sgd, for Primus adamw",
+        choices=("auto", "sgd", "adamw"),
+    )
+    lr: float | None = option(
+        None, "initial learning rate; auto: 0.01 (sgd), 0.0005 (adamw), 0.0003 (Primus)", low=0.0, high=10.0
+    )
     weight_decay: float | None = option(None, "auto: 3e-5 (sgd), 0.05 (adamw; not on norms, biases)", low=0.0, high=1.0)
     momentum: float = option(0.99, "momentum of sgd", low=0.0, high=1.0)
     warmup: float = option(0.05, "share of the run in which adamw's learning rate rises", low=0.0, high=0.5)
@@ -74,6 +83,7 @@ class MAEConfig(MaskedConfig):
 class MAE(Method):
     """See the module. The finest decoder output goes through a 1x1(x1) convolution to as many channels as the image has."""
 
+    takes_primus = True
     title = "masked autoencoder: reconstruct hidden blocks (encoder + decoder)"
     citation = (
         "Wald et al., Revisiting MAE pre-training for 3D medical image segmentation, arXiv:2410.23132",
@@ -89,11 +99,19 @@ class MAE(Method):
     def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: Any) -> None:
         super().__init__(network, plan, request, config)
         self.block = masking.choose_block(request.size, plan.cumulative_strides, block=config.block)
+        if plan.is_primus:
+            grid = geometry.cells(request.size, plan.total_stride)
+            self.head: nn.Module = TokenDecoder(
+                plan.features[0], plan.n_channels, plan.total_stride, grid, heads=plan.heads
+            )
+            self.grad_clip = PRIMUS_CLIP
+            unwrap(network).get_submodule("up_projection").requires_grad_(False)
+            return
         self.head = restoration_head(plan.features[0], plan.n_channels, dim=plan.dim)
         if config.fill == "learned":
             self.fill = nn.Parameter(torch.zeros(1, plan.n_channels, *[1] * plan.dim))
         if config.masking == "sparse":
-            check_sparse(unwrap(network).encoder)
+            check_sparse(encoder_module(network))
             self.densify = Densify(encoder_channels(plan))
         unwrap(network).get_submodule("decoder.seg_layers").requires_grad_(False)
 
@@ -106,15 +124,14 @@ class MAE(Method):
         Raises:
             NnsslError: options that contradict each other, a block that does not fit, or no legal crop.
         """
-        check_options(config)
-        size, why = geometry.choose_crop(
-            plan.patch_size,
-            stats.median_shape[-plan.dim :],
-            plan.total_stride,
-            compare=False,
-            size=size,
-            what="the network",
-        )
+        check_options(config, plan)
+        if plan.is_primus:
+            size, why = geometry.whole_patch(plan, size)
+        else:
+            median = stats.median_shape[-plan.dim :]
+            size, why = geometry.choose_crop(
+                plan.patch_size, median, plan.total_stride, compare=False, size=size, what="the network"
+            )
         block = masking.choose_block(size, plan.cumulative_strides, block=config.block)
         window = size
         if config.augment_p > 0:
@@ -125,7 +142,14 @@ class MAE(Method):
             ]  # beyond it lies mostly padding
             window = tuple(min(w, n + r + r % 2) for w, n, r in zip(wanted, size, room))
         why += f" {config.mask_ratio:.0%} of its blocks of {geometry.size_text(block)} voxels are hidden."
-        return CropRequest(size=size, window=window, batch_size=max(2, plan.batch_size), min_batch=1, explanation=why)
+        return CropRequest(
+            size=size,
+            window=window,
+            batch_size=max(2, plan.batch_size),
+            min_batch=1,
+            explanation=why,
+            body=config.region == "body",
+        )
 
     def views(self, crops: Crops, draws: Draws) -> Batch:
         """One crop of each window, turned, scaled and mirrored, and its mask; see :meth:`loss` for shapes."""
@@ -175,7 +199,12 @@ class MAE(Method):
         return {"total": terms["reconstruction"], **terms}
 
     def encode(self, image: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Skips of the image without what ``mask`` hides, and in sparse mode the active places ``(B, 1, *size_s)`` of each."""
+        """Skips of the image without what ``mask`` hides; in sparse mode, and of Primus, also the places ``(B, 1, *size_s)`` of
+        each that were computed. The one skip of a Primus is its map of tokens."""
+        if self.plan.is_primus:
+            first = (slice(None), slice(0, 1), *(slice(None, None, n) for n in self.plan.total_stride))
+            visible = ~mask[first]
+            return PrimusEncoder(self.network)(torch.where(mask, 0.0, image), visible), [visible]
         if self.config.masking == "sparse":
             return self._encode_sparse(image, mask)
         fill = self.fill.to(image.dtype) if self.config.fill == "learned" else 0.0
@@ -183,7 +212,7 @@ class MAE(Method):
 
     @torch.compiler.disable
     def _encode_sparse(self, image: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        with sparse_encoder(unwrap(self.network).encoder, ~mask) as active:
+        with sparse_encoder(encoder_module(self.network), ~mask) as active:
             skips = walk(self.network, torch.where(mask, 0.0, image), 0).skips
         places = [active.at(s.shape[2:]) for s in skips]
         return self.densify(skips, active), places
@@ -191,10 +220,17 @@ class MAE(Method):
     def reconstruct(self, image: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor] | None]:
         """Skips, the whole predicted image ``(B, C, *size)``, and active places as in :meth:`encode`."""
         skips, active = self.encode(image, mask)
+        if self.plan.is_primus and active is not None:
+            return skips, self.head(skips[0], active[0]), active
         out = self.head(partial_decode(self.network, skips)[-1])
         if out.shape[2:] != image.shape[2:]:
             out = F.interpolate(out, size=image.shape[2:], mode=_LINEAR[self.plan.dim])
         return skips, out, active
+
+    def summarise(self, skips: list[Tensor], active: list[Tensor] | None = None, stages: int = 1) -> Tensor:
+        """One vector ``(B, D)`` for each image from its last skips: mean and maximum, of a Primus the mean over its tokens."""
+        places = None if active is None else active[-stages:]
+        return pool_stages(skips[-stages:], places, maximum=not self.plan.is_primus)
 
     def errors(self, prediction: Tensor, target: Tensor, mask: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """``reconstruction``; ``skipped``, the crops in which nothing is hidden; in eval also the errors of guesses.
@@ -221,33 +257,30 @@ class MAE(Method):
         return terms
 
     def pretrained_parts(self) -> dict[str, Any]:
-        """Everything but the segmentation heads."""
+        """Everything but the segmentation heads; of a Primus embedding and transformer."""
+        if self.plan.is_primus:
+            return {"encoder": True, "decoder_stages": []}
         return {"encoder": True, "decoder_stages": list(range(self.plan.n_stages - 1))}
 
     # ---- optimisation --------------------------------------------------------------------------------------------
 
     def optimiser(self) -> torch.optim.Optimizer:
-        """SGD as nnU-Net's, or AdamW without decay of norms, biases and tokens."""
-        c, params = self.config, [p for p in self.parameters() if p.requires_grad]
-        if c.optimiser == "sgd":
-            lr, decay = 1e-2 if c.lr is None else c.lr, 3e-5 if c.weight_decay is None else c.weight_decay
-            return torch.optim.SGD(params, lr, momentum=c.momentum, weight_decay=decay, nesterov=c.momentum > 0)
-        lr, decay = 5e-4 if c.lr is None else c.lr, 0.05 if c.weight_decay is None else c.weight_decay
-        still = [p for p in params if p.squeeze().ndim <= 1]
-        moved = [p for p in params if p.squeeze().ndim > 1]
-        return torch.optim.AdamW([{"params": moved}, {"params": still, "weight_decay": 0.0}], lr=lr, weight_decay=decay)
+        """SGD as nnU-Net's, or AdamW; see :func:`nnssl.pretrain.masked.make_optimiser`."""
+        return make_optimiser(self.config, self, self.plan)
 
     def lr_factor(self, step: int, steps: int) -> float:
-        """``(1 - t/T)^0.9`` for SGD, warm-up and cosine for AdamW."""
-        if self.config.optimiser == "sgd":
-            return (1.0 - step / max(1, steps)) ** 0.9
-        return super().lr_factor(step, steps)
+        """``(1 - t/T)^0.9`` for SGD; warm-up, then for U-Nets a cosine and for Primus that polynomial, for AdamW."""
+        adamw = uses_adamw(self.config, self.plan)
+        warm = round(self.config.warmup * steps) if adamw else 0
+        if step < warm or (adamw and not self.plan.is_primus):
+            return super().lr_factor(step, steps)
+        return max(0.0, 1.0 - (step - warm) / max(1, steps - warm)) ** 0.9
 
     # ---- what a person sees --------------------------------------------------------------------------------------
 
     def embed(self, batch: Batch) -> Tensor:
-        """Mean and maximum of the bottleneck of the whole crop, ``(B, 2 C)``."""
-        return pool_stages(walk(self.network, batch["input"], 0).skips[-1:])
+        """Mean and maximum of the bottleneck of the whole crop, ``(B, 2 C)``; of a Primus the mean over tokens, ``(B, C)``."""
+        return self.summarise(walk(self.network, batch["input"], 0).skips)
 
     def pictures(self, batch: Batch) -> Picture:
         """Middle slices: view, mask, reconstruction of what is hidden, its error, and linear interpolation."""
@@ -260,23 +293,7 @@ class MAE(Method):
         if self.config.target == "block_norm":
             mean, sd = block_statistics(target, valid, self.block)
             prediction = prediction * sd + mean
-        guess = masking.inpaint(target, valid & ~mask)
-        images = [target, torch.where(mask, prediction, target), torch.where(mask, guess, target)]
-        slices = [_slice(x[:, :1].float())[:, 0] for x in images]
-        low, high = (slices[0].flatten(1).quantile(q, 1).view(-1, 1, 1) for q in (0.005, 0.995))
-        shown = [((x - low) / (high - low).clamp_min(1e-6)).clamp(0, 1) for x in slices]
-        hidden, counted = _slice(mask[:, :1])[:, 0], _slice(valid)[:, 0]
-        blue = torch.tensor([0.15, 0.3, 0.6], device=image.device)
-        masked = torch.where(hidden[..., None], blue, shown[0][..., None])
-        error = torch.where(hidden & counted, (shown[1] - shown[0]).abs(), 0.0)
-        columns = {
-            "view": shown[0],
-            "masked": masked,
-            "reconstruction": shown[1],
-            "error": error,
-            "interpolated": shown[2],
-        }
-        return {k: v.float().cpu().numpy() for k, v in columns.items()}
+        return masked_panel(target, prediction, mask, valid)
 
     def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
         """Learnt: hidden voxels are predicted better than by interpolation, and than by the mean of what is around them."""
@@ -294,19 +311,3 @@ def compare(name: str, what: str, last: dict[str, float], prefix: str) -> tuple[
         f"{'below' if learnt else 'not below both'} linear interpolation from the visible ones ({interpolated:.3g}) and the mean "
         f"around ({around:.3g}); one number per block could reach {last[f'{prefix}oracle']:.3g}."
     )
-
-
-def check_options(config: MaskedConfig) -> None:
-    """Whether the options of masking fit together.
-
-    Raises:
-        NnsslError: they do not.
-    """
-    if config.masking == "sparse" and (config.fill == "learned" or config.per_channel):
-        raise NnsslError(
-            "masking=sparse computes nothing where voxels are hidden: fill=learned and per_channel need dense."
-        )
-
-
-def _slice(x: Tensor) -> Tensor:
-    return x if x.ndim == 4 else x[:, :, x.shape[2] // 2]

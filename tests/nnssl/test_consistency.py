@@ -10,7 +10,18 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from nnssl.heads.dino import DinoHead, RunningStandardisation, pool_stages
-from nnssl.losses.consistency import Centre, Health, consistency, diagnose, entropy, teacher_targets
+from nnssl.losses.consistency import (
+    Centre,
+    Health,
+    alignment,
+    consistency,
+    diagnose,
+    embedding_spread,
+    entropy,
+    retrieval,
+    teacher_targets,
+    variance_hinge,
+)
 
 K = 12
 
@@ -142,6 +153,7 @@ def test_pooling(size):
     maps = [torch.randn(3, 2, *size), torch.randn(3, 4, *[2 * n for n in size])]
     got = pool_stages(maps)
     assert got.shape == (3, 12)
+    assert torch.equal(pool_stages(maps, maximum=False), got[:, [0, 1, 4, 5, 6, 7]])
     for b in range(3):
         expected = torch.cat([t for m in maps for t in (m[b].flatten(1).mean(1), m[b].flatten(1).amax(1))])
         torch.testing.assert_close(got[b], expected)
@@ -180,3 +192,58 @@ def test_two_ranks_have_the_moments_of_one(tmp_path):
     for i in range(2):
         for mine, theirs in zip((centre.value, norm.mean, norm.var, health.mean), torch.load(tmp_path / f"{i}.pt")):
             torch.testing.assert_close(theirs, mine, atol=1e-6, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- without prototypes
+
+
+@pytest.mark.parametrize("kind", ["cosine", "mse"])
+def test_alignment_is_the_mean_over_all_pairs(kind):
+    z, e = torch.randn(3, 4, 5), torch.randn(2, 4, 5)
+    total = 0.0
+    for j in range(3):
+        for i in range(2):
+            for b in range(4):
+                a, t = z[j, b], e[i, b]
+                if kind == "cosine":
+                    total += float(1 - (a @ t) / (a.norm() * t.norm()))
+                else:
+                    total += float(((a - t) ** 2).sum() / 5)
+    loss = alignment(z.requires_grad_(), e.requires_grad_(), kind)
+    assert loss.item() == pytest.approx(total / 24, rel=1e-5)
+    loss.backward()
+    assert e.grad is None and torch.isfinite(z.grad).all()
+    assert alignment(e.repeat(2, 1, 1)[:1], e[:1], kind).item() == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="'l2'"):
+        alignment(z, e, "l2")
+
+
+def test_variance_hinge():
+    same = torch.randn(2, 1, 6).expand(2, 5, 6)
+    assert variance_hinge(same).item() == pytest.approx(1 - 1e-2)  # sqrt(eps)
+    assert variance_hinge(3 * torch.randn(2, 5000, 6)) == 0
+    z = torch.randn(2, 5, 6)
+    sd = (z.double().var(1, unbiased=False) + 1e-4).sqrt()
+    assert variance_hinge(z).item() == pytest.approx((1 - sd).clamp(min=0).mean().item(), rel=1e-5)
+    half = torch.tensor([[[0.5], [-0.5]]])  # SD 0.5 around 0
+    assert variance_hinge(half).item() == pytest.approx(0.5, abs=1e-3)
+
+
+def test_retrieval_by_hand():
+    """Two crops of one volume: either of its global views is a hit."""
+    whole = torch.eye(3)
+    local = torch.stack([torch.eye(3)[[0, 2, 1]], torch.eye(3)])
+    hits, chance = retrieval(local, whole, torch.tensor([5, 6, 7]))
+    assert hits.item() == pytest.approx(4 / 6) and chance.item() == pytest.approx(1 / 3)
+    hits, chance = retrieval(local, whole, torch.tensor([5, 6, 6]))
+    assert hits == 1 and chance.item() == pytest.approx(5 / 9)
+
+
+def test_spread_of_embeddings():
+    z = torch.nn.functional.normalize(torch.randn(2000, 16), dim=1)
+    assert embedding_spread(z).item() == pytest.approx(1, abs=0.05)
+    assert embedding_spread(z[:1].expand(7, 16)) == 0
+
+
+def test_without_prototypes_the_spread_alone_tells():
+    assert diagnose(0.0, 0.0, 0.9, 0) is None and "collapse" in diagnose(0.0, 0.0, 0.01, 0)

@@ -156,6 +156,36 @@ def test_restrict():
 # ------------------------------------------------------------------------------------------------- the variant
 
 
+def test_restrict_to_named_validation_cases_of_fold_all():
+    chosen, named = {"0": ["a"], "all": ["a"]}, {"all": ["a", "c"]}
+    assert restrict("all", ["a", "b", "c"], ["a", "b", "c"], chosen, named) == (["a"], ["c"])
+    assert restrict("all", ["a"], ["a"], chosen, {"all": ["a"]}) == (["a"], ["a"]), "where all cases are trained on"
+    assert restrict(0, ["a", "b"], ["c", "d"], chosen, named) == (["a"], ["c", "d"]), "a fold has its own"
+    with pytest.raises(NnsslError, match="validates on 'gone'"):
+        restrict("all", ["a", "b"], ["a", "b"], chosen, {"all": ["gone"]})
+
+
+def test_validation_cases_of_fold_all_from_a_file(dataset, tmp_path, capsys):
+    folder = dataset()
+    file = tmp_path / "validate.txt"
+    file.write_text("case_003\ncase_004\n\ncase_000\n")
+    arguments = ["-d", "901", "--validate", str(file), "--name", "few"]
+    assert main([*arguments, "--labels", "2"]) == 0
+    told = json.loads((folder / "nnUNetPlans_few.json").read_text())["nnssl"]
+    assert told["val_cases"] == {"all": ["case_003", "case_004", "case_000"]}
+    assert "validates" not in capsys.readouterr().out and len(told["train_cases"]["all"]) == 2
+    arguments[-1] = "other"
+    assert (
+        main(arguments) == 1 and "--validate names validation cases beside those of --labels" in capsys.readouterr().err
+    )
+    file.write_text("case_0003\n")
+    assert main([*arguments, "--labels", "2"]) == 1 and "Did you mean 'case_003'" in capsys.readouterr().err
+    file.write_text("\n")
+    assert main([*arguments, "--labels", "2"]) == 1 and "names no case" in capsys.readouterr().err
+    assert main([*arguments[:3], "gone.txt", *arguments[4:], "--labels", "2"]) == 1
+    assert "there is no such file" in capsys.readouterr().err
+
+
 def test_the_plan_says_exactly_which_cases_train(dataset, capsys):
     folder = dataset()
     before = sorted(p.name for p in folder.rglob("*"))
@@ -215,6 +245,16 @@ def test_the_trainer_trains_on_those_and_validates_as_before(dataset):
     (folder / "splits_final.json").write_text(json.dumps(splits))
     with pytest.raises(NnsslError, match="splits_final.json has changed"):
         _trainer(folder, path.stem).do_split()
+
+
+def test_the_trainer_validates_fold_all_on_the_named_cases(dataset, tmp_path):
+    folder = dataset()
+    (tmp_path / "validate.txt").write_text("case_001\ncase_002\n")
+    path = write_variant(load_plan(901), "few", labels=4, seed=0, validate=tmp_path / "validate.txt")
+    train, val = _trainer(folder, path.stem, "all").do_split()
+    assert len(train) == 4 and val == [c for c in ("case_001", "case_002") if c not in train] and val
+    train, val = _trainer(folder, path.stem, 0).do_split()
+    assert val == folds_of(load_plan(901))["0"][1]
 
 
 def test_a_dataset_that_nnunet_cannot_split(dataset):

@@ -274,6 +274,6 @@ def test_cascade_and_other_networks_are_refused(tiny_plans, tiny_dataset_json):
     plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     with pytest.raises(NnsslError, match="second stage of a cascade.*'3d_lowres'"):
         Plan.from_dicts(plans, "3d_cascade_fullres", tiny_dataset_json())
-    plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = "x.y.Primus"
-    with pytest.raises(NnsslError, match="network Primus; supported are PlainConvUNet and ResidualEncoderUNet"):
+    plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = "x.y.UMamba"
+    with pytest.raises(NnsslError, match="network UMamba; supported are PlainConvUNet, ResidualEncoderUNet, Primus"):
         Plan.from_dicts(plans, "3d_fullres", tiny_dataset_json())

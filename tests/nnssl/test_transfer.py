@@ -267,7 +267,8 @@ def test_parts_by_name():
     assert part_of("decoder.transpconvs.12.weight") == "decoder stage 12"
     assert part_of("decoder.stages.2.convs.0.conv.weight") == "decoder stage 2"
     assert part_of("decoder.seg_layers.0.bias") == "seg_layers"
-    assert part_of("eva.pos_embed") == "other"
+    assert part_of("eva.pos_embed") == part_of("down_projection.proj.weight") == "encoder"
+    assert part_of("up_projection.decode.0.0.weight") == "up_projection" and part_of("something") == "other"
     names = [f"decoder.stages.{i}.convs.0.conv.weight" for i in (10, 2)]
     assert part_names(["decoder.seg_layers.0.bias", *names, "encoder.x"]) == [
         *("encoder", "decoder stage 2", "decoder stage 10", "seg_layers")

@@ -35,58 +35,32 @@ CASES = [
 MODES = [{}, {"fill": "learned"}, {"masking": "sparse"}, {"per_channel": True}]
 
 
+def build(plans, description, values, dim=3):
+    plan = Plan.from_dicts(plans, "3d_fullres" if dim == 3 else "2d", description)
+    cls = get_method("mae")
+    config = make_config(cls.Config, values)
+    request = cls.crops(plan, SourceStats((30, 40, 35), 5), config)
+    torch.manual_seed(0)
+    return cls(build_network(plan), plan, request, config)
+
+
 @pytest.fixture
 def make(tiny_plans, tiny_dataset_json):
     """``make(geometry, arch, dim, channels, features, **options) -> method``."""
 
-    def build(geometry="iso", arch="plain", dim=3, channels=1, features=(4, 6, 8), **options):
+    def made(geometry="iso", arch="plain", dim=3, channels=1, features=(4, 6, 8), **options):
         strides, size = GEOMETRIES[geometry]
         plans = tiny_plans(dim, arch, channels, strides=strides, patch=size, features=features)
-        plan = Plan.from_dicts(plans, "3d_fullres" if dim == 3 else "2d", tiny_dataset_json(channels))
-        cls = get_method("mae")
-        config = make_config(cls.Config, options)
-        request = cls.crops(plan, SourceStats((30, 40, 35), 5), config)
-        torch.manual_seed(0)
-        return cls(build_network(plan), plan, request, config)
+        return build(plans, tiny_dataset_json(channels), options, dim)
 
-    return build
-
-
-def make_crops(method, n=3, seed=0, start=0):
-    g = torch.Generator().manual_seed(seed)
-    window, channels = method.request.window, method.plan.n_channels
-    coarse = torch.randn(n, channels, *[w // 4 + 2 for w in window], generator=g)
-    data = F.interpolate(coarse, size=window, mode="trilinear" if len(window) == 3 else "bilinear")
-    data = data + 0.1 * torch.randn(data.shape, generator=g)
-    position = torch.rand(n, 3, generator=g).double()
-    return Crops(
-        data=data,
-        body=data[:, :1] > -0.5,
-        position=position,
-        axis_position=position,
-        intensity=torch.tensor([-2.0, 3.0]).expand(n, channels, 2).clone(),
-        start=torch.full((n, 3), start),
-        case=["c"] * n,
-    )
-
-
-def make_batch(method, n=3, seed=0, step=0):
-    with torch.no_grad():
-        return method.views(make_crops(method, n, seed), Draws(0, step, n))
-
-
-def gradients(method, batch):
-    method.zero_grad(set_to_none=True)
-    terms = method(batch)
-    terms["total"].backward()
-    return terms, {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
+    return made
 
 
 # ---------------------------------------------------------------------------------------------- views and masks
 
 
 @pytest.mark.parametrize(("geometry", "arch", "dim"), CASES)
-def test_views_have_exact_masks(make, geometry, arch, dim):
+def test_views_have_exact_masks(make, geometry, arch, dim, make_batch):
     method = make(geometry, arch, dim, channels=2)
     batch = make_batch(method)
     size = method.request.size
@@ -106,7 +80,7 @@ def test_views_have_exact_masks(make, geometry, arch, dim):
     assert not torch.equal(batch["mask"], make_batch(method, step=1)["mask"])
 
 
-def test_mask_of_each_channel_and_spread_of_the_ratio(make):
+def test_mask_of_each_channel_and_spread_of_the_ratio(make, make_batch):
     mask = make_batch(make(channels=3, per_channel=True))["mask"]
     assert mask.shape[1] == 3 and not torch.equal(mask[:, 0], mask[:, 1])
     method = make(mask_spread=0.15, augment_p=0, mirror=False)
@@ -114,7 +88,7 @@ def test_mask_of_each_channel_and_spread_of_the_ratio(make):
     assert share.min() >= 0.59 and share.max() <= 0.91 and share.std() > 0.04
 
 
-def test_padding_is_dark_invalid_and_never_hidden(make):
+def test_padding_is_dark_invalid_and_never_hidden(make, make_crops):
     """A window that starts before the image: the padding is the lowest intensity, and no error counts there."""
     method = make(augment_p=0, mirror=False)
     crops = make_crops(method, start=-4)
@@ -129,7 +103,7 @@ def test_padding_is_dark_invalid_and_never_hidden(make):
     assert (batch["mask"].flatten(1).sum(1) == round(0.75 * n) * math.prod(method.block)).all()
 
 
-def test_turned_views_of_padded_windows(make):
+def test_turned_views_of_padded_windows(make, make_crops):
     method = make(augment_p=1.0)
     crops = make_crops(method, 8, start=-6)
     for axis in (2, 3, 4):
@@ -151,7 +125,7 @@ def test_windows_hold_turned_crops_but_no_more_than_the_image(make):
     assert still.request.window == still.request.size
 
 
-def test_a_crop_without_enough_image_is_skipped_and_counted(make):
+def test_a_crop_without_enough_image_is_skipped_and_counted(make, make_crops, gradients):
     method = make(augment_p=0, mirror=False)
     crops = make_crops(method)
     crops.data[0] = 0
@@ -169,7 +143,7 @@ def test_a_crop_without_enough_image_is_skipped_and_counted(make):
     assert all((g == 0).all() for g in grads.values())
 
 
-def test_error_over_the_body_only(make):
+def test_error_over_the_body_only(make, make_crops):
     method = make(region="body", augment_p=0, mirror=False)
     crops = make_crops(method)
     batch = method.views(crops, Draws(0, 0, 3))
@@ -181,7 +155,7 @@ def test_error_over_the_body_only(make):
 
 @pytest.mark.parametrize(("geometry", "arch", "dim"), CASES)
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_nothing_leaks(make, geometry, arch, dim, mode):
+def test_nothing_leaks(make, geometry, arch, dim, mode, make_batch, gradients):
     """Whatever stands behind the mask: prediction and every gradient are the same bits. What is visible does matter."""
     method = make(geometry, arch, dim, channels=2, **mode)
     batch = make_batch(method)
@@ -203,7 +177,7 @@ def test_nothing_leaks(make, geometry, arch, dim, mode):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_only_hidden_valid_voxels_give_gradient(make, mode):
+def test_only_hidden_valid_voxels_give_gradient(make, mode, make_batch):
     method = make(channels=2, **mode)
     batch = make_batch(method)
     batch["valid"] = torch.rand(batch["valid"].shape) < 0.6
@@ -217,7 +191,7 @@ def test_only_hidden_valid_voxels_give_gradient(make, mode):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_targets_that_are_not_finite_drop_out(make, bad):
+def test_targets_that_are_not_finite_drop_out(make, bad, make_batch, gradients):
     method = make()
     batch = make_batch(method)
     batch["target"] = batch["target"].clone()
@@ -231,7 +205,7 @@ def test_targets_that_are_not_finite_drop_out(make, bad):
 
 
 @pytest.mark.parametrize(("geometry", "arch", "dim"), CASES)
-def test_what_learns_and_what_does_not(make, geometry, arch, dim):
+def test_what_learns_and_what_does_not(make, geometry, arch, dim, make_batch, gradients):
     for preset in ({}, *get_method("mae").presets.values(), {"target": "block_norm"}, {"error": "l1"}):
         method = make(geometry, arch, dim, **preset)
         terms, grads = gradients(method, make_batch(method))
@@ -251,6 +225,7 @@ def test_optimisers(make):
     sgd = make().optimiser()
     assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[0]["lr"] == 1e-2 and sgd.param_groups[0]["nesterov"]
     assert make().lr_factor(0, 100) == 1 and make().lr_factor(50, 100) == pytest.approx(0.5**0.9)
+    assert make().lr_factor(2, 1) == 0, "past the end, as the estimate of a very short run goes"
     adam = make(optimiser="adamw", fill="learned").optimiser()
     assert [g["weight_decay"] for g in adam.param_groups] == [0.05, 0.0]
     assert all(p.squeeze().ndim > 1 for p in adam.param_groups[0]["params"])
@@ -267,7 +242,7 @@ def test_what_does_not_fit_is_refused(make):
     assert make(block="4,6,8").block == (4, 6, 8)
 
 
-def test_perfect_is_zero_and_zero_is_one(make):
+def test_perfect_is_zero_and_zero_is_one(make, make_crops):
     method = make(augment_p=0, mirror=False)
     crops = make_crops(method, 8)
     crops.data = torch.randn_like(crops.data)
@@ -279,7 +254,7 @@ def test_perfect_is_zero_and_zero_is_one(make):
 
 
 @pytest.mark.parametrize("target", ["intensity", "block_norm"])
-def test_guesses_are_measured_in_eval_only(make, target):
+def test_guesses_are_measured_in_eval_only(make, target, make_batch):
     method = make(channels=2, target=target).eval()
     batch = make_batch(method)
     with torch.no_grad():
@@ -297,7 +272,7 @@ def test_guesses_are_measured_in_eval_only(make, target):
         assert terms["oracle"].item() == pytest.approx(1, abs=0.1)
 
 
-def test_autocast(make):
+def test_autocast(make, make_batch):
     for mode in MODES:
         method = make(**mode)
         batch = make_batch(method)
@@ -312,7 +287,7 @@ def test_autocast(make):
 
 @pytest.mark.parametrize("dim", [2, 3])
 @pytest.mark.parametrize("options", [{}, {"masking": "sparse", "target": "block_norm"}], ids=str)
-def test_pictures_and_embedding(make, dim, options):
+def test_pictures_and_embedding(make, dim, options, make_batch):
     method = make("iso", "plain", dim, 2, **options).eval()
     batch = make_batch(method, 5)
     with torch.no_grad():
@@ -340,7 +315,7 @@ def test_verdict(make):
 
 
 @pytest.mark.parametrize(("arch", "mode"), [("plain", "dense"), ("resenc", "sparse")])
-def test_nnunet_loads_the_weights(make, tmp_path, arch, mode):
+def test_nnunet_loads_the_weights(make, tmp_path, arch, mode, make_batch):
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
     method = make("aniso", arch, masking=mode)
@@ -392,13 +367,13 @@ def test_resume_is_exact(tiny_preprocessed, nnunet_env):
     assert (straight.folder / "views_epoch_0002.png").stat().st_size > 5000
 
 
-def _worker(index, port, folder, build):
+def _worker(index, port, folder, arguments, crops):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=2)
-    method, crops = build()
+    method = build(*arguments)
     wrapped = nn.parallel.DistributedDataParallel(method)
     mine = slice(2 * index, 2 * index + 2)
-    crops = Crops(**{k: v[mine] for k, v in vars(crops).items()})
+    crops = Crops(**{k: v[mine] for k, v in vars(crops).items() if v is not None})
     batch = method.views(crops, Draws(0, 0, 4, 2 * index, 2))
     terms = wrapped(batch)
     terms["total"].backward()
@@ -407,34 +382,20 @@ def _worker(index, port, folder, build):
     dist.destroy_process_group()
 
 
-class _Build:
-    def __init__(self, plans, description, options):
-        self.plans, self.description, self.options = plans, description, options
-
-    def __call__(self):
-        plan = Plan.from_dicts(self.plans, "3d_fullres", self.description)
-        cls = get_method("mae")
-        config = cls.Config(**self.options)
-        request = cls.crops(plan, SourceStats((30, 40, 35), 5), config)
-        torch.manual_seed(0)
-        method = cls(build_network(plan), plan, request, config)
-        crops = make_crops(method, 4)
-        crops.data[0, :, 6:] = 0  # ranks differ in how much there is to reconstruct
-        return method, crops
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"augment_p": 0.0}, {"masking": "sparse", "augment_p": 0.0}], ids=str)
-def test_two_processes_equal_one(tmp_path, tiny_plans, tiny_dataset_json, options):
+def test_two_processes_equal_one(tmp_path, tiny_plans, tiny_dataset_json, options, make_crops, gradients):
     import socket
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     plans = tiny_plans(strides=ISO, patch=(8, 12, 16), features=(4, 4, 6))
-    build = _Build(plans, tiny_dataset_json(), options)
-    mp.spawn(_worker, args=(port, str(tmp_path), build), nprocs=2)
-    method, crops = build()
+    arguments = (plans, tiny_dataset_json(), options)
+    method = build(*arguments)
+    crops = make_crops(method, 4)
+    crops.data[0, :, 6:] = 0  # ranks differ in how much there is to reconstruct
+    mp.spawn(_worker, args=(port, str(tmp_path), arguments, crops), nprocs=2)
     terms, grads = gradients(method, method.views(crops, Draws(0, 0, 4)))
     ranks = [torch.load(tmp_path / f"{i}.pt") for i in range(2)]
     torch.testing.assert_close(sum(r[0] for r in ranks) / 2, terms["total"].detach(), atol=1e-6, rtol=1e-5)
@@ -445,7 +406,7 @@ def test_two_processes_equal_one(tmp_path, tiny_plans, tiny_dataset_json, option
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
-def test_overfits_one_volume(make, mode):
+def test_overfits_one_volume(make, mode, make_crops):
     """200 steps on one smooth volume: hidden blocks are predicted far better than by the mean of what is around them."""
     options = {"optimiser": "adamw", "lr": 3e-3, "augment_p": 0, "mirror": False, "masking": mode, "block": "4,4,4"}
     method = make("iso", "resenc", features=(8, 16, 16), **options)

@@ -1,0 +1,75 @@
+"""What the tests of masked reconstruction share: smooth random crops, batches of views of them, and gradients by name."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nnssl.plans import Plan
+from nnssl.plans.variants import derive
+from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.methods import Crops
+
+
+def _crops(method, n=3, seed=0, start=0):
+    g = torch.Generator().manual_seed(seed)
+    window, channels = method.request.window, method.plan.n_channels
+    coarse = torch.randn(n, channels, *[w // 4 + 2 for w in window], generator=g)
+    data = F.interpolate(coarse, size=window, mode="trilinear" if len(window) == 3 else "bilinear")
+    data = data + 0.1 * torch.randn(data.shape, generator=g)
+    position = torch.rand(n, 3, generator=g).double()
+    return Crops(
+        data=data,
+        body=data[:, :1] > -0.5,
+        position=position,
+        axis_position=position,
+        intensity=torch.tensor([-2.0, 3.0]).expand(n, channels, 2).clone(),
+        start=torch.full((n, 3), start),
+        case=[f"c{i}" for i in range(n)],
+    )
+
+
+def _batch(method, n=3, seed=0, step=0):
+    with torch.no_grad():
+        return method.views(_crops(method, n, seed), Draws(0, step, n))
+
+
+def _gradients(method, batch):
+    method.zero_grad(set_to_none=True)
+    terms = method(batch)
+    terms["total"].backward()
+    return terms, {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def make_crops():
+    """``make_crops(method, n=3, seed=0, start=0) -> Crops``: windows of a method's request, smooth with a little noise."""
+    return _crops
+
+
+@pytest.fixture
+def make_batch():
+    """``make_batch(method, n=3, seed=0, step=0)``: the method's views of such crops."""
+    return _batch
+
+
+@pytest.fixture
+def gradients():
+    """``gradients(method, batch) -> (terms, {name: gradient})`` of one backward pass from none."""
+    return _gradients
+
+
+@pytest.fixture
+def primus_plan(tiny_plans, tiny_dataset_json):
+    """``primus_plan(kind="Primus", patch=(8, 12, 16), token=(4, 4, 4), channels=1, width=24, depth=2, heads=2, **kwargs)``."""
+
+    def make(kind="Primus", patch=(8, 12, 16), token=(4, 4, 4), channels=1, width=24, depth=2, heads=2, **kwargs):
+        from nnssl.plans.primus import architecture
+
+        plans = tiny_plans(3, "plain", channels, patch=patch)
+        if kind == "PrimusV3":
+            kwargs.setdefault("ch_per_level", (4, 4, 8, 8))
+        entry = architecture(kind, width, depth, heads, patch_embed_size=token, drop_path_rate=0.0, **kwargs)
+        plans["configurations"]["3d_fullres"]["architecture"] = entry
+        return derive(Plan.from_dicts(plans, "3d_fullres", tiny_dataset_json(channels)), "primus")
+
+    return make
