@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -15,9 +15,11 @@ from nnssl import checkpoint
 from nnssl.distributed import rank, world_size
 from nnssl.errors import NnsslError
 from nnssl.files import write_json
-from nnssl.plans import load_plan, resolve_dataset
-from nnssl.pretrain.data import prepare_sources
-from nnssl.pretrain.engine.devices import pick_device, process_group, shared_preparation
+from nnssl.plans import resolve_dataset
+from nnssl.plans.figures import DEFAULT_FAMILY, trainer_for
+from nnssl.pretrain.data import prepare_bodies, prepare_sources
+from nnssl.pretrain.data.weights import Sources, parse_sources, relative
+from nnssl.pretrain.engine.devices import pick_device, process_group, restarted, shared_preparation
 from nnssl.pretrain.engine.estimate import estimate
 from nnssl.pretrain.engine.folder import RunFolder
 from nnssl.pretrain.engine.hooks import Hook
@@ -25,6 +27,8 @@ from nnssl.pretrain.engine.logs import add_log_file
 from nnssl.pretrain.engine.loop import Engine, Outcome, RunSpec
 from nnssl.pretrain.engine.watch import RobustnessHook
 from nnssl.pretrain.methods import get_method
+from nnssl.pretrain.omni import FOLDER, prepare_omni, take_omni
+from nnssl.pretrain.planning import planned
 from nnssl.pretrain.resolve import batch_size, identity, method_folder, resolve
 from nnssl.results import output_folder
 from nnssl.transfer import prove_loadable
@@ -56,7 +60,7 @@ class RunResult:
 
 
 def run(
-    sources: int | str | Sequence[int | str],
+    sources: Sources,
     *,
     method: str = "macl",
     target: int | str | None = None,
@@ -73,17 +77,22 @@ def run(
     exclude: str | Path | None = None,
     skip_bad: bool = False,
     allow_mismatch: bool = False,
-    continue_run: bool = False,
+    continue_run: bool | Literal["auto"] = False,
     dry_run: bool = False,
     processes: int | None = None,
     robustness_every: int | None = None,
     stop: str | None = None,
+    labelled: int | str | None = None,
+    labelled_cases: str | Path | None = None,
+    planner: str | None = None,
+    gpu_memory_target: float | None = None,
     hooks: Sequence[Hook] = (),
 ) -> RunResult:
     """Pretrain the network of a dataset's plans on unlabelled images.
 
     Args:
-        sources: dataset ids or names to learn from.
+        sources: dataset ids or names to learn from, with weights as ``["500:8", "501"]`` or ``{500: 8, 501: 1}``: each case of
+            500 is then drawn eight times as often as each of 501.
         method: name of the objective, see :func:`nnssl.pretrain.methods.list_methods`.
         target: dataset whose plans are used; the source itself where there is only one.
         configuration, plans: of the target.
@@ -96,12 +105,19 @@ def run(
         cases, exclude: files that list the cases to use, or to leave out.
         skip_bad: go on without the images that cannot be used.
         allow_mismatch: accept that channels or modality differ between source and target.
-        continue_run: resume the run in the output folder with its saved configuration.
+        continue_run: resume the run in the output folder with its saved configuration. ``"auto"``: resume this very run where it
+            has a checkpoint, else start it; so it is where torch's elastic launcher has started the processes again.
         dry_run: only tell crop, batch, memory and time.
         processes: for preprocessing; nnU-Net's default unless given.
         robustness_every: epochs between two measurements of robustness, 0 for none; chosen so that they take at most 3 % of
             the time unless given.
         stop: ``"robustness"`` ends the run once robustness has not improved for five measurements.
+        labelled: a dataset whose labels are learnt from beside the method's own loss, and later pseudo-labels of the unlabelled
+            images (:mod:`nnssl.pretrain.omni`); it is the target. Its options begin with ``omni.``.
+        labelled_cases: file of the labelled cases to learn from, with their annotated classes where not all are.
+        planner: ``"default"``, ``"resenc_m"``, ``"resenc_l"`` or ``"resenc_xl"``: which of nnU-Net's planners makes the plans of
+            a dataset that has neither labels nor plans; see :func:`nnssl.pretrain.planning.planned`.
+        gpu_memory_target: GB that this planner fills.
         hooks: more watchers of the run.
 
     Returns:
@@ -114,15 +130,24 @@ def run(
     if stop not in (None, "robustness"):
         raise NnsslError(f"--stop {stop}: only 'robustness' is known.")
     watch = RobustnessHook(robustness_every, True if stop else None)
-    names = _source_names(sources, target)
-    plan = load_plan(resolve_dataset(target) if target is not None else names[0], configuration, plans)
-    path = output_folder(plan, method_folder(cls), names, name)
+    options, omni_options = take_omni(options)
+    target = _labelled_target(labelled, target, omni_options, labelled_cases)
+    names, weights = _source_names(sources)
+    planning = {"planner": planner, "gpu_memory_target": gpu_memory_target, "n_processes": processes}
+    plan = planned(names, target, configuration, plans, write=not dry_run, **planning)
+    cls.check_network(plan)
+    path = output_folder(plan, method_folder(cls) + (FOLDER if labelled is not None else ""), names, name)
     torch_device = pick_device(device)
     with process_group(torch_device), RunFolder(path, lock=not dry_run and rank() == 0) as folder:
-        saved = folder.saved_config() if continue_run else None
-        if continue_run and saved is None:
+        auto = continue_run == "auto" or (not continue_run and restarted())
+        saved = folder.saved_config() if continue_run and not auto else None
+        if continue_run and saved is None and not auto:
             raise NnsslError(f"there is nothing to continue in {path}. Leave out --c to start.")
         choice = resolve(cls, saved, epochs=epochs, iterations=iterations, seed=seed, options=options, crop=crop)
+        omni = None
+        if labelled is not None:
+            omni = prepare_omni(plan, omni_options, saved, cases=labelled_cases, ranks=world_size())
+            cls = omni.method(cls)
         with shared_preparation():
             pool = prepare_sources(
                 plan,
@@ -135,6 +160,9 @@ def run(
                 preprocess=not dry_run,
             )
         request = cls.crops(plan, pool.stats(), choice.config, choice.crop)
+        if request.body and not dry_run:
+            with shared_preparation():
+                prepare_bodies(plan, pool, n_processes=processes or default_num_processes)
         batch = batch_size(choice.engine, request, world_size())
         workers = choice.engine.workers
         spec = RunSpec(
@@ -152,24 +180,53 @@ def run(
             workers=get_allowed_n_proc_DA() if workers is None else workers,
             folder=folder,
             save=_saver(names),
+            weights=_weights(weights, saved),
             hooks=[watch, *hooks],
         )
+        if omni is not None:
+            spec.companion = omni.companion(pool, choice.seed, spec.steps, spec.weights)
+            spec.hooks.append(omni.hook(spec.companion))
         _introduce(spec, names)
+        if omni is not None:
+            omni.introduce(spec.steps)
         if dry_run:
             log.info("%s", estimate(spec))
             return RunResult(path, None, False, False, "Only estimated.", {})
-        who = identity(cls, plan, pool, request, names, choice, batch)
-        return _execute(spec, who, continue_run)
+        who = identity(cls, plan, pool, request, names, choice, batch, spec.weights)
+        who["omni"] = None if omni is None else omni.identity()
+        return _execute(spec, who, auto or bool(continue_run))
 
 
-def _source_names(sources: int | str | Sequence[int | str], target: int | str | None) -> list[str]:
-    given = [sources] if isinstance(sources, (int, str)) else list(sources)
-    names = sorted({resolve_dataset(s) for s in given})
-    if not names:
-        raise NnsslError("no dataset to learn from: name at least one with -d.")
-    if target is None and len(names) > 1:
-        raise NnsslError(f"-d names {len(names)} datasets, so it is not clear whose plans to use: say it with -t.")
-    return names
+def _labelled_target(
+    labelled: int | str | None,
+    target: int | str | None,
+    options: Mapping[str, Any],
+    cases: str | Path | None,
+) -> int | str | None:
+    """``--labelled D`` implies ``-t D``; what belongs to it is refused without it."""
+    if labelled is None:
+        given = [f"-o omni.{k}" for k in options] + (["--labelled-cases"] if cases else [])
+        if given:
+            raise NnsslError(f"{', '.join(given)}: only with --labelled DATASET.")
+        return target
+    if target is not None and resolve_dataset(target) != resolve_dataset(labelled):
+        raise NnsslError(
+            f"--labelled {labelled} and -t {target}: the network is that of the labelled dataset's plans. Leave out -t."
+        )
+    return labelled
+
+
+def _source_names(sources: Sources) -> tuple[list[str], dict[str, float] | None]:
+    """Names, and weights where any were given."""
+    weights, given = parse_sources(sources)
+    return list(weights), weights if given else None
+
+
+def _weights(given: dict[str, float] | None, saved: dict[str, Any] | None) -> dict[str, float] | None:
+    """What was given now, else what a continued run began with."""
+    if given is not None:
+        return relative(given)
+    return None if saved is None else saved.get("identity", {}).get("weights")
 
 
 def _execute(spec: RunSpec, who: dict[str, Any], continue_run: bool) -> RunResult:
@@ -257,13 +314,12 @@ def _saver(sources: list[str]) -> Any:
 def _introduce(spec: RunSpec, sources: list[str]) -> None:
     plan, request = spec.plan, spec.request
     log.info(
-        "%s: pretraining the network of %s, %s, %s (%s, %d stages) on images of %s.",
+        "%s: pretraining the network of %s, %s, %s (%s) on images of %s.",
         spec.method.name,
         plan.dataset_name,
         plan.plans_name,
         plan.configuration,
-        plan.network_class,
-        plan.n_stages,
+        plan.network_text,
         ", ".join(sources),
     )
     log.info("Cases: %d to learn from, %d held out.", len(spec.pool.train), len(spec.pool.held_out))
@@ -290,4 +346,5 @@ def _tell(spec: RunSpec, outcome: Outcome) -> None:
     plan = spec.plan
     number = int(plan.dataset_name[7:10])
     option = "" if plan.plans_name == "nnUNetPlans" else f" -p {plan.plans_name}"
-    log.info("Next: nnUNetv2_train %d %s 0 -tr nnUNetTrainerPretrained%s", number, plan.configuration, option)
+    trainer = trainer_for(plan.nnssl.get("schedule") or DEFAULT_FAMILY, plan.is_primus)
+    log.info("Next: nnUNetv2_train %d %s 0 -tr %s%s", number, plan.configuration, trainer, option)

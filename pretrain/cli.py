@@ -22,13 +22,26 @@ def parser() -> argparse.ArgumentParser:
         epilog="Example: nnssl_pretrain -d 500 -t 501 -m macl, "
         "then: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerPretrained",
     )
-    p.add_argument("-d", nargs="+", metavar="DATASET", help="dataset ids or names to learn from; labels are never used")
+    p.add_argument(
+        "-d",
+        nargs="+",
+        metavar="DATASET",
+        help="dataset ids or names to learn from; labels are never used. 500:8 501:1 draws each case of 500 eight times as often",
+    )
     p.add_argument("-t", metavar="TARGET", help="dataset whose plans are used (default: the one of -d)")
     p.add_argument("-m", metavar="METHOD", help="objective; --list names them")
     p.add_argument(
         "-c", dest="configuration", metavar="CONFIGURATION", default="3d_fullres", help="default: 3d_fullres"
     )
     p.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: nnUNetPlans)")
+    p.add_argument(
+        "--planner",
+        metavar="NAME",
+        help="which of nnU-Net's planners plans a dataset without labels and plans: default, resenc_m, resenc_l, resenc_xl",
+    )
+    p.add_argument(
+        "-gpu_memory_target", type=float, metavar="GB", help="GPU memory that this planner fills (its default)"
+    )
     p.add_argument("-device", default="cuda", help="cuda (default), cpu or mps")
     p.add_argument("-num_gpus", type=int, default=1, help="GPUs of this machine to use, one process each (default: 1)")
     p.add_argument("-np", type=int, metavar="N", help="processes for preprocessing (default: nnU-Net's)")
@@ -54,6 +67,37 @@ def parser() -> argparse.ArgumentParser:
         help="epochs between two measurements of robustness, 0: none (default: so many that they take 3 %% of the time)",
     )
     p.add_argument("--stop", choices=("robustness",), help="end once robustness has not improved for five measurements")
+    p.add_argument(
+        "--auto-continue",
+        action="store_true",
+        help="continue this very run where it has a checkpoint, else start it: for schedulers that start a command again",
+    )
+    p.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with -num_gpus: times that all processes start again from the last checkpoint when one was killed (default: 0)",
+    )
+    p.add_argument(
+        "--preprocess-only", action="store_true", help="preprocess the images of -d and end; -m may be left out"
+    )
+    p.add_argument(
+        "--part",
+        metavar="I/N",
+        help="with --preprocess-only: only the I-th of N parts of the cases, one for each machine",
+    )
+    p.add_argument(
+        "--labelled",
+        metavar="DATASET",
+        help="learn from the labels of this dataset too, and later from pseudo-labels of -d; implies -t (see --list -m)",
+    )
+    p.add_argument(
+        "--labelled-cases",
+        metavar="FILE",
+        help="with --labelled: text file of the cases whose labels are learnt from, one a line; 'case: class, class' where only "
+        "these classes are annotated",
+    )
     p.add_argument("--dry-run", action="store_true", help="only tell crop, batch, memory and time")
     p.add_argument(
         "-o", nargs="+", action="extend", metavar="KEY=VALUE", help="options of method and engine; see --list -m"
@@ -67,8 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     p = parser()
     args = p.parse_args(arguments)
-    if not args.list and (not args.d or not args.m):
+    if not args.list and (not args.d or not (args.m or args.preprocess_only)):
         p.error("-d and -m are needed (or --list)")
+    if args.part and not args.preprocess_only:
+        p.error("--part needs --preprocess-only")
     return run_command(lambda: _body(args, arguments))
 
 
@@ -76,8 +122,16 @@ def _body(args: argparse.Namespace, arguments: list[str]) -> int:
     if args.list:
         sys.stdout.write(_listing(args.m))
         return 0
+    if args.preprocess_only:
+        return _preprocess(args)
     if args.num_gpus < 1:
         raise NnsslError(f"-num_gpus {args.num_gpus}: at least 1 is needed.")
+    if args.restarts < 0:
+        raise NnsslError(f"--restarts {args.restarts}: 0 or more is needed.")
+    if args.restarts and args.num_gpus == 1:
+        raise NnsslError(
+            "--restarts needs -num_gpus: let what starts a single process start it again, with --auto-continue."
+        )
     if args.num_gpus > 1 and "WORLD_SIZE" not in os.environ and not args.dry_run:
         return _several(args, arguments)
     from nnssl.pretrain.api import run
@@ -100,13 +154,38 @@ def _body(args: argparse.Namespace, arguments: list[str]) -> int:
         exclude=args.exclude,
         skip_bad=args.skip_bad,
         allow_mismatch=args.allow_mismatch,
-        continue_run=args.go_on,
+        continue_run="auto" if args.auto_continue and not args.go_on else args.go_on,
         dry_run=args.dry_run,
         processes=args.np,
         robustness_every=args.robustness_every,
         stop=args.stop,
+        planner=args.planner,
+        gpu_memory_target=args.gpu_memory_target,
+        labelled=args.labelled,
+        labelled_cases=args.labelled_cases,
     )
     return 0 if result.finished or args.dry_run else 143
+
+
+def _preprocess(args: argparse.Namespace) -> int:
+    from nnssl.pretrain.preparation import preprocess
+
+    preprocess(
+        args.d,
+        target=args.t or args.labelled,
+        configuration=args.configuration,
+        plans=args.p,
+        method=args.m,
+        part=args.part,
+        cases=args.cases,
+        exclude=args.exclude,
+        skip_bad=args.skip_bad,
+        allow_mismatch=args.allow_mismatch,
+        processes=args.np,
+        planner=args.planner,
+        gpu_memory_target=args.gpu_memory_target,
+    )
+    return 0
 
 
 def _several(args: argparse.Namespace, arguments: list[str]) -> int:
@@ -120,7 +199,7 @@ def _several(args: argparse.Namespace, arguments: list[str]) -> int:
 
         if args.num_gpus > torch.cuda.device_count():
             raise NnsslError(f"-num_gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}.")
-    return launch(arguments, args.num_gpus)
+    return launch(arguments, args.num_gpus, args.restarts)
 
 
 def _crop(text: str | None) -> tuple[int, ...] | None:
@@ -135,6 +214,7 @@ def _crop(text: str | None) -> tuple[int, ...] | None:
 def _listing(method: str | None) -> str:
     from nnssl.pretrain.engine.config import EngineConfig
     from nnssl.pretrain.methods import get_method, list_methods
+    from nnssl.pretrain.omni.config import PREFIX, PRESETS, OmniConfig
     from nnssl.pretrain.options import describe_options
 
     if method is None:
@@ -145,11 +225,13 @@ def _listing(method: str | None) -> str:
     for title, config in (
         (f"Options of {cls.name} (-o key=value):", cls.Config),
         ("Options of the loop:", EngineConfig),
+        ("Options with --labelled (-o omni.key=value; presets omni.preset=" + " or ".join(PRESETS) + "):", OmniConfig),
     ):
         lines.append(title)
-        rows = describe_options(config)
-        widths = [max(len(r[i]) for r in rows) for i in range(3)]
-        lines += ["  " + "  ".join([*(r[i].ljust(widths[i]) for i in range(3)), r[3]]).rstrip() for r in rows]
+        prefix = PREFIX if config is OmniConfig else ""
+        table = [(prefix + r[0], *r[1:]) for r in describe_options(config)]
+        widths = [max(len(r[i]) for r in table) for i in range(3)]
+        lines += ["  " + "  ".join([*(r[i].ljust(widths[i]) for i in range(3)), r[3]]).rstrip() for r in table]
         lines.append("")
     if cls.presets:
         lines.append("Presets (-o preset=NAME):")

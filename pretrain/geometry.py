@@ -24,6 +24,7 @@ __all__ = [
     "largest_spread",
     "rotation_degrees",
     "size_text",
+    "whole_patch",
     "window_for",
 ]
 
@@ -96,6 +97,33 @@ def choose_crop(
     return tuple(chosen), (
         f"The crop is {size_text(chosen)} voxels: multiples of {size_text(multiple)} for {what}, within {near}the patch "
         f"{size_text(patch)}; its smallest feature map has {size_text(cells(chosen, multiple))} voxels."
+    )
+
+
+def whole_patch(plan: Plan, size: Sequence[int] | None = None) -> tuple[tuple[int, ...], str]:
+    """The crop of a Primus: the plan's patch, since its positions are those of the patch.
+
+    Args:
+        plan: of a Primus.
+        size: the user's crop, which can only be the same.
+
+    Returns:
+        The size, and a sentence that says why it is what it is.
+
+    Raises:
+        NnsslError: ``size`` is another.
+    """
+    patch = plan.patch_size
+    if size is not None and tuple(size) != patch:
+        raise NnsslError(
+            f"--crop {size_text(size)}: a {plan.network_class} has a learned code for each place of its patch of "
+            f"{size_text(patch)} voxels, so that it is pretrained with this patch. For another one write a plan: "
+            "nnssl_plan --patch"
+        )
+    grid = size_text(cells(patch, plan.total_stride))
+    return patch, (
+        f"The crop is the patch, {size_text(patch)} voxels, as {grid} tokens of {size_text(plan.total_stride)}: positions are "
+        "learned for it."
     )
 
 

@@ -80,15 +80,21 @@ def batch_size(engine: EngineConfig, request: CropRequest, ranks: int) -> int:
     Raises:
         NnsslError: fewer than the method needs, or not divisible.
     """
-    size = engine.batch_size or request.batch_size
+    size, parts = engine.batch_size or request.batch_size, engine.accumulate or 1
     if size < request.min_batch:
         raise NnsslError(f"-o batch_size={size}: this method needs at least {request.min_batch} crops a step.")
-    unit = ranks * request.crops_per_case
+    if size // parts < request.min_batch:
+        raise NnsslError(
+            f"-o batch_size={size} accumulate={parts}: this method needs at least {request.min_batch} crops in each "
+            f"micro-batch. Give -o batch_size={parts * request.min_batch} or more."
+        )
+    unit = ranks * request.crops_per_case * parts
     if size % unit:
         low, high = size // unit * unit, (size // unit + 1) * unit
+        micro = f" and {parts} micro-batches" if parts > 1 else ""
         raise NnsslError(
             f"-o batch_size={size} cannot be shared by {ranks} process(es) with {request.crops_per_case} crop(s) of each "
-            f"case: it must be a multiple of {unit}, for example {low or high} or {high}."
+            f"case{micro}: it must be a multiple of {unit}, for example {low or high} or {high}."
         )
     return size
 
@@ -99,7 +105,14 @@ def method_folder(method: type[Method]) -> str:
 
 
 def identity(
-    method: type[Method], plan: Plan, pool: Pool, request: CropRequest, sources: list[str], choice: Choice, batch: int
+    method: type[Method],
+    plan: Plan,
+    pool: Pool,
+    request: CropRequest,
+    sources: list[str],
+    choice: Choice,
+    batch: int,
+    weights: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """What makes a run what it is: a folder takes only a run with the same."""
     engine = {k: v for k, v in config_dict(choice.engine).items() if k not in RUNTIME_OPTIONS}
@@ -113,6 +126,7 @@ def identity(
         "seed": choice.seed,
         "crop": {"size": list(request.size), "window": list(request.window)},
         "sources": sources,
+        "weights": None if weights is None else dict(weights),
         "dataset": plan.dataset_name,
         "plans_name": plan.plans_name,
         "configuration": plan.configuration,

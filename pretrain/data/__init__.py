@@ -1,5 +1,6 @@
 """Preprocessed volumes to crops: which images there are, partial reads, and a loader that is a pure function of the seed."""
 
+from nnssl.pretrain.data.bodies import prepare_bodies
 from nnssl.pretrain.data.case import CaseFormat, CaseInfo, CaseReader, OpenCase
 from nnssl.pretrain.data.crops import CropDataset, Sample, collate
 from nnssl.pretrain.data.intensity import intensity_range
@@ -23,5 +24,6 @@ __all__ = [
     "collate",
     "intensity_range",
     "make_loader",
+    "prepare_bodies",
     "prepare_sources",
 ]

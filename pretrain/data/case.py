@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from nnssl.pretrain.data.intensity import air_threshold, body_mask, intensity_ra
 from nnssl.pretrain.data.orientation import Geometry
 from nnssl.pretrain.data.pool import CaseRef
 
-__all__ = ["CaseFormat", "CaseInfo", "CaseReader", "OpenCase"]
+__all__ = ["CaseFormat", "CaseInfo", "CaseReader", "OpenCase", "damaged"]
 
 CACHED_CASES = 2048
 """Cases of which geometry and intensity range are remembered, about 1 kB each."""
@@ -75,17 +75,20 @@ class OpenCase:
         array: the lazy array, ``(C, Z, Y, X)``.
         info: what is known of it.
         masked: see :class:`CaseFormat`.
+        mask: the lazy body mask, ``(1, Z, Y, X)``; None where body is told by the intensities.
     """
 
     ref: CaseRef
     array: Any
     info: CaseInfo
     masked: bool
+    mask: Any = None
 
     def read(self, start: Sequence[int], window: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Read a window; only the compressed blocks that it touches are unpacked.
 
-        Body is what lies in the image and is no air, see :func:`nnssl.pretrain.data.intensity.body_mask`.
+        Body is what the mask says; without one, what lies in the image and is no air, see
+        :func:`nnssl.pretrain.data.intensity.body_mask`.
 
         Args:
             start: first voxel, (z, y, x); negative outside the image.
@@ -101,7 +104,12 @@ class OpenCase:
         try:
             data = np.ascontiguousarray(crop_and_pad_nd(self.array, box, 0), dtype=np.float32)
         except (RuntimeError, OSError, ValueError) as error:
-            raise _damaged(self.ref, error) from error
+            raise damaged(self.ref, error) from error
+        if self.mask is not None:
+            try:
+                return data, np.ascontiguousarray(crop_and_pad_nd(self.mask, box, 0)).astype(bool)
+            except (RuntimeError, OSError, ValueError) as error:
+                raise _damaged_mask(self.mask.urlpath, self.ref, error) from error
         body = body_mask(data, self.info.threshold, self.masked)
         for axis, (low, high) in enumerate(box):
             size, at = self.array.shape[axis + 1], [slice(None)] * 4
@@ -114,9 +122,17 @@ class OpenCase:
         return data, body
 
 
-def _damaged(ref: CaseRef, error: BaseException) -> NnsslError:
+def damaged(ref: CaseRef, error: BaseException) -> NnsslError:
+    """The error for the user of an image that cannot be read."""
     file = ref.folder / f"{ref.name}.b2nd"
     return NnsslError(f"Case {ref.name} of {ref.source} cannot be read: {file} is damaged ({error}). {_advice(ref)}")
+
+
+def _damaged_mask(file: object, ref: CaseRef, error: object) -> NnsslError:
+    return NnsslError(
+        f"The body mask of case {ref.name} of {ref.source} cannot be read: {file} is damaged ({error}). Delete the file and "
+        "start again, and it is made anew."
+    )
 
 
 def _advice(ref: CaseRef) -> str:
@@ -131,11 +147,13 @@ class CaseReader:
     Args:
         form: what the plan says of the cases.
         cached: cases to remember.
+        bodies: source -> folder of its body masks; a case that has none there is read without.
     """
 
-    def __init__(self, form: CaseFormat, cached: int = CACHED_CASES) -> None:
+    def __init__(self, form: CaseFormat, cached: int = CACHED_CASES, bodies: Mapping[str, Path] | None = None) -> None:
         self.form = form
         self.cached = cached
+        self.bodies = dict(bodies or {})
         self._known: OrderedDict[tuple[Path, str], CaseInfo] = OrderedDict()
 
     def open(self, ref: CaseRef) -> OpenCase:
@@ -152,13 +170,27 @@ class CaseReader:
                 f"Case {ref.name} of {ref.source} is gone: {file} does not exist. {_advice(ref)}"
             ) from error
         except Exception as error:  # blosc2 raises several kinds
-            raise _damaged(ref, error) from error
+            raise damaged(ref, error) from error
         if len(array.shape) != 4 or array.shape[0] != self.form.n_channels:
             raise NnsslError(
                 f"Case {ref.name} of {ref.source}: {file} has shape {tuple(array.shape)}, the plan has "
                 f"{self.form.n_channels} channel(s) and three spatial axes. {_advice(ref)}"
             )
-        return OpenCase(ref, array, self._info(ref, array), self.form.masked)
+        return OpenCase(ref, array, self._info(ref, array), self.form.masked, self._mask(ref, array.shape[1:]))
+
+    def _mask(self, ref: CaseRef, shape: Sequence[int]) -> Any:
+        if ref.source not in self.bodies:
+            return None
+        file = self.bodies[ref.source] / f"{ref.name}.b2nd"
+        try:
+            mask = blosc2.open(urlpath=str(file), **_OPEN)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # blosc2 raises several kinds
+            raise _damaged_mask(file, ref, error) from error
+        if tuple(mask.shape) != (1, *shape):
+            raise _damaged_mask(file, ref, f"it has shape {tuple(mask.shape)}, the image {tuple(shape)}")
+        return mask
 
     def _info(self, ref: CaseRef, array: Any) -> CaseInfo:
         key = (ref.folder, ref.name)
@@ -167,15 +199,20 @@ class CaseReader:
             try:
                 intensity = intensity_range(array, masked=self.form.masked)
             except (RuntimeError, OSError, ValueError) as error:
-                raise _damaged(ref, error) from error
-            info = CaseInfo(self._geometry(ref, array.shape[1:]), intensity)
+                raise damaged(ref, error) from error
+            info = CaseInfo(self.geometry(ref, array.shape[1:]), intensity)
             self._known[key] = info
             while len(self._known) > self.cached:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         return info
 
-    def _geometry(self, ref: CaseRef, shape: Sequence[int]) -> Geometry:
+    def geometry(self, ref: CaseRef, shape: Sequence[int]) -> Geometry:
+        """Read where a case's array of ``shape`` lies; the image itself is not opened.
+
+        Raises:
+            NnsslError: the file is missing or damaged.
+        """
         file = ref.folder / f"{ref.name}.pkl"
         try:
             with open(file, "rb") as stream:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from nnssl.errors import NnsslError
-from nnssl.pretrain.data.case import CaseFormat, CaseReader, OpenCase
+from nnssl.pretrain.data.case import CaseFormat, CaseReader, OpenCase, damaged
+from nnssl.pretrain.data.intensity import body_mask
 from nnssl.pretrain.data.pool import CaseRef
+from nnssl.pretrain.data.resample import foreground_box, resample_box
 from nnssl.pretrain.data.sampling import TRAIN, draw_cases, draw_start, generator
+from nnssl.pretrain.data.turning import Orientation, Turn
 from nnssl.pretrain.methods.base import CropRequest, Crops
 
 __all__ = ["CropDataset", "Sample", "collate"]
@@ -31,8 +35,8 @@ class Sample:
     """One crop; see :class:`nnssl.pretrain.methods.Crops` for the arrays, which have no batch axis here.
 
     Attributes:
-        body_share: share of body voxels in the inner crop.
-        std: standard deviation of the inner crop.
+        body_share: share of body voxels in the inner crop, or in the window where crops are cut out of it all.
+        std: standard deviation of the same.
     """
 
     data: np.ndarray
@@ -41,7 +45,9 @@ class Sample:
     axis_position: np.ndarray
     intensity: np.ndarray
     start: np.ndarray
+    shape: np.ndarray
     case: str
+    source: str
     body_share: float
     std: float
 
@@ -90,6 +96,8 @@ class CropDataset(Dataset[Sample]):
         weights: how often each case is drawn, relative to the others; evenly where None.
         counters: ``(n, 2)`` int64 tensor in shared memory that counts rejected places and accepted crops of air, one row per
             worker.
+        bodies: see :class:`~nnssl.pretrain.data.case.CaseReader`.
+        orientation: what cases are turned to; they stay as they are where None.
 
     Raises:
         NnsslError: no cases, or weights that do not fit them.
@@ -106,6 +114,8 @@ class CropDataset(Dataset[Sample]):
         stream: int = TRAIN,
         weights: Sequence[float] | np.ndarray | None = None,
         counters: torch.Tensor | None = None,
+        bodies: Mapping[str, Path] | None = None,
+        orientation: Orientation | None = None,
     ) -> None:
         if not refs:
             raise NnsslError("There are no cases to draw crops from.")
@@ -115,11 +125,13 @@ class CropDataset(Dataset[Sample]):
         self.flat = len(request.size) == 2
         self.size = (1, *request.size) if self.flat else tuple(request.size)
         self.window = (1, *request.window) if self.flat else tuple(request.window)
+        self.inner = self.size if request.place == "roam" else self.window
+        self.resampled, self.orientation = request.place == "volume", orientation
         self.crops_per_case = max(1, request.crops_per_case)
         self.seed, self.batch_size, self.stream = seed, batch_size, stream
         self.weights = _probabilities(weights, len(refs))
         self.counters = counters
-        self._reader = CaseReader(form)
+        self._reader = CaseReader(form, bodies=bodies)
         self._step: tuple[int, np.ndarray] | None = None
 
     def case_of(self, step: int, sample: int) -> CaseRef:
@@ -143,7 +155,7 @@ class CropDataset(Dataset[Sample]):
         case = self._reader.open(self.case_of(step, sample))
         rng = generator(self.seed, step, self.stream, sample)
         best: Sample | None = None
-        for redrawn in range(TRIES):
+        for redrawn in range(1 if self.resampled and not self.flat else TRIES):
             found = self._crop(case, rng)
             if found is None:
                 continue
@@ -163,25 +175,49 @@ class CropDataset(Dataset[Sample]):
     def _crop(self, case: OpenCase, rng: np.random.Generator) -> Sample | None:
         """One place; None where voxels are not finite."""
         geometry = case.info.geometry
-        start = draw_start(rng, geometry.shape, self.window, self.size)
-        data, body = case.read(start, self.window)
+        turn = Turn() if self.orientation is None else self.orientation.turn(geometry)
+        if self.resampled:
+            data, at, extent = self._whole(case, turn, rng)
+            body = body_mask(data, case.info.threshold, case.masked)
+            start, shape = np.zeros(3, dtype=np.int64), self.window
+        else:
+            shape = turn.shape(geometry.shape)
+            start = draw_start(rng, shape, self.window, self.inner)
+            at, extent = turn.box(start, self.window, geometry.shape)
+            data, body = case.read(at, extent)
         if not np.isfinite(data.sum(dtype=np.float64)):
             return None
-        first = [(w - s) // 2 for w, s in zip(self.window, self.size)]
-        inner = (slice(None), *[slice(f, f + s) for f, s in zip(first, self.size)])
-        share = np.count_nonzero(body[inner]) / int(np.prod(self.size))
-        along = geometry.axis_position(start, self.window)
+        data, body = turn(data), turn(body)
+        first = [(w - s) // 2 for w, s in zip(self.window, self.inner)]
+        inner = (slice(None), *[slice(f, f + s) for f, s in zip(first, self.inner)])
+        share = np.count_nonzero(body[inner]) / int(np.prod(self.inner))
+        along = geometry.axis_position(at, extent)
         return Sample(
             data=data[:, 0] if self.flat else data,
             body=body[:, 0] if self.flat else body,
             position=geometry.position(along),
-            axis_position=along,
+            axis_position=turn.position(along),
             intensity=case.info.intensity,
             start=start,
+            shape=np.asarray(shape, dtype=np.int64),
             case=case.ref.name,
+            source=case.ref.source,
             body_share=share,
             std=float(data[inner].std()),
         )
+
+    def _whole(self, case: OpenCase, turn: Turn, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The foreground resampled to the window, its first voxel and extent; for 2d plans one of its slices."""
+        try:
+            box = np.asarray(foreground_box(case.array, case.info.threshold, case.masked), dtype=np.int64)
+            if self.flat:
+                axis = turn.axes[0]
+                low = int(rng.integers(*box[axis]))
+                box[axis] = low, low + 1
+            data = resample_box(case.array, box.tolist(), turn.array_order(self.window))
+        except (RuntimeError, OSError, ValueError) as error:
+            raise damaged(case.ref, error) from error
+        return data, box[:, 0], box[:, 1] - box[:, 0]
 
     def _count(self, redrawn: int, air: int) -> None:
         if self.counters is not None and (redrawn or air):
@@ -201,8 +237,9 @@ def _probabilities(weights: Sequence[float] | np.ndarray | None, n: int) -> np.n
 
 def collate(samples: Sequence[Sample]) -> Crops:
     """Stack samples to a batch."""
-    names = ("data", "body", "position", "axis_position", "intensity", "start")
+    names = ("data", "body", "position", "axis_position", "intensity", "start", "shape")
     return Crops(
         **{n: torch.from_numpy(np.stack([getattr(s, n) for s in samples])) for n in names},
         case=[s.case for s in samples],
+        source=[s.source for s in samples],
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import glob
 import io
 import json
 import os
@@ -15,7 +17,7 @@ from nnssl.files import write_atomic
 from nnssl.pretrain.data.pool import BadCase
 from nnssl.pretrain.data.raw import Stamp
 
-__all__ = ["Entry", "Index", "write_report"]
+__all__ = ["Entry", "Index", "journals", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -54,27 +56,39 @@ class Entry:
         return json.dumps({k: v for k, v in asdict(self).items() if v or k in ("files", "shape", "spacing")})
 
 
+def journals(path: Path) -> list[Path]:
+    """The index file and those that parts of the preprocessing wrote beside it, the one written last at the end.
+
+    A part writes a file of its own, because appends of several machines to one file get lost on network file systems.
+    """
+    parts = path.parent.glob(f"{glob.escape(path.stem)}_*of*{path.suffix}") if path.parent.is_dir() else ()
+    found = []
+    for file in [path, *parts]:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found.append((file.stat().st_mtime_ns, file))
+    return [file for _, file in sorted(found)]
+
+
 class Index:
     """Reads and appends to an index file. Of several lines for a case the last counts; damaged lines are passed over.
 
     Args:
-        path: the file; it need not exist.
+        path: the file; it need not exist. What other machines wrote beside it is read too, see :func:`journals`.
+        part: label of the part of the preprocessing that is worked on, which then gets the lines.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, part: str = "") -> None:
+        self.path = path.with_name(f"{path.stem}_{part}{path.suffix}") if part else path
         self.entries: dict[str, Entry] = {}
         self._file: io.FileIO | None = None
-        try:
-            with open(path, encoding="utf-8", errors="replace") as file:
+        for journal in journals(path):
+            with open(journal, encoding="utf-8", errors="replace") as file:
                 for line in file:
                     try:
                         entry = Entry.from_json(line)
                     except (ValueError, TypeError, KeyError):
                         continue  # the process was killed while it wrote this line: the case is looked at again
                     self.entries[entry.name] = entry
-        except (FileNotFoundError, NotADirectoryError):
-            pass
 
     def append(self, entry: Entry) -> None:
         """Add a line in one write, so that several processes may append to the same file."""

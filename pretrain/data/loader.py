@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import blosc2
 import numpy as np
@@ -17,13 +17,25 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
-from nnssl.pretrain.data.case import CaseFormat
+from nnssl.pretrain.data.bodies import body_folder
+from nnssl.pretrain.data.case import CaseFormat, CaseReader
 from nnssl.pretrain.data.crops import CropDataset, Sample, collate
 from nnssl.pretrain.data.pool import Pool
 from nnssl.pretrain.data.sampling import HELD_OUT, TRAIN
+from nnssl.pretrain.data.turning import common_orientation
 from nnssl.pretrain.methods.base import CropRequest, Crops
 
-__all__ = ["CropLoader", "make_loader"]
+__all__ = ["Companion", "CropLoader", "make_loader"]
+
+
+class Companion(Protocol):
+    """Reads more of a step than its crops, in the same processes; pickles."""
+
+    def read(self, step: int) -> Any:
+        """This rank's part of a step: a pure function of the seed and the step."""
+
+    def join(self, crops: Crops, read: Any) -> Any:
+        """What the loader yields: the crops and what was read; moves, pins and tells its cases and length as crops do."""
 
 
 class _Steps(Sampler[list[tuple[int, int]]]):
@@ -48,20 +60,23 @@ class _Failure:
 
 
 class _Guarded(Dataset[Any]):
-    """Hands a batch's error on as a value."""
+    """Hands a batch's error on as a value; reads what a companion has beside the crops."""
 
-    def __init__(self, dataset: CropDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: CropDataset, companion: Companion | None = None) -> None:
+        self.dataset, self.companion = dataset, companion
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> list[Sample] | _Failure:
+    def __getitems__(self, items: list[tuple[int, int]]) -> list[Sample] | tuple[list[Sample], Any] | _Failure:
         try:
-            return [self.dataset[item] for item in items]
+            samples = [self.dataset[item] for item in items]
+            return samples if self.companion is None else (samples, self.companion.read(items[0][0]))
         except NnsslError as error:
             return _Failure(str(error))
 
-
-def _collate(samples: list[Sample] | _Failure) -> Crops | _Failure:
-    return samples if isinstance(samples, _Failure) else collate(samples)
+    def collate(self, read: Any) -> Any:
+        """Stack the samples of a batch, and put beside them what the companion has read."""
+        if isinstance(read, _Failure):
+            return read
+        return collate(read) if self.companion is None else self.companion.join(collate(read[0]), read[1])
 
 
 def _start_worker(worker: int) -> None:
@@ -174,6 +189,7 @@ def make_loader(
     weights: Sequence[float] | np.ndarray | None = None,
     prefetch: int = 2,
     multiprocessing_context: str | None = None,
+    companion: Companion | None = None,
 ) -> CropLoader:
     """Make the loader of one rank.
 
@@ -196,6 +212,7 @@ def make_loader(
         weights: of the split's cases, see :class:`CropDataset`.
         prefetch: batches that each worker reads ahead.
         multiprocessing_context: ``"fork"``, ``"spawn"``, or torch's default.
+        companion: reads more of each step.
 
     Raises:
         NnsslError: the split is empty, or ``batch_size`` is not divisible by ``world_size``. While iterating: a case's files
@@ -207,21 +224,25 @@ def make_loader(
     if not refs:
         raise NnsslError(f"There are no {split.replace('_', '-')} cases.")
     blosc2.set_nthreads(1)  # as nnU-Net's data sets do, before workers are forked
+    form = CaseFormat.from_plan(plan)
     dataset = CropDataset(
         refs,
-        CaseFormat.from_plan(plan),
+        form,
         request,
         seed=seed,
         batch_size=batch_size,
         stream=TRAIN if split == "train" else HELD_OUT,
         weights=weights,
         counters=torch.zeros(max(1, num_workers), 2, dtype=torch.int64).share_memory_(),
+        bodies={s: body_folder(plan, s) for s in {r.source for r in refs}} if request.body else None,
+        orientation=common_orientation(pool.cases, CaseReader(form), plan.spacing) if request.align else None,
     )
     share = batch_size // world_size
+    guarded = _Guarded(dataset, companion)
     loader = CropLoader(
-        _Guarded(dataset),
+        guarded,
         batch_sampler=_Steps(start_step, steps, rank * share, share),
-        collate_fn=_collate,
+        collate_fn=guarded.collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker if num_workers else None,

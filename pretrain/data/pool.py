@@ -124,6 +124,7 @@ def make_pool(
     bad: Sequence[BadCase] = (),
     reports: Sequence[Path] = (),
     pending: int = 0,
+    may_be_empty: bool = False,
 ) -> Pool:
     """Split the cases and sum up what is known of them.
 
@@ -133,12 +134,13 @@ def make_pool(
         data_hash: of the plan.
         held_out: share of the cases that is held out, in [0, 1).
         leaks, bad, reports, pending: see :class:`Pool`.
+        may_be_empty: accept that there is no case.
 
     Raises:
         NnsslError: no case is left.
     """
     cases = sorted(refs, key=lambda r: (r.source, r.name))
-    if not cases:
+    if not cases and not may_be_empty:
         raise NnsslError("No image is left to pretrain on. Check -d, --cases and --exclude.")
     if not 0 <= held_out < 1:
         raise NnsslError(f"The held-out share must be at least 0 and below 1, not {held_out}.")

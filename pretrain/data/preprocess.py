@@ -22,7 +22,7 @@ from nnssl.pretrain.data.processes import run_jobs
 from nnssl.pretrain.data.raw import RawCase
 from nnssl.pretrain.data.worker import CaseWorker, Job, Reply
 
-__all__ = ["beside", "done_cases", "own_folder", "preprocess_source"]
+__all__ = ["beside", "done_cases", "own_folder", "preprocess_source", "raise_fatal", "temporary_folder"]
 
 log = logging.getLogger("nnssl")
 
@@ -76,8 +76,8 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 @contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """A folder of this process beside ``folder``, removed in the end; makes ``folder`` too."""
+def temporary_folder(folder: Path, variable: str = "nnUNet_preprocessed") -> Iterator[Path]:
+    """A folder of this process beside ``folder``, removed in the end; makes ``folder`` too. ``variable`` is told in errors."""
     parent = beside(folder, "tmp")
     mine = parent / f"{socket.gethostname()}-{os.getpid()}"
     try:
@@ -87,7 +87,7 @@ def _temporary(folder: Path) -> Iterator[Path]:
         mine.mkdir(exist_ok=True)
     except OSError as error:
         raise NnsslError(
-            f"Cannot write into {folder.parent}: {error.strerror}. nnUNet_preprocessed must be writable."
+            f"Cannot write into {folder.parent}: {error.strerror}. {variable} must be writable."
         ) from error
     try:
         yield mine
@@ -118,7 +118,8 @@ def _jobs(
     return jobs
 
 
-def _raise_fatal(reply: Reply, folder: Path, left: int) -> None:
+def raise_fatal(reply: Reply, folder: Path, left: int) -> None:
+    """Say why nothing can be written at the moment. Raises :class:`NnsslError`."""
     if reply.fatal == "memory":
         raise NnsslError(
             f"Memory ran out while {reply.entry.name} was preprocessed. What is done is kept: start again with fewer "
@@ -138,7 +139,7 @@ def _raise_fatal(reply: Reply, folder: Path, left: int) -> None:
 
 
 def preprocess_source(
-    plan: Plan, source: str, cases: Mapping[str, RawCase], *, n_processes: int, retry_bad: bool
+    plan: Plan, source: str, cases: Mapping[str, RawCase], *, n_processes: int, retry_bad: bool, part: str = ""
 ) -> tuple[dict[str, Entry], list[BadCase]]:
     """Preprocess those cases that are not done, with nnU-Net's own preprocessor and no labels.
 
@@ -148,6 +149,7 @@ def preprocess_source(
         cases: its raw images.
         n_processes: processes.
         retry_bad: look again at images that were bad the last time and have not changed since.
+        part: label of the part of the preprocessing that these cases are, see :class:`nnssl.pretrain.data.parts.Part`.
 
     Returns:
         The index entries of the good cases, and the bad ones.
@@ -156,17 +158,17 @@ def preprocess_source(
         NnsslError: no space, no permission, no memory, or a killed process; a second start continues.
     """
     folder = own_folder(plan, source)
-    index = Index(beside(folder, "index.jsonl"))
+    index = Index(beside(folder, "index.jsonl"), part)
     jobs = _jobs(cases, index, done_cases(folder), retry_bad)
     if jobs:
         log.info("Preprocessing %d of %d images of %s into %s", len(jobs), len(cases), source, folder)
-        with _temporary(folder) as temporary, contextlib.closing(index):
+        with temporary_folder(folder) as temporary, contextlib.closing(index):
             worker = CaseWorker(plan.plans, plan.configuration, plan.dataset_json, plan.n_channels, folder, temporary)
             replies = run_jobs(worker, jobs, n_processes, f"Preprocessing {source}")
             with contextlib.closing(replies):
                 for count, reply in enumerate(replies):
                     if reply.fatal:
-                        _raise_fatal(reply, folder, len(jobs) - count)
+                        raise_fatal(reply, folder, len(jobs) - count)
                     _append(index, reply.entry, folder, len(jobs) - count)
     good, bad = {}, []
     for name in cases:
@@ -183,5 +185,5 @@ def _append(index: Index, entry: Entry, folder: Path, left: int) -> None:
         index.append(entry)
     except OSError as error:
         if shutil.disk_usage(folder).free < 1 << 20:
-            _raise_fatal(Reply(entry, "disk", nbytes=1), folder, left)
+            raise_fatal(Reply(entry, "disk", nbytes=1), folder, left)
         raise NnsslError(f"Cannot write {index.path}: {error.strerror}.") from error

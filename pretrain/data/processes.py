@@ -7,26 +7,29 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from nnssl.errors import NnsslError
-from nnssl.pretrain.data.worker import CaseWorker, Job, Reply
 
 __all__ = ["run_jobs"]
 
 IN_FLIGHT = 3
 """Jobs handed out per process: few, so that 100,000 cases are not queued at once."""
 
-_worker: CaseWorker | None = None
+J = TypeVar("J")
+R = TypeVar("R")
+
+_worker: Callable[[Any], Any] | None = None
 
 
-def _start(worker: CaseWorker) -> None:
+def _start(worker: Callable[[Any], Any]) -> None:
     """First thing in a process: leave Ctrl-C to the main process, and end with it even if it is killed."""
     global _worker
     _worker = worker
@@ -42,17 +45,17 @@ def _start(worker: CaseWorker) -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def _do(job: Job) -> Reply:
+def _do(job: Any) -> Any:
     if _worker is None:
         raise RuntimeError("the process was not started by run_jobs")
     return _worker(job)
 
 
-def run_jobs(worker: CaseWorker, jobs: Sequence[Job], n_processes: int, description: str) -> Iterator[Reply]:
+def run_jobs(worker: Callable[[J], R], jobs: Sequence[J], n_processes: int, description: str) -> Iterator[R]:
     """Do all jobs and yield replies as they come, with a progress bar.
 
     Args:
-        worker: does one.
+        worker: does one; pickles.
         jobs: in any order.
         n_processes: spawned processes; 0 and 1 work in this process.
         description: of the progress bar.
@@ -62,7 +65,7 @@ def run_jobs(worker: CaseWorker, jobs: Sequence[Job], n_processes: int, descript
     """
     with tqdm(total=len(jobs), desc=description, disable=None if jobs else True, dynamic_ncols=True) as bar:
         if min(n_processes, len(jobs)) <= 1:
-            replies: Iterator[Reply] = map(worker, jobs)
+            replies: Iterator[R] = map(worker, jobs)
         else:
             replies = _in_processes(worker, jobs, min(n_processes, len(jobs)))
         for reply in replies:
@@ -70,9 +73,9 @@ def run_jobs(worker: CaseWorker, jobs: Sequence[Job], n_processes: int, descript
             yield reply
 
 
-def _in_processes(worker: CaseWorker, jobs: Sequence[Job], n: int) -> Iterator[Reply]:
+def _in_processes(worker: Callable[[J], R], jobs: Sequence[J], n: int) -> Iterator[R]:
     executor = ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), _start, (worker,))
-    running: set[Future[Reply]] = set()
+    running: set[Future[R]] = set()
     waiting = iter(jobs)
     try:
         while True:

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+
 from nnssl.errors import NnsslError
 from nnssl.files import read_json
 from nnssl.paths import set_folders
 from nnssl.plans import Plan
 from nnssl.pretrain.data.pool import BadCase
 
-__all__ = ["RawCase", "RawSource", "Stamp", "list_images", "list_raw"]
+__all__ = ["RawCase", "RawSource", "Stamp", "describe", "list_images", "list_raw", "list_unplanned"]
 
 Stamp = tuple[str, int, int]
 """Name of a file, its size in bytes, and its modification time in ns: another content nearly always changes one."""
@@ -53,7 +55,7 @@ class RawSource:
     bad: list[BadCase] = field(default_factory=list)
 
 
-def _description(source: str) -> dict[str, Any]:
+def describe(source: str) -> dict[str, Any]:
     """The source's dataset.json, from the raw or the preprocessed folder; {} where there is none."""
     folders = set_folders()
     for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
@@ -99,6 +101,14 @@ def _ending(names: list[str], declared: str | None, supported: list[str]) -> str
     return counts.most_common(1)[0][0] if counts else known[0]
 
 
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def list_images(folder: Path, ending: str | None, supported: list[str]) -> tuple[dict[str, dict[int, str]], dict, list]:
     """List ``<case>_<4 digits><ending>`` files.
 
@@ -123,7 +133,9 @@ def list_images(folder: Path, ending: str | None, supported: list[str]) -> tuple
         if not name.endswith(ending):
             continue
         match, info = pattern.fullmatch(name), files[name]
-        if match is None:
+        if not _is_text(name):  # it would crash the reader, and with it the process
+            bad.append(BadCase(name, str(folder / name), "the file's name is no UTF-8 text; rename it"))
+        elif match is None:
             bad.append(BadCase(name, str(folder / name), f"the name is not <case>_<channel, 4 digits>{ending}"))
         elif info is None:
             bad.append(BadCase(match[1], str(folder / name), "the file cannot be reached (a dead link?)"))
@@ -166,12 +178,27 @@ def list_raw(source: str, plan: Plan, images: str = "imagesTr") -> RawSource | N
     Raises:
         NnsslError: no image files are there, or the target's reader does not read them.
     """
+    reader = plan.manager.image_reader_writer_class
+    supported = [e.lower() for e in reader.supported_file_endings]
+    return _list(
+        source,
+        images,
+        supported,
+        f"the plans of {plan.dataset_name} read images with {reader.__name__}, which does not read",
+    )
+
+
+def list_unplanned(source: str) -> RawSource | None:
+    """The raw images of a dataset that has no plans yet, in any format that nnU-Net reads; see :func:`list_raw`."""
+    supported = sorted({e.lower() for reader in LIST_OF_IO_CLASSES for e in reader.supported_file_endings})
+    return _list(source, "imagesTr", supported, "nnU-Net does not read")
+
+
+def _list(source: str, images: str, supported: list[str], who: str) -> RawSource | None:
     raw = set_folders().get("nnUNet_raw")
     if raw is None:
         return None
-    description, folder = _description(source), raw / source / images
-    reader = plan.manager.image_reader_writer_class
-    supported = [e.lower() for e in reader.supported_file_endings]
+    description, folder = describe(source), raw / source / images
     if images == "imagesTr" and isinstance(description.get("dataset"), dict) and description["dataset"]:
         cases, stamps, bad = _declared(description, raw / source)
     elif folder.is_dir():
@@ -185,10 +212,7 @@ def list_raw(source: str, plan: Plan, images: str = "imagesTr") -> RawSource | N
         )
     endings = {e for files in cases.values() for path in files.values() if (e := _suffix(path, supported)) is not None}
     if endings:
-        raise NnsslError(
-            f"{source}: the plans of {plan.dataset_name} read images with {reader.__name__}, which does not read "
-            f"{', '.join(sorted(endings))}. Convert them to {' or '.join(supported)}."
-        )
+        raise NnsslError(f"{source}: {who} {', '.join(sorted(endings))}. Convert them to {' or '.join(supported)}.")
     names = _channel_names(description)
     declared = len(names) or max(max(files, default=0) + 1 for files in cases.values())
     one_file = declared > 1 and all(set(files) <= {0} for files in cases.values())  # for example RGB

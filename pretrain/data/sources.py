@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nnunetv2.configuration import default_num_processes
@@ -14,12 +15,14 @@ from nnunetv2.configuration import default_num_processes
 from nnssl.errors import NnsslError
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
+from nnssl.pretrain.data.catalogue import Catalogue
 from nnssl.pretrain.data.channels import match_channels
 from nnssl.pretrain.data.index import Entry, Index, write_report
 from nnssl.pretrain.data.leaks import duplicates, find_leaks, list_test_images, test_hashes, warn_of_leaks
+from nnssl.pretrain.data.parts import Part
 from nnssl.pretrain.data.pool import BadCase, CaseRef, Pool, make_pool
 from nnssl.pretrain.data.preprocess import beside, done_cases, own_folder, preprocess_source
-from nnssl.pretrain.data.raw import RawCase, list_raw
+from nnssl.pretrain.data.raw import RawCase, RawSource, list_raw
 from nnssl.pretrain.data.selection import select
 from nnssl.pretrain.data.shapes import fingerprint_shapes, header_shapes
 
@@ -40,6 +43,9 @@ class _Source:
         names: its cases.
         raw: raw images to preprocess; None where the folder is used as it is.
         entries: index lines, of the cases that are used.
+        catalogue: what is to be remembered of all its cases, with its state before they were looked at.
+        listed: all its raw images, where they were looked at.
+        unsettled: where its cases are known from the catalogue, those that have to be looked at.
     """
 
     name: str
@@ -49,6 +55,9 @@ class _Source:
     bad: list[BadCase] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
     pending: int = 0
+    catalogue: tuple[Catalogue, dict[str, Any]] | None = None
+    listed: dict[str, RawCase] = field(default_factory=dict)
+    unsettled: set[str] = field(default_factory=set)
 
     def refs(self) -> list[CaseRef]:
         return [CaseRef(name, self.folder, self.name) for name in self.names]
@@ -77,7 +86,10 @@ def _as_it_is(plan: Plan, source: str) -> _Source | None:
 
 def _own(plan: Plan, source: str, allow_mismatch: bool) -> _Source:
     """A dataset that is to be preprocessed, or has been, into a folder of its own."""
-    folder, raw = own_folder(plan, source), list_raw(source, plan)
+    folder = own_folder(plan, source)
+    catalogue = Catalogue(source, folder)
+    state = catalogue.state()
+    raw = list_raw(source, plan)
     same = source == plan.dataset_name
     if raw is None:
         done = done_cases(folder)
@@ -100,8 +112,48 @@ def _own(plan: Plan, source: str, allow_mismatch: bool) -> _Source:
         order = match_channels(raw, source, plan, allow_mismatch=allow_mismatch)
         if order is not None:
             raw.cases = {n: _reorder(c, order, source) for n, c in raw.cases.items()}
+        catalogue.order = order
     names = set(raw.cases) | {b.case for b in raw.bad}
-    return _Source(source, folder, names, raw=raw.cases, bad=raw.bad)
+    catalogue.misfits, catalogue.n_channels, catalogue.channel_names = list(raw.bad), raw.n_channels, raw.channel_names
+    found = _Source(source, folder, names, raw=raw.cases, bad=raw.bad, listed=raw.cases)
+    found.catalogue = catalogue, state
+    return found
+
+
+def _remembered(plan: Plan, source: str, allow_mismatch: bool, retry_bad: bool) -> _Source | None:
+    """A source that an earlier start has looked at, see :mod:`nnssl.pretrain.data.catalogue`; None where it must be looked at."""
+    folder = own_folder(plan, source)
+    known = Catalogue.read(source, folder)
+    if known is None:
+        return None
+    if source != plan.dataset_name:
+        raw = RawSource(n_channels=known.n_channels, channel_names=known.channel_names)
+        if match_channels(raw, source, plan, allow_mismatch=allow_mismatch) != known.order:
+            return None
+    bad = [*known.misfits, *(BadCase(e.name, e.bad_file, e.bad) for e in known.entries.values() if e.bad)]
+    names = {*known.entries, *known.waiting, *(b.case for b in known.misfits)}
+    good = {n: e for n, e in known.entries.items() if not e.bad}
+    unsettled = {*known.waiting, *((n for n, e in known.entries.items() if e.bad) if retry_bad else ())}
+    return _Source(source, folder, names, bad=bad, entries=good, unsettled=unsettled)
+
+
+def _remember(source: _Source) -> None:
+    """Write down what is done of all cases of a source, so that the next start need not look at each."""
+    if source.catalogue is None:
+        return
+    catalogue, before = source.catalogue
+    state = catalogue.state()
+    raw = {path: time for path, time in state["times"].items() if path != str(source.folder)}
+    if any(before["times"].get(path) != time for path, time in raw.items()):
+        return  # images came or went while others were preprocessed
+    entries, done = Index(beside(source.folder, "index.jsonl")).entries, done_cases(source.folder)
+    for name, case in source.listed.items():
+        entry = entries.get(name)
+        if entry is not None and entry.files == case.stamps and (entry.bad or name in done):
+            catalogue.entries[name] = entry
+        else:
+            catalogue.waiting.append(name)
+    catalogue.write(state)
 
 
 def _reorder(case: RawCase, order: Sequence[int], source: str) -> RawCase:
@@ -118,7 +170,15 @@ def _shapes(source: _Source, plan: Plan) -> list[Sequence[int]]:
     return list(fingerprint_shapes(plan))
 
 
-def _use(source: _Source, plan: Plan, chosen: set[str], preprocess: bool, n_processes: int, skip_bad: bool) -> None:
+def _use(
+    source: _Source,
+    plan: Plan,
+    chosen: set[str],
+    preprocess: bool,
+    n_processes: int,
+    skip_bad: bool,
+    part: Part | None = None,
+) -> None:
     """Reduce a source to the chosen cases and preprocess what is missing of them."""
     source.bad = [b for b in source.bad if b.case in chosen]
     source.names = chosen - {b.case for b in source.bad}
@@ -134,20 +194,28 @@ def _use(source: _Source, plan: Plan, chosen: set[str], preprocess: bool, n_proc
         source.pending = len(source.raw) - len(source.entries)
         return
     source.entries, bad = preprocess_source(
-        plan, source.name, source.raw, n_processes=n_processes, retry_bad=not skip_bad
+        plan,
+        source.name,
+        source.raw,
+        n_processes=n_processes,
+        retry_bad=not skip_bad,
+        part=part.label if part is not None else "",
     )
     source.bad += bad
     source.names = set(source.entries)
 
 
-def _settle_bad(sources: Sequence[_Source], skip_bad: bool, write: bool) -> tuple[list[BadCase], list[Path]]:
+def _settle_bad(
+    sources: Sequence[_Source], skip_bad: bool, write: bool, part: Part | None = None
+) -> tuple[list[BadCase], list[Path]]:
     """Write the reports; raise one error that names all bad images unless they are to be skipped."""
     bad, reports = [], []
+    name = "report.csv" if part is None else f"report_{part.label}.csv"
     for source in sources:
         source.bad.sort(key=lambda b: (b.case, b.file))
         bad += [replace(b, case=f"{source.name}/{b.case}") if len(sources) > 1 else b for b in source.bad]
         if write and (source.raw is not None or source.bad):
-            report = write_report(beside(source.folder, "report.csv"), source.bad)
+            report = write_report(beside(source.folder, name), source.bad)
             reports += [report] if report else []
     if not bad:
         return bad, reports
@@ -194,6 +262,8 @@ def prepare_sources(
     held_out: float = 0.05,
     allow_mismatch: bool = False,
     preprocess: bool = True,
+    thorough: bool = False,
+    part: Part | None = None,
 ) -> Pool:
     """Find the pretraining images, preprocess those that are not, and check them. Labels are never opened.
 
@@ -212,6 +282,8 @@ def prepare_sources(
         held_out: share of the cases that only the held-out loss sees.
         allow_mismatch: accept other channel names, order or modality than the target's.
         preprocess: False writes nothing; cases that are not preprocessed are in the pool, counted in ``Pool.pending``.
+        thorough: look at every raw and preprocessed file, also where an earlier start did and folders have not changed since.
+        part: take only this part of the cases, for preprocessing by many machines; test images and duplicates are not looked for.
 
     Returns:
         The pool. It is the same for the same files, on every rank and machine.
@@ -222,13 +294,22 @@ def prepare_sources(
     n_processes = default_num_processes if n_processes is None else n_processes
     found = []
     for name in dict.fromkeys(sources):
-        found.append(_as_it_is(plan, name) or _own(plan, name, allow_mismatch))
+        known = _as_it_is(plan, name)
+        if known is None and not thorough:
+            known = _remembered(plan, name, allow_mismatch, retry_bad=not skip_bad)
+        found.append(known or _own(plan, name, allow_mismatch))
     chosen = select({s.name: s.names for s in found}, cases, exclude)
-    for source in found:
-        _use(source, plan, chosen[source.name], preprocess, n_processes, skip_bad)
-    bad, reports = _settle_bad(found, skip_bad, preprocess)
-    leaks = _leaks(found, plan, n_processes) if preprocess else []
-    if preprocess:
+    if part is not None:
+        chosen = {name: part.take(names) for name, names in chosen.items()}
+    for i, source in enumerate(found):
+        if source.unsettled & chosen[source.name]:
+            found[i] = source = _own(plan, source.name, allow_mismatch)
+        _use(source, plan, chosen[source.name], preprocess, n_processes, skip_bad, part)
+        if preprocess and part is None:
+            _remember(source)
+    bad, reports = _settle_bad(found, skip_bad, preprocess, part)
+    leaks = _leaks(found, plan, n_processes) if preprocess and part is None else []
+    if preprocess and part is None:
         report = warn_of_leaks(leaks, plan, preprocessed_folder() / plan.dataset_name / _leak_file(found))
         reports += [report] if report else []
     pairs = duplicates((f"{s.name}/{n}", e.sha256) for s in found for n, e in s.entries.items())
@@ -245,6 +326,7 @@ def prepare_sources(
         bad=bad,
         reports=reports,
         pending=sum(s.pending for s in found),
+        may_be_empty=part is not None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nnssl.pretrain.engine.speed import KERNELS
 from nnssl.pretrain.methods.base import option
 
 __all__ = ["RUNTIME_OPTIONS", "EngineConfig"]
@@ -16,7 +17,15 @@ class EngineConfig:
     batch_size: int | None = option(None, "crops per step over all GPUs; auto: what the method asks for", low=1)
     grad_clip: float | None = option(None, "largest gradient norm, 0: no clipping; auto: the method's", low=0)
     amp: bool = option(True, "autocast on CUDA (bfloat16 where the GPU has it, else float16); losses stay float32")
+    accumulate: int | None = option(None, "micro-batches that a step's batch is computed in; auto: 1", low=1)
     compile: bool = option(False, "torch.compile the method's forward")
+    checkpointing: bool = option(
+        False, "compute activations again in the backward pass: less memory, about 1/3 more time"
+    )
+    channels_last: bool = option(False, "memory format of convolutions: channels last")
+    optimiser_kernels: str = option(
+        "auto", "arithmetic of the optimiser; auto: foreach on CUDA, loop on a CPU", choices=KERNELS
+    )
     workers: int | None = option(None, "loader processes per GPU; auto: nnU-Net's nnUNet_n_proc_DA", low=0)
     held_out_batches: int = option(4, "batches of held-out cases that each epoch's held-out loss averages", low=0)
     save_every: int = option(1, "epochs between two checkpoints", low=1)
@@ -24,5 +33,16 @@ class EngineConfig:
     log_every: int = option(10, "steps between two step lines in metrics.jsonl, 0: none", low=0)
 
 
-RUNTIME_OPTIONS = frozenset({"compile", "workers", "save_every", "picture_every", "log_every"})
+RUNTIME_OPTIONS = frozenset(
+    {
+        "compile",
+        "checkpointing",
+        "channels_last",
+        "optimiser_kernels",
+        "workers",
+        "save_every",
+        "picture_every",
+        "log_every",
+    }
+)
 """Options that do not change what is learnt: they may differ when a run is continued."""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from nnssl.distributed import is_distributed, rank
 from nnssl.errors import NnsslError
 
-__all__ = ["launch", "pick_device", "process_group", "shared_preparation"]
+__all__ = ["launch", "pick_device", "process_group", "restarted", "shared_preparation"]
 
 DEVICES = ("cuda", "cpu", "mps")
 PREPARATION_LIMIT = timedelta(days=7)
@@ -80,12 +80,18 @@ def shared_preparation() -> Iterator[None]:
         dist.barrier(group=waiting)  # type: ignore[arg-type]
 
 
-def launch(arguments: list[str], processes: int) -> int:
+def restarted() -> bool:
+    """Whether torch's elastic launcher has started this process again after one of its processes had ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def launch(arguments: list[str], processes: int, restarts: int = 0) -> int:
     """Start ``nnssl_pretrain`` in several processes on this machine with torch's elastic launcher.
 
     Args:
         arguments: of the command.
         processes: one per GPU.
+        restarts: times that all processes are started again, from the last checkpoint, after one was killed or failed.
 
     Returns:
         The exit status; each process has told its own error.
@@ -100,7 +106,7 @@ def launch(arguments: list[str], processes: int) -> int:
         run_id="nnssl",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=restarts,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "nnssl.pretrain.cli", *arguments)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nnssl.networks import build_network
-from nnssl.pretrain.augment import Draws
-from nnssl.pretrain.engine.stepping import Stepper
+from nnssl.pretrain.engine.speed import apply_options
+from nnssl.pretrain.engine.stepping import Stepper, views_in_parts
 from nnssl.pretrain.methods.base import Crops
 
 if TYPE_CHECKING:
@@ -47,17 +47,21 @@ def estimate(spec: RunSpec) -> str:
     torch.manual_seed(spec.seed)
     device = spec.device
     method = spec.method(build_network(spec.plan), spec.plan, spec.request, spec.config).to(device)
-    clip = spec.method.grad_clip if spec.engine.grad_clip is None else spec.engine.grad_clip
-    stepper = Stepper(method, method, device, spec.steps, clip, spec.engine.amp)
-    crops = random_crops(spec).to(device)
+    clip = method.grad_clip if spec.engine.grad_clip is None else spec.engine.grad_clip
+    apply_options(method, spec.engine)
+    parts = spec.engine.accumulate or 1
+    stepper = Stepper(method, method, device, spec.steps, clip, spec.engine.amp, spec.engine.optimiser_kernels)
+    crops: Any = random_crops(spec)
+    crops = (crops if spec.companion is None else spec.companion.random(crops)).to(device)
     seconds = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for step in range(TIMED_STEPS):
         begin = time.perf_counter()
-        with torch.no_grad():
-            batch = method.views(crops, Draws(spec.seed, step, spec.batch_size, device=device))
-        stepper.step(batch, step, crops.case, stop=False)[0].read()
+        draw = {"seed": spec.seed, "step": step, "total": spec.batch_size, "first": 0}
+        batches = views_in_parts(method, crops, parts, device, **draw)
+        batch = batches if parts > 1 else next(batches)
+        stepper.step(batch, step, crops.case, stop=False, parts=parts)[0].read()
         seconds.append(time.perf_counter() - begin)
     per_step = min(seconds[1:])
     hours = per_step * spec.steps / 3600

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import socket
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import IO, Any
 from nnssl.errors import NnsslError
 
 __all__ = ["RunFolder", "differences"]
+
+log = logging.getLogger("nnssl")
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
@@ -75,9 +79,12 @@ class RunFolder:
                 f"{self.path} is in use by another process ({holder}). Wait for it, or give this run a name of its own "
                 "with --name."
             )
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
+        try:
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._lock.flush()
+        except OSError as error:
+            raise NnsslError(f"cannot write into {self.path}: {error.strerror or error}.") from error
         return self
 
     def __exit__(
@@ -159,6 +166,12 @@ def _try_lock(file: IO[str]) -> bool:
         return True
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
+            return False
+        log.warning(
+            "The file system of %s has no locks (%s): take care not to start two runs for one folder.",
+            file.name,
+            error.strerror,
+        )
     return True

@@ -18,8 +18,8 @@ from nnssl.distributed import is_distributed, rank, world_size
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network
 from nnssl.plans import Plan
-from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.data import Pool, make_loader
+from nnssl.pretrain.data.weights import case_weights
 from nnssl.pretrain.engine.config import EngineConfig
 from nnssl.pretrain.engine.evaluate import HeldOut
 from nnssl.pretrain.engine.folder import RunFolder
@@ -27,12 +27,19 @@ from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.engine.logs import RunLog
 from nnssl.pretrain.engine.pictures import save_picture
 from nnssl.pretrain.engine.signals import StopSignals
-from nnssl.pretrain.engine.stepping import Numbers, Stepper
+from nnssl.pretrain.engine.speed import Transfers, apply_options
+from nnssl.pretrain.engine.stepping import Numbers, Stepper, views_in_parts
 from nnssl.pretrain.methods.base import CropRequest, Crops, Method, Progress
 
 __all__ = ["Engine", "NonFiniteError", "Outcome", "RunSpec"]
 
 log = logging.getLogger("nnssl")
+
+_DISK_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "See to the file system"),
+}
 
 
 class NonFiniteError(NnsslError):
@@ -46,6 +53,9 @@ class RunSpec:
     Attributes:
         save: writes a checkpoint: ``save(engine, path, training_state)``; rank 0 only.
         seed: of network initialisation, sampling and views.
+        weights: how often the cases of each source are drawn, by its name; None for equally often.
+        companion: what is read beside the crops: ``reader(split)`` gives the loader's companion, ``random(crops)`` puts random
+            values beside random crops.
     """
 
     method: type[Method]
@@ -63,6 +73,8 @@ class RunSpec:
     folder: RunFolder
     save: Callable[[Engine, Any, dict[str, Any] | None], None]
     hooks: list[Hook] = field(default_factory=list)
+    weights: dict[str, float] | None = None
+    companion: Any = None
 
     @property
     def steps(self) -> int:
@@ -105,14 +117,20 @@ class Engine:
         torch.manual_seed(spec.seed)
         network = build_network(spec.plan)
         self.method = spec.method(network, spec.plan, spec.request, spec.config).to(spec.device)
+        self.parts = spec.engine.accumulate or 1
+        if self.parts > 1 and spec.companion is not None:
+            raise NnsslError("-o accumulate does not go with --labelled: lower -o batch_size, or use more GPUs.")
+        apply_options(self.method, spec.engine)
         module: nn.Module = self.method
         if spec.engine.compile:
             module.compile()
         if is_distributed():
             ids = [spec.device.index] if spec.device.type == "cuda" else None
             module = nn.parallel.DistributedDataParallel(module, device_ids=ids)
-        clip = spec.engine.grad_clip if spec.engine.grad_clip is not None else spec.method.grad_clip
-        self.stepper = Stepper(self.method, module, spec.device, spec.steps, clip, spec.engine.amp)
+        clip = spec.engine.grad_clip if spec.engine.grad_clip is not None else self.method.grad_clip
+        kernels = spec.engine.optimiser_kernels
+        self.stepper = Stepper(self.method, module, spec.device, spec.steps, clip, spec.engine.amp, kernels)
+        self.transfers = Transfers(spec.device)
         self.step = 0
         self.first: dict[str, float] = {}
         self.stop_reason: str | None = None
@@ -124,7 +142,7 @@ class Engine:
         self.log = RunLog(spec.folder.path if rank() == 0 else None)
         if state is not None:
             self._restore(state)
-        self.held_out = HeldOut(self._loader("held_out", 0), spec.seed, spec.device, spec.batch_size)
+        self.held_out = HeldOut(self._loader("held_out", 0), spec.seed, spec.device, spec.batch_size // self.parts)
 
     def _loader(self, split: str, start: int) -> Any:
         spec = self.spec
@@ -136,7 +154,7 @@ class Engine:
             spec.plan,
             spec.request,
             seed=spec.seed,
-            batch_size=spec.batch_size,
+            batch_size=spec.batch_size // self.parts if held_out else spec.batch_size,
             start_step=start,
             steps=spec.engine.held_out_batches if held_out else spec.steps - start,
             rank=rank(),
@@ -144,6 +162,8 @@ class Engine:
             num_workers=0 if held_out else spec.workers,
             split=split,
             pin_memory=spec.device.type == "cuda",
+            weights=None if held_out else case_weights(spec.pool.train, spec.weights),
+            companion=None if spec.companion is None else spec.companion.reader(split),
         )
 
     # ---- state ---------------------------------------------------------------------------------------------------
@@ -203,10 +223,11 @@ class Engine:
         except (torch.cuda.OutOfMemoryError, MemoryError) as error:
             raise NnsslError(self._memory_advice()) from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            advice = _DISK_ADVICE.get(error.errno or 0)
+            if advice is None:
                 raise
             raise NnsslError(
-                f"{error.strerror} in {self.spec.folder.path}. The checkpoint saved last is whole. Free space, then continue "
+                f"{error.strerror} in {self.spec.folder.path}. The checkpoint saved last is whole. {advice}, then continue "
                 "with --c."
             ) from error
 
@@ -266,11 +287,12 @@ class Engine:
 
     def _step(self, crops: Crops, stop: bool) -> None:
         spec = self.spec
-        crops = crops.to(spec.device)
-        draws = Draws(spec.seed, self.step, spec.batch_size, rank() * len(crops), len(crops), spec.device)
-        with torch.no_grad():
-            batch = self.method.views(crops, draws)
-        numbers, stepped = self.stepper.step(batch, self.step, crops.case, stop)
+        crops = self.transfers(crops)
+        first = rank() * len(crops)
+        draw = {"seed": spec.seed, "step": self.step, "total": spec.batch_size, "first": first}
+        batches = views_in_parts(self.method, crops, self.parts, spec.device, **draw)
+        batch = batches if self.parts > 1 else next(batches)
+        numbers, stepped = self.stepper.step(batch, self.step, crops.case, stop, self.parts)
         self.step += 1
         if stepped:
             self.method.after_step(Progress(self.step, spec.steps, (self.step - 1) // spec.iterations, spec.epochs))
@@ -322,6 +344,9 @@ class Engine:
         text = f"epoch {epoch + 1}/{spec.epochs}: loss {means['total']:.4g}"
         if self.held_out:
             text += f", held out {row['held_out/total']:.4g}"
+        prefix = "held_out/" if self.held_out else "train/"
+        note = self.method.note({k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)})
+        text += f", {note}" if note else ""
         terms = ", ".join(f"{k} {v:.3g}" for k, v in list(means.items())[1:5])
         log.info(
             "%s (%s); lr %.2g, %.2f s/step, %.0f %% waiting for data, %s left",

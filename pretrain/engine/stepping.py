@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnssl.distributed import mean_over_ranks
-from nnssl.pretrain.methods.base import Batch, Method
+from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.engine.speed import use_kernels
+from nnssl.pretrain.methods.base import Batch, Crops, Method
 
-__all__ = ["Numbers", "Stepper"]
+__all__ = ["Numbers", "Stepper", "views_in_parts"]
 
 
 @dataclass
@@ -34,6 +39,28 @@ class Numbers:
         return dict(zip(self.names, self.values.tolist()))
 
 
+def views_in_parts(
+    method: Method, crops: Crops, parts: int, device: torch.device, *, seed: int, step: int, total: int, first: int
+) -> Iterator[Batch]:
+    """The views of a step's crops, micro-batch by micro-batch; a crop's views are the same however many there are.
+
+    Args:
+        method: makes them.
+        crops: of this rank, on the device.
+        parts: micro-batches.
+        device: where the crops are.
+        seed, step: of the run.
+        total: crops of the step over all ranks.
+        first: index of this rank's first among them.
+    """
+    count = len(crops) // parts
+    for begin in range(0, len(crops), count):
+        part = crops if parts == 1 else crops.part(begin, count)
+        with torch.no_grad():
+            batch = method.views(part, Draws(seed, step, total, first + begin, count, device))
+        yield batch
+
+
 class Stepper:
     """Owns the optimiser and the gradient scaler of a method.
 
@@ -44,14 +71,23 @@ class Stepper:
         steps: length of the run.
         grad_clip: largest gradient norm; 0 for none.
         amp: autocast on CUDA.
+        kernels: see :func:`~nnssl.pretrain.engine.speed.use_kernels`.
     """
 
     def __init__(
-        self, method: Method, module: nn.Module, device: torch.device, steps: int, grad_clip: float, amp: bool
+        self,
+        method: Method,
+        module: nn.Module,
+        device: torch.device,
+        steps: int,
+        grad_clip: float,
+        amp: bool,
+        kernels: str = "auto",
     ) -> None:
         self.method, self.module, self.device, self.steps = method, module, device, steps
         self.grad_clip = grad_clip if grad_clip > 0 else math.inf
-        self.optimiser = method.optimiser()
+        self.optimiser, self.kernels = method.optimiser(), kernels
+        use_kernels(self.optimiser, kernels)
         for group in self.optimiser.param_groups:
             group["initial_lr"] = float(group["lr"])
         self.parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
@@ -69,40 +105,56 @@ class Stepper:
             group["lr"] = group["initial_lr"] * factor
         return self.optimiser.param_groups[0]["lr"]
 
-    def step(self, batch: Batch, step: int, cases: list[str], stop: bool) -> tuple[Numbers, bool]:
+    def step(
+        self, batch: Batch | Iterable[Batch], step: int, cases: list[str], stop: bool, parts: int = 1
+    ) -> tuple[Numbers, bool]:
         """Forward, backward and update.
 
         Args:
-            batch: the method's batch.
+            batch: the method's batch; with ``parts`` above 1 its micro-batches, each used up before the next is asked for. The
+                loss of a step is the mean of theirs.
             step: global step.
             cases: names, for error messages.
             stop: whether this rank was asked to end; shared with all ranks through the numbers.
+            parts: number of micro-batches.
 
         Returns:
             The step's numbers, and whether the optimiser did step (float16 scaling may skip one).
         """
         self.set_lr(step)
         self.optimiser.zero_grad(set_to_none=True)
-        with self.autocast():
-            terms = self.module(batch)
-        total = terms["total"]
+        terms = self._backward(iter([batch] if parts == 1 else batch), parts)
         if self.scaler is None:
-            total.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
             self.optimiser.step()
             stepped = True
         else:
-            self.scaler.scale(total).backward()
             self.scaler.unscale_(self.optimiser)
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
             before = self.scaler.get_scale()
             self.scaler.step(self.optimiser)
             self.scaler.update()
             stepped = self.scaler.get_scale() >= before
-        values = [torch.as_tensor(v, dtype=torch.float32, device=self.device).detach() for v in terms.values()]
+        values = list(terms.values())
         values += [norm.detach().float(), torch.tensor(float(stop), device=self.device)]
         numbers = Numbers(step, [*terms, "grad_norm", "stop"], mean_over_ranks(torch.stack(values)), cases)
         return numbers, stepped
+
+    def _backward(self, batches: Iterator[Any], parts: int) -> dict[str, Tensor]:
+        """Gradients of all micro-batches, and the means of their terms."""
+        means: dict[str, Tensor] = {}
+        for part, batch in enumerate(batches):
+            module: Any = self.module
+            alone = part + 1 < parts and isinstance(module, nn.parallel.DistributedDataParallel)
+            with module.no_sync() if alone else contextlib.nullcontext():  # ranks exchange gradients once a step
+                with self.autocast():
+                    terms = module(batch)
+                total = terms["total"] if parts == 1 else terms["total"] / parts
+                (total if self.scaler is None else self.scaler.scale(total)).backward()
+            for key, value in terms.items():
+                value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
+                means[key] = value if parts == 1 else means.get(key, torch.zeros_like(value)) + value / parts
+        return means
 
     def state_dict(self) -> dict:
         """Optimiser and scaler."""
@@ -111,6 +163,7 @@ class Stepper:
     def load_state_dict(self, state: dict) -> None:
         """Take back what :meth:`state_dict` gave."""
         self.optimiser.load_state_dict(state["optimiser"])
+        use_kernels(self.optimiser, self.kernels)
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nnssl.errors import NnsslError
+
 if TYPE_CHECKING:
     from nnssl.plans import Plan
     from nnssl.pretrain.augment import Draws
@@ -60,7 +62,13 @@ class CropRequest:
         batch_size: default number of crops per step over all ranks; the engine's ``batch_size`` overrides it.
         min_batch: fewest crops per step for which the objective means anything.
         explanation: one sentence for the user that says why ``size`` is what it is.
-        augmentations: see :mod:`nnssl.pretrain.augment`.
+        body: whether the objective looks at ``Crops.body``. The mask is then made from the raw images where they are there;
+            else a threshold on the preprocessed image has to do.
+        place: how windows lie. ``"roam"``: around crops that roam the image, partly outside where the window nearly fills it;
+            ``"inside"``: in the image, in its middle where they exceed it; ``"volume"``: the whole case, cut to its
+            foreground and resampled to the window.
+        align: turn all cases to the orientation that most have: left is left in each. All of :class:`Crops` is then told in
+            the turned array.
     """
 
     size: tuple[int, ...]
@@ -69,6 +77,9 @@ class CropRequest:
     batch_size: int = 8
     min_batch: int = 2
     explanation: str = ""
+    body: bool = False
+    place: str = "roam"
+    align: bool = False
 
 
 @dataclass
@@ -77,7 +88,7 @@ class Crops:
 
     Attributes:
         data: ``(B, C, *window)`` float32, normalised as nnU-Net does; 0 outside the image, as in nnU-Net's training.
-        body: ``(B, 1, *window)`` bool, True where the image is not air (and inside the image).
+        body: ``(B, 1, *window)`` bool, True where the image is not air (and inside the image); see ``CropRequest.body``.
         position: ``(B, 3)`` float64, centre of the crop in (0, 1) of the uncropped image, in *patient* axes
             (right to left, anterior to posterior, inferior to superior): independent of transpose, cropping, spacing
             and the direction of the axes.
@@ -85,6 +96,8 @@ class Crops:
         intensity: ``(B, C, 2)`` float32, estimates of each case's 0.5th and 99.5th percentile of the normalised image.
         start: ``(B, 3)`` int64, first voxel of the window in the preprocessed array; negative where it starts outside.
         case: names of the cases, length ``B``.
+        shape: ``(B, 3)`` int64, voxels of the preprocessed array; None where crops do not come from the loader.
+        source: names of the datasets that the cases come from, length ``B``; None likewise.
     """
 
     data: Tensor
@@ -94,6 +107,8 @@ class Crops:
     intensity: Tensor
     start: Tensor
     case: list[str]
+    shape: Tensor | None = None
+    source: list[str] | None = None
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Crops:
         """Move all tensors to ``device``, without waiting where memory is pinned (MPS has no float64: float32 there)."""
@@ -103,12 +118,17 @@ class Crops:
                 if device.type == "mps" and value.dtype == torch.float64:
                     value = value.float()
                 move[key] = value.to(device, non_blocking=non_blocking)
-        return Crops(**move, case=self.case)
+        return Crops(**move, case=self.case, source=self.source)
+
+    def part(self, first: int, count: int) -> Crops:
+        """``count`` of the crops from ``first`` on; tensors share memory."""
+        rows = slice(first, first + count)
+        return Crops(**{k: None if v is None else v[rows] for k, v in vars(self).items()})
 
     def pin_memory(self) -> Crops:
         """Called by torch's DataLoader."""
         pin = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Crops(**pin, case=self.case)
+        return Crops(**pin, case=self.case, source=self.source)
 
     def __len__(self) -> int:
         return int(self.data.shape[0])
@@ -152,6 +172,7 @@ class Method(nn.Module, ABC):
         citation: the papers to cite.
         presets: preset name -> {option: value} for ``-o preset=...``.
         grad_clip: largest gradient norm unless ``-o grad_clip`` says otherwise; 0 for none.
+        takes_primus: whether it also trains transformers on tokens (Primus), beside U-Nets.
         view_families: which of gamma, bias, window, blur, lowres, noise the views use; the robustness measure takes others.
         optimises_robustness: whether the objective itself makes views of an image alike, which its verdict then says.
     """
@@ -161,7 +182,8 @@ class Method(nn.Module, ABC):
     title: ClassVar[str] = ""
     citation: ClassVar[tuple[str, ...]] = ()
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
-    grad_clip: ClassVar[float] = 12.0
+    grad_clip: float = 12.0
+    takes_primus: ClassVar[bool] = False
     view_families: ClassVar[tuple[str, ...]] = ()
     optimises_robustness: ClassVar[bool] = False
 
@@ -171,6 +193,19 @@ class Method(nn.Module, ABC):
         self.plan = plan
         self.request = request
         self.config = config
+
+    @classmethod
+    def check_network(cls, plan: Plan) -> None:
+        """Refuse a plan whose kind of network this objective does not train.
+
+        Raises:
+            NnsslError: a Primus, which has neither stages nor a decoder of its own, for an objective of U-Nets.
+        """
+        if plan.is_primus and not cls.takes_primus:
+            raise NnsslError(
+                f"{cls.name} looks at the stages of a U-Net, and the network of plans '{plan.plans_name}' is a "
+                f"{plan.network_class}. Pretrain it with -m mae or -m glmae."
+            )
 
     @classmethod
     @abstractmethod
@@ -232,6 +267,10 @@ class Method(nn.Module, ABC):
     def pictures(self, batch: Batch) -> Picture | None:
         """What a person should see of a held-out batch. Called without gradients every few epochs."""
         return None
+
+    def note(self, terms: dict[str, float]) -> str:
+        """What each epoch's line says beside the losses, from the means of the held-out terms (training's where none are)."""
+        return ""
 
     def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
         """Whether the run learnt, and one plain sentence that says so.

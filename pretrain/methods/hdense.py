@@ -153,6 +153,7 @@ class HDense(Method):
             crops_per_case=config.pairs_per_volume,
             batch_size=batch,
             min_batch=1,
+            body=True,
             explanation=f"{why} The batch counts pairs of such crops, {config.pairs_per_volume} of each case (pairs_per_volume).",
         )
 

@@ -71,8 +71,10 @@ def test_ranks_do_not_matter(data):
     parts = [crops_of(data, batch_size=6, rank=r, world_size=3) for r in range(3)]
     joined = []
     for step in zip(*parts):
-        tensors = {n: torch.cat([getattr(p, n) for p in step]) for n, v in vars(step[0]).items() if n != "case"}
-        joined.append(Crops(**tensors, case=[c for p in step for c in p.case]))
+        names = [n for n, v in vars(step[0]).items() if isinstance(v, torch.Tensor)]
+        tensors = {n: torch.cat([getattr(p, n) for p in step]) for n in names}
+        lists = {n: [c for p in step for c in getattr(p, n)] for n in ("case", "source")}
+        joined.append(Crops(**tensors, **lists))
     assert_equal(whole, joined)
     with pytest.raises(NnsslError, match="batch_size=4 cannot be shared by 3"):
         crops_of(data, rank=0, world_size=3)

@@ -138,7 +138,7 @@ def test_views_come_from_the_draws_only(make):
     assert torch.equal(crops.data, kept)
     assert all(torch.equal(whole[k], again[k]) for k in whole)
     assert not torch.equal(whole["input"], other["input"])
-    half = Crops(**{k: v[2:] for k, v in vars(crops).items()})
+    half = Crops(**{k: v[2:] for k, v in vars(crops).items() if v is not None})
     part = method.views(half, Draws(0, 5, 4, 2, 2))
     assert torch.equal(part["valid"], whole["valid"][2:])
     for key in ("input", "target"):

@@ -45,7 +45,8 @@ def _worker(index, port, folder, plans, description):
     for gather in (True, False):
         method = _method(plans, description, gather=gather, n_voxels=20)
         wrapped = torch.nn.parallel.DistributedDataParallel(method)
-        crops = Crops(**{k: v[2 * index : 2 * index + 2] for k, v in vars(_crops(method.request.window, 4)).items()})
+        mine, crops = slice(2 * index, 2 * index + 2), _crops(method.request.window, 4)
+        crops = Crops(**{k: v[mine] for k, v in vars(crops).items() if v is not None})
         with torch.no_grad():
             batch = method.views(crops, Draws(0, 3, 4, 2 * index, 2))
         terms = wrapped(batch)

@@ -61,7 +61,8 @@ def test_help_works(capsys):
         (["-d", "901", "-m", "macl", "--name", "a__b"], "__"),
         (["-d", "901", "902", "-m", "macl"], "-t"),
         (["-d", "902", "-m", "macl"], "nnUNetv2_plan_and_preprocess"),
-        (["-d", "903", "-m", "macl"], "no labels.*-t"),
+        (["-d", "903", "-m", "macl", "-p", "mine"], "no labels.*-t"),
+        (["-d", "903", "-m", "macl", "--planner", "resnec"], "resenc_m"),
         (["-d", "901", "-m", "macl", "--cases", "nowhere.txt"], "nowhere.txt"),
     ],
 )

@@ -163,7 +163,7 @@ def test_views_depend_on_the_sample_only(make):
     crops = crops_for(method)
     whole = method.views(crops, Draws(3, 5, 6))
     for first, count in ((0, 3), (3, 3)):
-        half = Crops(**{k: v[first : first + count] for k, v in vars(crops).items()})
+        half = Crops(**{k: v[first : first + count] for k, v in vars(crops).items() if v is not None})
         part = method.views(half, Draws(3, 5, 6, first, count))
         for name in whole:
             torch.testing.assert_close(part[name], whole[name][first : first + count])

@@ -1,0 +1,153 @@
+"""Agreement of what a student makes of masked views with what a teacher makes of the whole global ones.
+
+DINO's form (arXiv:2104.14294) by default: cross-entropy between distributions over prototypes, centred and sharpened. Without
+prototypes: cosine or squared distance of embeddings, with a predictor on the student's side and a variance term.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnssl.ema import EMA, cosine_momentum
+from nnssl.heads.dino import DinoHead, RunningStandardisation, pool_stages
+from nnssl.heads.mlp import mlp
+from nnssl.losses.consistency import (
+    Centre,
+    Health,
+    alignment,
+    consistency,
+    diagnose,
+    embedding_spread,
+    retrieval,
+    teacher_targets,
+    variance_hinge,
+)
+
+__all__ = ["STAGES", "Agreement"]
+
+STAGES = 2  # last encoder stages that stand in for a class token
+
+
+class Agreement(nn.Module):
+    """The student's projector, the teacher, and what is kept of both from step to step. Nothing of it is transferred.
+
+    Args:
+        encoder: the student's, which the teacher follows; it stays outside of this module.
+        width: of pooled features.
+        config: of :class:`nnssl.pretrain.methods.glmae.GLMAEConfig`.
+        maximum: whether features are pooled by their maximum too.
+
+    Attributes:
+        seen: entropy of the teacher's single targets and of their mean, and the embedding's spread, at the last training step.
+    """
+
+    seen: Tensor
+
+    def __init__(self, encoder: nn.Module, width: int, config: Any, *, maximum: bool = True) -> None:
+        super().__init__()
+        self.config, self.maximum = config, maximum
+        self.prototypes = config.prototypes if config.consistency == "ce" else 0
+        self.projector = DinoHead(width, self.prototypes, hidden=config.hidden, bottleneck=config.bottleneck)
+        self.teacher_encoder = EMA(encoder)
+        self.teacher_projector = EMA(self.projector)
+        self.moments = nn.ModuleDict(
+            {k: RunningStandardisation(width, config.moments_momentum) for k in ("student", "teacher")}
+        )
+        if self.prototypes:
+            self.centre = Centre(self.prototypes, config.centre_momentum)
+            self.health = Health(self.prototypes)
+        else:
+            self.projector.prototypes.requires_grad_(False)  # empty
+            self.predictor = mlp(config.bottleneck, config.bottleneck, hidden=config.hidden)
+        self.register_buffer("seen", torch.zeros(3))
+
+    def forward(self, features: dict[str, Tensor], whole: Tensor) -> dict[str, Tensor]:
+        """Terms ``gg`` and, where there are local views, ``lg``; ``variance`` without prototypes; diagnostics.
+
+        Args:
+            features: the student's, pooled: ``global`` ``(p B, width)`` and, where there are local views, ``local`` ``(q B,
+                width)``; row ``j * B + i`` is view j of volume i.
+            whole: ``(p B, C, *size)``, the global views with nothing hidden.
+        """
+        c, counts = self.config, [len(features[k]) for k in features]
+        volumes = counts[0] // c.global_views
+        projected = self.projector.project(self._standardised("student", torch.cat(list(features.values()))))
+        embedded = F.normalize(projected, dim=1)
+        teacher: Any = self.teacher_projector.module
+        with torch.no_grad():
+            said = teacher.project(self._pooled(whole))
+            anchor = F.normalize(said, dim=1)
+            spread = embedding_spread(embedded.detach()[: counts[0]])
+        terms: dict[str, Tensor] = {}
+        single, mean = spread, spread
+        if self.prototypes:
+            targets, single, mean = self._targets(teacher.logits(anchor).view(c.global_views, volumes, -1))
+            outputs = self.projector.logits(embedded)
+            terms |= {"teacher_entropy": single, "mean_entropy": mean}
+        else:
+            targets, outputs = said.view(c.global_views, volumes, -1), self.predictor(projected)
+            held = embedded * embedded.shape[1] ** 0.5 if c.consistency == "cosine" else projected
+            terms["variance"] = variance_hinge(held.view(-1, volumes, held.shape[1]))
+        agreed = {}
+        for name, part in zip(("gg", "lg"), outputs.split(counts)):
+            views = part.view(-1, volumes, part.shape[1])
+            if self.prototypes:
+                agreed[name] = consistency(targets, views, c.student_temperature)
+            else:
+                agreed[name] = alignment(views, targets, c.consistency)
+        if self.training:
+            self.seen.copy_(torch.stack([single, mean, spread]))
+        terms["embedding_spread"] = spread
+        terms["view_cosine"] = (embedded.detach()[: counts[0]] * anchor).sum(1).mean()
+        return {**agreed, **terms}
+
+    @torch.no_grad()
+    def _targets(self, said: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the teacher's logits ``(p, B, K)`` its targets, by the centre so far, and both entropies."""
+        targets = teacher_targets(said, self.centre.value, self.config.teacher_temperature)
+        if self.training:
+            self.centre.observe(said)
+        single, mean = self.health(targets)
+        return targets, single, mean
+
+    def embed(self, whole: Tensor) -> Tensor:
+        """The teacher's unit embedding ``(n, bottleneck)`` of whole views ``(n, C, *size)``."""
+        teacher: Any = self.teacher_projector.module
+        return teacher.embed(self._pooled(whole))
+
+    @torch.no_grad()
+    def retrieval(self, local: Tensor, whole: Tensor, volume: Tensor) -> dict[str, Tensor]:
+        """How often a local view is nearest to the global view of its own volume, and how often by chance.
+
+        Args:
+            local: ``(q B, width)``, pooled features of the student.
+            whole: ``(B, C, *size)``, one global view of each volume.
+            volume: ``(B,)`` int64, equal for crops of one volume.
+        """
+        z = self.projector.embed(self._standardised("student", local))
+        hits, chance = retrieval(z.view(-1, len(volume), z.shape[1]), self.embed(whole), volume)
+        return {"retrieval": hits, "retrieval_chance": chance}
+
+    def follow(self, encoder: nn.Module, step: int, steps: int) -> None:
+        """After an optimiser step: the teacher moves towards the student, and the centre by what the step has seen."""
+        momentum = cosine_momentum(step, steps, self.config.teacher_momentum)
+        self.teacher_encoder.update(encoder, momentum)
+        self.teacher_projector.update(self.projector, momentum)
+        if self.prototypes:
+            self.centre.step()
+
+    def problem(self) -> str | None:
+        """What was wrong at the last training step, in plain words, or None."""
+        single, mean, spread = self.seen.tolist()
+        return diagnose(single, mean, spread, self.prototypes)
+
+    def _pooled(self, whole: Tensor) -> Tensor:
+        pooled = pool_stages(self.teacher_encoder(whole)[-STAGES:], maximum=self.maximum)
+        return self._standardised("teacher", pooled)
+
+    def _standardised(self, who: str, pooled: Tensor) -> Tensor:
+        return self.moments[who](pooled) if self.config.standardise else pooled

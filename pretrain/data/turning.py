@@ -1,0 +1,119 @@
+"""Turns cases to one orientation, so that left is left in each of them: whole axes are swapped and flipped, nothing is resampled.
+
+nnU-Net does not reorient images. The orientation that most cases have is taken, so that the network mostly sees what it will see
+in fine-tuning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nnssl.pretrain.data.case import CaseReader
+from nnssl.pretrain.data.orientation import Geometry
+from nnssl.pretrain.data.pool import CaseRef
+
+__all__ = ["LOOKED_AT", "Orientation", "Turn", "common_orientation"]
+
+log = logging.getLogger("nnssl")
+
+LOOKED_AT = 32
+"""Cases whose orientation is read to find the most frequent one."""
+
+_SAME_SPACING = 0.01
+_NAMES = (("right", "left"), ("anterior", "posterior"), ("inferior", "superior"))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Axis i of the turned array is axis ``axes[i]`` of the case's, backwards where ``flips[i]``. Axes are spatial, 0 to 2."""
+
+    axes: tuple[int, int, int] = (0, 1, 2)
+    flips: tuple[bool, bool, bool] = (False, False, False)
+
+    def shape(self, shape: Sequence[int]) -> list[int]:
+        """Shape (or any three numbers per axis) of an array once it is turned."""
+        return [shape[a] for a in self.axes]
+
+    def array_order(self, window: Sequence[int]) -> list[int]:
+        """Numbers per axis of the turned array, in the order of the case's."""
+        return [int(window[self.axes.index(a)]) for a in range(3)]
+
+    def box(self, start: Sequence[int], window: Sequence[int], shape: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+        """Where a box of the turned array lies in the case's array of ``shape``: its first voxel and its extent."""
+        first, extent = np.zeros(3, dtype=np.int64), [0, 0, 0]
+        for i, (axis, flip) in enumerate(zip(self.axes, self.flips)):
+            first[axis] = shape[axis] - (start[i] + window[i]) if flip else start[i]
+            extent[axis] = int(window[i])
+        return first, extent
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Turn ``(C, *spatial)``; contiguous."""
+        x = x.transpose(0, *(1 + a for a in self.axes))
+        return np.ascontiguousarray(np.flip(x, tuple(1 + i for i, flip in enumerate(self.flips) if flip)))
+
+    def position(self, axis_position: np.ndarray) -> np.ndarray:
+        """Turn ``(3,)`` shares of the image along the case's axes."""
+        along = axis_position[list(self.axes)]
+        return np.where(self.flips, 1.0 - along, along)
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """What cases are turned to.
+
+    Attributes:
+        axes, flips: see :class:`~nnssl.pretrain.data.orientation.Geometry`.
+        spacing: mm per voxel of the array's axes; 0 for the first one of 2d plans, which stays where it is. Axes change
+            places only with equal spacings.
+    """
+
+    axes: tuple[int, int, int]
+    flips: tuple[bool, bool, bool]
+    spacing: tuple[float, float, float]
+
+    def turn(self, geometry: Geometry) -> Turn:
+        """What turns a case to this orientation; where spacings forbid to swap axes, they are only flipped."""
+        source = dict(zip(self.axes, geometry.axes))
+        same = all(abs(self.spacing[a] - self.spacing[b]) <= _SAME_SPACING * self.spacing[a] for a, b in source.items())
+        flips = {axis: mine != theirs for axis, mine, theirs in zip(geometry.axes, self.flips, geometry.flips)}
+        axes = [source[i] if same else i for i in range(3)]
+        return Turn(tuple(axes), tuple(flips[a] for a in axes))  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """``"inferior to superior, anterior to posterior, right to left"``, in the order of the array's axes."""
+        ends = {axis: _NAMES[p][::-1] if self.flips[p] else _NAMES[p] for p, axis in enumerate(self.axes)}
+        return ", ".join(" to ".join(ends[axis]) for axis in range(3))
+
+
+def common_orientation(refs: Sequence[CaseRef], reader: CaseReader, spacing: Sequence[float]) -> Orientation:
+    """The orientation that most of up to :data:`LOOKED_AT` cases have, which are spread evenly over the list.
+
+    Args:
+        refs: all cases of the run in a fixed order.
+        reader: for their geometry.
+        spacing: of the plan, two or three numbers.
+
+    Raises:
+        NnsslError: a case's geometry is missing or damaged.
+    """
+    chosen = np.unique(np.linspace(0, len(refs) - 1, min(LOOKED_AT, len(refs))).round().astype(int))
+    found = [reader.geometry(refs[i], (1, 1, 1)) for i in chosen.tolist()]
+    kinds = Counter((g.axes, g.flips) for g in found)
+    (axes, flips), most = kinds.most_common(1)[0]
+    mm = (0.0, *spacing) if len(spacing) == 2 else tuple(spacing)
+    common = Orientation(axes, flips, tuple(float(s) for s in mm))  # type: ignore[arg-type]
+    if len(kinds) > 1:
+        log.info("%d of %d images run %s; the others are turned to that.", most, len(found), common)
+    stuck = sum(common.turn(g).axes == (0, 1, 2) and g.axes != axes for g in found)
+    if stuck:
+        log.warning(
+            "%d of %d images have their axes in another order than most. The plan's spacings differ, so they are only flipped.",
+            stuck,
+            len(found),
+        )
+    return common

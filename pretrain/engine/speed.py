@@ -1,0 +1,168 @@
+"""Options that change how fast a step is or what it needs, not what it computes: memory format, recomputation, kernels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.checkpoint import checkpoint
+
+from nnssl.errors import NnsslError
+from nnssl.networks import unwrap
+
+if TYPE_CHECKING:
+    from nnssl.pretrain.engine.config import EngineConfig
+    from nnssl.pretrain.methods.base import Method
+
+__all__ = [
+    "KERNELS",
+    "Transfers",
+    "apply_options",
+    "recompute_stages",
+    "tensors_of",
+    "use_channels_last",
+    "use_kernels",
+]
+
+log = logging.getLogger("nnssl")
+
+KERNELS = ("auto", "loop", "foreach", "fused")
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def apply_options(method: Method, options: EngineConfig) -> None:
+    """Set a method up as the options say, before it is compiled or wrapped."""
+    if options.channels_last:
+        use_channels_last(method)
+    if options.checkpointing:
+        recompute_stages(method.network)
+
+
+def use_channels_last(module: nn.Module) -> None:
+    """Store the weights of all convolutions with the channels last; what they compute then is too."""
+    for layer in module.modules():
+        if isinstance(layer, _ConvNd) and layer.weight.ndim in _FORMATS:
+            layer.weight.data = layer.weight.data.contiguous(memory_format=_FORMATS[layer.weight.ndim])
+
+
+# ---- activation checkpointing ----------------------------------------------------------------------------------------------
+
+
+def _recomputed(forward: Any, *inputs: Any) -> Any:
+    """Run a stage and keep its inputs only; what it computes is computed again in the backward pass."""
+    stage = forward.__self__
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in stage.modules())
+    if (
+        hooked or not torch.is_grad_enabled()
+    ):  # hooks of one forward (sparse masking) are gone when it would be repeated
+        return forward(*inputs)
+    return checkpoint(forward, *inputs, use_reentrant=False)
+
+
+def recompute_stages(network: nn.Module) -> int:
+    """Turn on activation checkpointing for each stage of a U-Net's encoder and decoder, or each block of a transformer.
+
+    Costs about one more forward pass of these and saves what they would have kept. Keys of the state dict, results and
+    gradients stay the same.
+
+    Args:
+        network: the plan's own, also wrapped.
+
+    Returns:
+        Number of stages.
+
+    Raises:
+        NnsslError: the network has no stages that are known here.
+    """
+    inner: Any = unwrap(network)
+    stages: list[nn.Module] = []
+    encoder: Any = getattr(inner, "encoder", None)
+    decoder, transformer = getattr(inner, "decoder", None), getattr(inner, "eva", None)
+    if isinstance(getattr(encoder, "stem", None), nn.Module):
+        stages.append(encoder.stem)
+    for part in (encoder, decoder):
+        stages += list(getattr(part, "stages", ()))
+    stages += list(getattr(transformer, "blocks", ()))
+    if not stages:
+        raise NnsslError(f"-o checkpointing=true: a {type(inner).__name__} has no stages that can be computed again.")
+    for stage in stages:
+        # a partial of a bound method: a copy of the network (a teacher) gets one of its own
+        stage.forward = partial(_recomputed, stage.forward)  # type: ignore[method-assign]
+    return len(stages)
+
+
+# ---- the optimiser ---------------------------------------------------------------------------------------------------------
+
+
+def use_kernels(optimiser: torch.optim.Optimizer, kind: str) -> None:
+    """Choose how the optimiser's arithmetic is done; call it again after its state was loaded.
+
+    Args:
+        optimiser: one of torch's.
+        kind: ``"loop"`` over tensors, ``"foreach"`` over lists of them, ``"fused"`` into one kernel; ``"auto"`` leaves it to
+            torch (foreach on CUDA, loop on a CPU).
+
+    Raises:
+        NnsslError: the optimiser does not know it.
+    """
+    if kind == "auto":
+        return
+    for group in optimiser.param_groups:
+        if "fused" not in group:
+            raise NnsslError(f"-o optimiser_kernels={kind}: {type(optimiser).__name__} has one way only.")
+        group["foreach"], group["fused"] = kind == "foreach", kind == "fused"
+        for parameter in group["params"]:
+            step = optimiser.state.get(parameter, {}).get("step")
+            if isinstance(step, Tensor):  # fused kernels want it on the device, the others on the CPU
+                place = parameter.device if kind == "fused" else torch.device("cpu")
+                optimiser.state[parameter]["step"] = step.to(place, torch.float32)
+
+
+# ---- copies to the device --------------------------------------------------------------------------------------------------
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested objects, dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if isinstance(value, dict):
+        inner = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        inner = list(value)
+    else:
+        inner = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    for item in inner:
+        yield from tensors_of(item)
+
+
+class Transfers:
+    """Copies batches to the device; on CUDA in a stream of its own, beside what the GPU still computes for the step before.
+
+    The loop reads a step's numbers one step later, so that it asks for the next batch while the GPU is busy.
+
+    Args:
+        device: where batches go.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Any) -> Any:
+        """The batch on the device; kernels that are started from now on wait for it, the caller does not."""
+        if self._stream is None:
+            return batch.to(self.device)
+        with torch.cuda.stream(self._stream):
+            moved = batch.to(self.device)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._stream)
+        for tensor in tensors_of(moved):
+            if tensor.device.type == "cuda":
+                tensor.record_stream(current)
+        return moved

@@ -1,0 +1,169 @@
+"""Runs that something starts again: torch's elastic launcher after a killed rank, a scheduler after a lost node."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from nnssl import checkpoint
+from nnssl.errors import NnsslError
+from nnssl.pretrain import run
+from nnssl.pretrain.engine import devices
+from nnssl.pretrain.engine.hooks import Hook
+
+COMMON = {"method": "mae", "device": "cpu", "epochs": 3, "iterations": 2, "robustness_every": 0}
+OPTIONS = {"workers": 0, "held_out_batches": 1, "picture_every": 0}
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    """``progress.png`` takes longer than all else of these runs."""
+    from nnssl.pretrain.engine import logs
+
+    monkeypatch.setattr(logs, "plot_progress", lambda *args: None)
+    monkeypatch.setattr(logs, "_tensorboard", lambda folder: None)
+
+
+@pytest.fixture
+def dataset(tiny_preprocessed):
+    return tiny_preprocessed(901, "Tiny", 6)
+
+
+def go(**options):
+    return run(901, **{**COMMON, "options": OPTIONS, **options})
+
+
+class Lost(Exception):
+    pass
+
+
+class Lose(Hook):
+    """Ends the process as a lost node would, after the second epoch's checkpoint."""
+
+    def after_epoch(self, engine, row):
+        if engine.step == 6:
+            raise Lost
+
+
+def weights(path):
+    return checkpoint.load(path).weights
+
+
+def test_auto_continue_starts_continues_and_ends(dataset):
+    straight = go(name="straight")
+    with pytest.raises(Lost):
+        go(name="auto", continue_run="auto", hooks=[Lose()])
+    done = go(name="auto", continue_run="auto")
+    assert done.finished
+    a, b = weights(straight.checkpoint), weights(done.checkpoint)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    times = done.checkpoint.stat().st_mtime_ns
+    assert go(name="auto", continue_run="auto").checkpoint == done.checkpoint
+    assert done.checkpoint.stat().st_mtime_ns == times
+    with pytest.raises(NnsslError, match="seed: 0 in the folder, 5 now"):
+        go(name="auto", continue_run="auto", seed=5)
+
+
+def test_what_the_elastic_launcher_starts_again_continues(dataset, monkeypatch):
+    with pytest.raises(Lost):
+        go(hooks=[Lose()])
+    with pytest.raises(NnsslError, match="unfinished. Continue it with --c"):
+        go()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert go().finished
+
+
+def test_the_command_hands_restarts_to_the_launcher(monkeypatch, capsys):
+    import torch.distributed.launcher.api as launcher
+
+    from nnssl.pretrain.cli import main
+
+    seen = []
+
+    def elastic_launch(config, entry):
+        seen.append(config)
+        return lambda *arguments: seen.append(arguments)
+
+    monkeypatch.setattr(launcher, "elastic_launch", elastic_launch)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    arguments = ["-d", "901", "-m", "mae", "-device", "cpu", "-num_gpus", "2", "--restarts", "3"]
+    assert main(arguments) == 0
+    assert seen[0].max_restarts == 3 and seen[0].nproc_per_node == 2
+    assert seen[1] == ("-m", "nnssl.pretrain.cli", *arguments)
+    assert main(arguments[:-4] + ["--restarts", "1"]) == 1
+    assert "--auto-continue" in capsys.readouterr().err
+    assert main(arguments[:-1] + ["-1"]) == 1
+    assert devices.restarted() is False
+
+
+SCRIPT = textwrap.dedent("""
+    import os, signal, sys
+    from nnssl.pretrain import run
+    from nnssl.pretrain.engine.hooks import Hook
+
+    class Kill(Hook):
+        def after_epoch(self, engine, row):
+            first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+            if engine.step == 6 and first and os.environ["RANK"] == sys.argv[2]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if __name__ == "__main__":
+        run(901, method="mae", device="cpu", epochs=4, iterations=2, name=sys.argv[1], hooks=[Kill()], robustness_every=0,
+            options={"workers": 0, "held_out_batches": 1, "picture_every": 0})
+""")
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_been(dataset, tmp_path):
+    """Two gloo processes; rank 1, then rank 0, is killed after six of eight steps, the checkpoint being of the fourth."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    launcher += ["--rdzv_endpoint=localhost:0", "--max_restarts=1"]
+    results = dataset.parent.parent / "nnUNet_results" / "Dataset901_Tiny"
+    files = {}
+    for name, killed in (("straight", "none"), ("killed1", "1"), ("killed0", "0")):
+        out = subprocess.run([*launcher, script, name, killed], capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr[-8000:]
+        assert ("SIGKILL" in out.stderr or "-9" in out.stderr) == (killed != "none"), out.stderr[-8000:]
+        folder = results / f"nnsslMae_{name}__nnUNetPlans__3d_fullres"
+        files[name] = weights(folder / "checkpoint_final.pth")
+        events = (folder / "metrics.jsonl").read_text()
+        assert ('"event": "continue"' in events) == (killed != "none")
+    for name in ("killed1", "killed0"):
+        for key, value in files["straight"].items():
+            assert torch.equal(value, files[name][key]), (name, key)
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_kills_and_starts_again(dataset, tmp_path):
+    """``--auto-continue`` as in examples/slurm: SIGTERM, then the same command again."""
+    command = [
+        sys.executable,
+        "-m",
+        "nnssl.pretrain.cli",
+        "-d",
+        "901",
+        "-m",
+        "mae",
+        "-device",
+        "cpu",
+        "--auto-continue",
+    ]
+    command += ["--epochs", "3", "--iterations", "40", "-o", "workers=0", "picture_every=0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("epoch 1/3"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 143, rest
+    out = subprocess.run(command, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert "Continuing after step" in out.stdout
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "finished" in again.stdout

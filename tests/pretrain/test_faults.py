@@ -1,0 +1,306 @@
+"""What machines do to a run: each fault ends in a clear message, and a second start continues to the same weights."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nnssl import checkpoint
+from nnssl.errors import NnsslError
+from nnssl.plans import load_plan
+from nnssl.pretrain import preprocess, run
+from nnssl.pretrain.engine import folder as run_folder
+from nnssl.pretrain.engine.hooks import Hook
+from nnssl.pretrain.engine.logs import RunLog
+from nnssl.results import output_folder
+
+COMMON = {"method": "mae", "device": "cpu", "epochs": 3, "iterations": 2, "processes": 1, "robustness_every": 0}
+OPTIONS = {"workers": 0, "held_out_batches": 1, "picture_every": 0}
+SMALL = {"shape": (12, 16, 12), "plan_options": {"patch": (8, 8, 8)}}
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    """``progress.png`` takes longer than all else of these runs."""
+    from nnssl.pretrain.engine import logs
+
+    monkeypatch.setattr(logs, "plot_progress", lambda *args: None)
+    monkeypatch.setattr(logs, "_tensorboard", lambda folder: None)
+
+
+@pytest.fixture
+def target(tiny_preprocessed):
+    tiny_preprocessed(901, "Tiny", 5, **SMALL)
+
+
+@pytest.fixture
+def free(target, tiny_raw_dataset):
+    """imagesTr of an unlabelled dataset beside the target."""
+    return tiny_raw_dataset(902, "Free", 6, labelled=False, seed=1, shape=(12, 16, 12)) / "imagesTr"
+
+
+def go(source=901, **options):
+    return run(source, **{**COMMON, "options": OPTIONS, "target": 901, **options})
+
+
+def same_weights(a, b):
+    x, y = (checkpoint.load(r.checkpoint).weights for r in (a, b))
+    return a.folder != b.folder and all(torch.equal(x[k], y[k]) for k in x)
+
+
+class After(Hook):
+    """Does something once, after the second epoch."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def after_epoch(self, engine, row):
+        if row["epoch"] == 2:
+            self.what(engine)
+
+
+# ---- disks -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "Free space"), (errno.EROFS, "Make it writable"), (errno.ESTALE, "See to the file system")],
+)
+def test_a_results_folder_that_fails_in_the_middle(target, monkeypatch, number, advice):
+    straight = go(name="straight")
+    event = RunLog.event
+
+    def fail(self, kind, **values):
+        if values.get("step") == 4:
+            raise OSError(number, os.strerror(number))
+        event(self, kind, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "event", fail)
+        with pytest.raises(NnsslError, match=f"{os.strerror(number)} in .* {advice}, then continue with --c"):
+            go(name="broken")
+    assert same_weights(straight, go(name="broken", continue_run=True))
+
+
+def test_a_results_folder_that_cannot_be_written(target, nnunet_env, monkeypatch):
+    def read_only(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "open", read_only, raising=False)
+        with pytest.raises(NnsslError, match="Read-only file system. nnUNet_results must be writable"):
+            go()
+    if os.geteuid() != 0:
+        nnunet_env.results.chmod(0o555)
+        with pytest.raises(NnsslError, match="nnUNet_results must be writable"):
+            go()
+        nnunet_env.results.chmod(0o755)
+    assert go().finished
+
+
+def test_a_checkpoint_folder_that_becomes_read_only(target, monkeypatch):
+    from nnssl.pretrain import api
+
+    save, calls = checkpoint.save, []
+
+    def fail(path, payload):
+        calls.append(1)
+        if len(calls) == 2:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        save(path, payload)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api.checkpoint, "save", fail)
+        with pytest.raises(NnsslError, match="cannot save .*Permission denied. The checkpoint saved before is whole"):
+            go()
+    assert checkpoint.load(next(iter_latest())).training["step"] == 2
+    assert go(continue_run=True).finished
+
+
+def iter_latest():
+    from nnssl.paths import results_folder
+
+    return results_folder().glob("*/*/checkpoint_latest.pth")
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_case_deleted_during_the_run(free, workers):
+    """Of our own folder: the second start makes it anew and goes on."""
+    options = {"options": {**OPTIONS, "workers": workers}, "iterations": 4}
+    straight = go(902, name="straight", **options)
+
+    def delete(engine):
+        for ref in engine.spec.pool.train:
+            (ref.folder / f"{ref.name}.b2nd").unlink()
+
+    with pytest.raises(
+        NnsslError, match="is gone: .* does not exist. Delete the file and start again, and it is made anew"
+    ):
+        go(902, name="broken", hooks=[After(delete)], **options)
+    assert same_weights(straight, go(902, name="broken", continue_run=True, **options))
+
+
+def test_a_case_of_nnunets_own_folder_deleted_during_the_run(target):
+    """It is nnU-Net's to make again; until then the run is told what is missing."""
+
+    def delete(engine):
+        ref = engine.spec.pool.train[0]
+        (ref.folder / f"{ref.name}.b2nd").rename(ref.folder.parent / "elsewhere")
+
+    with pytest.raises(NnsslError, match="Preprocess the dataset again"):
+        go(iterations=8, hooks=[After(delete)])
+    with pytest.raises(NnsslError, match=r"cases.number: 5 in the folder, 4 now"):
+        go(iterations=8, continue_run=True)
+    elsewhere = next(p for p in load_folder().parent.iterdir() if p.name == "elsewhere")
+    names = {p.stem for p in load_folder().glob("*.pkl")} - {p.stem for p in load_folder().glob("*.b2nd")}
+    elsewhere.rename(load_folder() / f"{names.pop()}.b2nd")
+    assert go(iterations=8, continue_run=True).finished
+
+
+def load_folder():
+    from nnssl.paths import preprocessed_folder
+
+    plan = load_plan(901)
+    return preprocessed_folder() / plan.dataset_name / plan.data_identifier
+
+
+def test_a_loader_process_killed_during_the_run(target):
+    import multiprocessing
+
+    options = {"options": {**OPTIONS, "workers": 1}, "iterations": 8}
+    straight = go(name="straight", **options)
+
+    def kill(engine):
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+
+    with pytest.raises(NnsslError, match=r"A loader process was killed \(SIGKILL\).*lower -o workers"):
+        go(name="broken", hooks=[After(kill)], **options)
+    assert same_weights(straight, go(name="broken", continue_run=True, **options))
+
+
+# ---- two runs --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_for_the_same_folder_is_refused_while_the_first_lives(target):
+    refused = []
+
+    def again(engine):
+        with pytest.raises(NnsslError, match=rf"in use by another process \(process {os.getpid()} on .*\).*--name"):
+            go(continue_run="auto")
+        refused.append(1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(hooks=[After(again)])
+    assert refused
+    assert go(continue_run="auto").finished
+
+
+def test_a_file_system_without_locks(target, monkeypatch, caplog):
+    import fcntl
+
+    def flock(handle, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert go().finished
+    assert "has no locks" in caplog.text
+
+
+# ---- clocks and names ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", [1, 4_000_000_000])
+def test_images_from_before_and_after_this_time(free, nnunet_env, moment):
+    """Files of 1970 and of 2096 are preprocessed once."""
+    for file in free.iterdir():
+        os.utime(file, (moment, moment))
+    first = preprocess(902, target=901, processes=1)
+    (own,) = first.folders
+    times = {p.name: p.stat().st_mtime_ns for p in own.iterdir()}
+    assert first.cases == 6 and len(times) == 18
+    assert preprocess(902, target=901, processes=1) == first
+    assert go(902, epochs=1).finished
+    assert times == {p.name: p.stat().st_mtime_ns for p in own.iterdir()}
+
+
+def test_a_clock_that_was_set_back(free, monkeypatch):
+    """The files of the first start are of the future."""
+    first = preprocess(902, target=901, processes=1)
+    (own,) = first.folders
+    later = time.time() + 10**7
+    for path in [own, *own.iterdir(), *own.parent.glob("*_index.jsonl"), *own.parent.glob("*_catalogue.json")]:
+        os.utime(path, (later, later))
+    assert preprocess(902, target=901, processes=1) == first
+    assert go(902, epochs=1).finished
+
+
+NAMES = ["mit Leerzeichen", "Größe 空", 'it\'s "quoted" & $HOME;', "x" * 240, "%s {0} [a-z]*"]
+
+
+def test_odd_case_names_and_folders(target, free, nnunet_env, monkeypatch, tmp_path):
+    for name, file in zip(NAMES, sorted(free.iterdir())):
+        file.rename(free / f"{name}_0000.nii.gz")
+    odd = tmp_path / "ein Ordner – ö 空" / ("y" * 200)
+    odd.mkdir(parents=True)
+    for kind in ("raw", "preprocessed", "results"):
+        folder = odd / f"nnUNet {kind}"
+        getattr(nnunet_env, kind).rename(folder)
+        monkeypatch.setenv(f"nnUNet_{kind}", str(folder))
+    made = preprocess(902, target=901, processes=1)
+    assert made.cases == 6 and not made.bad
+    assert preprocess(902, target=901, processes=1) == made
+    left_out = odd / "left out.txt"
+    left_out.write_text("Größe 空\n", encoding="utf-8")
+    result = go(902, name="odd", exclude=left_out)
+    assert result.finished and result.checkpoint.is_file()
+    assert go(902, name="odd", exclude=left_out, continue_run=True).finished
+
+
+def test_names_that_are_too_long(target, nnunet_env, monkeypatch):
+    with pytest.raises(NnsslError, match="file systems allow 255: .*Choose a shorter --name"):
+        go(name="n" * 250)
+    plan = load_plan(901)
+    many = output_folder(plan, "Mae", list(range(500, 600)))
+    assert len(os.fsencode(many.name)) < 255 and "_d500to599n100x" in many.name
+    assert many != output_folder(plan, "Mae", [*range(500, 599), 601])
+    assert output_folder(plan, "Mae", [500, 502]).name.startswith("nnsslMae_d500_d502__")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_that_is_no_text(free):
+    """Bytes that are not UTF-8 in a file name: such an image is named in the list of bad ones or used, never a crash."""
+    sorted(free.iterdir())[0].rename(free / os.fsdecode(b"caf\xe9_0000.nii.gz"))
+    made = preprocess(902, target=901, processes=1, skip_bad=True)
+    assert made.cases + len(made.bad) == 6
+    assert go(902, skip_bad=True, epochs=1).finished
+
+
+@pytest.mark.slow
+def test_a_killed_preprocessing_continues(free, nnunet_env):
+    """SIGKILL to the main process in the middle; its workers end too, and nothing is made twice."""
+    command = [sys.executable, "-m", "nnssl.pretrain.cli", "-d", "902", "-t", "901", "--preprocess-only", "-np", "2"]
+    process = subprocess.Popen(command, start_new_session=True)
+    source = nnunet_env.preprocessed / "Dataset902_Free"
+    while process.poll() is None and not [p for p in source.glob("nnssl_*/*[0-9].b2nd") if "_tmp" not in str(p)]:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (own,) = [p for p in source.iterdir() if p.is_dir() and not p.name.endswith("_tmp")]
+    time.sleep(1.5)  # the workers notice that their parent is gone
+    before = {p.name: p.stat().st_mtime_ns for p in own.glob("*.b2nd")}
+    assert preprocess(902, target=901, processes=1).cases == 6
+    after = {p.name: p.stat().st_mtime_ns for p in own.glob("*.b2nd")}
+    assert {n: after[n] for n in before if not n.endswith("_seg.b2nd")} == {
+        n: t for n, t in before.items() if not n.endswith("_seg.b2nd")
+    }
+    assert not list(source.glob("*_tmp"))

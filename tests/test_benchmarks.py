@@ -1,0 +1,70 @@
+"""Each benchmark runs on tiny input and gives numbers; how large they are is nobody's business here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+EXPECTED = {
+    "loader": ("what", {"nnU-Net's stock augmentation", "macl", "mae", "hdense"}),
+    "step_time": ("method", {"macl", "mae", "glmae", "hdense"}),
+    "data_wait": ("workers", {0, 1}),
+    "memory": ("cases", {20, 200}),
+    "startup": ("start", {"nnU-Net's folder", "own folder, every file", "own folder, catalogue"}),
+    "ema_infonce": ("what", {"EMA update", "InfoNCE, D=128"}),
+    "preprocessing": ("image", {"40x48x40"}),
+    "options": ("options", {"none", "checkpointing=true", "accumulate=2"}),
+}
+
+
+def run(name, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", BENCHMARKS / f"{name}.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=BENCHMARKS)
+
+
+def test_run_all_knows_every_benchmark():
+    text = (BENCHMARKS / "run_all.py").read_text()
+    there = {p.stem for p in BENCHMARKS.glob("*.py")} - {"common", "run_all", "nearest_voxel"}
+    assert there == set(EXPECTED)
+    assert all(f'"{name}"' in text for name in there)
+
+
+@pytest.mark.slow
+def test_a_benchmark_prints_a_table_and_writes_json(tmp_path):
+    out = run("ema_infonce", "--quick", "--out", tmp_path / "out.json")
+    assert out.returncode == 0, out.stderr
+    assert "| what " in out.stdout and "EMA update" in out.stdout
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert set(content["machine"]) == {"cores", "architecture", "gpu", "load", "python", "torch", "threads"}
+    assert all(row["cpu_ms"] > 0 for row in content["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_each_benchmark_runs(name, tmp_path):
+    out = run(name, "--quick", "--out", tmp_path / "out.json")
+    assert out.returncode == 0, out.stderr[-2000:]
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    key, values = EXPECTED[name]
+    assert values <= {row[key] for row in rows}
+    if name == "startup":
+        looked = {row["start"]: row["files_looked_at"] for row in rows if row["cases"] == 200}
+        assert looked["own folder, catalogue"] == 0 and looked["own folder, every file"] >= 400
+    if name == "options":
+        kept = {row["options"]: row["kept_MiB"] for row in rows}
+        assert kept["checkpointing=true"] < 0.6 * kept["none"] and kept["accumulate=4"] < 0.3 * kept["none"]
+
+
+@pytest.mark.slow
+def test_run_all_collects_the_results(tmp_path):
+    out = run("run_all", "--quick", "--only", "ema_infonce", "options", "--folder", tmp_path)
+    assert out.returncode == 0, out.stderr
+    assert [r["benchmark"] for r in json.loads((tmp_path / "results.json").read_text())] == [
+        "EMA and InfoNCE",
+        "options of the engine",
+    ]
