@@ -35,7 +35,9 @@ if os.path.exists(os.path.join(control, "fail-" + job["id"])):
     sys.exit(3)
 begin = time.monotonic()
 while os.path.exists(os.path.join(control, "hang-" + job["phase"])) and time.monotonic() < begin + 600:
-    open(os.path.join(control, "hanging"), "w").write(job["id"])
+    with open(os.path.join(control, "hanging.tmp"), "w") as file:
+        file.write(job["id"])
+    os.replace(os.path.join(control, "hanging.tmp"), os.path.join(control, "hanging"))
     time.sleep(0.01)
 for path in job["outputs"]:
     os.makedirs(os.path.dirname(path), exist_ok=True)
