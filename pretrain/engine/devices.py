@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from nnssl.distributed import is_distributed, rank
 from nnssl.errors import NnsslError
@@ -56,7 +57,11 @@ def process_group(device: torch.device) -> Iterator[None]:
     """Join the other processes that ``torchrun`` or :func:`launch` started; nothing to do for a single one."""
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if started:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The elastic launcher may keep its key-value store when it starts processes again, with the addresses of the dead ones.
+        store, index, size = next(rendezvous("env://"))
+        store = dist.PrefixStore(f"nnssl_start_{_restarts()}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=index, world_size=size)
         if rank() != 0:
             logging.getLogger("nnssl").setLevel(logging.ERROR)
     try:
@@ -80,9 +85,13 @@ def shared_preparation() -> Iterator[None]:
         dist.barrier(group=waiting)  # type: ignore[arg-type]
 
 
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def restarted() -> bool:
     """Whether torch's elastic launcher has started this process again after one of its processes had ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _restarts() > 0
 
 
 def launch(arguments: list[str], processes: int, restarts: int = 0) -> int:

@@ -100,6 +100,26 @@ def test_the_command_hands_restarts_to_the_launcher(monkeypatch, capsys):
     assert devices.restarted() is False
 
 
+@pytest.mark.parametrize("count", ["0", "2"])
+def test_processes_that_are_started_again_do_not_meet_the_addresses_of_the_dead(monkeypatch, count):
+    """The launcher's store may outlive its processes: each start has keys of its own."""
+    import torch.distributed as dist
+
+    shared = dist.HashStore()
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    monkeypatch.setattr(devices, "rendezvous", lambda url: iter([(shared, 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: seen.append((backend, options)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with devices.process_group(torch.device("cpu")):
+        pass
+    ((backend, options),) = seen
+    assert backend == "gloo" and (options["rank"], options["world_size"]) == (1, 2)
+    options["store"].set("address", "here")
+    assert shared.check([f"nnssl_start_{count}/address"])
+
+
 SCRIPT = textwrap.dedent("""
     import os, signal, sys
     from nnssl.pretrain import run
