@@ -23,7 +23,7 @@ def main() -> None:
     from nnssl.pretrain import run
 
     logging.getLogger("nnssl").setLevel(logging.ERROR)
-    big = {"shape": (64, 80, 64), "patch": (48, 48, 48), "features": (16, 32, 64, 128)}
+    big = {"shape": (64, 80, 64), "patch": (32, 32, 32), "features": (16, 32, 64, 128)}
     small = {"shape": (24, 32, 24), "patch": (16, 16, 16), "features": (4, 8)}
     rows = []
     with workspace():

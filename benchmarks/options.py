@@ -66,7 +66,7 @@ def main() -> None:
     """Print the table."""
     args = arguments(__doc__, batch=(4, "crops per step"))
     torch.set_num_threads(1)
-    big = {"shape": (48, 48, 48), "patch": (48, 48, 48), "features": (16, 32, 64, 128)}
+    big = {"shape": (32, 32, 32), "patch": (32, 32, 32), "features": (16, 32, 64, 128)}
     small = {"shape": (16, 16, 16), "patch": (16, 16, 16), "features": (4, 8)}
     variants: dict[str, dict[str, Any]] = {
         "none": {},

@@ -84,7 +84,7 @@ def main() -> None:
     torch.set_num_threads(1)
     from nnssl.pretrain.methods import list_methods
 
-    big = {"shape": (64, 80, 64), "patch": (48, 48, 48), "features": (16, 32, 64, 128)}
+    big = {"shape": (64, 80, 64), "patch": (32, 32, 32), "features": (16, 32, 64, 128)}
     small = {"shape": (48, 56, 48), "patch": (24, 24, 24), "features": (4, 8, 16)}
     with workspace():
         plan = make_dataset(8, **(small if args.quick else big))
