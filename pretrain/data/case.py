@@ -16,7 +16,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
-from nnssl.pretrain.data.intensity import air_threshold, body_mask, intensity_range
+from nnssl.pretrain.data.intensity import air_threshold, body_mask, intensity_range, stored_range
 from nnssl.pretrain.data.orientation import Geometry
 from nnssl.pretrain.data.pool import CaseRef
 
@@ -141,6 +141,11 @@ def _advice(ref: CaseRef) -> str:
     return "Preprocess the dataset again (nnUNetv2_preprocess), or leave the case out with --exclude."
 
 
+def _bad_properties(ref: CaseRef, error: BaseException) -> NnsslError:
+    what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error!r})"
+    return NnsslError(f"Case {ref.name} of {ref.source}: {ref.folder / ref.name}.pkl {what}. {_advice(ref)}")
+
+
 class CaseReader:
     """Opens cases and remembers what it learnt of the last :data:`CACHED_CASES` of them.
 
@@ -196,11 +201,13 @@ class CaseReader:
         key = (ref.folder, ref.name)
         info = self._known.get(key)
         if info is None or info.geometry.shape != tuple(array.shape[1:]):
+            properties = self._properties(ref)
+            intensity = stored_range(properties, self.form.n_channels)
             try:
-                intensity = intensity_range(array, masked=self.form.masked)
+                intensity = intensity_range(array, masked=self.form.masked) if intensity is None else intensity
             except (RuntimeError, OSError, ValueError) as error:
                 raise damaged(ref, error) from error
-            info = CaseInfo(self.geometry(ref, array.shape[1:]), intensity)
+            info = CaseInfo(self._place(ref, properties, array.shape[1:]), intensity)
             self._known[key] = info
             while len(self._known) > self.cached:
                 self._known.popitem(last=False)
@@ -213,11 +220,17 @@ class CaseReader:
         Raises:
             NnsslError: the file is missing or damaged.
         """
-        file = ref.folder / f"{ref.name}.pkl"
+        return self._place(ref, self._properties(ref), shape)
+
+    def _properties(self, ref: CaseRef) -> dict[str, Any]:
         try:
-            with open(file, "rb") as stream:
-                properties = pickle.load(stream)  # nnU-Net's own file, which it loads the same way
-            return Geometry.from_properties(properties, shape, self.form.transpose_forward, ref.source)
+            with open(ref.folder / f"{ref.name}.pkl", "rb") as stream:
+                return dict(pickle.load(stream))  # nnU-Net's own file, which it loads the same way
         except Exception as error:  # unpickling raises anything
-            what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error!r})"
-            raise NnsslError(f"Case {ref.name} of {ref.source}: {file} {what}. {_advice(ref)}") from error
+            raise _bad_properties(ref, error) from error
+
+    def _place(self, ref: CaseRef, properties: dict[str, Any], shape: Sequence[int]) -> Geometry:
+        try:
+            return Geometry.from_properties(properties, shape, self.form.transpose_forward, ref.source)
+        except Exception as error:  # what is missing or odd in a file of another origin
+            raise _bad_properties(ref, error) from error

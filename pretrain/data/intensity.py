@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["AIR", "air_threshold", "body_mask", "intensity_range"]
+__all__ = ["AIR", "air_threshold", "body_mask", "intensity_range", "store_range", "stored_range"]
 
 AIR = 0.1
 """Voxels below the 0.5th percentile plus this share of the range to the 99.5th are air."""
@@ -84,3 +87,22 @@ def intensity_range(array: Any, *, masked: bool = False) -> np.ndarray:
         inside = _inside(values)
         values = values[:, inside] if inside.any() else values
     return np.percentile(values, [0.5, 99.5], axis=1).T.astype(np.float32)
+
+
+STORED = "nnssl_intensity"
+"""Key of a case's properties; nnU-Net passes over it."""
+
+
+def store_range(properties: Path, values: np.ndarray) -> None:
+    """Put what :func:`intensity_range` found into a case's ``.pkl``, so that a run need not look for it in the image."""
+    content = {**pickle.loads(properties.read_bytes()), STORED: values.tolist()}
+    properties.write_bytes(pickle.dumps(content))
+
+
+def stored_range(properties: Mapping[str, Any], channels: int) -> np.ndarray | None:
+    """``(channels, 2)`` float32 from a case's properties, or None where it is not there."""
+    try:
+        values = np.asarray(properties[STORED], dtype=np.float32)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return values if values.shape == (channels, 2) else None

@@ -19,6 +19,7 @@ import SimpleITK as sitk
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnssl.pretrain.data.index import Entry
+from nnssl.pretrain.data.intensity import intensity_range, store_range
 from nnssl.pretrain.data.raw import RawCase
 from nnssl.pretrain.data.whole import check_whole
 
@@ -216,9 +217,9 @@ class CaseWorker:
         truncated = str(self.temporary / case.name)
         preprocessor = Unlabelled(verbose=False)
         preprocessor.run_case_save(truncated, list(case.files), None, self._manager, self._config, self.dataset_json)
-        blosc2.open(f"{truncated}.b2nd", mode="r", dparams={"nthreads": 1})[
-            :
-        ]  # raises where the disk took less than all of it
+        written = blosc2.open(f"{truncated}.b2nd", mode="r", dparams={"nthreads": 1})
+        written[:]  # raises where the disk took less than all of it
+        store_range(Path(f"{truncated}.pkl"), intensity_range(written, masked=all(self._config.use_mask_for_norm)))
         for ending in (".pkl", "_seg.b2nd", ".b2nd"):  # the image last: it marks the case as done
             with open(truncated + ending, "rb+") as file:
                 os.fsync(file.fileno())

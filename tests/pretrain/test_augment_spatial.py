@@ -132,6 +132,22 @@ def test_same_views_on_one_rank_as_on_two():
     assert not torch.allclose(random_affine(x, Draws(7, 6, 4), (6, 8), (1.0, 2.0)).data, both)
 
 
+@pytest.mark.parametrize("dim", [2, 3])
+def test_what_does_not_turn_is_cut_out_and_equals_resampling(dim):
+    """Even and odd differences of window and size; half of the samples turn, all may be flipped."""
+    drawn = {"mirror_axes": tuple(range(dim)), "p": 0.5}
+    x, body = torch.randn(16, 2, *WINDOWS[dim]), torch.rand(16, 1, *WINDOWS[dim]) > 0.4
+    view = random_affine(x, Draws(5, 2, 16), SIZES[dim], (1.0, 2.0, 0.7)[:dim], body=body, **drawn)
+    grid = sampling_grid(view.affine, SIZES[dim], WINDOWS[dim])
+    assert torch.allclose(view.data, warp(x, grid), atol=1e-4)
+    assert torch.equal(view.body, warp(body.float(), grid) >= 0.5)
+    still = (view.affine.matrix.abs() == torch.eye(dim)).flatten(1).all(1)
+    assert 2 < int(still.sum()) < 14
+    for i in torch.nonzero(still)[:, 0].tolist():
+        flips = [a + 1 for a in range(dim) if view.affine.matrix[i, a, a] < 0]
+        assert torch.equal(view.data[i], central_crop(x[i : i + 1], SIZES[dim])[0].flip(flips))
+
+
 def test_source_is_untouched():
     x = torch.randn(2, 1, 9, 10)
     before = x.clone()

@@ -309,6 +309,23 @@ def test_a_catalogue_that_cannot_be_written_is_no_error(plan, raw, looks, monkey
     assert looks == [SOURCE] * 2
 
 
+def test_a_case_of_our_own_is_looked_at_without_reading_voxels(plan, raw, monkeypatch, nnunet_env):
+    """Preprocessing keeps the intensity range, which in nnU-Net's folders has to be looked for in the image."""
+    from nnssl.pretrain.data import CaseFormat, CaseReader, case, intensity_range
+
+    pool, form = prepare(plan), CaseFormat.from_plan(plan)
+    (stock,) = prepare_sources(plan, ["Dataset901_Tiny"], n_processes=0, held_out=0.0).cases[:1]
+    found = CaseReader(form).open(stock).info.intensity
+    assert found.shape == (1, 2) and found[0, 0] < found[0, 1]
+    expected = [intensity_range(blosc2.open(str(c.folder / f"{c.name}.b2nd"))) for c in pool.cases]
+    monkeypatch.setattr(case, "intensity_range", None)
+    for ref, values in zip(pool.cases, expected):
+        info = CaseReader(form).open(ref).info
+        assert np.array_equal(info.intensity, values) and info.intensity.dtype == np.float32
+    with pytest.raises(TypeError):
+        CaseReader(form).open(stock)
+
+
 # ---- weights ---------------------------------------------------------------------------------------------------------------
 
 
