@@ -76,7 +76,7 @@ def main() -> None:
                 skips, _, active = method.reconstruct(local["input"], local["mask"])
                 features = method.summarise(skips, active, 2)
                 found = method.agreement.retrieval(features, whole, local["volume"])
-                z = method.agreement.projector.embed(method.agreement._standardised("student", features))
+                z = torch.nn.functional.normalize(method.agreement.project("local", features), dim=1)
                 alike = z @ method.agreement.embed(whole).T
             hits.append(found["retrieval"])
             chance.append(found["retrieval_chance"])

@@ -54,10 +54,9 @@ class Agreement(nn.Module):
         self.projector = DinoHead(width, self.prototypes, hidden=config.hidden, bottleneck=config.bottleneck)
         self.teacher_encoder = EMA(encoder)
         self.teacher_projector = EMA(self.projector)
-        self.moments = nn.ModuleDict(
-            {k: RunningStandardisation(width, config.moments_momentum) for k in ("student", "teacher")}
-        )
+        self.moments = _moments(width, config.moments_momentum)
         if self.prototypes:
+            self.embedding_moments = _moments(config.bottleneck, config.moments_momentum)
             self.centre = Centre(self.prototypes, config.centre_momentum)
             self.health = Health(self.prototypes)
         else:
@@ -75,16 +74,16 @@ class Agreement(nn.Module):
         """
         c, counts = self.config, [len(features[k]) for k in features]
         volumes = counts[0] // c.global_views
-        projected = self.projector.project(self._standardised("student", torch.cat(list(features.values()))))
+        projected = torch.cat([self.project(kind, pooled) for kind, pooled in features.items()])
         embedded = F.normalize(projected, dim=1)
-        teacher: Any = self.teacher_projector.module
         with torch.no_grad():
-            said = teacher.project(self._pooled(whole))
+            said = self.project("teacher", self._look(whole))
             anchor = F.normalize(said, dim=1)
             spread = embedding_spread(embedded.detach()[: counts[0]])
         terms: dict[str, Tensor] = {}
         single, mean = spread, spread
         if self.prototypes:
+            teacher: Any = self.teacher_projector.module
             targets, single, mean = self._targets(teacher.logits(anchor).view(c.global_views, volumes, -1))
             outputs = self.projector.logits(embedded)
             terms |= {"teacher_entropy": single, "mean_entropy": mean}
@@ -116,8 +115,7 @@ class Agreement(nn.Module):
 
     def embed(self, whole: Tensor) -> Tensor:
         """The teacher's unit embedding ``(n, bottleneck)`` of whole views ``(n, C, *size)``."""
-        teacher: Any = self.teacher_projector.module
-        return teacher.embed(self._pooled(whole))
+        return F.normalize(self.project("teacher", self._look(whole)), dim=1)
 
     @torch.no_grad()
     def retrieval(self, local: Tensor, whole: Tensor, volume: Tensor) -> dict[str, Tensor]:
@@ -128,7 +126,7 @@ class Agreement(nn.Module):
             whole: ``(B, C, *size)``, one global view of each volume.
             volume: ``(B,)`` int64, equal for crops of one volume.
         """
-        z = self.projector.embed(self._standardised("student", local))
+        z = F.normalize(self.project("local", local), dim=1)
         hits, chance = retrieval(z.view(-1, len(volume), z.shape[1]), self.embed(whole), volume)
         return {"retrieval": hits, "retrieval_chance": chance}
 
@@ -145,9 +143,24 @@ class Agreement(nn.Module):
         single, mean, spread = self.seen.tolist()
         return diagnose(single, mean, spread, self.prototypes)
 
-    def _pooled(self, whole: Tensor) -> Tensor:
-        pooled = pool_stages(self.teacher_encoder(whole)[-STAGES:], maximum=self.maximum)
-        return self._standardised("teacher", pooled)
+    def _look(self, whole: Tensor) -> Tensor:
+        """What the teacher's encoder makes of whole views, pooled."""
+        return pool_stages(self.teacher_encoder(whole)[-STAGES:], maximum=self.maximum)
 
-    def _standardised(self, who: str, pooled: Tensor) -> Tensor:
-        return self.moments[who](pooled) if self.config.standardise else pooled
+    def project(self, kind: str, pooled: Tensor) -> Tensor:
+        """Pooled features ``(n, width)`` to ``(n, bottleneck)``, of ``"global"`` or ``"local"`` views or the ``"teacher"``.
+
+        Features are standardised before the projector. What comes out is, too, where there are prototypes: else the student
+        soon says the same of all images, which is cheapest while it knows nothing, and the teacher follows it there.
+        """
+        head: Any = self.teacher_projector.module if kind == "teacher" else self.projector
+        if not self.config.standardise:
+            return head.project(pooled)
+        projected = head.project(self.moments[kind](pooled))
+        return self.embedding_moments[kind](projected) if self.prototypes else projected
+
+
+def _moments(width: int, momentum: float) -> nn.ModuleDict:
+    """Moments of each kind of view apart: its kind must not be what tells a local view from a global one."""
+    kinds = ("global", "local", "teacher")
+    return nn.ModuleDict({k: RunningStandardisation(width, momentum, batch=True) for k in kinds})

@@ -50,15 +50,17 @@ class RunningStandardisation(nn.Module):
         width: number of features.
         momentum: of the moving average.
         eps: added to the variance.
+        batch: standardise by the moments of the batch itself while training, with gradient through them; the running ones
+            are for eval. Then no learning can make all rows alike, which running moments cannot prevent: they lag behind.
     """
 
     mean: Tensor
     var: Tensor
     count: Tensor
 
-    def __init__(self, width: int, momentum: float = 0.99, eps: float = 1e-6) -> None:
+    def __init__(self, width: int, momentum: float = 0.99, eps: float = 1e-6, *, batch: bool = False) -> None:
         super().__init__()
-        self.momentum, self.eps = momentum, eps
+        self.momentum, self.eps, self.batch = momentum, eps, batch
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("var", torch.ones(width))
         self.register_buffer("count", torch.zeros(()))
@@ -82,6 +84,9 @@ class RunningStandardisation(nn.Module):
                 self.mean.copy_(mean)
                 self.var.copy_(var)
                 self.count.add_(1.0)
+                if self.batch:
+                    everyone = gather_with_grad(x)
+                    mean, var = everyone.mean(0), everyone.var(0, unbiased=False)
             else:  # before the first step the batch's own moments are all there is
                 mean = torch.where(self.count > 0, self.mean, mean)
                 var = torch.where(self.count > 0, self.var, var)

@@ -92,10 +92,9 @@ def to_voxels(blocks: Tensor, block: Sequence[int]) -> Tensor:
 
 def block_sum(x: Tensor, block: Sequence[int]) -> Tensor:
     """Sum of ``(B, C, *size)`` over each block: ``(B, C, *grid)``."""
-    shape = list(x.shape[:2])
-    for n, b in zip(x.shape[2:], block):
-        shape += [n // b, b]
-    return x.reshape(shape).sum(tuple(range(3, 3 + 2 * len(block), 2)))
+    for axis, n in enumerate(block, 2):
+        x = x.unflatten(axis, (-1, n)).sum(axis + 1)
+    return x
 
 
 def mostly(valid: Tensor, block: Sequence[int], share: float = 0.5) -> Tensor:

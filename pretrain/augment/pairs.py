@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nnssl.pretrain.augment.draws import Draws
 
-__all__ = ["CropPairs", "cut", "draw_pairs", "image_bounds", "mean_overlap"]
+__all__ = ["CropPairs", "cut", "draw_pairs", "mean_overlap"]
 
 TRIES = 64
 
@@ -36,31 +36,6 @@ class CropPairs:
     start: Tensor
     voxels: Tensor
     valid: Tensor
-
-
-def image_bounds(data: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Which part of each window lies in the image: padding is exactly 0 in all channels, at the ends of the window.
-
-    Args:
-        data: ``(B, C, *window)``.
-        start: ``(B, 3)`` int64, first voxel of the window in the image's array; only a negative one means padding
-            before it.
-
-    Returns:
-        ``low`` and ``high``, ``(B, dim)`` int64 each: first voxel inside and first voxel behind the image.
-    """
-    dim = data.ndim - 2
-    window = torch.tensor(data.shape[2:], device=data.device)
-    low = (-start[:, 3 - dim :]).clamp_min(0)
-    used = (data != 0).any(1)  # (B, *window)
-    ends = []
-    for axis in range(dim):
-        line = used
-        for other in reversed([a for a in range(dim) if a != axis]):
-            line = line.any(1 + other)
-        ends.append((line * torch.arange(1, data.shape[2 + axis] + 1, device=data.device)).amax(1))
-    high = torch.stack(ends, 1)
-    return torch.minimum(low, window - 1), torch.where(high > low, high, window)
 
 
 def draw_pairs(
@@ -86,8 +61,8 @@ def draw_pairs(
         draws: random numbers of this step.
         n: most voxels per pair.
         min_overlap: least overlap of the boxes per axis as a share of ``size``, in [0, 1].
-        low, high: ``(B, dim)`` int64, bounds of the image in the window, see :func:`image_bounds`; the whole window
-            by default.
+        low, high: ``(B, dim)`` int64, bounds of the image in the window, see
+            :func:`~nnssl.pretrain.augment.box.image_bounds`; the whole window by default.
 
     Raises:
         ValueError: for a size that exceeds the window.

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl.pretrain.augment.box import ImageBox, outer
 from nnssl.pretrain.augment.draws import Draws
 
-__all__ = ["Affine", "View", "central_crop", "draw_affine", "random_affine", "sampling_grid", "warp"]
+__all__ = ["Affine", "View", "central_crop", "cut_out", "draw_affine", "random_affine", "sampling_grid", "warp"]
 
 
 @dataclass
@@ -33,14 +34,16 @@ class View:
     """A transformed batch.
 
     Attributes:
-        data: ``(B, C, *size)``; 0 where the source shows nothing.
+        data: ``(B, C, *size)``; where the source shows nothing, 0 or what a box says.
         body: ``(B, 1, *size)`` bool, the transformed body, or None where none was given; False outside of the window.
-        affine: which transform made it.
+        affine: which transform made it; None for a mere cut.
+        inside: ``(B, 1, *size)`` bool, which voxels show the image, or None where nobody said where it is.
     """
 
     data: Tensor
     body: Tensor | None
-    affine: Affine
+    affine: Affine | None
+    inside: Tensor | None = None
 
 
 def central_crop(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -98,13 +101,13 @@ def _rotation(angles: Tensor) -> Tensor:
     cos, sin = angles.cos(), angles.sin()
     if angles.shape[1] == 1:
         return torch.stack([cos[:, 0], -sin[:, 0], sin[:, 0], cos[:, 0]], -1).view(-1, 2, 2)
-    out = torch.eye(3, device=angles.device).expand(len(angles), 3, 3)
-    for axis, (a, b) in enumerate(((1, 2), (0, 2), (0, 1))):
-        turn = torch.eye(3, device=angles.device).repeat(len(angles), 1, 1)
-        turn[:, a, a] = turn[:, b, b] = cos[:, axis]
-        turn[:, a, b], turn[:, b, a] = -sin[:, axis], sin[:, axis]
-        out = turn @ out
-    return out
+    (a, b, c), (p, q, r) = cos.unbind(1), sin.unbind(1)
+    one, zero = torch.ones_like(a), torch.zeros_like(a)
+    about_z = (one, zero, zero, zero, a, -p, zero, p, a)
+    about_y = (b, zero, -q, zero, one, zero, q, zero, b)
+    about_x = (c, -r, zero, r, c, zero, zero, zero, one)
+    z, y, x = (torch.stack(turn, 1).view(-1, 3, 3) for turn in (about_z, about_y, about_x))
+    return x @ (y @ z)
 
 
 def sampling_grid(affine: Affine, size: Sequence[int], window: Sequence[int]) -> Tensor:
@@ -118,14 +121,16 @@ def sampling_grid(affine: Affine, size: Sequence[int], window: Sequence[int]) ->
     Returns:
         ``(B, *size, d)`` in units of the half window, last axis first, for ``align_corners=False``.
     """
-    device, dtype = affine.matrix.device, affine.matrix.dtype
-    axes = [torch.arange(n, device=device, dtype=dtype) - (n - 1) / 2 for n in size]
-    output = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(1, -1, len(size))
-    # A central crop starts at a whole voxel: an odd difference puts its centre half a voxel before the window's.
-    odd = torch.tensor([((w - n) % 2) / 2 for n, w in zip(size, window)], device=device, dtype=dtype)
-    place = output @ affine.matrix.transpose(1, 2) + (affine.shift - odd)[:, None]
-    half = torch.tensor([w / 2 for w in window], device=device, dtype=dtype)
-    return (place / half).flip(-1).view(-1, *size, len(size))
+    device, dtype, dim = affine.matrix.device, affine.matrix.dtype, len(size)
+    grid = torch.empty(len(affine.matrix), *size, dim, device=device, dtype=dtype)
+    for row, (n_out, n_in) in enumerate(zip(size, window)):
+        # A central crop starts at a whole voxel: an odd difference puts its centre half a voxel before the window's.
+        place = (affine.shift[:, row] - ((n_in - n_out) % 2) / 2).view(-1, *[1] * dim)
+        for axis, n in enumerate(size):  # a line for each axis, summed up: far less work than a product for each voxel
+            line = (torch.arange(n, device=device, dtype=dtype) - (n - 1) / 2) * affine.matrix[:, row, axis, None]
+            place = place + line.view(-1, *[n if a == axis else 1 for a in range(dim)])
+        grid[..., dim - 1 - row] = place / (n_in / 2)
+    return grid
 
 
 def warp(x: Tensor, grid: Tensor, mode: str = "bilinear") -> Tensor:
@@ -140,6 +145,7 @@ def random_affine(
     spacing: Sequence[float],
     *,
     body: Tensor | None = None,
+    box: ImageBox | None = None,
     rotation: Sequence[float] = (30.0,),
     scale: tuple[float, float] = (0.8, 1.25),
     shift: float = 0.0,
@@ -153,6 +159,7 @@ def random_affine(
         draws: where the random numbers come from.
         size, spacing, rotation, scale, shift, mirror_axes, p: see :func:`draw_affine`.
         body: ``(B, 1, *window)`` bool, transformed along (half covered voxels count).
+        box: where the image is; the view then shows its lowest intensity elsewhere, in place of 0.
 
     Returns:
         The view; its tensors share no memory with ``data``.
@@ -160,29 +167,88 @@ def random_affine(
     affine = draw_affine(
         draws, size, spacing, rotation=rotation, scale=scale, shift=shift, mirror_axes=mirror_axes, p=p
     )
-    if data.device.type == "cpu":  # where it saves time; elsewhere asking which samples turn would hold up the device
-        source = data if body is None else torch.cat([data, body.to(data.dtype)], 1)
-        out = _warp_turned(source, affine, size)
-        c = data.shape[1]
-        return View(out[:, :c], None if body is None else out[:, c:] >= 0.5, affine)
-    grid = sampling_grid(affine, size, data.shape[2:])
-    mask = None if body is None else warp(body.to(data.dtype), grid) >= 0.5
-    return View(warp(data, grid), mask, affine)
-
-
-def _warp_turned(x: Tensor, affine: Affine, size: Sequence[int]) -> Tensor:
-    """Resample the samples of ``(B, C, *window)`` that are turned, scaled or shifted; cut out and flip the others.
-
-    Returns:
-        ``(B, C, *size)``, equal to :func:`warp` of all up to rounding.
-    """
-    same = (affine.matrix.abs() == torch.eye(len(size))).flatten(1).all(1) & (affine.shift == 0).all(1)
-    out = x.new_empty(*x.shape[:2], *size)
-    for i in torch.nonzero(same)[:, 0].tolist():
-        flipped = [axis + 1 for axis in range(len(size)) if affine.matrix[i, axis, axis] < 0]
-        out[i] = central_crop(x[i : i + 1], size)[0].flip(flipped)
-    turned = torch.nonzero(~same)[:, 0]
+    if data.device.type != "cpu":  # asking which samples turn would hold up the device
+        return _resample(data, affine, size, body, box)
+    still = (affine.matrix.abs() == torch.eye(len(size))).flatten(1).all(1) & (affine.shift == 0).all(1)
+    turned = torch.nonzero(~still)[:, 0]
+    if len(turned) == len(data):
+        return _resample(data, affine, size, body, box)
+    view = cut_out(data, size, body=body, box=box, affine=affine)
     if len(turned):
         some = Affine(affine.matrix[turned], affine.shift[turned])
-        out[turned] = warp(x[turned], sampling_grid(some, size, x.shape[2:]))
-    return out
+        rows = (None if x is None else x[turned] for x in (body, box))
+        new = _resample(data[turned], some, size, *rows)
+        view.data[turned] = new.data
+        if view.body is not None and new.body is not None:
+            view.body[turned] = new.body
+        if view.inside is not None and new.inside is not None:
+            view.inside[turned] = new.inside
+    return view
+
+
+def cut_out(
+    data: Tensor,
+    size: Sequence[int],
+    *,
+    body: Tensor | None = None,
+    box: ImageBox | None = None,
+    affine: Affine | None = None,
+) -> View:
+    """The middle of each window, flipped where ``affine`` does; equal to resampling by one that does nothing else."""
+    flip = None if affine is None else affine.matrix.diagonal(dim1=1, dim2=2) < 0  # (B, dim)
+    out = _flipped(central_crop(data, size), flip)
+    mask = None if body is None else _flipped(central_crop(body, size), flip)
+    if box is None:
+        return View(out, mask, affine)
+    inner = torch.tensor(size, device=data.device)
+    first = (torch.tensor(data.shape[2:], device=data.device) - inner) // 2
+    low, high = box.low - first, box.high - first
+    if flip is not None:
+        low, high = torch.where(flip, inner - high, low), torch.where(flip, inner - low, high)
+    voxels = [torch.arange(n, device=data.device) for n in size]
+    inside = outer([(v >= low[:, i, None]) & (v < high[:, i, None]) for i, v in enumerate(voxels)])
+    return View(torch.where(inside, out, box.dark), mask, affine, inside)
+
+
+def _flipped(x: Tensor, flip: Tensor | None) -> Tensor:
+    """A copy of ``(B, C, *size)``, flipped where ``(B, dim)`` says so."""
+    if flip is None:
+        return x.clone(memory_format=torch.contiguous_format)
+    axes = [[axis + 1 for axis, yes in enumerate(row) if yes] for row in flip.tolist()]
+    return torch.stack([sample.flip(a) for sample, a in zip(x, axes)])
+
+
+def _resample(data: Tensor, affine: Affine, size: Sequence[int], body: Tensor | None, box: ImageBox | None) -> View:
+    """Each sample through linear interpolation."""
+    window = data.shape[2:]
+    grid = sampling_grid(affine, size, window)
+    out = warp(data, grid)
+    mask = None if body is None else warp(body.to(data.dtype), grid) >= 0.5
+    if box is None:
+        return View(out, mask, affine)
+    ends = torch.tensor(window, device=data.device).expand_as(box.high)
+    image, whole = _share(grid, window, box.low, box.high), _share(grid, window, torch.zeros_like(ends), ends)
+    inside = image >= 0.5
+    filled = out + box.dark * (whole - image)  # the window's padding is 0: what it adds is the lowest intensity
+    return View(torch.where(inside, filled, box.dark), mask, affine, inside)
+
+
+def _share(grid: Tensor, window: Sequence[int], low: Tensor, high: Tensor) -> Tensor:
+    """What linear interpolation would make of an image that is 1 in a box and 0 elsewhere: a product over the axes.
+
+    Args:
+        grid: ``(B, *size, d)``, see :func:`sampling_grid`.
+        window: voxels of the source.
+        low, high: ``(B, d)`` first voxel inside of the box and first behind it.
+
+    Returns:
+        ``(B, 1, *size)`` in [0, 1].
+    """
+    out = torch.ones_like(grid[..., 0])
+    for axis, n in enumerate(window):
+        half, middle = (
+            x.view(-1, *[1] * (grid.ndim - 2)) for x in ((high - low)[:, axis] / 2, (low + high - n)[:, axis] / 2)
+        )
+        away = (grid[..., -1 - axis] * (n / 2)).sub_(middle).abs_()  # voxels from the middle of the box
+        out *= away.neg_().add_(half + 0.5).clamp_(0, 1)
+    return out[:, None]

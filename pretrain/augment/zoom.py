@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl.pretrain.augment.box import ImageBox, outer
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.pairs import cut, image_bounds
+from nnssl.pretrain.augment.pairs import cut
 
-if TYPE_CHECKING:
-    from nnssl.pretrain.methods.base import Crops
-
-__all__ = ["copy_box", "filled", "image_lengths", "place_boxes", "zoom"]
-
-
-def filled(crops: Crops) -> tuple[Tensor, Tensor]:
-    """The windows with each case's lowest intensity outside of the image, in place of 0, which is that of mean tissue.
-
-    Returns:
-        ``(B, C, *window)`` and which voxels lie in the image, ``(B, 1, *window)`` bool.
-    """
-    low, high = image_bounds(crops.data, crops.start)
-    inside = torch.ones_like(crops.data[:, :1], dtype=torch.bool)
-    for axis in range(low.shape[1]):
-        shape = [1] * crops.data.ndim
-        shape[2 + axis] = -1
-        index = torch.arange(crops.data.shape[2 + axis], device=low.device).view(shape)
-        first, last = (x[:, axis].view(-1, *[1] * (crops.data.ndim - 1)) for x in (low, high))
-        inside = inside & (index >= first) & (index < last)
-    lowest = crops.intensity[:, :, 0].to(crops.data.dtype).view(*crops.data.shape[:2], *[1] * low.shape[1])
-    return torch.where(inside, crops.data, lowest), inside
-
-
-def image_lengths(inside: Tensor) -> Tensor:
-    """Voxels of the image per axis, ``(B, dim)`` float32; ``inside`` is the box ``(B, 1, *window)`` that :func:`filled` gives."""
-    low, high = _bounds(inside)
-    return high - low
+__all__ = ["box_share", "copy_box", "place_boxes", "zoom"]
 
 
 def place_boxes(
     body: Tensor,
-    inside: Tensor,
+    box: ImageBox,
     extent: Tensor,
     draws: Draws,
     *,
@@ -57,8 +28,8 @@ def place_boxes(
     On an axis that is longer than the image the box has the image in its middle, as far as the window allows.
 
     Args:
-        body: ``(B, 1, *window)`` bool.
-        inside: ``(B, 1, *window)`` bool, a box: where the image is.
+        body: ``(B, 1, *window)`` floating zeros and ones.
+        box: where the image is.
         extent: ``(B, dim)`` voxels per axis, at most the window's.
         draws: random numbers of this step.
         least: share of body voxels in the box that is enough; where no place has it, the one with most is taken.
@@ -68,7 +39,7 @@ def place_boxes(
         ``(B, dim)`` float32, first voxel; whole numbers.
     """
     window = torch.tensor(body.shape[2:], device=body.device)
-    low, high = _bounds(inside)
+    low, high = box.low.float(), box.high.float()
     room = high - low - extent
     first = torch.where(room > 0, low, ((low + high - extent) / 2).floor())
     last = torch.minimum(torch.where(room > 0, (high - extent).floor(), first), (window - extent).floor())
@@ -82,31 +53,53 @@ def place_boxes(
     return places[torch.arange(len(places), device=places.device), best]
 
 
-def _bounds(inside: Tensor) -> tuple[Tensor, Tensor]:
-    """First voxel inside and first behind, ``(B, dim)`` float32, of a box ``(B, 1, *window)``."""
-    low, high, dim = [], [], inside.ndim - 2
-    for axis in range(dim):
-        line = inside[:, 0]
-        for other in reversed([a for a in range(dim) if a != axis]):
-            line = line.any(1 + other)
-        index = torch.arange(line.shape[1], device=line.device)
-        high.append((line * (index + 1)).amax(1))
-        low.append(line.shape[1] - (line * (line.shape[1] - index)).amax(1))
-    return torch.stack(low, 1).float(), torch.stack(high, 1).float()
-
-
 def _box_sums(body: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-    """Number of True voxels of ``(B, *window)`` in boxes ``(B, n, dim)``: ``(B, n)``, from an integral image."""
-    total = body.to(torch.int32)
-    for axis in range(1, body.ndim):
-        total = total.cumsum(axis, dtype=torch.int32)
-    total = F.pad(total, [1, 0] * (body.ndim - 1))
-    sample = torch.arange(len(body), device=body.device)[:, None]
-    out = torch.zeros(start.shape[:2], device=body.device)
-    for corner in itertools.product((0, 1), repeat=body.ndim - 1):
-        index = [stop[..., a] if upper else start[..., a] for a, upper in enumerate(corner)]
-        out += (-1) ** (corner.count(0)) * total[(sample, *index)].float()
-    return out
+    """Sum of ``(B, *window)`` over boxes ``(B, n, dim)``: ``(B, n)``, axis by axis. Of zeros and ones exact up to 2^24."""
+    lines = []
+    for axis, n in enumerate(body.shape[1:]):
+        voxel = torch.arange(n, device=body.device)
+        lines.append((voxel >= start[..., axis, None]) & (voxel < stop[..., axis, None]))  # (B, n, voxels of the axis)
+    # The last axis of the whole window is the large one, and goes through a matrix product; what is left is small.
+    with torch.autocast(body.device.type, enabled=False):
+        total = torch.bmm(body.flatten(1, -2), lines[-1].to(body.dtype).transpose(1, 2))
+    for line in reversed(lines[:-1]):
+        total = (total.unflatten(1, (-1, line.shape[2])) * line.transpose(1, 2)[:, None]).sum(2)
+    return total[:, 0]
+
+
+def _edges(start: Tensor, extent: Tensor, n: int, mirror: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where each of the ``n`` voxels of the result begins and ends in the window, on one axis.
+
+    Args:
+        start, extent: ``(B,)`` voxels of the window.
+        n: voxels of the result.
+        mirror: ``(B,)`` bool, whether the last one is the first.
+
+    Returns:
+        Both ``(B, n)``.
+    """
+    index = torch.arange(n, device=start.device).expand(len(start), n)
+    if mirror is not None:
+        index = torch.where(mirror[:, None], n - 1 - index, index)
+    step = (extent / n)[:, None]
+    return index * step + start[:, None], (index + 1) * step + start[:, None]
+
+
+def box_share(
+    box: ImageBox, start: Tensor, extent: Tensor, size: Sequence[int], mirror: Tensor | None = None
+) -> Tensor:
+    """How much of what each voxel of :func:`zoom` covers is image: ``(B, 1, *size)`` in [0, 1], exactly 1 where all of it is.
+
+    Args:
+        box: where the image is.
+        start, extent, size, mirror: as in :func:`zoom`.
+    """
+    lines = []
+    for axis, n in enumerate(size):
+        lower, upper = _edges(start[:, axis], extent[:, axis], n, None if mirror is None else mirror[:, axis])
+        low, high = box.low[:, axis, None], box.high[:, axis, None]
+        lines.append((torch.minimum(upper, high) - torch.maximum(lower, low)).clamp_min(0) / (upper - lower))
+    return outer(lines)
 
 
 def zoom(x: Tensor, start: Tensor, extent: Tensor, size: Sequence[int], mirror: Tensor | None = None) -> Tensor:
@@ -124,21 +117,20 @@ def zoom(x: Tensor, start: Tensor, extent: Tensor, size: Sequence[int], mirror: 
     Returns:
         ``(B, C, *size)``.
     """
-    for axis, n in enumerate(size):
-        step = extent[:, axis] / n
-        edge = torch.arange(n + 1, device=x.device) * step[:, None] + start[:, axis, None]  # (B, n + 1)
+    for axis in reversed(range(len(size))):  # the last axis lies in memory as the matrix product wants it
+        lower, upper = _edges(start[:, axis], extent[:, axis], size[axis], None if mirror is None else mirror[:, axis])
         voxel = torch.arange(x.shape[2 + axis], device=x.device)
-        upper = torch.minimum(edge[:, 1:, None], voxel + 1.0)
-        weight = (upper - torch.maximum(edge[:, :-1, None], voxel.float())).clamp_min(0)
-        weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-6)
-        if mirror is not None:
-            weight = torch.where(mirror[:, axis].view(-1, 1, 1), weight.flip(1), weight)
-        x = x.movedim(2 + axis, -1)
-        shape = x.shape
-        flat = x.reshape(shape[0], -1, shape[-1])
+        weight = torch.minimum(upper[..., None], voxel + 1.0) - torch.maximum(lower[..., None], voxel.float())
+        weight = weight.clamp_min(0)
+        weight = (weight / weight.sum(-1, keepdim=True).clamp_min(1e-6)).to(x.dtype)  # (B, n, voxels of the axis)
         with torch.autocast(x.device.type, enabled=False):
-            x = torch.bmm(flat, weight.transpose(1, 2).to(flat.dtype)).view(*shape[:-1], n).movedim(-1, 2 + axis)
-    return x.contiguous()
+            if axis == len(size) - 1:
+                done = torch.bmm(x.flatten(1, -2), weight.transpose(1, 2))
+                x = done.view(*x.shape[:-1], size[axis])
+            else:
+                rest = x.flatten(3 + axis).flatten(1, 1 + axis)  # (B, all before, voxels, all behind)
+                x = (weight[:, None] @ rest).view(*x.shape[: 2 + axis], size[axis], *size[axis + 1 :])
+    return x
 
 
 def copy_box(x: Tensor, start: Tensor, extent: Tensor, size: Sequence[int], mirror: Tensor | None = None) -> Tensor:

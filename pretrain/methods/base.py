@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -123,7 +123,7 @@ class Crops:
     def part(self, first: int, count: int) -> Crops:
         """``count`` of the crops from ``first`` on; tensors share memory."""
         rows = slice(first, first + count)
-        return Crops(**{k: None if v is None else v[rows] for k, v in vars(self).items()})
+        return replace(self, **{k: v[rows] for k, v in vars(self).items() if v is not None})
 
     def pin_memory(self) -> Crops:
         """Called by torch's DataLoader."""

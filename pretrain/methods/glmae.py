@@ -29,8 +29,9 @@ from nnssl.networks import encoder_channels, encoder_module
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
 from nnssl.pretrain.agreement import STAGES, Agreement
+from nnssl.pretrain.augment.box import image_box
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.zoom import copy_box, filled, image_lengths, place_boxes, zoom
+from nnssl.pretrain.augment.zoom import box_share, copy_box, place_boxes, zoom
 from nnssl.pretrain.masked import check_options
 from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Picture, Progress, SourceStats, option
 from nnssl.pretrain.methods.mae import MAE, MaskedConfig, compare
@@ -83,8 +84,10 @@ class GLMAEConfig(MaskedConfig):
         0.99, "of the teacher's centre; 0.9 for 32 and more global views", low=0.0, high=1.0
     )
     teacher_momentum: float = option(0.996, "mu of the teacher, rising to 1 over the run", low=0.0, high=1.0)
-    standardise: bool = option(True, "standardise pooled features by running moments (without, they hardly differ)")
-    moments_momentum: float = option(0.9, "of these moments", low=0.0, high=1.0)
+    standardise: bool = option(
+        True, "standardise pooled features and embeddings over the batch (without, images hardly differ)"
+    )
+    moments_momentum: float = option(0.9, "of the running moments, for use outside of training", low=0.0, high=1.0)
 
 
 @register("glmae", config=GLMAEConfig)
@@ -174,9 +177,8 @@ class GLMAE(MAE):
     def views(self, crops: Crops, draws: Draws) -> Batch:
         """Global and local views of each window and their masks; see :meth:`loss` for shapes."""
         c, dim = self.config, self.plan.dim
-        data, inside = filled(crops)
-        region = inside & crops.body if c.region == "body" else inside
-        image, batch = image_lengths(inside), {}
+        data, box, batch = crops.data, image_box(crops), {}
+        image, body = (box.high - box.low).float(), crops.body.to(data.dtype)
         volume = torch.tensor([_number(name) for name in crops.case], device=data.device)
         for kind, count, size in (
             ("global", c.global_views, self.request.size),
@@ -189,10 +191,13 @@ class GLMAE(MAE):
                 if kind == "global":
                     factor = draws.uniform(c.min_zoom, c.max_zoom)[:, None]
                     extent, cutter = torch.maximum(torch.minimum(plain * factor, image), plain), zoom
-                start = place_boxes(crops.body, inside, extent, draws, least=c.body_share)
+                start = place_boxes(body, box, extent, draws, least=c.body_share)
                 flip = draws.chance(0.5, dim) if c.mirror else None
-                made["target"].append(cutter(data, start, extent, size, flip))
-                made["valid"].append(cutter(region.to(data.dtype), start, extent, size, flip) >= 0.5)
+                seen = box_share(box, start, extent, size, flip)
+                region = cutter(body, start, extent, size, flip) if c.region == "body" else seen
+                # the window's padding is 0: what it adds is the lowest intensity
+                made["target"].append(cutter(data, start, extent, size, flip) + box.dark * (1 - seen))
+                made["valid"].append(region >= 0.5)
                 made["mask"].append(self.draw_mask(made["valid"][-1], draws))
                 made["zoom"].append((extent / plain).mean(1))
             if count:

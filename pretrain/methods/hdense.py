@@ -31,10 +31,11 @@ from nnssl.losses.diagnostics import principal_colours
 from nnssl.losses.info_nce import InfoNCE, chance_level, nearest_share, similarities
 from nnssl.networks import unwrap, walk
 from nnssl.plans import Plan
+from nnssl.pretrain.augment.box import image_bounds
 from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.augment.intensity import from_unit, to_unit
 from nnssl.pretrain.augment.local import local_corruption
-from nnssl.pretrain.augment.pairs import cut, draw_pairs, image_bounds
+from nnssl.pretrain.augment.pairs import cut, draw_pairs
 from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.augment.window import window_corruption
 from nnssl.pretrain.geometry import choose_crop, largest_spread
@@ -159,7 +160,7 @@ class HDense(Method):
 
     def views(self, crops: Crops, draws: Draws) -> Batch:
         """Cut a pair of overlapping crops out of each window and corrupt them; see :meth:`loss` for shapes."""
-        low, high = image_bounds(crops.data, crops.start)
+        low, high = image_bounds(crops.data, crops.start, crops.shape)
         options = {"n": self.config.n_voxels, "min_overlap": self.config.min_overlap}
         pairs = draw_pairs(crops.body, self.request.size, draws, low=low, high=high, **options)
         bounds = unit_range(self.plan, crops.intensity)

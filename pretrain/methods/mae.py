@@ -28,9 +28,9 @@ from nnssl.networks import PrimusEncoder, encoder_channels, encoder_module, part
 from nnssl.networks.sparse import Densify, check_sparse, sparse_encoder
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
+from nnssl.pretrain.augment.box import image_box
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.spatial import central_crop, random_affine
-from nnssl.pretrain.augment.zoom import filled
+from nnssl.pretrain.augment.spatial import cut_out, random_affine
 from nnssl.pretrain.masked import PRIMUS_CLIP, check_options, make_optimiser, uses_adamw
 from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Method, Picture, SourceStats, option
 from nnssl.pretrain.methods.registry import register
@@ -154,26 +154,23 @@ class MAE(Method):
     def views(self, crops: Crops, draws: Draws) -> Batch:
         """One crop of each window, turned, scaled and mirrored, and its mask; see :meth:`loss` for shapes."""
         c, size = self.config, self.request.size
-        data, inside = filled(crops)
-        region = inside & crops.body if c.region == "body" else inside
+        source = {"body": crops.body if c.region == "body" else None, "box": image_box(crops)}
         if c.augment_p > 0 or c.mirror:
             view = random_affine(
-                data,
+                crops.data,
                 draws,
                 size,
                 self.plan.spacing,
-                body=torch.cat([inside, region], 1),
                 rotation=geometry.rotation_degrees(self.plan.spacing, c.rotation),
                 scale=(c.min_scale, c.max_scale),
                 mirror_axes=range(len(size)) if c.mirror else (),
                 p=c.augment_p,
+                **source,
             )
-            inside, region = view.body[:, :1], view.body[:, 1:]
-            lowest = crops.intensity[:, :, 0].to(data.dtype).view(*data.shape[:2], *[1] * len(size))
-            image = torch.where(inside, view.data, lowest)
         else:
-            image, region = central_crop(data, size).contiguous(), central_crop(region, size).contiguous()
-        return {"input": image, "target": image, "valid": region, "mask": self.draw_mask(region, draws)}
+            view = cut_out(crops.data, size, **source)
+        valid = view.inside if view.body is None else view.body
+        return {"input": view.data, "target": view.data, "valid": valid, "mask": self.draw_mask(valid, draws)}
 
     def draw_mask(self, valid: Tensor, draws: Draws) -> Tensor:
         """Hidden voxels ``(B, 1 or C, *size)`` bool of crops whose valid voxels are ``(B, 1, *size)`` bool."""

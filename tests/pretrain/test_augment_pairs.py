@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from nnssl.pretrain.augment.box import image_bounds
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.pairs import cut, draw_pairs, image_bounds, mean_overlap
+from nnssl.pretrain.augment.pairs import cut, draw_pairs, mean_overlap
 
 WINDOWS = [((20, 30, 24), (8, 16, 12)), ((16, 9, 31), (16, 5, 8)), ((12, 12), (8, 5))]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nnssl.pretrain.augment import Draws, central_crop, random_affine
-from nnssl.pretrain.augment.spatial import Affine, draw_affine, sampling_grid, warp
+from nnssl.pretrain.augment.box import ImageBox
+from nnssl.pretrain.augment.spatial import Affine, _resample, cut_out, draw_affine, sampling_grid, warp
 
 WINDOWS = {2: (14, 19), 3: (11, 14, 19)}
 SIZES = {2: (8, 12), 3: (6, 8, 12)}
@@ -146,6 +147,35 @@ def test_what_does_not_turn_is_cut_out_and_equals_resampling(dim):
     for i in torch.nonzero(still)[:, 0].tolist():
         flips = [a + 1 for a in range(dim) if view.affine.matrix[i, a, a] < 0]
         assert torch.equal(view.data[i], central_crop(x[i : i + 1], SIZES[dim])[0].flip(flips))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_outside_of_the_image_views_show_its_lowest_intensity(dim, p):
+    """Without a mask: equal to resampling windows whose padding was filled, and a mask of the image beside them."""
+    window, size, g = WINDOWS[dim], SIZES[dim], torch.Generator().manual_seed(0)
+    low = (torch.rand(16, dim, generator=g) * 5).long()
+    high = torch.tensor(window) - (torch.rand(16, dim, generator=g) * 4).long()
+    box = ImageBox(low, high, torch.tensor([-2.0, -3.0]).expand(16, 2))
+    mask = torch.zeros(16, 1, *window)
+    for one, first, behind in zip(mask, low.tolist(), high.tolist()):
+        one[(0, *(slice(a, b) for a, b in zip(first, behind)))] = 1
+    data = torch.randn(16, 2, *window, generator=g) * mask
+    view = random_affine(data, Draws(5, 2, 16), size, (1.0, 2.0, 0.7)[:dim], box=box, mirror_axes=range(dim), p=p)
+    grid = sampling_grid(view.affine, size, window)
+    seen = warp(mask, grid)
+    plain = (seen - 0.5).abs() > 1e-4  # elsewhere rounding decides
+    assert torch.equal(view.inside & plain, (seen >= 0.5) & plain) and plain.float().mean() > 0.95
+    expected = torch.where(view.inside, warp(torch.where(mask > 0, data, box.dark), grid), box.dark)
+    torch.testing.assert_close(view.data, expected, atol=1e-4, rtol=0)
+    assert 0.05 < view.inside.float().mean() < 0.99 and view.body is None
+    device = _resample(data, view.affine, size, None, box)  # what is done where nothing is cut out
+    torch.testing.assert_close(device.data, view.data, atol=1e-4, rtol=0)
+    assert torch.equal(device.inside & plain, view.inside & plain)
+    if p == 0:
+        still = cut_out(data, size, box=box)
+        assert torch.equal(still.inside, central_crop(mask, size) > 0) and still.affine is None
+        assert torch.equal(still.data, torch.where(still.inside, central_crop(data, size), box.dark))
 
 
 def test_source_is_untouched():

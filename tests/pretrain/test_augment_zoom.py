@@ -4,22 +4,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nnssl.pretrain.augment.box import ImageBox
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.zoom import copy_box, filled, image_lengths, place_boxes, zoom
-from nnssl.pretrain.methods import Crops
+from nnssl.pretrain.augment.zoom import _box_sums, box_share, copy_box, place_boxes, zoom
 
 
-def crops_of(data, start=None, body=None):
-    n, channels = data.shape[:2]
-    return Crops(
-        data=data,
-        body=torch.ones_like(data[:, :1], dtype=torch.bool) if body is None else body,
-        position=torch.zeros(n, 3),
-        axis_position=torch.zeros(n, 3),
-        intensity=torch.tensor([-2.0, 3.0]).expand(n, channels, 2),
-        start=torch.zeros(n, 3, dtype=torch.int64) if start is None else start,
-        case=["c"] * n,
-    )
+def image_of(low, high, n=1):
+    """The same image box in ``n`` windows."""
+    return ImageBox(torch.tensor([low] * n), torch.tensor([high] * n), torch.full((n, 1), -2.0))
+
+
+def mask_of(image, window):
+    """``(B, 1, *window)`` float, 1 where the image is."""
+    out = torch.zeros(len(image.low), 1, *window)
+    for mask, low, high in zip(out, image.low.tolist(), image.high.tolist()):
+        mask[(0, *(slice(a, b) for a, b in zip(low, high)))] = 1
+    return out
 
 
 def box(start, extent, n=1):
@@ -60,29 +60,48 @@ def test_a_slope_stays_one_and_a_constant_is_exact(factor):
     assert view.min() >= noise.min() and view.max() <= noise.max()  # nothing overshoots
 
 
-def test_outside_of_the_image_is_dark():
-    data = torch.randn(3, 2, 6, 8, 10) + 5
-    start = torch.tensor([[0, 0, 0], [-2, 0, -1], [0, 0, 0]])
-    data[1, :, :2] = 0
-    data[1, :, ..., :1] = 0
-    data[2, :, :, 5:] = 0
-    got, inside = filled(crops_of(data, start))
-    expected = torch.ones(3, 6, 8, 10, dtype=torch.bool)
-    expected[1, :2] = False
-    expected[1, ..., :1] = False
-    expected[2, :, 5:] = False
-    assert torch.equal(inside[:, 0], expected)
-    assert torch.equal(got, torch.where(inside, data, -2.0))
-    assert image_lengths(inside).tolist() == [[6, 8, 10], [4, 8, 9], [6, 5, 10]]
+@pytest.mark.parametrize(("window", "size"), [((12, 20, 9), (4, 5, 3)), ((11, 14), (5, 4))])
+def test_what_a_voxel_sees_of_the_image_is_the_zoomed_mask_of_it(window, size):
+    dim, g = len(window), torch.Generator().manual_seed(0)
+    extent = torch.tensor(size) * (1 + torch.rand(20, dim, generator=g))
+    start = torch.rand(20, dim, generator=g) * (torch.tensor(window) - extent)
+    low = (torch.rand(20, dim, generator=g) * 4).long()
+    high = torch.tensor(window) - (torch.rand(20, dim, generator=g) * 4).long()
+    image, mirror = ImageBox(low, high, torch.full((20, 2), -2.0)), torch.rand(20, dim, generator=g) < 0.5
+    mask = mask_of(image, window)
+    for flip in (None, mirror):
+        share = box_share(image, start, extent, size, flip)
+        torch.testing.assert_close(share, zoom(mask, start, extent, size, flip))
+        assert ((share > 0) & (share < 1)).float().mean() > 0.01 and (share == 1).float().mean() > 0.01
+    data = torch.randn(20, 2, *window, generator=g) * mask  # padding is 0, and shows the lowest intensity
+    whole = torch.where(mask > 0, data, -2.0)
+    seen = zoom(data, start, extent, size, mirror) + image.dark * (1 - share)
+    torch.testing.assert_close(seen, zoom(whole, start, extent, size, mirror))
+    place, plain = start.floor(), torch.tensor(size).expand(20, dim).float()
+    copied = copy_box(data, place, plain, size, mirror) + image.dark * (
+        1 - box_share(image, place, plain, size, mirror)
+    )
+    assert torch.equal(copied, copy_box(whole, place, plain, size, mirror))
+
+
+@pytest.mark.parametrize("window", [(7, 9, 5), (8, 6)])
+def test_voxels_in_boxes_are_counted_exactly(window):
+    g = torch.Generator().manual_seed(1)
+    body = torch.rand(3, *window, generator=g) < 0.4
+    ends = torch.rand(2, 3, 11, len(window), generator=g) * (torch.tensor(window) + 1)
+    start, stop = ends.amin(0).long(), ends.amax(0).long()
+    expected = [
+        [b[tuple(slice(x, y) for x, y in zip(*corners))].sum() for corners in zip(first.tolist(), last.tolist())]
+        for b, first, last in zip(body, start, stop)
+    ]
+    assert torch.equal(_box_sums(body.float(), start, stop), torch.tensor(expected).float())
 
 
 @pytest.mark.parametrize("extent", [(3, 4, 5), (6, 9, 7), (4.5, 7.2, 3.3)])
 def test_boxes_lie_in_the_image_and_reach_all_of_it(extent):
-    inside = torch.zeros(1, 1, 12, 14, 10, dtype=torch.bool)
-    inside[..., 2:11, 1:12, 3:10] = True
-    inside = inside.expand(600, -1, -1, -1, -1)
-    body = torch.ones_like(inside)
-    start = place_boxes(body, inside, torch.tensor([extent]).expand(600, 3), Draws(0, 0, 600))
+    image = image_of((2, 1, 3), (11, 12, 10), 600)
+    body = torch.ones(600, 1, 12, 14, 10)
+    start = place_boxes(body, image, torch.tensor([extent]).expand(600, 3), Draws(0, 0, 600))
     low, high = torch.tensor([2, 1, 3]), torch.tensor([11, 12, 10])
     assert (start >= low).all() and (start + torch.tensor(extent) <= high).all() and torch.equal(start, start.round())
     for axis in range(3):
@@ -93,36 +112,34 @@ def test_boxes_lie_in_the_image_and_reach_all_of_it(extent):
 
 
 def test_images_smaller_than_the_box_lie_in_its_middle():
-    inside = torch.zeros(4, 1, 12, 12, dtype=torch.bool)
-    inside[..., 3:7, :] = True
-    start = place_boxes(inside, inside, torch.tensor([[8.0, 6.0]]).expand(4, 2), Draws(0, 0, 4))
+    body, extent = torch.ones(4, 1, 12, 12), torch.tensor([[8.0, 6.0]]).expand(4, 2)
+    start = place_boxes(body, image_of((3, 0), (7, 12), 4), extent, Draws(0, 0, 4))
     assert (start[:, 0] == 1).all()
-    inside[..., 8:, :] = inside[..., :3, :] = False
-    edge = torch.zeros(4, 1, 12, 12, dtype=torch.bool)
-    edge[..., 10:, :] = True
-    start = place_boxes(edge, edge, torch.tensor([[8.0, 6.0]]).expand(4, 2), Draws(0, 0, 4))
+    edge = image_of((10, 0), (12, 12), 4)
+    start = place_boxes(body, edge, extent, Draws(0, 0, 4))
     assert (start[:, 0] == 4).all()  # the window ends there
-    whole = place_boxes(edge, edge, torch.tensor([[12.0, 12.0]]).expand(4, 2), Draws(0, 0, 4))
+    whole = place_boxes(body, edge, torch.tensor([[12.0, 12.0]]).expand(4, 2), Draws(0, 0, 4))
     assert (whole == 0).all()
 
 
 def test_boxes_of_air_are_avoided():
-    body = torch.zeros(200, 1, 24, 20, dtype=torch.bool)
-    body[..., 16:, 10:] = True
-    inside = torch.ones_like(body)
+    body = torch.zeros(200, 1, 24, 20)
+    body[..., 16:, 10:] = 1
+    image = image_of((0, 0), (24, 20), 200)
     extent = torch.tensor([[8.0, 8.0]]).expand(200, 2)
-    start = place_boxes(body, inside, extent, Draws(0, 0, 200)).long()
+    start = place_boxes(body, image, extent, Draws(0, 0, 200)).long()
     share = torch.stack([b[0, i : i + 8, j : j + 8].float().mean() for b, (i, j) in zip(body, start.tolist())])
-    blind = place_boxes(body, inside, extent, Draws(0, 0, 200), tries=1).long()
+    blind = place_boxes(body, image, extent, Draws(0, 0, 200), tries=1).long()
     without = torch.stack([b[0, i : i + 8, j : j + 8].float().mean() for b, (i, j) in zip(body, blind.tolist())])
     assert (share >= 0.25).float().mean() > 0.85 > 0.6 > (without >= 0.25).float().mean()
-    nowhere = place_boxes(torch.zeros_like(body), inside, extent, Draws(0, 0, 200))
+    nowhere = place_boxes(torch.zeros_like(body), image, extent, Draws(0, 0, 200))
     assert torch.isfinite(nowhere).all()
 
 
 def test_ranks_draw_what_one_process_draws():
-    body = torch.rand(4, 1, 12, 10) < 0.5
-    inside, extent = torch.ones_like(body), torch.tensor([[5.0, 4.0]]).expand(4, 2)
-    whole = place_boxes(body, inside, extent, Draws(0, 0, 4))
-    parts = [place_boxes(body[i : i + 2], inside[:2], extent[:2], Draws(0, 0, 4, i, 2)) for i in (0, 2)]
+    body = (torch.rand(4, 1, 12, 10) < 0.5).float()
+    image, extent = image_of((0, 0), (12, 10), 4), torch.tensor([[5.0, 4.0]]).expand(4, 2)
+    whole = place_boxes(body, image, extent, Draws(0, 0, 4))
+    rows = torch.arange(2)
+    parts = [place_boxes(body[i : i + 2], image[rows + i], extent[:2], Draws(0, 0, 4, i, 2)) for i in (0, 2)]
     assert torch.equal(whole, torch.cat(parts))
