@@ -22,6 +22,7 @@ from nnssl.losses.consistency import (
     consistency,
     diagnose,
     embedding_spread,
+    koleo,
     retrieval,
     teacher_targets,
     variance_hinge,
@@ -65,7 +66,7 @@ class Agreement(nn.Module):
         self.register_buffer("seen", torch.zeros(3))
 
     def forward(self, features: dict[str, Tensor], whole: Tensor) -> dict[str, Tensor]:
-        """Terms ``gg`` and, where there are local views, ``lg``; ``variance`` without prototypes; diagnostics.
+        """Terms ``gg`` and, where there are local views, ``lg``; ``koleo``, or ``variance`` without prototypes; diagnostics.
 
         Args:
             features: the student's, pooled: ``global`` ``(p B, width)`` and, where there are local views, ``local`` ``(q B,
@@ -87,6 +88,8 @@ class Agreement(nn.Module):
             targets, single, mean = self._targets(teacher.logits(anchor).view(c.global_views, volumes, -1))
             outputs = self.projector.logits(embedded)
             terms |= {"teacher_entropy": single, "mean_entropy": mean}
+            if c.koleo_weight > 0:
+                terms["koleo"] = koleo(embedded[: counts[0]].view(c.global_views, volumes, -1))
         else:
             targets, outputs = said.view(c.global_views, volumes, -1), self.predictor(projected)
             held = embedded * embedded.shape[1] ** 0.5 if c.consistency == "cosine" else projected

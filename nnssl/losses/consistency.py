@@ -23,6 +23,7 @@ __all__ = [
     "diagnose",
     "embedding_spread",
     "entropy",
+    "koleo",
     "retrieval",
     "teacher_targets",
     "variance_hinge",
@@ -94,6 +95,31 @@ def variance_hinge(z: Tensor, eps: float = 1e-4) -> Tensor:
     with torch.autocast(z.device.type, enabled=False):
         everyone = gather_with_grad(z.float().transpose(0, 1).contiguous())  # (B, v, D)
         return F.relu(1.0 - (everyone.var(0, unbiased=False) + eps).sqrt()).mean()
+
+
+def koleo(z: Tensor, eps: float = 1e-8) -> Tensor:
+    """``- mean log d_i``, where ``d_i`` is the distance of an embedding to the nearest one of another volume, over ranks.
+
+    Sablayrolles et al. 2019, Spreading vectors for similarity search (arXiv:1806.03198), eq. 2 (Kozachenko-Leonenko's
+    estimate of the entropy); as in DINOv2 (arXiv:2304.07193). The tighter a cluster, the stronger it pushes: centring and
+    sharpening alone keep few images from one point, but not from a few of them.
+
+    Args:
+        z: ``(v, B, D)`` unit embeddings; each view is looked at by itself.
+        eps: added to distances.
+
+    Returns:
+        A scalar; 0 where there is a single volume.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        everyone = gather_with_grad(z.float().transpose(0, 1).contiguous()).transpose(0, 1)  # (v, volumes, D)
+        if everyone.shape[1] < 2:
+            return 0.0 * everyone.sum()
+        with torch.no_grad():
+            alike = everyone @ everyone.mT
+            alike.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+            nearest = alike.argmax(-1, keepdim=True).expand_as(everyone)
+        return -((everyone - everyone.gather(1, nearest)).norm(dim=-1) + eps).log().mean()
 
 
 @torch.no_grad()

@@ -75,6 +75,7 @@ class GLMAEConfig(MaskedConfig):
         choices=("ce", "cosine", "mse"),
     )
     variance_weight: float = option(0.1, "weight of the variance term of cosine and mse", low=0.0)
+    koleo_weight: float = option(0.02, "weight of the term that keeps embeddings of volumes apart (ce)", low=0.0)
     prototypes: int = option(4096, "K, outputs of the projectors (ce)", low=2, high=65536)
     hidden: int = option(1024, "width of the projectors' hidden layers", low=8, high=8192)
     bottleneck: int = option(256, "width of the embedding", low=2, high=4096)
@@ -107,6 +108,10 @@ class GLMAE(MAE):
         "arm_d": {},  # and local-to-global consistency: everything
         "sparse": {"masking": "sparse"},
         "more_views": {"global_views": 2, "local_views": 4},
+        "short": {  # hundreds to thousands of steps on hundreds of images
+            **{"prototypes": 256, "hidden": 256, "bottleneck": 64, "teacher_momentum": 0.99, "centre_momentum": 0.9},
+            **{"gg_weight": 0.3, "lg_weight": 0.3, "koleo_weight": 0.06, "lr": 1e-3},
+        },
     }
 
     def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: GLMAEConfig) -> None:
@@ -238,6 +243,7 @@ class GLMAE(MAE):
                 agreed |= self.agreement.retrieval(features["local"], first, volume)
             weighted = c.gg_weight * agreed["gg"] + c.lg_weight * agreed.get("lg", 0.0)
             weighted = weighted + c.variance_weight * agreed.get("variance", 0.0)
+            weighted = weighted + c.koleo_weight * agreed.get("koleo", 0.0)
             if self._measure and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._balance(total, weighted)
             total = total + (self.weight if self.training else 1.0) * weighted

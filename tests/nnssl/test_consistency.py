@@ -18,6 +18,7 @@ from nnssl.losses.consistency import (
     diagnose,
     embedding_spread,
     entropy,
+    koleo,
     retrieval,
     teacher_targets,
     variance_hinge,
@@ -126,6 +127,22 @@ def test_running_moments_are_those_of_a_mixture():
     torch.testing.assert_close(norm.var, everything.var(0, unbiased=False))
 
 
+def test_moments_of_the_batch():
+    """While training the batch's own moments, with gradient; what is kept for eval is the same as without."""
+    x = torch.randn(6, 4, dtype=torch.float64).float() * 3 + 2
+    own, running = RunningStandardisation(4, 0.9, batch=True), RunningStandardisation(4, 0.9)
+    for i in range(3):
+        y = (x + i).requires_grad_()
+        out = own(y)
+        running(y)
+        torch.testing.assert_close(out.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+        torch.testing.assert_close(out.std(0, unbiased=False), torch.ones(4), atol=1e-4, rtol=0)
+        (out * torch.randn(4)).sum().backward()
+        assert y.grad.abs().max() < 1e-4  # a common shift of the batch changes nothing
+    torch.testing.assert_close(own.eval()(x), running.eval()(x))
+    torch.testing.assert_close(own.mean, running.mean)
+
+
 def test_no_gradient_runs_through_the_moments():
     norm = RunningStandardisation(2)
     x = torch.randn(4, 2, requires_grad=True)
@@ -227,6 +244,23 @@ def test_variance_hinge():
     assert variance_hinge(z).item() == pytest.approx((1 - sd).clamp(min=0).mean().item(), rel=1e-5)
     half = torch.tensor([[[0.5], [-0.5]]])  # SD 0.5 around 0
     assert variance_hinge(half).item() == pytest.approx(0.5, abs=1e-3)
+
+
+def test_koleo():
+    """By hand: distances to the nearest; views apart; single volumes and equal ones do no harm."""
+    z = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]])
+    assert koleo(z).item() == pytest.approx(-math.log(2**0.5))
+    z = torch.tensor([[[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]]])  # nearest: 0.4^0.5, 0.4^0.5, (1.8^2 + 0.6^2)^0.5
+    by_hand = -(math.log(0.4) / 2 * 2 + math.log(3.6) / 2) / 3
+    assert koleo(z).item() == pytest.approx(by_hand, rel=1e-5)
+    views = torch.cat([z, z.flip(1)])  # views apart: a volume's other view is no neighbour
+    assert koleo(views).item() == pytest.approx(by_hand, rel=1e-5)
+    assert koleo(z[:, :1]) == 0
+    tight = torch.nn.functional.normalize(torch.ones(1, 4, 3) + 1e-3 * torch.randn(1, 4, 3), dim=-1)
+    assert koleo(tight) > koleo(torch.nn.functional.normalize(torch.randn(1, 4, 3), dim=-1))
+    same = torch.ones(1, 3, 2, requires_grad=True)
+    koleo(same).backward()
+    assert torch.isfinite(same.grad).all()
 
 
 def test_retrieval_by_hand():

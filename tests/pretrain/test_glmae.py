@@ -184,7 +184,7 @@ def test_nothing_leaks_into_the_student(make, geometry, arch, dim, mode, make_ba
         method.load_state_dict(state)
         hidden = {k: {**v, "input": torch.where(v["mask"], value, v["input"])} for k, v in batch.items()}
         other, others = gradients(method, hidden)
-        for key in ("total", "gg", "lg", "global_reconstruction", "local_reconstruction"):
+        for key in ("total", "gg", "lg", "koleo", "global_reconstruction", "local_reconstruction"):
             assert torch.equal(other[key], terms[key]), key
         assert others.keys() == grads.keys() and all(torch.equal(others[k], grads[k]) for k in grads)
 
@@ -325,6 +325,17 @@ def test_agreement_without_prototypes(make, make_batch, gradients, form):
     with pytest.raises(NnsslError, match="variance_weight"):
         make(consistency=form, variance_weight=0.0)
     assert not make(consistency=form, variance_weight=0.0, gg_weight=0.0, lg_weight=0.0).consistent
+
+
+def test_images_are_kept_apart(make, make_batch, gradients):
+    """The total counts koleo by its weight and the ramp, and without weight there is no such term."""
+    method = make(ramp=0.0, koleo_weight=0.5)
+    terms, grads = gradients(method, make_batch(method))
+    rec = terms["global_reconstruction"] + terms["local_reconstruction"]
+    agreed = 0.1 * terms["gg"] + 0.1 * terms["lg"] + 0.5 * terms["koleo"]
+    torch.testing.assert_close(terms["total"], rec + agreed)
+    assert any(n.startswith("agreement.projector") for n in grads)
+    assert "koleo" not in make(ramp=0.0, koleo_weight=0.0)(make_batch(method))
 
 
 def test_retrieval_knows_that_two_crops_may_be_of_one_case(make, make_crops):
@@ -525,7 +536,16 @@ def test_two_processes_equal_one(tmp_path, tiny_plans, tiny_dataset_json, make_c
     terms, grads = gradients(method, batch)
     method.after_step(Progress(1, 10, 0, 1))
     ranks = [torch.load(tmp_path / f"{i}.pt") for i in range(2)]
-    for key in ("total", "gg", "lg", "global_reconstruction", "teacher_entropy", "mean_entropy", "embedding_spread"):
+    for key in (
+        "total",
+        "gg",
+        "lg",
+        "koleo",
+        "global_reconstruction",
+        "teacher_entropy",
+        "mean_entropy",
+        "embedding_spread",
+    ):
         mean = sum(r[0][key] for r in ranks) / 2
         torch.testing.assert_close(mean, terms[key].detach(), atol=1e-5, rtol=1e-4, msg=key)
     largest = max(float(g.abs().max()) for g in grads.values())
