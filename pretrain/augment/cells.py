@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from nnssl.losses.overlap import base_crops, overlap_labels
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.intensity import from_unit, gaussian_blur, to_unit
+from nnssl.pretrain.augment.intensity import from_unit, gaussian_blur, to_unit, where_chosen
 
 __all__ = ["alter_crops", "alter_intensity", "draw_offsets", "flip_and_turn", "inside_image", "usable_cells"]
 
@@ -106,7 +107,7 @@ def alter_crops(
         intensity: probability of each change of :func:`alter_intensity`.
 
     Returns:
-        The same shape, a new tensor.
+        The same shape; ``x`` itself where nothing changes.
     """
     x = flip_and_turn(x, draws, spacing, mirror=mirror, rot90=rot90)
     return alter_intensity(x, bounds, draws, spacing, p=intensity) if intensity > 0 else x
@@ -119,20 +120,18 @@ def flip_and_turn(x: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: 
         x: ``(B, K, C, *size)``.
         draws, spacing, mirror, rot90: see :func:`alter_crops`.
     """
-    k, size = x.shape[1], x.shape[3:]
-
-    def column(chosen: Tensor) -> Tensor:
-        return chosen.view(*chosen.shape, *[1] * (x.ndim - 2))
-
+    k, size, shape = x.shape[1], x.shape[3:], x.shape
+    x = x.flatten(0, 1)
     for axis in range(len(size)):
-        x = torch.where(column(draws.chance(mirror, k)), x.flip(3 + axis), x)
-    turned, quarters = draws.chance(rot90, k), draws.integers(1, 4, k)
+        flipped = draws.chance(mirror, k).flatten()
+        x = where_chosen(x, flipped, lambda rows, x=x, axis=2 + axis: x[rows].flip(axis))
+    turned, quarters = draws.chance(rot90, k).flatten(), draws.integers(1, 4, k).flatten()
     planes = [(a, b) for b in range(len(size)) for a in range(b) if size[a] == size[b] and spacing[a] == spacing[b]]
     if planes and rot90 > 0:
-        axes, still = [3 + a for a in planes[-1]], x
+        axes, still = [2 + a for a in planes[-1]], x
         for n in (1, 2, 3):
-            x = torch.where(column(turned & (quarters == n)), still.rot90(n, axes), x)
-    return x
+            x = where_chosen(x, turned & (quarters == n), lambda rows, n=n: still[rows].rot90(n, axes))
+    return x.view(shape)
 
 
 def alter_intensity(x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence[float], *, p: float) -> Tensor:
@@ -150,19 +149,28 @@ def alter_intensity(x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence[f
         return value.reshape(-1, *[1] * (flat.ndim - 1))
 
     gamma, exponent = draws.chance(p, k), draws.uniform(math.log(0.7), math.log(1.5), k).exp()
-    u = to_unit(flat, bounds.repeat_interleave(k, 0))
-    within = u.clamp(0, 1)
-    u = torch.where(column(gamma), within.clamp_min(1e-6) ** column(exponent) + (u - within), u)
+    u, exponent = to_unit(flat, bounds.repeat_interleave(k, 0)), column(exponent)
+
+    def bend(rows: Any) -> Tensor:
+        within = u[rows].clamp(0, 1)
+        return within.clamp_min(1e-6) ** exponent[rows] + (u[rows] - within)
+
+    u = where_chosen(u, gamma.flatten(), bend)
 
     blurred, sigma = draws.chance(p, k), draws.uniform(0.5, 1.0, k).flatten()
     relative = torch.tensor([min(spacing) / s if f else 0.0 for s, f in zip(spacing, fine)], device=x.device)
-    u = torch.where(column(blurred), gaussian_blur(u, sigma[:, None] * relative, radius=3), u)
+    sigma = sigma[:, None] * relative
+    u = where_chosen(u, blurred.flatten(), lambda rows: gaussian_blur(u[rows], sigma[rows], radius=3))
 
     coarse = draws.chance(p, k)
     half = [n // 2 if f and n > 3 else n for n, f in zip(size, fine)]
     if half != list(size):
-        small = F.interpolate(u, size=half, mode="nearest-exact")
-        u = torch.where(column(coarse), F.interpolate(small, size=size, mode=_LINEAR[len(size)]), u)
+
+        def lower(rows: Any) -> Tensor:
+            small = F.interpolate(u[rows], size=half, mode="nearest-exact")
+            return F.interpolate(small, size=size, mode=_LINEAR[len(size)])
+
+        u = where_chosen(u, coarse.flatten(), lower)
 
     noisy, sd = draws.chance(p, k), draws.uniform(0.0, 0.05, k)  # of the range, that is up to 0.2 standard deviations
     u = u + column(torch.where(noisy, sd, 0.0)) * draws.noise(*shape[1:]).flatten(0, 1)

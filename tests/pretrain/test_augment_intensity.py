@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from nnssl.pretrain.augment import Draws, random_jitter
-from nnssl.pretrain.augment.intensity import adjust_contrast, from_unit, gaussian_blur, multiply, to_unit
+from nnssl.pretrain.augment.intensity import (
+    adjust_contrast,
+    from_unit,
+    gaussian_blur,
+    multiply,
+    to_unit,
+    where_chosen,
+)
 
 
 def test_units_and_back():
@@ -42,6 +49,28 @@ def test_blur_per_axis():
     assert torch.allclose(blurred.sum(3)[0, 0], x.sum(3)[0, 0], atol=1e-5)
     assert float(blurred[0, 0, 4, 4]) < 0.5
     assert float(blurred.sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_wide_kernel_on_a_short_axis():
+    """The edge is repeated as often as the kernel asks for, also where it reaches over the whole axis."""
+    from scipy.ndimage import gaussian_filter
+
+    x = torch.randn(1, 1, 3, 2, 5)
+    expected = gaussian_filter(x[0, 0].numpy(), 2.0, mode="nearest", radius=6)
+    assert torch.allclose(gaussian_blur(x, torch.tensor([2.0]))[0, 0], torch.from_numpy(expected), atol=1e-5)
+
+
+def test_only_what_is_chosen_is_changed():
+    x, seen = torch.arange(6.0).view(3, 1, 2), []
+
+    def change(rows):
+        seen.append(rows)
+        return -x[rows]
+
+    out = where_chosen(x, torch.tensor([True, False, True]), change)
+    assert out.flatten().tolist() == [0, -1, 2, 3, -4, -5] and x.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert seen[0].tolist() == [0, 2]
+    assert where_chosen(x, torch.zeros(3, dtype=torch.bool), change) is x and len(seen) == 1
 
 
 def test_jitter():
