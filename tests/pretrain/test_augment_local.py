@@ -6,6 +6,8 @@ from scipy.ndimage import label
 
 from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.augment.local import (
+    _sources,
+    _sources_in_order,
     inpaint,
     inpaint_size_range,
     local_corruption,
@@ -84,6 +86,17 @@ def test_published_coverage_on_the_published_crop():
     u = _ids((128, 128, 32))
     assert (pixel_shuffle(u, Draws(0, 0, 1), p=1.0, blocks=5000) != u).float().mean() == pytest.approx(0.285, abs=0.01)
     assert (pixel_shuffle(u, Draws(0, 0, 1), p=1.0) != u).float().mean() == pytest.approx(0.285, abs=0.01)
+
+
+def test_both_ways_to_shuffle_agree():
+    """What parallel writes give on a GPU, and what writing in order gives on a CPU; blocks overlap, one sample is left out."""
+    g = torch.Generator().manual_seed(3)
+    target, source = (torch.randint(50, (4, 120), generator=g) for _ in range(2))
+    chosen = torch.tensor([True, False, True, True])
+    ways = [find(target, source, chosen, 50) for find in (_sources, _sources_in_order)]
+    assert torch.equal(*ways)
+    assert torch.equal(ways[0][1], torch.arange(50)) and not torch.equal(ways[0][0], torch.arange(50))
+    assert int(ways[0][0][target[0, -1]]) == int(source[0, -1])
 
 
 def test_probability_zero_is_the_identity():
