@@ -347,7 +347,10 @@ class Engine:
         prefix = "held_out/" if self.held_out else "train/"
         note = self.method.note({k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)})
         text += f", {note}" if note else ""
-        terms = ", ".join(f"{k} {v:.3g}" for k, v in list(means.items())[1:5])
+        told = [
+            (k, v) for k, v in means.items() if v or not k.endswith("skipped")
+        ]  # crops left out, where there are any
+        terms = ", ".join(f"{k} {v:.3g}" for k, v in told[1:5])
         log.info(
             "%s (%s); lr %.2g, %.2f s/step, %.0f %% waiting for data, %s left",
             text,

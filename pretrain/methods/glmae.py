@@ -233,8 +233,6 @@ class GLMAE(MAE):
             terms |= {f"{kind}_{k}": v for k, v in errors.items()}
             total = total + weight * errors["reconstruction"]
             features[kind] = self.summarise(skips, active, STAGES)
-        if "global" in batch:
-            terms["zoom"] = batch["global"]["zoom"].mean()
         if self.consistent:
             agreed = self.agreement(features, batch["global"]["input"])
             if not self.training and "local" in batch:
@@ -248,6 +246,8 @@ class GLMAE(MAE):
                 self._balance(total, weighted)
             total = total + (self.weight if self.training else 1.0) * weighted
             terms |= {**agreed, "gradient_ratio": self.balance.clone()}
+        if "global" in batch:
+            terms["zoom"] = batch["global"]["zoom"].mean()
         return {"total": total, **terms}
 
     def _balance(self, reconstruction: Tensor, agreement: Tensor) -> None:
@@ -299,6 +299,12 @@ class GLMAE(MAE):
         return Picture(
             columns, "glmae: hidden blocks are blue; a global view shows more of the volume than a local one"
         )
+
+    def note(self, terms: dict[str, float]) -> str:
+        """How often a local view finds the global one of its volume, and by chance."""
+        if "retrieval" not in terms:
+            return ""
+        return f"local views found {terms['retrieval']:.0%} ({terms['retrieval_chance']:.0%} by chance)"
 
     def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
         """Learnt: hidden voxels better than guessed, in both kinds of views; consistency is told, and must not have collapsed."""

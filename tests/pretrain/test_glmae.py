@@ -431,7 +431,7 @@ def test_what_a_person_sees(make, values, make_batch):
     last = {k: float(v) for k, v in terms.items()}
     learnt, sentence = method.verdict(last, last)
     assert not learnt and "did not learn" in sentence
-    assert ("A local view finds" in sentence) == (len(kinds) == 2)
+    assert ("A local view finds" in sentence) == (len(kinds) == 2) == ("by chance" in method.note(last))
 
 
 def test_verdict(make):
