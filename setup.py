@@ -1,4 +1,4 @@
-"""Maps the three folders of the repository to one import name and puts the discovery files beside the package.
+"""Puts the discovery files beside the package. ``nnssl/pretrain`` and ``nnssl/trainers`` are links to the folders beside it.
 
 A wheel gets two files at the root of site-packages: ``nnssl_discovery.pth``, which Python runs at its start, and
 ``_nnssl_discovery.py`` (a copy of ``trainers/discovery.py``), which that line calls to append the folder of nnU-Net
@@ -12,17 +12,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-ROOTS = {"nnssl": "nnssl", "nnssl.pretrain": "pretrain", "nnssl.trainers": "trainers"}
 HELPER, PTH = "_nnssl_discovery", "nnssl_discovery.pth"
-
-
-def packages():
-    """Every package below the three folders, by import name."""
-    found = []
-    for name, folder in ROOTS.items():
-        found.append(name)
-        found += [f"{name}.{sub}" for sub in find_packages(folder)]
-    return found
 
 
 class BuildWithDiscovery(build_py):
@@ -49,8 +39,7 @@ class BuildWithDiscovery(build_py):
 
 
 setup(
-    packages=packages(),
-    package_dir=ROOTS,
+    packages=find_packages(include=["nnssl", "nnssl.*"]),
     package_data={"nnssl": ["py.typed"], "nnssl.trainers": ["extension/*.py"]},
     cmdclass={"build_py": BuildWithDiscovery},
 )

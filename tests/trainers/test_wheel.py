@@ -31,7 +31,7 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout") / "repo"
     folder.mkdir()
     for name in ("nnssl", "pretrain", "trainers"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, folder / name)
@@ -140,12 +140,12 @@ def test_an_editable_install_is_discovered_too(checkout, tmp_path):
     environment = Environment(tmp_path / "venv", checkout, share=True, editable=True)
     assert environment("-c", SHOW, cwd=tmp_path) == str(checkout / "trainers" / "extension")
     where = environment("-c", "import nnssl.trainers, nnssl.pretrain; print(nnssl.trainers.__file__)", cwd=tmp_path)
-    assert where == str(checkout / "trainers" / "__init__.py")
+    assert where == str(checkout / "nnssl" / "trainers" / "__init__.py")
 
 
 def test_the_checkout_as_working_directory_does_not_break_the_wheel(bare, checkout):
     code = "import nnssl.trainers, nnssl.pretrain; print(nnssl.trainers.__file__)"
-    assert bare("-c", code, cwd=checkout) == str(checkout / "trainers" / "__init__.py")
+    assert bare("-c", code, cwd=checkout) == str(checkout / "nnssl" / "trainers" / "__init__.py")
     done = run(bare.python.parent / "nnssl_trainers", cwd=checkout)
     assert "nnUNetTrainerPretrained" in done.stdout and "nnunetv2 is not installed" in done.stdout
 
