@@ -1,4 +1,4 @@
-"""Puts the discovery files beside the package. ``nnssl/pretrain`` and ``nnssl/trainers`` are links to the folders beside it.
+"""Puts the discovery files beside the package. ``nnssl/pretrain``, ``nnssl/trainers`` and ``nnssl/experiments`` are links.
 
 A wheel gets two files at the root of site-packages: ``nnssl_discovery.pth``, which Python runs at its start, and
 ``_nnssl_discovery.py`` (a copy of ``trainers/discovery.py``), which that line calls to append the folder of nnU-Net

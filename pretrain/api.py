@@ -31,7 +31,7 @@ from nnssl.pretrain.omni import FOLDER, prepare_omni, take_omni
 from nnssl.pretrain.planning import planned
 from nnssl.pretrain.resolve import batch_size, identity, method_folder, resolve
 from nnssl.results import output_folder
-from nnssl.transfer import prove_loadable
+from nnssl.weights import prove_loadable
 
 __all__ = ["RunResult", "run"]
 

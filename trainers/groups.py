@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nnssl.networks import canonical_state_dict, unwrap
-from nnssl.transfer import is_head, part_of
+from nnssl.weights import is_head, part_of
 
 __all__ = ["backbone_groups", "build_optimizer", "changed_parts", "group_of", "hold_statistics", "parameter_groups"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from nnssl.plans.figures import FAMILIES, Figures
-from nnssl.transfer import is_head
+from nnssl.weights import is_head
 
 __all__ = [
     "FAMILIES",

@@ -15,7 +15,7 @@ from torch import nn
 from nnssl.trainers.groups import backbone_groups, build_optimizer, hold_statistics, parameter_groups
 from nnssl.trainers.rates import describe_rates, draw_rates
 from nnssl.trainers.schedule import EpochSchedule, Figures, Rates, StepSchedule
-from nnssl.transfer import is_head
+from nnssl.weights import is_head
 
 __all__ = ["StepwiseTrainer"]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nnssl.efficiency.experiment import SCRATCH, load_experiment
-from nnssl.efficiency.scores import read_scores
-from nnssl.efficiency.statistics import seed_means
+from nnssl.experiments.experiment import SCRATCH, load_experiment
+from nnssl.experiments.scores import read_scores
+from nnssl.experiments.statistics import seed_means
 
 
 def rows(experiment: Path, cases: Path, setting: str | None = None) -> list[tuple[str, str, str, str]]:

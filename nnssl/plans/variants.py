@@ -154,7 +154,7 @@ def derive(
         figures: of that family, see :class:`nnssl.plans.figures.Figures`.
         cases: ``train_cases`` (fold -> case names), and ``labels`` and ``seed`` that they came from.
         adapt, coverage: what may be adapted where the weights come from another network, and the least share of the encoder that
-            must then be filled (:class:`nnssl.transfer.Adaptation`).
+            must then be filled (:class:`nnssl.weights.Adaptation`).
         backbone: the parts that ``freeze_unfreeze`` freezes first.
 
     Raises:
@@ -239,8 +239,8 @@ def write_variant(
         NnsslError: as :func:`derive`; also where the variant exists already, or the checkpoint cannot be read or does not
             fit the variant's network.
     """
-    from nnssl.plans.imports import check_fits, import_checkpoint  # networks and transfer depend on this package
     from nnssl.plans.labels import choose_cases, choose_validating, folds_of
+    from nnssl.weights.imports import check_fits, import_checkpoint  # networks and transfer depend on this package
 
     variant = derive(plan, name, **changes)
     path = preprocessed_folder() / plan.dataset_name / f"{variant.plans_name}.json"

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 
-from nnssl.checkpoint import Checkpoint, load
 from nnssl.errors import NnsslError, raise_problems
 from nnssl.networks import build_network
 from nnssl.plans import Plan
-from nnssl.transfer import apply
 from nnssl.transferability.evaluator import RobustnessEvaluator, RobustnessResult
 from nnssl.transferability.indicator import select_robust
+from nnssl.weights import Checkpoint, apply, load
 
 __all__ = ["Measured", "Run", "group_runs", "measure_checkpoints"]
 

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nnssl.checkpoint import case_hash
 from nnssl.distributed import is_distributed, rank, world_size
 from nnssl.plans.labels import case_order
 from nnssl.pretrain.engine.hooks import Hook
@@ -19,6 +18,7 @@ from nnssl.pretrain.omni.loss import to_regions
 from nnssl.pretrain.omni.patches import LabelledDataset
 from nnssl.pretrain.omni.volumes import write_volumes
 from nnssl.pretrain.options import config_dict
+from nnssl.weights import case_hash
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import Engine

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl.checkpoint import Checkpoint, build_payload, fingerprint_names, load, save
-from nnssl.checkpoint.save import plain
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network
 from nnssl.plans import Plan
+from nnssl.weights import Checkpoint, build_payload, fingerprint_names, load, save
+from nnssl.weights.save import plain
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_kill_during_a_save_leaves_the_old_file_whole(tmp_path):
     save(tmp_path / "c.pth", {"network_weights": {"w": torch.ones(1)}})
     script = """
         import os, sys, torch
-        from nnssl.checkpoint import save
+        from nnssl.weights import save
         real = os.fsync
         def fsync(handle):  # everything is written, nothing renamed: the worst moment
             real(handle)

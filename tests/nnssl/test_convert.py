@@ -11,15 +11,13 @@ import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from safetensors import safe_open
 
-from nnssl.checkpoint import build_payload, fingerprint_names, load, save
-from nnssl.convert import FORMATS, convert, describe
-from nnssl.convert.architecture import architecture_of, build, preset
-from nnssl.convert.cli import convert_main, info_main
-from nnssl.convert.formats import one_name_each
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, canonical_state_dict
 from nnssl.plans import Plan
-from nnssl.transfer import apply
+from nnssl.weights import FORMATS, apply, build_payload, convert, describe, fingerprint_names, load, save
+from nnssl.weights.architecture import architecture_of, build, preset
+from nnssl.weights.cli import convert_main, info_main
+from nnssl.weights.formats import one_name_each
 
 STRIDES = ((1, 1, 1), (1, 2, 2), (2, 2, 2))
 
@@ -204,8 +202,8 @@ def test_the_preset_that_upstream_names_without_arguments(tmp_path):
         "architecture_plans": {"arch_class_name": "ResEncL", "arch_kwargs": None},
         "key_to_encoder": "encoder.stages",
     }
-    from nnssl.checkpoint import Checkpoint
-    from nnssl.convert.architecture import complete_aliases
+    from nnssl.weights import Checkpoint
+    from nnssl.weights.architecture import complete_aliases
 
     checkpoint = Checkpoint(tmp_path / "x.pth", {"network_weights": weights, "nnssl_adaptation_plan": plan})
     architecture = architecture_of(checkpoint)

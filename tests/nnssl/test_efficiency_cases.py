@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nnssl.efficiency.cases import forbidden_cases, resolve_setting
-from nnssl.efficiency.experiment import Setting, load_experiment
-from nnssl.efficiency.jobs import build_graph
 from nnssl.errors import NnsslError
+from nnssl.experiments.cases import forbidden_cases, resolve_setting
+from nnssl.experiments.experiment import Setting, load_experiment
+from nnssl.experiments.jobs import build_graph
 
 LINES = {"dataset": "901", "methods": "[scratch, mae]", "labels": "[1, 2]", "seeds": "2", "training": "{epochs: 2}"}
 

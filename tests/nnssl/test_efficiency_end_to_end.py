@@ -42,7 +42,7 @@ def test_killed_while_training_then_finished(tiny_preprocessed, tmp_path, nnunet
     tiny_preprocessed(901, "Tiny", 5, n_test=2)
     (tmp_path / "tiny.yaml").write_text(EXPERIMENT)
     out = tmp_path / "out"
-    code = "import sys; from nnssl.efficiency.cli import main; sys.exit(main())"
+    code = "import sys; from nnssl.experiments.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, str(tmp_path / "tiny.yaml"), "--device", "cpu", "-o", str(out)]
     results = nnunet_env.results / "Dataset901_Tiny"
     begun = {

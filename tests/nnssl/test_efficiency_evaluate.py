@@ -9,7 +9,8 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from nnssl.efficiency.evaluate import (
+from nnssl.errors import NnsslError
+from nnssl.experiments.evaluate import (
     drop_unreadable,
     evaluate_run,
     main,
@@ -17,7 +18,6 @@ from nnssl.efficiency.evaluate import (
     surface_metrics,
     training_curve,
 )
-from nnssl.errors import NnsslError
 
 surface_distance = pytest.importorskip("surface_distance", reason="pip install nnssl[metrics]")
 pytestmark = pytest.mark.filterwarnings("ignore:Please import")  # of SciPy, to that library

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nnssl.efficiency.experiment import load_experiment
-from nnssl.efficiency.published import left_over, of_setting, read_published
+from nnssl.experiments.experiment import load_experiment
+from nnssl.experiments.published import left_over, of_setting, read_published
 from nnssl.transferability.downstream import read_dice
 
 FOLDER = Path(__file__).parents[2] / "examples" / "label_efficiency"

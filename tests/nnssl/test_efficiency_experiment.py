@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nnssl.efficiency.experiment import load_experiment
 from nnssl.errors import NnsslError
+from nnssl.experiments.experiment import load_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = "dataset: 4\nmethods: [scratch, mae, macl]\nlabels: [4, 16]\nseeds: 3\ntraining: {epochs: 20}\n"

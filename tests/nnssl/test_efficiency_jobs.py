@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from nnssl.efficiency import cli, executor, report
-from nnssl.efficiency.executor import LocalBackend, full_command, run_jobs
-from nnssl.efficiency.experiment import load_experiment
-from nnssl.efficiency.jobs import PHASES, Job, build_graph
-from nnssl.efficiency.records import Records, try_lock
 from nnssl.errors import NnsslError
+from nnssl.experiments import cli, executor, report
+from nnssl.experiments.executor import LocalBackend, full_command, run_jobs
+from nnssl.experiments.experiment import load_experiment
+from nnssl.experiments.jobs import PHASES, Job, build_graph
+from nnssl.experiments.records import Records, try_lock
 
 FAKE = """
 import json, os, sys, time
@@ -363,7 +363,7 @@ def test_dry_run_writes_nothing_and_tells_what_is_there(lab, caplog):
 
 
 def test_estimates_come_from_finished_jobs(lab):
-    from nnssl.efficiency.estimate import clock, estimate_jobs
+    from nnssl.experiments.estimate import clock, estimate_jobs
 
     graph, records = lab.graph(), Records(lab.out)
     jobs = {j.phase: j for j in graph.jobs.values()}

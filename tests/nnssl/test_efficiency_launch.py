@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nnssl.efficiency import launch
+from nnssl.experiments import launch
 from nnssl.trainers.discovery import VARIABLE, shim_folder
 
 
@@ -55,7 +55,7 @@ def test_exit_status_and_half_written_predictions(command, tmp_path):
 
 def test_as_a_program():
     run = subprocess.run(
-        [sys.executable, "-m", "nnssl.efficiency.launch", "nnssl_evaluate", "nothing.json"],
+        [sys.executable, "-m", "nnssl.experiments.launch", "nnssl_evaluate", "nothing.json"],
         capture_output=True,
         text=True,
         check=False,

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnssl.efficiency import html, overlay, report
-from nnssl.efficiency.curves import colour_of, dice_over_labels, save, training_curves
-from nnssl.efficiency.scores import Key, read_rows, read_scores
-from nnssl.efficiency.summary import read_curves, summarise
-from nnssl.efficiency.tables import Table
+from nnssl.experiments import html, overlay, report
+from nnssl.experiments.curves import colour_of, dice_over_labels, save, training_curves
+from nnssl.experiments.scores import Key, read_rows, read_scores
+from nnssl.experiments.summary import read_curves, summarise
+from nnssl.experiments.tables import Table
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 FILES = ("report.html", "table.md", "table.csv", "table.tex", "dice_over_labels.png", "dice_over_labels.svg")

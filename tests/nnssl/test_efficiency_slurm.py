@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from nnssl.efficiency import executor
-from nnssl.efficiency.executor import run_jobs
-from nnssl.efficiency.jobs import Job
-from nnssl.efficiency.records import Records
-from nnssl.efficiency.slurm import SlurmBackend, run_command_line
 from nnssl.errors import NnsslError
+from nnssl.experiments import executor
+from nnssl.experiments.executor import run_jobs
+from nnssl.experiments.jobs import Job
+from nnssl.experiments.records import Records
+from nnssl.experiments.slurm import SlurmBackend, run_command_line
 
 
 @pytest.fixture

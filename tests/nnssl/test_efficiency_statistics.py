@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nnssl.efficiency import statistics as st
-from nnssl.efficiency.statistics import Factor
+from nnssl.experiments import statistics as st
+from nnssl.experiments.statistics import Factor
 
 NAN = math.nan
 

@@ -10,12 +10,12 @@ import math
 import numpy as np
 import pytest
 
-from nnssl.efficiency import tables
-from nnssl.efficiency.published import left_over, of_setting, published_notes, published_table, read_published
-from nnssl.efficiency.scores import Key, read_scores
-from nnssl.efficiency.summary import Gain, read_curves, summarise, verdict
-from nnssl.efficiency.words import answers
 from nnssl.errors import NnsslError
+from nnssl.experiments import tables
+from nnssl.experiments.published import left_over, of_setting, published_notes, published_table, read_published
+from nnssl.experiments.scores import Key, read_scores
+from nnssl.experiments.summary import Gain, read_curves, summarise, verdict
+from nnssl.experiments.words import answers
 
 HEAD = "method,labels,setting,seed,fold,case,label,dice,surface_dice,hd95,reference_voxels,prediction_voxels"
 

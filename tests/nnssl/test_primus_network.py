@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from nnssl import checkpoint
-from nnssl.convert.formats import convert
-from nnssl.convert.info import describe
 from nnssl.errors import NnsslError
 from nnssl.heads.tokens import TokenDecoder
 from nnssl.networks import PrimusEncoder, build_network, encoder_module, walk
@@ -15,9 +13,11 @@ from nnssl.plans import Plan, load_plan
 from nnssl.plans.cli import main
 from nnssl.plans.primus import CLASSES, architecture, parse_network
 from nnssl.plans.variants import derive, list_variants
-from nnssl.transfer import Adaptation, apply, prove_loadable, resize_positions
 from nnssl.transferability import RobustnessConfig, RobustnessEvaluator
 from nnssl.transferability.crops import crop_size
+from nnssl.weights import Adaptation, apply, prove_loadable, resize_positions
+from nnssl.weights.formats import convert
+from nnssl.weights.info import describe
 
 
 @pytest.fixture

@@ -7,11 +7,10 @@ import torch
 import torch.distributed as dist
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
-from nnssl.checkpoint import build_payload, load, save
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, canonical_state_dict, walk
 from nnssl.plans import Plan
-from nnssl.transfer import apply, part_names, part_of, prove_loadable
+from nnssl.weights import apply, build_payload, load, part_names, part_of, prove_loadable, save
 
 PROMISE = {"encoder": True, "decoder_stages": [0]}
 

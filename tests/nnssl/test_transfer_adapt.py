@@ -7,13 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from nnssl.checkpoint import build_payload, save
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, canonical_state_dict, walk
 from nnssl.plans import Plan
-from nnssl.transfer import Adaptation, apply, resize_positions
-from nnssl.transfer.adapt import adapt_channels, adapt_kernel, adapt_tensor, adapt_upsampling
-from nnssl.transfer.layout import describe, n_stages, shift_stages, widths
+from nnssl.weights import Adaptation, apply, build_payload, resize_positions, save
+from nnssl.weights.adapt import adapt_channels, adapt_kernel, adapt_tensor, adapt_upsampling
+from nnssl.weights.layout import describe, n_stages, shift_stages, widths
 
 FOUR = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (1, 2, 2))
 FIVE = (*FOUR, (2, 2, 2))

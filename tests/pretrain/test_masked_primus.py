@@ -16,7 +16,7 @@ from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.methods import Progress, SourceStats, get_method, list_methods
 from nnssl.pretrain.options import make_config
-from nnssl.transfer import prove_loadable
+from nnssl.weights import prove_loadable
 
 SMALL = {"prototypes": 32, "hidden": 16, "bottleneck": 8}
 CASES = [((8, 12, 16), (4, 4, 4)), ((8, 8, 24), (2, 4, 8)), ((16, 8, 8), (4, 2, 4))]

@@ -17,7 +17,7 @@ from nnssl.trainers import nnUNetTrainerPretrainedScratch
 from nnssl.trainers.groups import backbone_groups, group_of, hold_statistics, parameter_groups
 from nnssl.trainers.rates import describe_rates, draw_rates, merge_names
 from nnssl.trainers.schedule import Rates, StepSchedule, freeze_unfreeze, sawtooth
-from nnssl.transfer import part_of
+from nnssl.weights import part_of
 
 NEW = {
     "freeze_unfreeze": trainers.nnUNetTrainerPretrainedFreezeUnfreeze,

@@ -30,7 +30,7 @@ def checkout(tmp_path_factory):
     """A copy of what is packaged: builds leave files behind."""
     folder = tmp_path_factory.mktemp("checkout") / "repo"
     folder.mkdir()
-    for name in ("nnssl", "pretrain", "trainers"):
+    for name in ("nnssl", "pretrain", "trainers", "experiments"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         if (ROOT / name).is_file():
@@ -103,7 +103,7 @@ SHOW = "import os; print(os.environ.get('nnUNet_extTrainer'))"
 def test_wheel_holds_every_module_and_no_other_top_level_name(wheel):
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     expected = {"_nnssl_discovery.py", "nnssl_discovery.pth", "nnssl/py.typed"}
-    for folder, target in (("nnssl", "nnssl"), ("pretrain", "nnssl/pretrain"), ("trainers", "nnssl/trainers")):
+    for folder, target in [("nnssl", "nnssl"), *((n, f"nnssl/{n}") for n in ("pretrain", "trainers", "experiments"))]:
         expected |= {f"{target}/{p.relative_to(ROOT / folder).as_posix()}" for p in (ROOT / folder).rglob("*.py")}
     assert names == expected
 

@@ -1,0 +1,304 @@
+"""Which cases an experiment trains, pretrains and tests on. Decided once, before anything runs, and checked for leaks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnssl.errors import NnsslError, nearest, raise_problems
+from nnssl.experiments.experiment import Arm, Setting
+from nnssl.paths import raw_folder
+from nnssl.plans import Plan, load_plan
+from nnssl.plans.labels import ALL, case_order, choose_cases, folds_of
+from nnssl.plans.variants import derive
+
+__all__ = ["Draw", "Resolved", "TestCase", "digest", "forbidden_cases", "read_names", "resolve_setting"]
+
+ORDER_SEED = 0
+"""Of the fixed random orders: which test cases ``max_test_cases`` keeps, which cases draw the training curve."""
+
+
+@dataclass(frozen=True)
+class TestCase:
+    """One case with images (one per channel) and its reference segmentation."""
+
+    name: str
+    images: tuple[str, ...]
+    reference: str
+
+    __test__ = False  # no test class, whatever its name
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The labelled cases of one table row: ``text`` as in the file, a seed, and the fold that nnU-Net trains."""
+
+    text: str
+    seed: int
+    fold: str
+    cases: tuple[str, ...]
+    validating: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of labelled cases."""
+        return len(self.cases)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A setting with everything looked up.
+
+    Attributes:
+        setting: as in the file.
+        name: of the table.
+        plan: that the file names; on disk.
+        network: the plan of the network that is trained, in memory only where ``setting.network`` changes it.
+        pool: cases that labels are drawn from, and that may be pretrained on.
+        test: the test cases; empty where folds validate.
+        draws: by row of the file, seed and fold.
+    """
+
+    setting: Setting
+    name: str
+    plan: Plan
+    network: Plan
+    pool: tuple[str, ...]
+    test: tuple[TestCase, ...]
+    draws: tuple[Draw, ...]
+
+    @property
+    def by_folds(self) -> bool:
+        """Whether the validation cases of folds are evaluated, in place of test cases."""
+        return not self.test
+
+
+def digest(content: Any) -> str:
+    """Six hex digits of the sha256 of JSON-able content: the same for the same content on every machine."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:6]
+
+
+def read_names(path: Path, what: str) -> list[str]:
+    """Case names of a text file, one a line, or of a JSON list. Raises :class:`NnsslError` where there are none."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise NnsslError(f"{what}: {path} cannot be read: {error}") from error
+    found = list(dict.fromkeys(str(n).strip() for n in names if str(n).strip() and not str(n).startswith("#")))
+    if not found:
+        raise NnsslError(f"{what}: {path} names no case.")
+    return found
+
+
+def resolve_setting(setting: Setting, prefix: str) -> Resolved:
+    """Look up plan and cases of a setting.
+
+    Args:
+        setting: from the file.
+        prefix: begins the name of the variant that ``setting.network`` makes.
+
+    Raises:
+        NnsslError: no plans, no preprocessed data, unknown cases, a test case that would be trained on, too few cases.
+    """
+    plan = load_plan(setting.dataset, setting.configuration, setting.plans)
+    network, changes = plan, setting.network.changes
+    if changes:
+        made_of = [plan.dataset_name, plan.architecture_hash, plan.data_hash, plan.patch_size, plan.batch_size]
+        made_of.append(sorted(changes.items()))
+        network = derive(plan, f"{prefix}-{digest(made_of)}", **changes)
+    folds = folds_of(plan)
+    every = folds[ALL][0]
+    splits = _read_splits(setting.splits, plan.dataset_name) if setting.splits else {}
+    test = _test_cases(setting, plan, splits)
+    name = setting.name or plan.dataset_name.split("_", 1)[1]
+    if setting.max_test_cases and not test:
+        raise NnsslError(f"{name}: max_test_cases needs test cases; of folds nnU-Net predicts all validation cases.")
+    if test:
+        names = {t.name for t in test}
+        pool = [c for c in splits.get("pool", every) if c not in names]
+        _check_pool(pool, splits, every, names, setting)
+        _check_copies(test, pool, plan)
+        if setting.max_test_cases:
+            kept = set(case_order(names, ORDER_SEED)[: setting.max_test_cases])
+            test = [t for t in test if t.name in kept]
+        draws = _draws_of_pool(setting, pool, splits.get("few_label"))
+    else:
+        pool = list(every)
+        draws = _draws_of_folds(setting, folds)
+    same: dict[tuple[int, int, str], str] = {}
+    for draw in draws:
+        first = same.setdefault((draw.count, draw.seed, draw.fold), draw.text)
+        if first != draw.text:
+            raise NnsslError(f"{name}: labels '{first}' and '{draw.text}' are both {draw.count} cases; leave one out.")
+    return Resolved(setting, name, plan, network, tuple(pool), tuple(test), tuple(draws))
+
+
+def _read_splits(file: Path, dataset: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NnsslError(f"splits: {file} cannot be read: {error}") from error
+    own = content.get(dataset, content) if isinstance(content, dict) else None
+    if not isinstance(own, dict) or not isinstance(own.get("test"), list):
+        known = [k for k in content if isinstance(content[k], dict)] if isinstance(content, dict) else []
+        raise NnsslError(
+            f"splits: {file} holds no 'test' list for {dataset}{'; it has ' + ', '.join(known) if known else ''}. Wanted: "
+            '{"<dataset>": {"test": [...], "pool": [...], "few_label": {"<seed>": {"<n>": [...]}}}}'
+        )
+    return own
+
+
+def _test_cases(setting: Setting, plan: Plan, splits: Mapping[str, Any]) -> list[TestCase]:
+    """The test cases with their files; none where folds are to be evaluated."""
+    if setting.folds:
+        return []
+    found = {part: cases_in(plan, part) for part in ("Ts", "Tr")}
+    wanted: Sequence[str] = splits.get("test") or setting.test
+    if not wanted or tuple(wanted) == ("imagesTs",):
+        labelled = [t for t in found["Ts"].values() if Path(t.reference).is_file()]
+        if not labelled and wanted:
+            raise NnsslError(
+                f"test: {raw_folder() / plan.dataset_name} has no imagesTs with segmentations in labelsTs."
+            )
+        return labelled
+    both = {**found["Tr"], **found["Ts"]}
+    unknown = [c for c in wanted if c not in both]
+    problems = [
+        f"'{c}' is in neither imagesTs nor imagesTr of {plan.dataset_name}.{nearest(c, both)}" for c in unknown[:5]
+    ]
+    problems += [
+        f"'{c}' has no segmentation {both[c].reference}"
+        for c in wanted
+        if c in both and not Path(both[c].reference).is_file()
+    ][:5]
+    raise_problems(problems, "test cases")
+    return [both[c] for c in wanted]
+
+
+def cases_in(plan: Plan, part: str) -> dict[str, TestCase]:
+    folder, ending = raw_folder() / plan.dataset_name / f"labels{part}", plan.dataset_json["file_ending"]
+    cases = _raw_cases(plan.dataset_name, plan, f"images{part}")
+    return {n: TestCase(n, c.files, str(folder / f"{n}{ending}")) for n, c in sorted(cases.items())}
+
+
+def _check_pool(
+    pool: Sequence[str], splits: Mapping[str, Any], every: Sequence[str], test: set[str], setting: Setting
+) -> None:
+    """Nothing that is trained on may be a test case, and everything must be there."""
+    few = {c for seeds in (splits.get("few_label") or {}).values() for cases in seeds.values() for c in cases}
+    known = set(every)
+    both = sorted((few | set(splits.get("pool", ()))) & test)
+    problems = [
+        f"'{c}' is a test case and in the pool or among the labelled cases of {setting.splits}" for c in both[:5]
+    ]
+    missing = sorted((set(pool) | few) - known)
+    problems += [f"'{c}' is not among the preprocessed cases.{nearest(c, known)}" for c in missing[:5]]
+    outside = sorted(few - set(pool) - test) if "pool" in splits else []
+    problems += [f"'{c}' is among the labelled cases and not in the pool of {setting.splits}" for c in outside[:5]]
+    raise_problems(problems, f"cases of dataset {setting.dataset}")
+
+
+def _check_copies(test: Sequence[TestCase], pool: Sequence[str], plan: Plan) -> None:
+    """No case that labels are drawn from may be a copy of a test case."""
+    from nnssl.pretrain.data.leaks import find_leaks
+
+    candidates = {n: c for n, c in _raw_cases(plan.dataset_name, plan).items() if n in set(pool)}
+    images = {**_raw_cases(plan.dataset_name, plan), **_raw_cases(plan.dataset_name, plan, "imagesTs")}
+    copies = find_leaks({t.name: images[t.name] for t in test}, candidates)
+    raise_problems(
+        [
+            f"'{c}' is a copy of a test image; leave it out of the pool (splits) or of the test cases"
+            for c in copies[:10]
+        ],
+        f"cases of {plan.dataset_name}",
+    )
+
+
+def _draws_of_pool(setting: Setting, pool: list[str], few: Mapping[str, Any] | None) -> list[Draw]:
+    draws, problems = [], []
+    for text in setting.labels:
+        for seed in setting.seeds:
+            try:
+                cases = _drawn(text, seed, pool, few)
+            except NnsslError as error:
+                problems.append(str(error))
+                continue
+            left = [c for c in case_order(pool, ORDER_SEED) if c not in set(cases)] or list(cases)
+            draws.append(Draw(text, seed, ALL, tuple(cases), tuple(left[: setting_val_cases(setting)])))
+    raise_problems(problems, "labels")
+    return draws
+
+
+def setting_val_cases(setting: Setting) -> int:
+    """Cases that draw the training curve: the most that a method asks for."""
+    return max(arm.training.val_cases for arm in setting.arms)
+
+
+def _drawn(text: str, seed: int, pool: list[str], few: Mapping[str, Any] | None) -> list[str]:
+    if text == "all" or text == "100%":
+        return sorted(pool)
+    if few is None:
+        return choose_cases({ALL: (pool, [])}, text, seed)[ALL]
+    n = max(1, int(float(text[:-1]) / 100 * len(pool) + 0.5)) if text.endswith("%") else int(text)
+    of_seed = few.get(str(seed))
+    if of_seed is None:
+        raise NnsslError(f"the splits file has no few_label for seed {seed}; it has {', '.join(few)}")
+    if str(n) not in of_seed:
+        known = ", ".join(of_seed)
+        raise NnsslError(f"the splits file has no {n} labelled cases for seed {seed} (labels: {text}); it has {known}")
+    cases = [str(c) for c in of_seed[str(n)]]
+    if len(set(cases)) != n:
+        raise NnsslError(f"few_label[{seed}][{n}] of the splits file names {len(set(cases))} cases")
+    return cases
+
+
+def _draws_of_folds(setting: Setting, folds: Mapping[str, tuple[list[str], list[str]]]) -> list[Draw]:
+    draws = []
+    for fold in (str(f) for f in setting.folds or (0,)):
+        if fold not in folds:
+            raise NnsslError(
+                f"fold {fold}: dataset {setting.dataset} has the folds {', '.join(f for f in folds if f != ALL)}."
+            )
+        train, val = folds[fold]
+        for text in setting.labels:
+            for seed in setting.seeds:
+                cases = sorted(train) if text == "all" else choose_cases({fold: (train, val)}, text, seed)[fold]
+                draws.append(Draw(text, seed, fold, tuple(cases), tuple(val)))
+    return draws
+
+
+def forbidden_cases(resolved: Resolved, arm: Arm, fold: str, sources: Sequence[str]) -> list[str]:
+    """Cases that a pretraining must not see, as ``<dataset>/<case>``: what the fold tests, what is outside of the pool, copies of
+    test images, and those of ``exclude``.
+
+    Raises:
+        NnsslError: nothing is left of the dataset's own cases.
+    """
+    from nnssl.pretrain.data.leaks import find_leaks, list_test_images
+
+    own, found = resolved.plan.dataset_name, []
+    if own in sources:
+        folds = folds_of(resolved.plan)
+        barred = set(folds[fold][1]) if resolved.by_folds else set(folds[ALL][0]) - set(resolved.pool)
+        found += [f"{own}/{c}" for c in sorted(barred)]
+        if len(barred) == len(folds[ALL][0]):
+            raise NnsslError(f"{resolved.name}: no case of {own} is left to pretrain on.")
+    images = list_test_images(resolved.plan)
+    tested = {t.name for t in resolved.test}
+    images.update({n: c for n, c in _raw_cases(own, resolved.plan).items() if n in tested and n not in images})
+    for source in sources:
+        if images:
+            found += [f"{source}/{c}" for c in find_leaks(images, _raw_cases(source, resolved.plan))]
+    return list(dict.fromkeys(found))
+
+
+def _raw_cases(dataset: str, plan: Plan, folder: str = "imagesTr") -> dict[str, Any]:
+    from nnssl.pretrain.data.raw import list_raw
+
+    raw = list_raw(dataset, plan, folder) if (raw_folder() / dataset / folder).is_dir() else None
+    return dict(raw.cases) if raw else {}

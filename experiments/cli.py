@@ -1,0 +1,257 @@
+"""``nnssl_label_efficiency``: from an experiment file to tables with error bars."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnssl.command import run_command
+from nnssl.errors import NnsslError
+from nnssl.experiments.collect import collect
+from nnssl.experiments.estimate import clock, estimate_jobs
+from nnssl.experiments.evaluate import need_surface_library
+from nnssl.experiments.executor import Backend, LocalBackend, Outcome, run_jobs
+from nnssl.experiments.experiment import Experiment, load_experiment
+from nnssl.experiments.jobs import PHASES, Graph, Job, build_graph
+from nnssl.experiments.records import Records, try_lock
+
+__all__ = ["main", "run_experiment"]
+
+log = logging.getLogger("nnssl")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nnssl_label_efficiency",
+        allow_abbrev=False,
+        description="Compare pretrainings and scratch with few labels: runs what is missing of an experiment and writes its "
+        "tables, curves and report. The same command continues where it was.",
+    )
+    parser.add_argument("experiment", metavar="EXPERIMENT.yaml", type=Path, help="the experiment file")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only show the jobs, what exists already, and the estimated time"
+    )
+    parser.add_argument(
+        "--executor", choices=("local", "slurm"), default="local", help="where jobs run (default: %(default)s)"
+    )
+    parser.add_argument("-n", type=int, metavar="N", help="jobs at a time (default: one per GPU, or one; slurm: 100)")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu", "mps"), default="cuda", help="for training (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE.csv", help="published figures to put beside ours in the table"
+    )
+    parser.add_argument("-o", type=Path, metavar="OUT", help="output folder (default: label_efficiency_<name>)")
+    parser.add_argument(
+        "--report-only", action="store_true", help="run nothing; write tables and report from what is there"
+    )
+    return parser
+
+
+def _gpus(device: str, graph_needs: bool) -> list[str]:
+    """The GPUs that jobs are spread over, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    if device != "cuda" or not graph_needs:
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named:
+        return [n.strip() for n in named.split(",") if n.strip()]
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise NnsslError(
+            "No GPU was found. Type --device cpu to run on the processor, with a small network (see network:)."
+        )
+    return [str(i) for i in range(count)]
+
+
+def _write_inputs(graph: Graph) -> None:
+    """Case lists and folders of links to test images; what is there is left as it is, since its name says what it holds."""
+    for path, text in graph.texts.items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    for folder, links in graph.inputs.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, target in links.items():
+            link = folder / name
+            if link.exists():
+                continue
+            link.unlink(missing_ok=True)
+            try:
+                link.symlink_to(os.path.abspath(target))
+            except OSError:  # a file system without links
+                shutil.copyfile(target, link)
+
+
+def _show(graph: Graph, records: Records, folder: Path, device: str, slots: int | None) -> None:
+    """What ``--dry-run`` prints."""
+    pending = [job for job in graph.jobs.values() if not records.finished(job)]
+    times = estimate_jobs(graph, records, pending, device)
+    for setting in graph.settings:
+        p = setting.network
+        counts = sorted({d.count for d in setting.draws})
+        where = f"{len(setting.test)} test cases" if setting.test else "the validation cases of each fold"
+        log.info(
+            f"{setting.name}: {p.dataset_name}, {p.configuration}, {p.plans_name}; {', '.join(map(str, counts))} labelled of "
+            f"{len(setting.pool)} cases; evaluated on {where}."
+        )
+    for job in graph.jobs.values():
+        seconds = times.seconds.get(job.id)
+        record = records.read(job.id)
+        begun = any(path.is_file() for path in job.resume) or record.get("status") in ("stopped", "running")
+        state = "failed before" if record.get("status") == "failed" else "begun" if begun else "to do"
+        state = "exists" if seconds is None else state
+        about = "" if seconds is None else "  ?" if math.isnan(seconds) else f"  {clock(seconds)}"
+        log.info(f"{state:13} {job.id}{about}\n              $ {job.shown}")
+    log.info(f"\n{len(graph.jobs)} jobs, {len(graph.jobs) - len(pending)} of them finished. Output: {folder}")
+    if not pending:
+        return
+    known = [s for s in times.seconds.values() if not math.isnan(s)]
+    if len(known) < len(pending):
+        log.info(f"Time: unknown without the device '{device}'; it is estimated from the first jobs that finish.")
+        return
+    rough = [phase for phase in PHASES if phase not in times.measured and any(j.phase == phase for j in pending)]
+    note = (
+        f" (rough for {', '.join(rough)}: a few steps were timed)" if rough else " (from the jobs that have finished)"
+    )
+    log.info(f"Time: about {clock(times.total(slots or 1))} with {slots or 1} job(s) at a time{note}.")
+
+
+def _report(folder: Path, experiment: Experiment, published: Path | None, *, last: bool) -> None:
+    """Write the report; while jobs run, a fault in it is told and does not stop them."""
+    from nnssl.experiments import report
+
+    try:
+        report.write(folder, experiment, published)
+    except Exception as error:  # noqa: BLE001  a fault of the report must not end days of training
+        if last:
+            raise
+        log.warning("The report could not be written now (%s: %s); the jobs go on.", type(error).__name__, error)
+
+
+def run_experiment(
+    file: Path,
+    *,
+    out: Path | None = None,
+    device: str = "cuda",
+    executor: str = "local",
+    slots: int | None = None,
+    published: Path | None = None,
+    dry_run: bool = False,
+    report_only: bool = False,
+    backend: Backend | None = None,
+) -> Outcome:
+    """What the command does.
+
+    Args:
+        file: the experiment file.
+        out: output folder.
+        device: of pretraining, training and prediction.
+        executor: ``"local"`` or ``"slurm"``.
+        slots: jobs at a time.
+        published: CSV of published figures; the file's own where None.
+        dry_run: only show.
+        report_only: run nothing.
+        backend: where jobs run, in place of ``executor``.
+
+    Raises:
+        NnsslError: a fault in the file, missing data, another process at work in the output folder.
+    """
+    experiment = load_experiment(file)
+    published = published or experiment.published
+    if published is not None and not published.is_file():
+        raise NnsslError(f"the published figures {published} do not exist.")
+    folder = Path(os.path.abspath(out or f"label_efficiency_{experiment.name}"))
+    if slots is not None and slots < 1:
+        raise NnsslError(f"-n {slots}: at least 1.")
+    graph, records = build_graph(experiment, folder, device), Records(folder)
+    if dry_run:
+        _show(graph, records, folder, device, slots)
+        return Outcome(finished=[j.id for j in graph.jobs.values() if records.finished(j)])
+    need_surface_library()
+    lock = try_lock(folder / ".lock")
+    if lock is None:
+        raise NnsslError(f"another process is at work in {folder}. Wait for it, or choose another folder with -o.")
+    with lock:
+        _write_inputs(graph)
+        pending = [job for job in graph.jobs.values() if not records.finished(job)]
+        outcome = Outcome(finished=[j.id for j in graph.jobs.values() if records.finished(j)])
+        if report_only:
+            found = {job.id: records.read(job.id) for job in pending}
+            outcome.failed = {i: str(r.get("reason", "")) for i, r in found.items() if r.get("status") == "failed"}
+        elif pending:
+            gpus = _gpus(device, executor == "local" and backend is None and any(job.gpu for job in pending))
+            if backend is None:
+                backend = _backend(executor, records, experiment, gpus)
+            number = slots or (100 if executor == "slurm" else max(1, len(gpus)))
+            log.info(
+                "%d of %d jobs to do, %d at a time. Logs: %s", len(pending), len(graph.jobs), number, folder / "logs"
+            )
+            watch = _Watch(folder, experiment, graph, records, published, device)
+            outcome = run_jobs(graph.jobs.values(), records, backend, number, watch)
+        done = collect(folder, experiment, graph, records, outcome, device)
+        _report(folder, experiment, published, last=True)
+    _tell(outcome, graph, records, folder, done)
+    return outcome
+
+
+def _backend(executor: str, records: Records, experiment: Experiment, gpus: Sequence[str]) -> Backend:
+    if executor == "slurm":
+        from nnssl.experiments.slurm import SlurmBackend
+
+        return SlurmBackend(records, experiment.slurm, experiment.environment)
+    return LocalBackend(records, experiment.environment, gpus)
+
+
+class _Watch:
+    """Writes the tables anew whenever all methods of one draw of labelled cases are through."""
+
+    def __init__(self, folder: Path, experiment: Experiment, graph: Graph, records: Records, published: Path | None,
+                 device: str) -> None:  # fmt: skip
+        self.folder, self.experiment, self.graph, self.records = folder, experiment, graph, records
+        self.published, self.device = published, device
+        self.through: set[tuple] = set()
+
+    def __call__(self, job: Job, outcome: Outcome) -> None:
+        """Look at the groups after a job has ended."""
+        ended = {*outcome.finished, *outcome.done, *outcome.failed, *outcome.blocked}
+        groups = {run.group for run in self.graph.runs}
+        waiting = {run.group for run in self.graph.runs if run.jobs[-1] not in ended}
+        new = groups - waiting - self.through
+        if not new or job.phase != "evaluate":
+            return
+        self.through |= new
+        collect(self.folder, self.experiment, self.graph, self.records, outcome, self.device)
+        _report(self.folder, self.experiment, self.published, last=False)
+        log.info("%d of %d groups are through; tables: %s", len(self.through), len(groups), self.folder / "table.md")
+
+
+def _tell(outcome: Outcome, graph: Graph, records: Records, folder: Path, done: int) -> None:
+    log.info("%d of %d fine-tunings are evaluated. Report: %s", done, len(graph.runs), folder / "report.html")
+    if outcome.failed:
+        lines = [f"  {i}: {reason}\n    log: {records.log(i)}" for i, reason in outcome.failed.items()]
+        text = (
+            f"{len(outcome.failed)} job(s) failed, {len(outcome.blocked)} that need them were not run:\n"
+            + "\n".join(lines)
+        )
+        log.warning("%s\nThe same command tries them again.", text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Console entry point; returns the exit status: 1 where a job failed."""
+    args = _parser().parse_args(argv)
+
+    def body() -> int:
+        outcome = run_experiment(
+            args.experiment, out=args.o, device=args.device, executor=args.executor, slots=args.n, published=args.compare,
+            dry_run=args.dry_run, report_only=args.report_only,
+        )  # fmt: skip
+        return 1 if outcome.failed else 0
+
+    return run_command(body)

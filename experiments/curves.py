@@ -1,0 +1,146 @@
+"""The pictures of the report: Dice over labels with bands, and training curves. PNG for documents, SVG for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnssl.experiments.scores import Key, Scores, label_order
+from nnssl.experiments.statistics import seed_means
+from nnssl.experiments.summary import Curves, Row, mean_curve
+
+__all__ = ["colour_of", "dice_over_labels", "save", "training_curves"]
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; the baseline is grey.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5f3f", "#7a5fc0")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+GREY = "#5a5f66"
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": "#8a9099",
+    "axes.labelcolor": "#2b2f36",
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e7eb",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#4a4f57",
+    "ytick.color": "#4a4f57",
+    "legend.frameon": False,
+    "svg.hashsalt": "nnssl",
+    "svg.fonttype": "path",
+}
+
+
+def colour_of(method: str, methods: Sequence[str]) -> tuple[str, str]:
+    """Colour and marker of a method, the same in every picture of a report; the first, the baseline, is grey."""
+    i = list(methods).index(method)
+    return (COLOURS[(i - 1) % len(COLOURS)] if i else GREY), MARKERS[i % len(MARKERS)]
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    return figure, list(axes[0])
+
+
+def save(figure: Any, stem: Path) -> list[Path]:
+    """Write ``stem.png`` (160 dpi) and ``stem.svg`` (the same bytes for the same data) and close the figure."""
+    import matplotlib.pyplot as plt
+
+    files = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
+    with plt.rc_context(STYLE):
+        figure.savefig(files[0], dpi=160, facecolor="white", metadata={"Software": None})
+        figure.savefig(files[1], facecolor="white", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    return files
+
+
+def dice_over_labels(scores: Scores, rows: Sequence[Row], setting: str) -> Any | None:
+    """Mean Dice of each method over the number of labels (log axis), a band of one deviation over seeds, and each seed as a dot.
+
+    Returns:
+        A matplotlib figure; None where there is nothing to draw yet.
+    """
+    import matplotlib.pyplot as plt
+
+    own = [r for r in rows if r.key.setting == setting and isinstance(r.key.labels, int) and r.values]
+    counts = sorted({int(r.key.labels) for r in own})
+    if not own:
+        return None
+    methods = scores.methods(setting)
+    with plt.rc_context(STYLE):
+        figure, (axis,) = _figure(6.4, 3.9)
+        for i, method in enumerate(m for m in methods if any(r.key.method == m for r in own)):
+            colour, marker = colour_of(method, methods)
+            of = {int(r.key.labels): r.dice for r in own if r.key.method == method}
+            x = np.array([n for n in counts if n in of], dtype=float)
+            mean, sd = np.array([of[int(n)] for n in x]).T * 100
+            axis.plot(x, mean, color=colour, marker=marker, ms=5.5, lw=1.8, label=method, zorder=3 + (i > 0))
+            axis.fill_between(x, mean - np.nan_to_num(sd), mean + np.nan_to_num(sd), color=colour, alpha=0.13, lw=0)
+            for n in x:
+                dots = 100 * seed_means(scores.arrays[Key(setting, method, int(n))]["dice"])
+                axis.scatter(
+                    np.full(len(dots), n * 1.012 ** (i - len(methods) / 2)), dots, s=9, color=colour, alpha=0.55, lw=0
+                )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(counts, [str(n) for n in counts])
+        axis.minorticks_off()
+        if len(counts) == 1:
+            axis.set_xlim(counts[0] / 2, counts[0] * 2)
+        axis.set_xlabel("labelled cases (log scale)")
+        axis.set_ylabel("Dice, %")
+        axis.legend(loc="best", ncols=2 if len(methods) > 4 else 1)
+    return figure
+
+
+def training_curves(curves: Curves, setting: str, methods: Sequence[str]) -> Any | None:
+    """Pseudo Dice over epochs, one panel per number of labels: the mean over runs, and their range as a band.
+
+    The runs are followed to the last epoch that all of them have reached.
+
+    Returns:
+        A matplotlib figure; None without curves.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    counts = sorted({k.labels for k in curves if k.setting == setting}, key=label_order)
+    if not counts:
+        return None
+    with plt.rc_context(STYLE):
+        figure, axes = _figure(max(6.4, 3.2 * min(len(counts), 4)), 3.3, len(counts))
+        for axis, labels in zip(axes, counts):
+            for method in (m for m in methods if Key(setting, m, labels) in curves):
+                runs = 100 * curves[Key(setting, method, labels)]["pseudo_dice"]
+                mean = mean_curve(runs)
+                if not len(mean):
+                    continue
+                colour, _ = colour_of(method, methods)
+                x = np.arange(1, len(mean) + 1)
+                axis.plot(x, mean, color=colour, lw=1.6, label=method, zorder=3)
+                piece = runs[:, : len(mean)]
+                if len(piece) > 1:
+                    axis.fill_between(x, np.nanmin(piece, 0), np.nanmax(piece, 0), color=colour, alpha=0.12, lw=0)
+            axis.set_title(f"{labels} label{'s' * (labels != 1)}" if isinstance(labels, int) else str(labels))
+            axis.set_xlabel("epoch")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[0].set_ylabel("pseudo Dice, %")
+        axes[0].legend(loc="best", fontsize=8.5)
+        low, high = min(axis.get_ylim()[0] for axis in axes), max(axis.get_ylim()[1] for axis in axes)
+        for axis in axes:
+            axis.set_ylim(max(0.0, low), min(100.0, high))
+    return figure

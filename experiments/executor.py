@@ -1,0 +1,286 @@
+"""Runs jobs that need each other: some at a time, going on where one fails, and where it was after a kill."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from nnssl.experiments.jobs import Job
+from nnssl.experiments.records import Records, end_group, try_lock
+
+__all__ = ["LAUNCHER", "Backend", "Handle", "LocalBackend", "Outcome", "full_command", "run_jobs"]
+
+log = logging.getLogger("nnssl")
+
+LAUNCHER = (sys.executable, "-m", "nnssl.experiments.launch")
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 60.0
+"""For jobs to save after they were asked to end."""
+
+
+class Handle(Protocol):
+    """A job that runs somewhere."""
+
+    def poll(self) -> int | None:
+        """Exit status, or None while it runs."""
+
+    def stop(self, wait: bool) -> None:
+        """Ask it to end; with ``wait`` return once it has."""
+
+
+class Backend(Protocol):
+    """Where jobs run."""
+
+    def start(self, job: Job, slot: int) -> Handle:
+        """Start a job."""
+
+
+@dataclass
+class Outcome:
+    """What became of the jobs, by id.
+
+    Attributes:
+        finished: were finished before.
+        done: now.
+        failed: with the reason.
+        blocked: with the failed job that they need.
+    """
+
+    finished: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    blocked: dict[str, str] = field(default_factory=dict)
+
+
+def full_command(job: Job) -> tuple[str, ...]:
+    """The job's command, with ``--c`` where it was begun before."""
+    return (*job.command, "--c") if any(path.is_file() for path in job.resume) else job.command
+
+
+class _Process:
+    """A process of ours."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self.process = process
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def stop(self, wait: bool) -> None:
+        end_group(self.process.pid)
+        if not wait:
+            return
+        try:
+            self.process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            end_group(self.process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+            self.process.wait()
+
+
+class _Left:
+    """A process that an earlier start of the experiment left running: it is waited for, by its lock."""
+
+    def __init__(self, lock: Path) -> None:
+        self.lock = lock
+
+    def poll(self) -> int | None:
+        file = try_lock(self.lock)
+        if file is None:
+            return None
+        file.close()
+        return 0
+
+    def stop(self, wait: bool) -> None:
+        """It was not started here and is left alone."""
+
+
+class LocalBackend:
+    """Jobs on this machine, each in a process group of its own with its own log.
+
+    Args:
+        records: of the output folder.
+        environment: variables exported for the jobs.
+        gpus: what ``CUDA_VISIBLE_DEVICES`` gets, by slot; none where empty.
+        launcher: what the job's command is appended to.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        environment: Mapping[str, str] | None = None,
+        gpus: Sequence[str] = (),
+        launcher: Sequence[str] = LAUNCHER,
+    ) -> None:
+        self.records, self.gpus, self.launcher = records, list(gpus), list(launcher)
+        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+
+    def start(self, job: Job, slot: int) -> Handle:
+        """Start a job, or take over the process that an earlier start left running."""
+        lock = try_lock(self.records.lock(job.id))
+        if lock is None:
+            pid = int(self.records.read(job.id).get("pid") or 0)
+            if pid and _alive(pid):
+                log.info("%s is still running from an earlier start (process %d): waiting for it.", job.id, pid)
+                return _Left(self.records.lock(job.id))
+            end_group(pid, getattr(signal, "SIGKILL", signal.SIGTERM)) if pid else None
+            lock = _wait_for_lock(self.records.lock(job.id))
+            if lock is None:
+                return _Left(self.records.lock(job.id))
+        file = self.records.log(job.id)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        command = full_command(job)
+        environment = dict(self.environment)
+        if self.gpus and job.gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        with file.open("ab") as out, lock:
+            out.write(f"$ {' '.join(command)}\n".encode())
+            out.flush()
+            process = subprocess.Popen(
+                [*self.launcher, *command], env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                start_new_session=True, pass_fds=[lock.fileno()] if os.name == "posix" else (),
+            )  # fmt: skip
+        self.records.write(job.id, status="running", pid=process.pid, started=time.time(), command=list(command))
+        return _Process(process)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return not _zombie(pid)
+
+
+def _zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):
+        return False
+
+
+def _wait_for_lock(path: Path) -> Any:
+    """The lock of a job whose processes were just killed."""
+    for _ in range(50):
+        lock = try_lock(path)
+        if lock is not None:
+            return lock
+        time.sleep(0.1)
+    return None
+
+
+class Stopped(KeyboardInterrupt):
+    """The program was asked to end."""
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_jobs(
+    jobs: Iterable[Job],
+    records: Records,
+    backend: Backend,
+    slots: int = 1,
+    on_end: Callable[[Job, Outcome], None] | None = None,
+) -> Outcome:
+    """Run what is not finished, in the given order as far as needs and slots allow.
+
+    Args:
+        jobs: each after those that it needs.
+        records: tell what is finished, and are kept up to date.
+        backend: where the jobs run.
+        slots: jobs at a time.
+        on_end: called after each job that ended in this call.
+
+    Returns:
+        What became of them. A job fails where its exit status is not 0 or an output is missing; those that need it are blocked,
+        all others go on.
+    """
+    jobs = list(jobs)
+    outcome = Outcome(finished=[job.id for job in jobs if records.finished(job)])
+    running: dict[str, tuple[Job, int, Handle, float]] = {}
+    waiting = {job.id: job for job in jobs if job.id not in set(outcome.finished)}
+    free = list(range(slots))[::-1]
+    with _stop_on_sigterm():
+        try:
+            while waiting or running:
+                _block(waiting, outcome)
+                for job in _ready(waiting, outcome, len(free)):
+                    slot = free.pop()
+                    del waiting[job.id]
+                    log.info("%s: %s", job.id, job.shown)
+                    running[job.id] = (job, slot, backend.start(job, slot), time.monotonic())
+                ended = [(i, status) for i, (_, _, h, _) in running.items() if (status := h.poll()) is not None]
+                for job_id, status in ended:
+                    job, slot, _, begin = running.pop(job_id)
+                    free.append(slot)
+                    _settle(job, status, time.monotonic() - begin, records, outcome)
+                    if on_end is not None:
+                        on_end(job, outcome)
+                if running and not ended:
+                    time.sleep(POLL_SECONDS)
+        except BaseException:
+            for wait in (False, True):
+                for _, _, handle, _ in running.values():
+                    handle.stop(wait)
+            for job_id in running:
+                records.write(job_id, status="stopped")
+            raise
+    return outcome
+
+
+def _ready(waiting: Mapping[str, Job], outcome: Outcome, number: int) -> list[Job]:
+    there = {*outcome.finished, *outcome.done}
+    return [job for job in waiting.values() if there.issuperset(job.needs)][:number]
+
+
+def _block(waiting: dict[str, Job], outcome: Outcome) -> None:
+    """Take out what needs a job that failed."""
+    while True:
+        gone = {**outcome.failed, **outcome.blocked}
+        blocked = {
+            i: next(n for n in job.needs if n in gone) for i, job in waiting.items() if gone.keys() & set(job.needs)
+        }
+        if not blocked:
+            return
+        for job_id, need in blocked.items():
+            outcome.blocked[job_id] = outcome.blocked.get(need, need)
+            del waiting[job_id]
+
+
+def _settle(job: Job, status: int, seconds: float, records: Records, outcome: Outcome) -> None:
+    missing = [path for path in job.outputs if not path.is_file()]
+    spent = float(records.read(job.id).get("seconds") or 0.0) + seconds
+    if status == 0 and not missing:
+        records.write(job.id, status="done", seconds=spent, amount=job.amount, phase=job.phase, returncode=0)
+        outcome.done.append(job.id)
+        return
+    reason = f"exit status {status}" if status else f"{missing[0]} is missing though the command ended well"
+    last = records.last_lines(job.id)
+    reason = f"{reason}: {last[0]}" if last else reason
+    records.write(job.id, status="failed", seconds=spent, phase=job.phase, returncode=status, reason=reason)
+    outcome.failed[job.id] = reason
+    log.warning("%s FAILED (%s). Its log: %s. The others go on.", job.id, reason, records.log(job.id))

@@ -1,0 +1,333 @@
+"""The experiment file: what is compared, on which cases, how long. One frozen dataclass for each section.
+
+A file of five lines is enough::
+
+    dataset: 4
+    methods: [scratch, mae, macl]
+    labels: [4, 16]
+    seeds: 3
+    training: {epochs: 200}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from nnssl.errors import NnsslError, raise_problems
+from nnssl.experiments.schema import build, check_keys, key, read_yaml, resolve_path
+from nnssl.plans.figures import check_options, family_name
+from nnssl.plans.variants import check_name
+
+__all__ = ["SCRATCH", "Arm", "Experiment", "Network", "Pretraining", "Setting", "Training", "load_experiment"]
+
+SCRATCH = "scratch"
+"""The method without pretraining, which all others are compared with."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network other than the plans': ``nnssl_plan`` derives a variant that all methods share."""
+
+    features: tuple[int, ...] = key((), "channels per stage", low=1)
+    patch: tuple[int, ...] = key((), "training patch in voxels", low=1)
+    batch_size: int | None = key(None, "training batch", low=1)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is changed; empty for the plans as they are."""
+        return {k: v for k, v in ((f.name, getattr(self, f.name)) for f in fields(self)) if v not in ((), None)}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Fine-tuning, the same for all methods but where a method has its own ``training``."""
+
+    schedule: str = key("warmup-poly", "schedule of the learning rate, see nnssl_plan --schedule")
+    figures: dict[str, Any] = key({}, "figures of the schedule, for example {peak_lr: 1e-3}")
+    epochs: int | None = key(None, "epochs (default: nnU-Net's 1000)", low=1)
+    iterations: int | None = key(None, "steps per epoch (default: nnU-Net's 250)", low=1)
+    val_iterations: int | None = key(None, "validation batches per epoch (default: nnU-Net's 50)", low=1)
+    val_cases: int = key(
+        10, "unlabelled-for-training cases that draw the training curve, where no fold validates", low=1
+    )
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The lengths that are given."""
+        given = {k: getattr(self, k) for k in ("epochs", "iterations", "val_iterations")}
+        return {k: v for k, v in given.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """What ``nnssl_pretrain`` is asked for, the same for all methods but where a method has its own ``pretraining``."""
+
+    datasets: tuple[str, ...] = key((), "datasets to learn from (default: the dataset itself, without its test cases)")
+    epochs: int | None = key(None, "epochs (default: nnssl_pretrain's)", low=1)
+    iterations: int | None = key(None, "steps per epoch (default: nnssl_pretrain's)", low=1)
+    options: dict[str, Any] = key({}, "-o options of method and loop")
+    crop: tuple[int, ...] = key((), "crop in voxels", low=1)
+    seed: int = key(0, "of initialisation, sampling and views", low=0)
+    per_seed: bool = key(False, "one pretraining for each seed instead of one for all")
+    exclude: str | None = key(None, "file of cases to leave out")
+    robustness_every: int | None = key(None, "epochs between two measurements of robustness", low=0)
+    skip_bad: bool = key(False, "go on without images that cannot be used")
+    allow_mismatch: bool = key(False, "accept that channels or modality differ")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method of the comparison.
+
+    Attributes:
+        name: in tables and file names.
+        method: ``"scratch"``, an objective of ``nnssl_pretrain``, or empty where there is a checkpoint.
+        checkpoint: a file that exists already, in place of a pretraining.
+        adapt, coverage: as for ``nnssl_plan``, where the checkpoint comes from another network.
+        training, pretraining: with this method's own keys filled in.
+    """
+
+    name: str
+    method: str
+    checkpoint: Path | None
+    adapt: dict[str, Any]
+    coverage: float | None
+    training: Training
+    pretraining: Pretraining
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One table: a dataset and how it is trained. A file without ``settings`` has one."""
+
+    dataset: str = key("", "number or name of the labelled dataset")
+    name: str = key("", "what tables call it (default: the dataset's name)")
+    configuration: str = key("3d_fullres", "nnU-Net's configuration")
+    plans: str = key("nnUNetPlans", "plans to derive from")
+    network: Network = key(Network(), "another network than the plans'")
+    arms: tuple[Arm, ...] = key((), "")
+    labels: tuple[str, ...] = key((), "numbers of labelled cases, shares such as 10%, or all")
+    seeds: tuple[int, ...] = key((0, 1, 2), "which cases are the labelled ones", low=0)
+    splits: Path | None = key(None, "")
+    test: tuple[str, ...] = key((), "test cases: imagesTs (default where it has labels), or names")
+    folds: tuple[int, ...] = key((), "in place of test cases: evaluate on the validation cases of these folds", low=0)
+    max_test_cases: int | None = key(None, "only the first so many of the test cases in a fixed random order", low=1)
+    mirroring: bool = key(True, "predict with nnU-Net's test-time augmentation")
+    surface_tolerance_mm: float = key(1.0, "tolerance of the surface Dice in mm", low=0)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a file asks for, defaults filled in.
+
+    Attributes:
+        name: of variants, pretrainings and the output folder.
+        title: of the report.
+        settings: one for each table.
+        pictures: whether the report may show images of cases.
+        environment: variables exported for the jobs.
+        slurm: parameters of submitit, for ``--executor slurm``.
+        published: a CSV of published figures to put beside ours.
+        notes: sentences for the report.
+        file: the file itself.
+    """
+
+    name: str
+    title: str
+    settings: tuple[Setting, ...]
+    pictures: bool
+    environment: dict[str, str]
+    slurm: dict[str, Any]
+    published: Path | None
+    notes: tuple[str, ...]
+    file: Path
+
+
+_TOP = {"name", "title", "settings", "pictures", "environment", "slurm", "published", "notes"}
+_OF_SETTING = {f.name for f in fields(Setting)} - {"arms"} | {"methods", "training", "pretraining"}
+_OF_ARM = {"name", "method", "checkpoint", "adapt", "coverage", "options", "training", "pretraining"}
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """Read an experiment file.
+
+    Raises:
+        NnsslError: lists unknown keys with the nearest known one, wrong types, unknown methods, schedules and figures.
+    """
+    file = Path(path)
+    given = read_yaml(file)
+    several = given.get("settings")
+    known = _TOP | _OF_SETTING - ({"name"} if several is not None else set()) | {"name"}
+    raise_problems(check_keys(given, known, ""), str(file))
+    shared = {k: v for k, v in given.items() if k in _OF_SETTING and k != "name"}
+    try:
+        settings = _settings(several, shared, file.parent)
+        top = build(_Top, {k: given[k] for k in _TOP & set(given) - {"settings"}})
+    except NnsslError as error:
+        raise NnsslError(f"{file}: {error}") from error
+    name = check_name(top.name or re.sub(r"[^A-Za-z0-9]+", "-", file.stem).strip("-"), "name")
+    published = resolve_path(top.published, file.parent) if top.published else None
+    environment = {k: str(v) for k, v in top.environment.items()}
+    return Experiment(
+        name, top.title or name, settings, top.pictures, environment, top.slurm, published, top.notes, file
+    )
+
+
+@dataclass(frozen=True)
+class _Top:
+    name: str = ""
+    title: str = ""
+    pictures: bool = True
+    environment: dict[str, Any] = key({}, "")
+    slurm: dict[str, Any] = key({}, "")
+    published: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _settings(several: Any, shared: dict[str, Any], folder: Path) -> tuple[Setting, ...]:
+    if several is None:
+        return (_setting(shared, folder, ""),)
+    if not isinstance(several, list) or not several or not all(isinstance(s, Mapping) for s in several):
+        raise NnsslError(
+            "settings: a list is wanted, each with its own 'name:' and what differs from the rest of the file."
+        )
+    out = []
+    for i, own in enumerate(several):
+        where = f"settings, {own.get('name', f'number {i + 1}')}: "
+        raise_problems(check_keys(own, _OF_SETTING, where), "the experiment")
+        merged = {**shared, **own}
+        for section in ("training", "pretraining", "network"):
+            if isinstance(shared.get(section), Mapping) and isinstance(own.get(section), Mapping):
+                merged[section] = {**shared[section], **own[section]}
+        out.append(_setting(merged, folder, where))
+    names = [s.name or s.dataset for s in out]
+    raise_problems([f"two are called '{n}'" for n in dict.fromkeys(names) if names.count(n) > 1], "settings")
+    return tuple(out)
+
+
+def _setting(given: dict[str, Any], folder: Path, where: str) -> Setting:
+    missing = [k for k in ("dataset", "methods", "labels") if given.get(k) in (None, "", [])]
+    raise_problems([f"{where}'{k}' is missing" for k in missing], "the experiment")
+    training = build(Training, given.get("training") or {}, f"{where}training: ")
+    pretraining = build(Pretraining, given.get("pretraining") or {}, f"{where}pretraining: ")
+    values = {k: v for k, v in given.items() if k not in ("methods", "training", "pretraining", "splits", "test")}
+    seeds = values.get("seeds")
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        values["seeds"] = list(range(seeds))
+    setting = build(Setting, values, where)
+    methods = given["methods"] if isinstance(given["methods"], list) else [given["methods"]]
+    arms = tuple(_arm(m, training, pretraining, folder, where) for m in methods)
+    names = [arm.name for arm in arms]
+    problems = [f"{where}two methods are called '{n}'" for n in dict.fromkeys(names) if names.count(n) > 1]
+    problems += [f"{where}seeds: none is given"] if not setting.seeds else []
+    for k, values_of in (("labels", setting.labels), ("seeds", setting.seeds), ("folds", setting.folds)):
+        problems += [f"{where}{k}: a value is given twice"] if len(set(values_of)) < len(values_of) else []
+    problems += [f"{where}labels: '{t}' is neither a number, a share such as 10%, nor all" for t in setting.labels
+                 if not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?%|all", t)]  # fmt: skip
+    if given.get("test") is not None and setting.folds:
+        problems.append(
+            f"{where}test and folds exclude each other: either fixed test cases, or validation cases of folds"
+        )
+    if given.get("splits") is not None and setting.folds:
+        problems.append(f"{where}splits and folds exclude each other: splits names the test cases")
+    raise_problems(problems, "the experiment")
+    splits = resolve_path(str(given["splits"]), folder) if given.get("splits") else None
+    return replace(setting, arms=arms, splits=splits, test=_test(given.get("test"), folder))
+
+
+def _test(given: Any, folder: Path) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    if isinstance(given, list):
+        return tuple(str(g) for g in given)
+    if str(given) == "imagesTs":
+        return ("imagesTs",)
+    from nnssl.experiments.cases import read_names
+
+    return tuple(read_names(resolve_path(str(given), folder), "test"))
+
+
+def _arm(given: Any, training: Training, pretraining: Pretraining, folder: Path, where: str) -> Arm:
+    if isinstance(given, str):
+        given = {"method": given}
+    if not isinstance(given, Mapping):
+        raise NnsslError(
+            f"{where}methods: a name or a mapping with 'method:' or 'checkpoint:' is wanted, not {given!r}."
+        )
+    title = str(given.get("name") or given.get("method") or "")
+    at = f"{where}method {title or '?'}: "
+    problems = check_keys(given, _OF_ARM, at)
+    method, file = str(given.get("method") or ""), given.get("checkpoint")
+    if bool(method) == bool(file):
+        problems.append(f"{at}either 'method' or 'checkpoint' is needed")
+    if not title:
+        problems.append(f"{where}methods: a method with a checkpoint needs a 'name'")
+    if file is None and (given.get("adapt") or given.get("coverage") is not None):
+        problems.append(f"{at}adapt and coverage belong to a checkpoint")
+    if method == SCRATCH and (given.get("options") or given.get("pretraining")):
+        problems.append(f"{at}there is no pretraining, so it has no options")
+    raise_problems(problems, "the experiment")
+    own = dict(given.get("pretraining") or {})
+    options = {**pretraining.options, **(own.pop("options", None) or {}), **(given.get("options") or {})}
+    told = build(_ArmKeys, {k: given[k] for k in ("adapt", "coverage") if k in given}, at)
+    learnt = replace(_merged(pretraining, own, f"{at}pretraining: "), options=options)
+    if learnt.exclude:
+        learnt = replace(learnt, exclude=str(resolve_path(learnt.exclude, folder)))
+    arm = Arm(
+        name=check_name(title, f"{where}method"),
+        method=method,
+        checkpoint=_checkpoint(file, folder),
+        adapt=told.adapt,
+        coverage=told.coverage,
+        training=_merged(training, given.get("training"), f"{at}training: "),
+        pretraining=learnt,
+    )
+    _check_arm(arm, at)
+    return arm
+
+
+@dataclass(frozen=True)
+class _ArmKeys:
+    adapt: dict[str, Any] = key({}, "")
+    coverage: float | None = None
+
+
+def _merged(base: Any, own: Any, where: str) -> Any:
+    """The shared section with a method's own keys; its figures are added to the shared ones of the same schedule."""
+    if not own:
+        return base
+    values = {f.name: getattr(base, f.name) for f in fields(base)}
+    if isinstance(base, Training):
+        same = family_name(str(own.get("schedule", base.schedule))) == family_name(base.schedule)
+        values["figures"] = {**(base.figures if same else {}), **(own.get("figures") or {})}
+        own = {k: v for k, v in own.items() if k != "figures"}
+    return build(type(base), {**values, **own}, where)
+
+
+def _checkpoint(text: Any, folder: Path) -> Path | None:
+    if not text:
+        return None
+    from nnssl.paths import FOLDERS, decode_path
+
+    return decode_path(str(text)) if str(text).partition(":")[0] in FOLDERS else resolve_path(str(text), folder)
+
+
+def _check_arm(arm: Arm, where: str) -> None:
+    """Refuse schedules, figures, objectives and options that do not exist, before anything runs."""
+    family = family_name(arm.training.schedule)
+    try:
+        check_options(arm.training.figures, family)
+        if arm.method == SCRATCH and family == "linear_probe":
+            raise NnsslError("a linear probe has no control without pretraining; give scratch a 'training' of its own.")
+        if arm.method not in ("", SCRATCH):
+            from nnssl.pretrain.methods import get_method
+            from nnssl.pretrain.resolve import resolve
+
+            resolve(get_method(arm.method), None, epochs=None, iterations=None, seed=None,
+                    options=arm.pretraining.options, crop=None)  # fmt: skip
+    except NnsslError as error:
+        raise NnsslError(f"{where}{error}") from error

@@ -1,0 +1,287 @@
+"""The three best and the three worst cases as pictures: contours of reference and prediction on the slice that shows most."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnssl.experiments.scores import Key, Scores, label_order, parse_labels
+from nnssl.experiments.statistics import _nanmean
+from nnssl.experiments.summary import Row
+from nnssl.experiments.tables import baseline_of
+
+__all__ = [
+    "CasePicture",
+    "best_slice",
+    "draw_case",
+    "extreme_cases",
+    "pictured_cell",
+    "remove_overlays",
+    "write_overlays",
+]
+
+log = logging.getLogger("nnssl")
+
+REFERENCE = "#ffffff"
+COLOURS = ("#ffb000", "#35d0e6", "#ff5a8a", "#8ce04a", "#b79bff", "#ff7a2f", "#4f9bff", "#f4f06a")
+ENDINGS = (".nii.gz", ".nrrd", ".mha", ".nii", ".tif", ".png")
+
+
+@dataclass(frozen=True)
+class CasePicture:
+    """One drawn case.
+
+    Attributes:
+        file: the PNG. case: its name. rank: ``"best 1"`` to ``"worst 3"``. key, seed: whose prediction is shown beside the
+            baseline's.
+        dice: its Dice averaged over labels, 0..1. scratch: the same of scratch; NaN where there is none.
+    """
+
+    file: Path
+    case: str
+    rank: str
+    key: Key
+    seed: str
+    dice: float
+    scratch: float
+
+
+def pictured_cell(rows: Sequence[Row], setting: str) -> Key | None:
+    """The cell whose cases are shown: of the methods with the fewest labels the one with the highest Dice; ``scratch`` if
+    alone.
+
+    The fewest labels, since there the methods differ most.
+    """
+    own = [r for r in rows if r.key.setting == setting and not math.isnan(r.dice[0])]
+    ours = [r for r in own if r.key.method != baseline_of([r for r in rows if r.key.setting == setting])] or own
+    if not ours:
+        return None
+    least = min((r.key.labels for r in ours), key=label_order)
+    return max((r for r in ours if r.key.labels == least), key=lambda r: r.dice[0]).key
+
+
+def _case_dice(scores: Scores, key: Key, seed: int) -> np.ndarray:
+    array = scores.arrays.get(key)
+    return _nanmean(array["dice"][seed], 1) if array else np.full(len(scores.cases[key.setting]), math.nan)
+
+
+def extreme_cases(scores: Scores, key: Key, seed: str, count: int = 3) -> list[tuple[str, str, float]]:
+    """Best and worst cases of one seed: ``(rank, case, Dice)``, best first; a case is never shown twice. Equal ones go by
+    name."""
+    dice = _case_dice(scores, key, scores.seeds[key.setting].index(seed))
+    order = sorted(
+        (i for i in range(len(dice)) if not math.isnan(dice[i])), key=lambda i: (-dice[i], scores.cases[key.setting][i])
+    )
+    worst = order[::-1][: min(count, len(order) // 2)]
+    best = order[: min(count, len(order) - len(worst))]
+    named = [(f"best {n + 1}", i) for n, i in enumerate(best)] + [(f"worst {n + 1}", i) for n, i in enumerate(worst)]
+    return [(rank, scores.cases[key.setting][i], float(dice[i])) for rank, i in named]
+
+
+def best_slice(reference: np.ndarray, prediction: np.ndarray) -> int:
+    """Index on axis 0 of the slice with most labels at once, then with most foreground of either; the middle one where there
+    is none.
+
+    Args:
+        reference, prediction: integer label maps ``(D, H, W)``.
+    """
+    names = np.unique(np.concatenate([np.unique(reference), np.unique(prediction)]))
+    area = [
+        (reference == n).any(axis=(1, 2)).astype(float) + (prediction == n).any(axis=(1, 2)) for n in names if n > 0
+    ]
+    if not area:
+        return len(reference) // 2
+    voxels = ((reference > 0) | (prediction > 0)).sum(axis=(1, 2))
+    return int(np.argmax(np.sum(area, axis=0) * (voxels.max() + 1.0) + voxels))
+
+
+def _read(file: Path) -> tuple[np.ndarray, tuple[float, ...]]:
+    """Array ``(D, H, W)`` and spacing in mm; of a 4D image the first channel, of a 2D one a single slice."""
+    import SimpleITK as sitk
+
+    image = sitk.ReadImage(str(file))
+    array = sitk.GetArrayFromImage(image)
+    spacing = tuple(reversed(image.GetSpacing()))
+    if array.ndim == 4:
+        array, spacing = array[0], spacing[1:]
+    return (array, spacing) if array.ndim == 3 else (array[None], (1.0, *spacing))
+
+
+def _thick_axis(spacing: Sequence[float]) -> int:
+    """The axis across which slices are taken: the one with much thicker slices, else the first."""
+    thick = int(np.argmax(spacing))
+    return thick if spacing[thick] > 1.5 * sorted(spacing)[1] else 0
+
+
+def _window(image: np.ndarray, box: tuple[slice, slice]) -> tuple[float, float]:
+    inside = image[box]
+    low, high = np.percentile(inside, [1, 99.5])
+    return float(low), float(high if high > low else low + 1)
+
+
+def _box(mask: np.ndarray, spacing: Sequence[float]) -> tuple[slice, slice]:
+    """A square window in mm around what is drawn, with a margin, within the slice."""
+    shape = mask.shape
+    where = np.argwhere(mask) if mask.any() else np.array([[0, 0], [shape[0] - 1, shape[1] - 1]])
+    low, high = where.min(0), where.max(0) + 1
+    side = max((high - low) * spacing) * 1.5 + 6 * max(spacing)
+    out = []
+    for a in (0, 1):
+        half, middle = side / spacing[a] / 2, (low[a] + high[a]) / 2
+        start = int(max(0, min(round(middle - half), shape[a] - 2 * half)))
+        out.append(slice(start, int(min(shape[a], math.ceil(start + 2 * half)))))
+    return out[0], out[1]
+
+
+def draw_case(
+    image: Path, reference: Path, predictions: Sequence[tuple[str, Path]], labels: Sequence[int], file: Path
+) -> None:
+    """Draw one case: the reference, then each prediction over a thin white reference contour, on one slice, side by side.
+
+    Args:
+        image: first channel of the raw image.
+        reference: label map of the same grid.
+        predictions: title and label map of each panel; the last one is the one that the slice is chosen for.
+        labels: values to draw; one colour each.
+        file: the PNG to write.
+
+    Raises:
+        ValueError: the sizes differ. RuntimeError: a file cannot be read.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    scan, spacing = _read(image)
+    truth, _ = _read(reference)
+    maps = [(title, _read(path)[0]) for title, path in predictions]
+    if any(m.shape != scan.shape for m in [truth, *(m for _, m in maps)]):
+        raise ValueError(f"{image.name}: image and label maps differ in size")
+    axis = _thick_axis(spacing)
+    z = best_slice(np.moveaxis(truth, axis, 0), np.moveaxis(maps[-1][1], axis, 0))
+    flat = [np.take(a, z, axis) for a in (scan, truth, *(m for _, m in maps))]
+    pixel = [s for a, s in enumerate(spacing) if a != axis]
+    box = _box(np.any([m > 0 for m in flat[1:]], axis=0), pixel)
+    low, high = _window(flat[0], box)
+    figure, axes = plt.subplots(
+        1,
+        len(maps) + 1,
+        figsize=(2.5 * (len(maps) + 1), 2.85),
+        squeeze=False,
+        layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.06, wspace=0.02),
+    )
+    for panel, (title, shown) in zip(axes[0], [("reference", None), *zip([t for t, _ in maps], flat[2:])]):
+        panel.imshow(
+            flat[0][box], cmap="gray", vmin=low, vmax=high, aspect=pixel[0] / pixel[1], interpolation="bilinear"
+        )
+        for i, value in enumerate(labels):
+            colour = COLOURS[i % len(COLOURS)]
+            _contour(
+                panel, flat[1][box] == value, colour if shown is None else REFERENCE, 1.6 if shown is None else 0.8
+            )
+            if shown is not None:
+                _contour(panel, shown[box] == value, colour, 1.6)
+        panel.set_title(title, fontsize=11.5, color="#2b2f36")
+        panel.axis("off")
+        if axis:  # coronal and sagittal slices: the head is up
+            panel.invert_yaxis()
+    figure.savefig(file, dpi=110, facecolor="white", metadata={"Software": None})
+    plt.close(figure)
+
+
+def _contour(panel: Any, mask: np.ndarray, colour: str, width: float) -> None:
+    if mask.any() and not mask.all():
+        panel.contour(np.pad(mask, 1).astype(float), [0.5], colors=colour, linewidths=width,
+                      extent=(-1.5, mask.shape[1] + 0.5, -1.5, mask.shape[0] + 0.5))  # fmt: skip
+
+
+def _folder(images: dict[str, Any], key: Key, seed: str, case: str) -> Path | None:
+    """The prediction of a case: the folder of its cell and seed that has the file; with several folds, the first that does."""
+    for entry in images.get("predictions") or []:
+        same = Key(str(entry.get("setting", "")), str(entry["method"]), parse_labels(entry["labels"])) == key
+        if same and str(entry["seed"]) == seed:
+            for ending in ENDINGS:
+                file = Path(entry["folder"]) / f"{case}{ending}"
+                if file.is_file():
+                    return file
+    return None
+
+
+def _label_values(images: dict[str, Any], names: Sequence[str]) -> list[int]:
+    values = images.get("labels") or {}
+    out = [values.get(name) for name in names]
+    flat = [int(v) for o in out if o is not None for v in (o if isinstance(o, list) else [o])]
+    return list(dict.fromkeys(flat)) or list(range(1, len(names) + 1))
+
+
+def remove_overlays(out: Path) -> None:
+    """Remove the pictures of an earlier report: other cases may be the best now, or pictures may have been switched off since."""
+    for kind in ("best", "worst"):
+        for file in out.glob(f"*{kind}_[0-9].png"):
+            file.unlink()
+
+
+def write_overlays(
+    scores: Scores, rows: Sequence[Row], images: dict[str, Any], setting: str, out: Path
+) -> list[CasePicture]:
+    """Draw the best and worst cases of a setting into ``out``; what cannot be drawn (a file that is gone) is left out with a
+    warning.
+
+    Args:
+        scores, rows: of the experiment.
+        images: content of ``images.json``.
+        setting: which table.
+        out: folder for the PNG files; created.
+    """
+    key = pictured_cell(rows, setting)
+    if key is None:
+        return []
+    cases = images.get("cases") or {}
+    cases = cases.get(setting, cases)
+    drawn = []
+    for seed in scores.seeds[setting]:
+        chosen = extreme_cases(scores, key, seed)
+        if any(_folder(images, key, seed, case) for _, case, _ in chosen):
+            break
+    else:
+        return []
+    base = scores.baseline(key)
+    scratch = _case_dice(scores, base, scores.seeds[setting].index(seed))
+    out.mkdir(parents=True, exist_ok=True)
+    for rank, case, dice in chosen:
+        own, theirs = _folder(images, key, seed, case), _folder(images, base, seed, case) if key != base else None
+        before = float(scratch[scores.cases[setting].index(case)]) if key != base else math.nan
+        known = cases.get(case) or {}
+        if own is None or not known.get("image") or not known.get("reference"):
+            log.warning("No picture of %s: its prediction, image or reference is not there.", case)
+            continue
+        panels = [(f"{key.method}: Dice {100 * dice:.1f}", own)]
+        if theirs is not None and not math.isnan(before):
+            panels.insert(0, (f"{base.method}: Dice {100 * before:.1f}", theirs))
+        file = out / f"{_safe(setting)}{rank.replace(' ', '_')}.png"
+        try:
+            draw_case(
+                Path(known["image"]),
+                Path(known["reference"]),
+                panels,
+                _label_values(images, scores.label_names[setting]),
+                file,
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            log.warning("No picture of %s: %s", case, error)
+            continue
+        drawn.append(CasePicture(file, case, rank, key, seed, dice, before))
+    return drawn
+
+
+def _safe(setting: str) -> str:
+    name = "".join(c if c.isalnum() or c in "-" else "_" for c in setting)
+    return f"{name}_" if name else ""

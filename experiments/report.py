@@ -1,0 +1,264 @@
+"""Tables, curves and one page from the result folder of an experiment, finished or not.
+
+Written into the folder: ``table.md``, ``table.csv``, ``table.tex``, ``dice_over_labels*.png`` and ``.svg``,
+``training_curves*.png`` and ``.svg``, ``overlays/*.png`` and ``report.html``, which opens offline and holds all of it. What is
+read is described in :mod:`nnssl.experiments.scores`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnssl.experiments import curves as draw
+from nnssl.experiments import html, provenance, tables, words
+from nnssl.experiments.overlay import COLOURS, CasePicture, remove_overlays, write_overlays
+from nnssl.experiments.published import (
+    LEFT_OVER,
+    PUBLISHED,
+    Published,
+    left_over,
+    of_setting,
+    published_notes,
+    published_table,
+    read_published,
+)
+from nnssl.experiments.scores import Scores, read_json_file, read_rows, read_scores
+from nnssl.experiments.summary import Curves, Row, read_curves, summarise
+from nnssl.experiments.tables import Table
+from nnssl.files import write_atomic
+
+__all__ = ["described", "write"]
+
+log = logging.getLogger("nnssl")
+
+CURVE_CAPTION = (
+    "Mean Dice over the number of labelled cases. Lines: mean over seeds; bands: one standard deviation over seeds; dots: "
+    "single seeds."
+)
+TRAINING_CAPTION = (
+    "Pseudo Dice on validation patches during fine-tuning. Lines: mean over runs, up to the last epoch that all have "
+    "reached; bands: range."
+)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """All that the writers need of an experiment."""
+
+    folder: Path
+    about: dict[str, Any]
+    scores: Scores
+    rows: list[Row]
+    curves: Curves
+    published: list[Published]
+
+    def of(self, setting: str) -> list[Row]:
+        return [r for r in self.rows if r.key.setting == setting]
+
+    def figures(self, setting: str) -> list[Published]:
+        return of_setting(self.published, setting, self.scores.settings)
+
+    def suffix(self, setting: str) -> str:
+        """What tells the files of several settings apart."""
+        if len(self.scores.settings) < 2:
+            return ""
+        return "_" + "".join(c if c.isalnum() or c == "-" else "_" for c in setting)
+
+
+def described(experiment: object) -> dict[str, Any]:
+    """What an experiment asks for, as ``experiment.json`` has it: from a mapping, or from an ``Experiment``."""
+    if experiment is None:
+        return {}
+    if isinstance(experiment, Mapping):
+        return dict(experiment)
+    about = {k: getattr(experiment, k) for k in ("name", "title", "pictures", "notes") if hasattr(experiment, k)}
+    about["settings"] = [
+        {
+            "name": setting.name or setting.dataset,
+            "methods": [arm.name for arm in setting.arms],
+            "labels": list(setting.labels),
+            "seeds": list(setting.seeds),
+            "folds": list(setting.folds),
+        }
+        for setting in getattr(experiment, "settings", ())
+    ]
+    return about
+
+
+def _read(folder: Path, experiment: object, published: str | Path | Sequence[Published] | None) -> _Data:
+    about = {**described(experiment), **read_json_file(folder / "experiment.json")}
+    scores = read_scores(folder, about)
+    only = scores.settings[0] if len(scores.settings) == 1 else ""
+    curves = read_curves(read_rows(folder / "runs.csv", ("method", "labels", "seed", "epoch")), only)
+    figures = read_published(published) if isinstance(published, (str, Path)) else list(published or ())
+    return _Data(folder, about, scores, summarise(scores, curves), curves, figures)
+
+
+def _tables(data: _Data, setting: str) -> list[Table]:
+    rows = data.of(setting)
+    found = [tables.dice_table(rows), tables.comparison_table(rows)]
+    for metric, title in (("surface_dice", "Surface Dice, %"), ("hd95", "HD95, mm (lower is better)")):
+        if any(r.values.get(metric, {}).get("mean", (float("nan"),))[0] >= 0 for r in rows):
+            found.append(tables.metric_table(rows, metric, title))
+    found += [tables.label_table(rows), published_table(rows, data.figures(setting))]
+    return [t for t in found if t is not None]
+
+
+def _write_text(file: Path, text: str) -> None:
+    write_atomic(file, lambda handle: handle.write(text.encode("utf-8")))
+
+
+def _title(data: _Data) -> str:
+    return str(data.about.get("title") or data.about.get("name") or "Label efficiency")
+
+
+def _heading(setting: str) -> str:
+    return setting or "Results"
+
+
+def _write_tables(data: _Data) -> None:
+    parts, latex = [f"# {_title(data)}"], ["% needs \\usepackage{booktabs}"]
+    for setting in data.scores.settings:
+        parts.append(f"## {_heading(setting)}")
+        parts += [f"- {line}" for line in words.answers(data.of(setting))]
+        for content in _tables(data, setting):
+            parts += [f"### {content.title}", tables.markdown(content)]
+            latex.append(tables.tex(content, f"{setting + ': ' if setting else ''}{content.title}"))
+        parts += [f"- {line}" for line in [*tables.notes(data.of(setting)), *published_notes(data.figures(setting))]]
+    rest = left_over(data.published, data.scores.settings)
+    if rest is not None:
+        parts += [f"## {rest.title}", f"{len(rest.rows)} figures are listed in report.html, of: {_names_of(rest)}."]
+    parts += ["## How to read this", *(f"- {line}" for line in words.EXPLANATIONS)]
+    _write_text(data.folder / "table.md", _joined(parts))
+    _write_text(data.folder / "table.tex", "\n\n".join(latex) + "\n")
+    _write_text(data.folder / "table.csv", tables.csv_text(data.rows))
+
+
+def _names_of(rest: Table) -> str:
+    return ", ".join(dict.fromkeys(row[0] for row in rest.rows))
+
+
+def _left_over(data: _Data, rest: Table) -> str:
+    used = {id(p) for setting in data.scores.settings for p in data.figures(setting)}
+    noted = published_notes([p for p in data.published if id(p) not in used])[1:]
+    return html.details(f"{len(rest.rows)} figures of {_names_of(rest)}", html.table(rest) + html.listing(noted))
+
+
+def _joined(parts: Sequence[str]) -> str:
+    """Blank lines between the parts, but not between the items of a list."""
+    out = ""
+    for before, part in zip(["", *parts], parts):
+        out += ("" if not before else "\n" if before.startswith("- ") and part.startswith("- ") else "\n\n") + part
+    return out + "\n"
+
+
+def _pictures(data: _Data, setting: str) -> list[html.Picture]:
+    out = []
+    suffix, methods = data.suffix(setting), data.scores.methods(setting)
+    figure = draw.dice_over_labels(data.scores, data.rows, setting)
+    if figure is not None:
+        file = draw.save(figure, data.folder / f"dice_over_labels{suffix}")[1]
+        out.append(html.Picture(file, CURVE_CAPTION, f"Dice of {', '.join(methods)} over the number of labelled cases"))
+    figure = draw.training_curves(data.curves, setting, methods)
+    if figure is not None:
+        file = draw.save(figure, data.folder / f"training_curves{suffix}")[1]
+        out.append(html.Picture(file, TRAINING_CAPTION, f"Training curves of {', '.join(methods)}"))
+    return out
+
+
+def _cases(data: _Data, setting: str, drawn: Sequence[CasePicture]) -> str:
+    if data.about.get("pictures") is False:
+        return html.paragraph("Pictures of cases are switched off for this experiment.", "muted")
+    if not drawn:
+        return ""
+    key, base = drawn[0].key, data.scores.methods(setting)[0]
+    names = data.scores.label_names[setting]
+    legend = "".join(
+        f'<span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{html.rich(n)}'
+        for i, n in enumerate(names)
+    )
+    cell = f"`{key.method}` with {tables.labels_text(key.labels)}, seed {drawn[0].seed}"
+    lead = f"By the Dice of {cell}. White lines: the reference."
+    figures = [
+        html.figure(
+            c.file,
+            f"**{c.rank}**: {c.case}, Dice {tables.percent(c.dice)}"
+            + (f", {base} {tables.percent(c.scratch)}" if c.scratch == c.scratch else ""),
+            f"{c.rank}: {c.case}, contours of reference and predictions",
+        )
+        for c in drawn
+    ]
+    return f'{html.paragraph(lead)}<p class="muted">{legend}</p><div class="cases">{"".join(figures)}</div>'
+
+
+def _block(data: _Data, setting: str, content: Table) -> str:
+    block = f"<h3>{html.rich(content.title)}</h3>{html.table(content)}"
+    if content.title == PUBLISHED:
+        block += html.listing(published_notes(data.figures(setting)))
+    return f"<div>{block}</div>"
+
+
+def _setting(data: _Data, setting: str) -> str:
+    rows = data.of(setting)
+    parts = []
+    found = words.answers(rows)
+    if found:
+        parts.append(f'<div class="lead">{"".join(html.paragraph(line) for line in found)}</div>')
+    else:
+        parts.append(html.paragraph("Nothing has been measured yet."))
+    contents = _tables(data, setting)
+    pictures = _pictures(data, setting)
+    parts += [f"<h3>{contents[0].title}</h3>", html.table(contents[0])]
+    parts += [html.figure(p.file, p.caption, p.alternative) for p in pictures[:1]]
+    parts.append(f'<div class="tables">{"".join(_block(data, setting, content) for content in contents[1:])}</div>')
+    parts += [html.listing(tables.notes(rows))]
+    parts += [html.figure(p.file, p.caption, p.alternative) for p in pictures[1:]]
+    drawn: list[CasePicture] = []
+    if data.about.get("pictures") is not False and rows:
+        images = read_json_file(data.folder / "images.json")
+        drawn = write_overlays(data.scores, data.rows, images, setting, data.folder / "overlays") if images else []
+    shown = _cases(data, setting, drawn)
+    parts += ["<h3>Best and worst cases</h3>", shown] if shown else []
+    return "".join(parts)
+
+
+def write(
+    folder: str | Path, experiment: object = None, published: str | Path | Sequence[Published] | None = None
+) -> Path:
+    """Write tables, pictures and ``report.html`` from whatever an experiment has measured so far.
+
+    Args:
+        folder: the result folder, with the files that :mod:`nnssl.experiments.scores` describes; any may be missing.
+        experiment: what was asked for, a mapping or an ``Experiment``; keys of ``experiment.json`` go before it.
+        published: a CSV of published figures to put beside ours, see :mod:`nnssl.experiments.published`.
+
+    Returns:
+        ``report.html``.
+
+    Raises:
+        NnsslError: a line of a CSV makes no sense, naming file and line.
+    """
+    folder = Path(folder)
+    data = _read(folder, experiment, published)
+    _write_tables(data)
+    remove_overlays(folder / "overlays")
+    failures = read_rows(folder / "failures.csv")
+    rest = left_over(data.published, data.scores.settings)
+    sections = [(f"setting-{i}", _heading(s), _setting(data, s)) for i, s in enumerate(data.scores.settings)]
+    sections += [
+        ("others", LEFT_OVER, _left_over(data, rest) if rest else ""),
+        ("failures", "Failed jobs", provenance.failures(failures)),
+        ("reading", "How to read this", html.listing(words.EXPLANATIONS)),
+        ("provenance", "How this was made", provenance.made(data.about)),
+    ]
+    there = [(anchor, title, body) for anchor, title, body in sections if body]
+    body = provenance.lead(data.about, data.rows, failures)
+    body += "".join(html.section(title, content, anchor) for anchor, title, content in there)
+    page = html.page(_title(data), body, [(anchor, title) for anchor, title, _ in there])
+    _write_text(folder / "report.html", page)
+    log.info("Wrote %s.", folder / "report.html")
+    return folder / "report.html"

@@ -1,0 +1,39 @@
+"""Checkpoints from file to network: format, saving, loading, formats of others, and the transfer with its report."""
+
+from nnssl.weights.adapt import Adaptation, resize_positions
+from nnssl.weights.adaptation_plan import adaptation_plan
+from nnssl.weights.apply import apply
+from nnssl.weights.formats import FORMATS, convert
+from nnssl.weights.info import describe
+from nnssl.weights.load import Checkpoint, load
+from nnssl.weights.parts import HEADS, UP, is_head, part_names, part_of
+from nnssl.weights.proof import prove_loadable
+from nnssl.weights.report import PartReport, TransferReport
+from nnssl.weights.save import build_payload, fingerprint_names, package_versions, save
+from nnssl.weights.seen import case_hash, labels_seen
+
+__all__ = [
+    "FORMATS",
+    "HEADS",
+    "UP",
+    "Adaptation",
+    "Checkpoint",
+    "PartReport",
+    "TransferReport",
+    "adaptation_plan",
+    "apply",
+    "build_payload",
+    "case_hash",
+    "convert",
+    "describe",
+    "fingerprint_names",
+    "is_head",
+    "labels_seen",
+    "load",
+    "package_versions",
+    "part_names",
+    "part_of",
+    "prove_loadable",
+    "resize_positions",
+    "save",
+]

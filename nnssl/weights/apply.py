@@ -1,0 +1,274 @@
+"""The transfer itself: which tensors go where, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnssl.errors import NnsslError, raise_problems
+from nnssl.networks import alias_map, canonical_state_dict, unwrap
+from nnssl.plans import Plan
+from nnssl.weights.adapt import Adaptation
+from nnssl.weights.layout import (
+    describe,
+    dimensions,
+    is_transformer,
+    n_blocks,
+    n_stages,
+    shift_parts,
+    shift_stages,
+    stem_channels,
+    widths,
+)
+from nnssl.weights.load import Checkpoint, load
+from nnssl.weights.matching import count, match
+from nnssl.weights.parts import part_names, part_of, wanted_parts
+from nnssl.weights.report import TransferReport
+
+__all__ = ["apply", "unprefixed", "unwrapped"]
+
+_ORDER = (
+    "the file does not tell which version of dynamic-network-architectures it is from; before 0.4.3 Primus counted its tokens in "
+    "another order, and such weights load but mean something else"
+)
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the prefixes that DDP and torch.compile put before names."""
+    clean = {}
+    for name, tensor in weights.items():
+        while name.startswith(_WRAPPERS):
+            name = name.split(".", 1)[1]
+        clean[name] = tensor
+    return clean
+
+
+def unprefixed(weights: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Drop what a file of MIC-DKFZ's nnssl puts before ``encoder.stages``, by the key that its adaptation plan names."""
+    key = str((checkpoint.adaptation_plan or {}).get("key_to_encoder") or "")
+    for end in ("encoder.stages", "eva"):
+        if key.endswith(f".{end}"):
+            return {name.removeprefix(key[: -len(end)]): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def _default_parts(checkpoint: Checkpoint, names: list[str]) -> dict[str, Any]:
+    """What is taken from a file: the promise of ours, all but the heads of nnU-Net's, the encoder of MIC-DKFZ nnssl's."""
+    if checkpoint.pretrained_parts is not None:
+        return checkpoint.pretrained_parts
+    if checkpoint.origin == "nnU-Net":
+        stages = [int(p.rsplit(" ", 1)[1]) for p in part_names(names) if p.startswith("decoder stage ")]
+        return {"encoder": True, "decoder_stages": stages}
+    return {"encoder": True, "decoder_stages": []}
+
+
+def _check_channels(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
+    here, there = stem_channels(target), stem_channels(source)
+    if here is not None and there is not None and here != there and describe(target) == describe(source):
+        raise NnsslError(
+            f"{where} was trained on images with {there} channel{'s' * (there > 1)}, this network takes {here}. Weights are not "
+            "adapted to another number of channels unasked: pretrain on images with the channels of the target dataset, or type "
+            "nnssl_plan --checkpoint FILE --adapt channels=repeat --name NAME"
+        )
+
+
+def _check_bridgeable(target: Mapping[str, Tensor], source: Mapping[str, Tensor], how: Adaptation, where: str) -> None:
+    """Refuse what no adaptation can bridge, or none that was asked for, before anything is adapted."""
+    here, there = widths(target), widths(source)
+    common = min(len(here), len(there))
+    problems = []
+    if describe(target).split()[0] != describe(source).split()[0]:
+        problems.append(f"the checkpoint holds a {describe(source)}, the plan asks for a {describe(target)}")
+    elif dimensions(target) != dimensions(source):
+        problems.append(f"the weights are {dimensions(source)}d, the network is {dimensions(target)}d")
+    elif here[:common] != there[:common]:
+        problems.append(
+            f"features per stage are {', '.join(map(str, there))} in the checkpoint and {', '.join(map(str, here))} here; widths "
+            "are not adapted, since a part of the channels would feed on inputs that are not there"
+        )
+    elif n_blocks(target) != n_blocks(source):
+        problems.append(
+            f"it has {n_blocks(source)} transformer blocks, the network {n_blocks(target)}; blocks have no resolution to be "
+            "paired by"
+        )
+    elif len(here) != len(there) and how.depth is None:
+        problems.append(
+            f"it has {len(there)} encoder stages, the network {len(here)}; to pair them add --adapt depth=match"
+        )
+    raise_problems(problems, f"{where} cannot be adapted to this network")
+
+
+def _check_coverage(report: TransferReport, how: Adaptation) -> None:
+    """Refuse an adapted transfer that fills less of the encoder than was asked for."""
+    part = next((p for p in report.parts if p.part == "encoder"), report.total)
+    if part.percent / 100 < how.coverage:
+        reasons = "; ".join(f"{n} x {reason}" for reason, n in part.reasons.most_common(3))
+        raise NnsslError(
+            f"{report.source} fills {part.percent:.1f} % of the parameters of the {part.part}, less than the coverage of "
+            f"{100 * how.coverage:g} % that is asked for ({reasons}). If that is what you want, lower it: --coverage"
+        )
+
+
+def _check_promise(
+    report: TransferReport,
+    promised: list[str],
+    target: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+    homeless: Mapping[str, int],
+) -> None:
+    """Refuse a transfer that brings nothing, or less than was promised."""
+    there, here = describe(source), describe(target)
+    kinds = f" The checkpoint holds a {there}, the plan asks for a {here}." if there != here else ""
+    problems = []
+    for name in promised:
+        part = next((p for p in report.parts if p.part == name), None)
+        if part is None:
+            problems.append(f"{name}: the network has no such part")
+        elif part.random:
+            reason, count = Counter(part.reasons).most_common(1)[0]
+            problems.append(f"{name}: {part.loaded} of {part.tensors} tensors fit ({count} x {reason})")
+        elif homeless.get(name):
+            problems.append(f"{name}: {homeless[name]} names of the checkpoint have no place in the network")
+    advice = "Pretrain with this plan, or fine-tune with the plans that it was pretrained with (-p)."
+    if report.total.loaded + report.total.adapted == 0:
+        raise NnsslError(f"Nothing of {report.source} fits this network.{kinds} {advice}")
+    if problems:
+        raise NnsslError(
+            f"{report.source} promises more than fits this network: {'; '.join(problems)}.{kinds} {advice}"
+        )
+
+
+def _axes(value: Any, dim: int) -> list[int]:
+    return [int(value)] * dim if isinstance(value, int) else [int(i) for i in value]
+
+
+def _stride_notes(checkpoint: Checkpoint, network: nn.Module) -> list[str]:
+    """One line for each encoder stage whose stride was another in pretraining: it is in no tensor's shape."""
+    architecture = (checkpoint.adaptation_plan or {}).get("architecture_plans") or {}
+    there = (architecture.get("arch_kwargs") or {}).get("strides")
+    here = getattr(getattr(unwrap(network), "encoder", None), "strides", None)
+    if there is None or here is None:
+        return []
+    pairs = [(_axes(a, len(b)), [int(i) for i in b]) for a, b in zip(there, here)]
+    return [
+        f"encoder stage {i}: stride {'x'.join(map(str, a))} in pretraining, {'x'.join(map(str, b))} here; weights as they are"
+        for i, (a, b) in enumerate(pairs)
+        if a != b
+    ]
+
+
+def _own_grid(network: nn.Module) -> tuple[int, ...] | None:
+    """Tokens per axis of a transformer; None of a U-Net."""
+    shape = getattr(getattr(getattr(unwrap(network), "eva", None), "rope", None), "feat_shape", None)
+    return None if shape is None else tuple(int(n) for n in shape)
+
+
+def _given_grid(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    """Tokens per axis in pretraining, from the patch and the size of a token; None where the file does not tell."""
+    told = checkpoint.adaptation_plan or {}
+    configurations = list(((told.get("pretrain_plan") or {}).get("configurations") or {}).values())
+    nested = configurations[0].get("patch_size") if configurations and isinstance(configurations[0], Mapping) else None
+    patch = checkpoint.nnssl.get("patch_size") or told.get("pretrain_patch_size") or nested
+    if patch is None or not is_transformer(weights):
+        return None
+    proj = weights.get("down_projection.proj.weight")
+    token = (8, 8, 8) if proj is None else tuple(proj.shape[2:])
+    return tuple(int(p) // int(t) for p, t in zip(patch, token))
+
+
+def _notes(checkpoint: Checkpoint, plan: Plan | None, stale: int) -> list[str]:
+    notes = []
+    if stale:
+        notes.append(
+            f"{stale} tensors have several names in the file with different values; those under 'encoder.' and 'conv'/'norm' "
+            "were taken, stock nnU-Net would take the others"
+        )
+    made_for = checkpoint.nnssl.get("plan", {})
+    if plan is not None and made_for.get("architecture_hash") not in (None, plan.architecture_hash):
+        notes.append(
+            f"the weights were made for another network ({made_for.get('dataset_name')}, {made_for.get('plans_name')}, "
+            f"{made_for.get('configuration')}) whose shapes agree; strides or kernels may differ"
+        )
+    return notes
+
+
+def apply(
+    network: nn.Module,
+    checkpoint: Checkpoint | Mapping[str, Any] | str | os.PathLike[str],
+    plan: Plan | None = None,
+    minimum: Mapping[str, Any] | None = None,
+    adapt: Adaptation | None = None,
+) -> TransferReport:
+    """Copy a checkpoint's pretrained parts into a network, in place.
+
+    Each tensor is known by one name (``encoder...conv``), so that no stale alias can win. Segmentation heads and decoder stages
+    that were not pretrained keep the network's own initialisation. Nothing is copied where an error is raised.
+
+    Args:
+        network: a network of nnU-Net's, also wrapped by DDP or torch.compile, on any device.
+        checkpoint: a loaded checkpoint, its path, or a payload.
+        plan: the network's plan, for notes about weights made for another one.
+        minimum: parts that must be complete, as ``{"encoder": bool, "decoder_stages": [indices]}``; by default what the
+            checkpoint promises, and the encoder for files of others; where something may be adapted, the coverage counts instead.
+        adapt: what may be adapted to a network that differs; by default what the plan says, and nothing without one.
+
+    Raises:
+        NnsslError: nothing fits, less than the minimum or the coverage, another number of channels, another width, or weights
+            that are not finite.
+    """
+    if isinstance(checkpoint, (str, os.PathLike)):
+        checkpoint = load(checkpoint)
+    elif not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(Path("<memory>"), dict(checkpoint))
+    where = f"{checkpoint.path} ({checkpoint.method})"
+    how = adapt if adapt is not None else Adaptation.from_told(plan.nnssl if plan is not None else {})
+    source = unprefixed(unwrapped(checkpoint.weights), checkpoint)
+    target = canonical_state_dict(network)
+    aliases = alias_map(network)
+    names: dict[str, list[str]] = {name: [] for name in target}
+    for alias, canonical in aliases.items():
+        if alias != canonical:
+            names[canonical].append(alias)
+    if how.channels is None:
+        _check_channels(target, source, where)
+    parts, lines = _default_parts(checkpoint, list(target)), []
+    if how.active:
+        _check_bridgeable(target, source, how, where)
+        deeper = n_stages(target) - n_stages(source)
+        if deeper:
+            lines.append(
+                f"depth: {n_stages(source)} -> {n_stages(target)} encoder stages, those of equal resolution paired"
+            )
+            source, parts = shift_stages(source, deeper), shift_parts(parts, deeper)
+    wanted, grids = wanted_parts(parts), (_given_grid(checkpoint, source), _own_grid(network))
+    matched = match(target, names, source, wanted, how, grids)
+    report = count(where, target, matched)
+    report.adaptations[:0] = lines
+    report.notes += _notes(checkpoint, plan, matched.stale) + _stride_notes(checkpoint, network)
+    homeless = Counter(part_of(name) for name in source if name not in aliases)
+    foreign_tokens = checkpoint.pretrained_parts is None and is_transformer(target)
+    by_coverage = minimum is None and (how.active or foreign_tokens)
+    if foreign_tokens:
+        report.notes.append(_ORDER)
+    if minimum is None:
+        minimum = parts if checkpoint.pretrained_parts is not None else {"encoder": True}
+    _check_promise(report, [] if by_coverage else wanted_parts(minimum), target, source, homeless)
+    if by_coverage:
+        _check_coverage(report, how)
+    found = matched.found
+    broken = [
+        name for name, tensor in found.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]
+    if broken:
+        raise NnsslError(f"{where} holds weights that are not finite numbers, first in '{broken[0]}'; it is not used.")
+    with torch.no_grad():
+        for name, tensor in found.items():
+            target[name].copy_(tensor)
+    return report

@@ -1,0 +1,110 @@
+"""The network that a checkpoint's weights belong to, from what its file says about it."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import Tensor, nn
+
+from nnssl.errors import NnsslError
+from nnssl.networks import alias_map
+from nnssl.plans import Plan
+from nnssl.weights.layout import stem_channels
+from nnssl.weights.load import Checkpoint
+
+__all__ = ["architecture_of", "complete_aliases", "plan_of", "preset"]
+
+_CLASSES = "dynamic_network_architectures.architectures.unet"
+_IMPORTED = ("conv_op", "norm_op", "dropout_op", "nonlin")
+_RES_ENC_L: dict[str, Any] = {
+    "n_stages": 6,
+    "features_per_stage": [32, 64, 128, 256, 320, 320],
+    "conv_op": "torch.nn.modules.conv.Conv3d",
+    "kernel_sizes": [[3, 3, 3]] * 6,
+    "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
+    "n_blocks_per_stage": [1, 3, 4, 6, 6, 6],
+    "n_conv_per_stage_decoder": [1] * 5,
+    "conv_bias": True,
+    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "dropout_op": None,
+    "dropout_op_kwargs": None,
+    "nonlin": "torch.nn.LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
+}
+
+
+def preset(name: str) -> tuple[str, dict[str, Any]] | None:
+    """Class and arguments of an architecture that MIC-DKFZ's nnssl names without arguments: ``"ResEncL"`` (Wald et al. 2024)."""
+    return ("ResidualEncoderUNet", deepcopy(_RES_ENC_L)) if name == "ResEncL" else None
+
+
+def architecture_of(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
+    """Class name and arguments of a checkpoint's U-Net; None where the file does not tell, or it is another network."""
+    plan = plan_of(checkpoint)
+    if plan is not None:
+        return plan.network_class, dict(plan.config.network_arch_init_kwargs)
+    told = (checkpoint.adaptation_plan or {}).get("architecture_plans") or {}
+    name = str(told.get("arch_class_name", "")).rsplit(".", 1)[-1]
+    kwargs = told.get("arch_kwargs") or (checkpoint.adaptation_plan or {}).get("architecture_kwargs")
+    if kwargs and name in ("PlainConvUNet", "ResidualEncoderUNet", "ResEncL"):
+        return ("ResidualEncoderUNet" if name == "ResEncL" else name), dict(kwargs)
+    return preset(name)
+
+
+def plan_of(checkpoint: Checkpoint) -> Plan | None:
+    """The plan that a checkpoint of nnU-Net's trainer carries; None in other files.
+
+    Raises:
+        NnsslError: the plan cannot be used (a cascade, a network that is no U-Net).
+    """
+    told = checkpoint.content.get("init_args")
+    if not isinstance(told, dict) or not isinstance(told.get("plans"), dict) or "dataset_json" not in told:
+        return None
+    return Plan.from_dicts(told["plans"], told["configuration"], told["dataset_json"])
+
+
+def build(class_name: str, arguments: dict[str, Any], n_channels: int, n_classes: int) -> nn.Module:
+    """An uninitialised network, without memory for its tensors: for names and shapes alone."""
+    with torch.device("meta"):
+        return get_network_from_plans(
+            f"{_CLASSES}.{class_name}",
+            arguments,
+            [key for key in _IMPORTED if key in arguments],
+            n_channels,
+            n_classes,
+            allow_init=False,
+            deep_supervision=False,
+        )
+
+
+def complete_aliases(
+    weights: dict[str, Tensor], architecture: tuple[str, dict[str, Any]], where: str
+) -> dict[str, Tensor]:
+    """The same weights under every name of the stock network, tensors of other modules left out.
+
+    Args:
+        weights: any name of each tensor.
+        architecture: from :func:`architecture_of`.
+        where: the file, for messages.
+
+    Raises:
+        NnsslError: a tensor has another shape than the network that the file describes.
+    """
+    head = weights.get("decoder.seg_layers.0.weight")
+    network = build(*architecture, stem_channels(weights) or 1, 1 if head is None else int(head.shape[0]))
+    names, shapes = alias_map(network), {n: t.shape for n, t in network.state_dict().items()}
+    found: dict[str, Tensor] = {}
+    for name, canonical in names.items():
+        if name in weights and canonical not in found:
+            found[canonical] = weights[name]
+    wrong = [n for n, t in found.items() if t.shape != shapes[n] and ".seg_layers." not in n]
+    if wrong:
+        raise NnsslError(
+            f"{where} describes a {architecture[0]} in which '{wrong[0]}' has the shape {tuple(shapes[wrong[0]])}, "
+            f"but holds {tuple(found[wrong[0]].shape)}."
+        )
+    return {name: found[canonical] for name, canonical in names.items() if canonical in found}

@@ -1,0 +1,240 @@
+"""From any format that is read to any that is written. Weights are never changed, only their names and what is told about them.
+
+==============  ========================================================================================================
+``nnssl``       this package's checkpoint, see docs/checkpoints.md
+``upstream``    ``network_weights``, ``nnssl_adaptation_plan``, ``citations``: MIC-DKFZ's nnssl and nnU-Net's development branch
+``nnunet``      ``network_weights`` with every name of the stock network, for ``nnUNetv2_train -pretrained_weights``
+``safetensors`` one name per tensor, what is told about them as JSON in the header; no pickle
+==============  ========================================================================================================
+
+The state of a training that could be continued, case names and nnU-Net's logs stay behind.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from nnssl.errors import NnsslError, nearest
+from nnssl.files import write_atomic
+from nnssl.plans import Plan
+from nnssl.weights.adaptation_plan import adaptation_plan
+from nnssl.weights.apply import unprefixed, unwrapped
+from nnssl.weights.architecture import architecture_of, complete_aliases, plan_of
+from nnssl.weights.layout import is_transformer
+from nnssl.weights.load import ENTRIES, Checkpoint, load
+from nnssl.weights.parts import HEADS, UP, part_names, part_of
+from nnssl.weights.save import SCHEMA, package_versions, plain, save
+
+__all__ = ["FORMATS", "convert", "one_name_each"]
+
+log = logging.getLogger("nnssl")
+
+FORMATS = ("nnssl", "upstream", "nnunet", "safetensors")
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    form: str,
+    *,
+    parts: str = "promised",
+    trusted: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Read a checkpoint of nnssl, MIC-DKFZ's nnssl or nnU-Net, or a safetensors file, and write it in another form.
+
+    Args:
+        source: the file to read.
+        target: the file to write.
+        form: one of :data:`FORMATS`.
+        parts: what ``nnssl`` and ``safetensors`` promise of a file of others: ``"encoder"``, ``"all"`` (the decoder too), or
+            ``"promised"``: the encoder of a pretraining, all but the heads of a network that nnU-Net has trained.
+        trusted: let the source run code while it is read; only for files of a known origin.
+        overwrite: replace an existing target.
+
+    Raises:
+        NnsslError: the source cannot be read or asks to run code, does not hold what the form needs, or the target exists.
+    """
+    if form not in FORMATS:
+        raise NnsslError(f"There is no format '{form}'.{nearest(form, FORMATS)} There are: {', '.join(FORMATS)}.")
+    target = Path(target)
+    if target.exists() and (not overwrite or target.resolve() == Path(source).resolve()):
+        raise NnsslError(
+            f"{target} exists already and is left as it is. Give another name, or --overwrite for another file."
+        )
+    checkpoint = load(source, trusted=trusted)
+    plan = plan_of(checkpoint)
+    weights = _weights(checkpoint)
+    if form == "nnunet":
+        _check_whole(weights, checkpoint)
+        content: dict[str, Any] = {"network_weights": weights}
+    else:
+        content = {"network_weights": weights, **_told(checkpoint, plan, weights, parts)}
+    if form == "upstream":
+        content.pop("nnssl", None)
+        _check_upstream(content, checkpoint)
+    if form == "safetensors":
+        _save_safetensors(target, content)
+    else:
+        save(target, content)
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Every name of the stock network where the file tells which network it is; else the file's own names."""
+    weights = unprefixed(unwrapped(checkpoint.weights), checkpoint)
+    architecture = architecture_of(checkpoint)
+    if architecture is None or not any(name.startswith("encoder.") or ".encoder." in name for name in weights):
+        return weights
+    complete = complete_aliases(weights, architecture, str(checkpoint.path))
+    left = [name for name in weights if name not in complete]
+    if left:
+        log.info("%d tensors that are not the network's are left out, for example '%s'.", len(left), left[0])
+    return complete
+
+
+def _told(checkpoint: Checkpoint, plan: Plan | None, weights: Mapping[str, Tensor], parts: str) -> dict[str, Any]:
+    """Everything but the weights: adaptation plan, citations, and this package's own entry."""
+    adaptation = checkpoint.adaptation_plan
+    if adaptation is None and plan is not None:
+        adaptation = adaptation_plan(plan, plan.patch_size)
+    if adaptation is not None:
+        adaptation = _without_prefix(adaptation)
+    told: dict[str, Any] = {} if adaptation is None else {"nnssl_adaptation_plan": adaptation}
+    told["citations"] = checkpoint.citations
+    told["nnssl"] = dict(checkpoint.nnssl) or _describe(checkpoint, plan, adaptation, weights, parts)
+    return told
+
+
+def _without_prefix(adaptation: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys to encoder and stem as they are after :func:`nnssl.weights.apply.unprefixed`."""
+    key = str(adaptation.get("key_to_encoder") or "")
+    prefix = next((key[: -len(end)] for end in ("encoder.stages", "eva") if key.endswith(f".{end}")), "")
+    changed = dict(adaptation)
+    for name in ("key_to_encoder", "key_to_stem", "key_to_lpe"):
+        if isinstance(changed.get(name), str):
+            changed[name] = changed[name].removeprefix(prefix)
+    if changed.get("keys_to_in_proj"):
+        changed["keys_to_in_proj"] = [str(k).removeprefix(prefix) for k in changed["keys_to_in_proj"]]
+    return changed
+
+
+def _describe(
+    checkpoint: Checkpoint,
+    plan: Plan | None,
+    adaptation: Mapping[str, Any] | None,
+    weights: Mapping[str, Tensor],
+    parts: str,
+) -> dict[str, Any]:
+    """An entry of ours for a file that has none; only what the file itself says."""
+    whole = parts == "all" or (parts == "promised" and checkpoint.origin == "nnU-Net")
+    stages = [int(p.rsplit(" ", 1)[1]) for p in part_names(weights) if p.startswith("decoder stage ")] if whole else []
+    entry: dict[str, Any] = {
+        "schema": SCHEMA,
+        "method": checkpoint.method,
+        "config": {},
+        "pretrained_parts": {"encoder": True, "decoder_stages": stages},
+        "data": {},
+        "versions": package_versions(),
+        "converted_from": checkpoint.origin,
+    }
+    if plan is not None:
+        entry["plan"] = {
+            "dataset_name": plan.dataset_name,
+            "plans_name": plan.plans_name,
+            "base_plans": plan.base_plans,
+            "configuration": plan.configuration,
+            "network_class": plan.network_class,
+            "architecture_hash": plan.architecture_hash,
+            "data_hash": plan.data_hash,
+            "patch_size": list(plan.patch_size),
+            "transpose_forward": list(plan.transpose_forward),
+        }
+        entry |= {"patch_size": list(plan.patch_size), "spacing": list(plan.spacing)}
+        entry["normalization_schemes"] = list(plan.normalization_schemes)
+        entry["channels"] = [plan.channel_names[i] for i in sorted(plan.channel_names)]
+        return entry
+    pretrain = (adaptation or {}).get("pretrain_plan") or {}
+    configurations = pretrain.get("configurations") or {}
+    for configuration, values in list(configurations.items())[:1]:
+        entry["plan"] = {
+            "dataset_name": pretrain.get("dataset_name"),
+            "plans_name": pretrain.get("plans_name"),
+            "configuration": configuration,
+        }
+        for key in ("patch_size", "spacing", "normalization_schemes"):
+            if values.get(key) is not None:
+                entry[key] = list(values[key])
+    return entry
+
+
+def _check_whole(weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Refuse to write for ``-pretrained_weights`` what it would refuse to read."""
+    if is_transformer(weights):
+        if not any(name.startswith(f"{UP}.") for name in weights):
+            raise NnsslError(
+                f"{checkpoint.path} has no up_projection, and -pretrained_weights asks for every tensor of a Primus. Name the "
+                "file in a plan instead: nnssl_plan --checkpoint FILE --name NAME"
+            )
+        return
+    architecture = architecture_of(checkpoint)
+    if architecture is None:
+        raise NnsslError(
+            f"{checkpoint.path} does not tell which network its weights belong to, so nnU-Net's names for them are not known."
+        )
+    stages = int(architecture[1]["n_stages"])
+    wanted = ["encoder", *(f"decoder stage {i}" for i in range(stages - 1))]
+    held = {part_of(name) for name in weights} - {HEADS}
+    missing = [part for part in wanted if part not in held]
+    if missing:
+        raise NnsslError(
+            f"{checkpoint.path} has no {', '.join(missing)}, and -pretrained_weights asks for all but the heads. Name the "
+            "file in a plan instead: nnssl_plan --checkpoint FILE --name NAME"
+        )
+
+
+def _check_upstream(content: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    adaptation = content.get("nnssl_adaptation_plan")
+    if not adaptation:
+        raise NnsslError(f"{checkpoint.path} holds no adaptation plan and no plans of nnU-Net's to make one of.")
+    names = content["network_weights"]
+    for key in (adaptation["key_to_encoder"], adaptation["key_to_stem"]):
+        if not any(name.startswith(f"{key}.") for name in names):
+            raise NnsslError(
+                f"{checkpoint.path} has no weights under '{key}', where its adaptation plan says that they are."
+            )
+
+
+def one_name_each(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the aliases of nnU-Net's networks: the decoder's copy of the encoder, and each block's list of its layers."""
+    kept: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        first = name.removeprefix("decoder.") if name.startswith("decoder.encoder.") else name
+        if first != name and first in weights and torch_equal(weights[first], tensor):
+            continue
+        head, middle, tail = name.rpartition(".all_modules.")
+        kind = tail.rpartition(".")[2]
+        twins = [f"{head}.{layer}.{kind}" for layer in ("conv", "norm")] if middle else []
+        if any(twin in weights and torch_equal(weights[twin], tensor) for twin in twins):
+            continue
+        kept[name] = tensor
+    return kept
+
+
+def torch_equal(a: Tensor, b: Tensor) -> bool:
+    """Equal shape and values; the same memory is told without looking at them."""
+    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or bool((a == b).all()))
+
+
+def _save_safetensors(path: Path, content: Mapping[str, Any]) -> None:
+    tensors = {name: t.detach().cpu().contiguous() for name, t in one_name_each(content["network_weights"]).items()}
+    header = {key: json.dumps(plain(content[key])) for key in ENTRIES if content.get(key)}
+    data = to_safetensors(tensors, metadata={"format": "pt", **header})
+    write_atomic(path, lambda file: file.write(data))

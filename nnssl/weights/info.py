@@ -1,0 +1,142 @@
+"""What a checkpoint is, for a person and for a program."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from nnssl.errors import NnsslError
+from nnssl.files import sha256_of
+from nnssl.weights.apply import unprefixed, unwrapped
+from nnssl.weights.architecture import architecture_of
+from nnssl.weights.formats import one_name_each
+from nnssl.weights.layout import describe as network_kind
+from nnssl.weights.layout import dimensions, n_stages, stem_channels, widths
+from nnssl.weights.load import Checkpoint, load
+from nnssl.weights.parts import part_names, part_of
+
+__all__ = ["as_text", "describe"]
+
+_ORIGINS = {
+    "nnssl": "pretraining of nnssl",
+    "nnssl-mic": "pretraining of MIC-DKFZ's nnssl",
+    "nnU-Net": "training of nnU-Net",
+    "nnssl_finetuning": "fine-tuning with a trainer of nnssl",
+}
+
+
+def describe(path: str | os.PathLike[str], *, trusted: bool = False) -> dict[str, Any]:
+    """Everything that a checkpoint says about itself, as plain values; absent things are left out.
+
+    Args:
+        path: a checkpoint of nnssl, MIC-DKFZ's nnssl or nnU-Net, or a safetensors file.
+        trusted: let the file run code while it is read; only for files of a known origin.
+
+    Raises:
+        NnsslError: as :func:`nnssl.weights.load`.
+    """
+    checkpoint = load(path, trusted=trusted)
+    content, ours = checkpoint.content, checkpoint.nnssl
+    tuned = content.get("nnssl_finetuning")
+    found: dict[str, Any] = {
+        "file": str(checkpoint.path),
+        "bytes": checkpoint.path.stat().st_size,
+        "sha256": sha256_of(path),
+        "kind": _ORIGINS["nnssl_finetuning" if tuned else checkpoint.origin],
+        "method": checkpoint.method,
+        "network": _network(checkpoint),
+        "pretrained_parts": checkpoint.pretrained_parts,
+        "plan": ours.get("plan"),
+        "patch_size": ours.get("patch_size"),
+        "spacing": ours.get("spacing"),
+        "normalization_schemes": ours.get("normalization_schemes"),
+        "channels": ours.get("channels"),
+        "config": ours.get("config"),
+        "data": ours.get("data"),
+        "epoch": ours.get("epoch", content.get("current_epoch")),
+        "trainer_name": content.get("trainer_name"),
+        "fine_tuning": tuned,
+        "robustness": ours.get("robustness"),
+        "converted_from": ours.get("converted_from"),
+        "versions": ours.get("versions"),
+        "citations": [text for entry in checkpoint.citations for text in entry.get("apa_citations", ())],
+        "can_be_continued": checkpoint.training is not None or "optimizer_state" in content,
+        "upstream_can_read_it": checkpoint.adaptation_plan is not None,
+    }
+    if ours.get("plan") is None:
+        found |= _from_others(checkpoint)
+    return {key: value for key, value in found.items() if value not in (None, [], {})}
+
+
+def _network(checkpoint: Checkpoint) -> dict[str, Any]:
+    weights = unprefixed(unwrapped(checkpoint.weights), checkpoint)
+    once = one_name_each(weights)
+    if not n_stages(once):
+        return {"kind": network_kind(once), "parameters": sum(t.numel() for t in once.values()), "names": len(weights)}
+    told = None
+    with suppress(NnsslError):  # a plan of nnU-Net's for another network: the weights still say enough
+        told = architecture_of(checkpoint)
+    sizes = {part: sum(t.numel() for n, t in once.items() if part_of(n) == part) for part in part_names(once)}
+    return {
+        "kind": told[0] if told else network_kind(once).split()[0],
+        "dimensions": dimensions(once),
+        "input_channels": stem_channels(once),
+        "features": widths(once),
+        **({"strides": told[1]["strides"], "kernel_sizes": told[1]["kernel_sizes"]} if told else {}),
+        "parameters": sum(sizes.values()),
+        "parameters_by_part": sizes,
+        "tensors": len(once),
+        "names": len(weights),
+        "finite": all(bool(t.isfinite().all()) for t in once.values() if t.is_floating_point()),
+    }
+
+
+def _from_others(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Plan, patch and spacing as files of nnU-Net and of MIC-DKFZ's nnssl tell them."""
+    told = checkpoint.content.get("init_args")
+    if isinstance(told, dict) and isinstance(told.get("plans"), dict):
+        plans, name = told["plans"], told.get("configuration")
+        values = plans.get("configurations", {}).get(name, {})
+    else:
+        plans = (checkpoint.adaptation_plan or {}).get("pretrain_plan") or {}
+        name, values = next(iter((plans.get("configurations") or {}).items()), (None, {}))
+    plan = {"dataset_name": plans.get("dataset_name"), "plans_name": plans.get("plans_name"), "configuration": name}
+    return {
+        "plan": {k: v for k, v in plan.items() if v is not None},
+        **{key: values.get(key) for key in ("patch_size", "spacing", "normalization_schemes")},
+    }
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """The same for a person: one line for each thing, entries of entries indented."""
+    lines: list[str] = []
+    for key, value in found.items():
+        label = key.replace("_", " ")
+        if isinstance(value, Mapping):
+            lines.append(f"{label}:")
+            lines += [f"  {k.replace('_', ' '):<24} {_short(v)}" for k, v in value.items()]
+        elif key == "citations":
+            lines.append(f"{label}:")
+            lines += [f"  - {text}" for text in value]
+        else:
+            lines.append(f"{label:<26} {_short(value)}")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        nested = any(isinstance(v, (list, tuple)) for v in value)
+        return (
+            ", ".join("x".join(map(str, v)) if isinstance(v, (list, tuple)) else f"{v}" for v in value)
+            if nested
+            else (", ".join(map(str, value)))
+        )
+    return str(value)
