@@ -123,7 +123,7 @@ def _refusal(path: Path, error: Exception) -> NnsslError:
 
 
 def _safetensors(path: Path, map_location: str | torch.device) -> dict[str, Any]:
-    """The content of a safetensors file as :func:`nnssl.weights.convert` writes it: one name per tensor, entries as JSON in its header."""
+    """A safetensors file as :func:`nnssl.weights.convert` writes it: one name per tensor, entries as JSON in its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
