@@ -289,6 +289,7 @@ def _payload(engine: Engine, sources: list[str], training: dict[str, Any] | None
         config={f.name: getattr(spec.config, f.name) for f in fields(spec.config)},
         crop_size=spec.request.size,
         pretrained_parts=engine.method.pretrained_parts(),
+        transfer={"parts": engine.method.default_transfer, "why": engine.method.transfer_reason},
         data={"sources": sources, "cases": len(spec.pool.cases), "fingerprint": spec.pool.fingerprint_hash},
         citations=spec.method.citation,
         training=training,

@@ -233,6 +233,11 @@ def _listing(method: str | None) -> str:
         widths = [max(len(r[i]) for r in table) for i in range(3)]
         lines += ["  " + "  ".join([*(r[i].ljust(widths[i]) for i in range(3)), r[3]]).rstrip() for r in table]
         lines.append("")
+    reason = f" ({cls.transfer_reason})" if cls.transfer_reason else ""
+    lines += [
+        f"Segmentation networks get by default: {cls.default_transfer}{reason}; another choice: nnssl_plan --parts",
+        "",
+    ]
     if cls.presets:
         lines.append("Presets (-o preset=NAME):")
         for name, values in cls.presets.items():

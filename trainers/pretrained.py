@@ -23,6 +23,7 @@ from nnssl.paths import encode_path
 from nnssl.plans import Plan
 from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, PRIMUS, SCRATCH, trainer_for
 from nnssl.plans.labels import folds_of, restrict
+from nnssl.plans.parts import parts_for
 from nnssl.plans.primus import CLASSES
 from nnssl.trainers.groups import changed_parts
 from nnssl.trainers.inspection import content_of, digests
@@ -175,10 +176,11 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         plan = self.plan()
         source = find_weights(plan)
         loaded = checkpoints.load(source.path)
-        report = transfer.apply(self.pretrained_network(), loaded, plan=plan)
+        parts = parts_for(plan.nnssl, self.family)
+        report = transfer.apply(self.pretrained_network(), loaded, plan=plan, parts=parts)
         self.check_transfer(report, source.path)
         self.set_backbone(part.part for part in report.parts if part.loaded or part.adapted)
-        self.provenance.update(weights="pretrained", sha256=source.sha256, method=loaded.method)
+        self.provenance.update(weights="pretrained", sha256=source.sha256, method=loaded.method, parts=parts)
         text = f"nnssl: weights from {source.path}, {source.why}\n{report}"
         learnt = loaded.nnssl.get("omni") and self.fold != "all"
         seen = checkpoints.labels_seen(loaded.nnssl, plan.dataset_name, self.do_split()[1]) if learnt else []

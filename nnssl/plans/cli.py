@@ -13,6 +13,7 @@ from nnssl.errors import NnsslError
 from nnssl.paths import encode_path
 from nnssl.plans.datasets import dataset_id, resolve_dataset
 from nnssl.plans.figures import FAMILIES, trainer_for
+from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
 from nnssl.plans.variants import Variant, list_variants, write_variant
 
@@ -56,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="show the dataset's variants and end")
     parser.add_argument("--name", help="name of the variant: letters, digits, - and _")
     parser.add_argument("--checkpoint", metavar="FILE", help="pretrained weights that the trainer takes")
+    parser.add_argument(
+        "--parts",
+        metavar="PARTS",
+        help=f"which pretrained parts the network gets: {', '.join(CHOICES)} (default: what the checkpoint's method found best, "
+        "which the transfer report names)",
+    )
     parser.add_argument(
         "--network",
         metavar="primus-s",
@@ -170,6 +177,7 @@ def _run(args: argparse.Namespace) -> None:
         "labels",
         "validate",
         "coverage",
+        "parts",
     )
     changes = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     changes |= {key: dict(pairs) for key, pairs in (("figures", args.o), ("adapt", args.adapt)) if pairs}

@@ -16,6 +16,7 @@ from nnssl.files import read_json, write_json
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import resolve_dataset
 from nnssl.plans.figures import DEFAULT_FAMILY, USED, Figures, check_options, family_name, trainer_for
+from nnssl.plans.parts import check_parts
 from nnssl.plans.plan import Plan, plans_in
 from nnssl.plans.primus import check_patch, parse_network
 
@@ -136,6 +137,7 @@ def derive(
     cases: Mapping[str, Any] | None = None,
     adapt: Mapping[str, str] | None = None,
     coverage: float | None = None,
+    parts: str | None = None,
     backbone: Sequence[str] | None = None,
 ) -> Plan:
     """Make a variant of a plan in memory; nothing is written and ``plan`` stays as it is.
@@ -155,6 +157,7 @@ def derive(
         cases: ``train_cases`` (fold -> case names), and ``labels`` and ``seed`` that they came from.
         adapt, coverage: what may be adapted where the weights come from another network, and the least share of the encoder that
             must then be filled (:class:`nnssl.weights.Adaptation`).
+        parts: which of the pretrained parts the network gets, one of :data:`nnssl.plans.parts.CHOICES`.
         backbone: the parts that ``freeze_unfreeze`` freezes first.
 
     Raises:
@@ -195,9 +198,11 @@ def derive(
     told.update(lengths)
     if checkpoint is not None:
         told.update(checkpoint=checkpoint, sha256=sha256)
-        for key in ("adapt", "coverage", "backbone"):  # said of the file named before
+        for key in ("adapt", "coverage", "parts", "backbone"):  # said of the file named before
             told.pop(key, None)
     told.update({k: v for k, v in (("adapt", adapt and dict(adapt)), ("coverage", coverage)) if v is not None})
+    if parts is not None:
+        told["parts"] = check_parts(parts)
     if cases is not None:
         told.update(cases)
     if backbone is not None and told["schedule"] == "freeze_unfreeze":
@@ -256,7 +261,7 @@ def write_variant(
         variant = derive(plan, name, **changes)
     if checkpoint is not None:
         report = check_fits(checkpoint, variant)
-        if report.adaptations:
+        if report.adaptations or report.left_out:
             log.info("%s", report)
         changes["backbone"] = [part.part for part in report.parts if part.loaded or part.adapted]
         if variant.nnssl["schedule"] == "linear_probe" and report.random_decoder:

@@ -118,7 +118,7 @@ def measure_checkpoints(
         try:
             checkpoint = load(path)
             network = build_network(plan)
-            report = apply(network, checkpoint, plan)
+            report = apply(network, checkpoint, plan, parts="all")
         except NnsslError as error:
             problems.append(str(error))
             continue

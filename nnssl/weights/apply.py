@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nnssl.errors import NnsslError, raise_problems
 from nnssl.networks import alias_map, canonical_state_dict, unwrap
 from nnssl.plans import Plan
+from nnssl.plans.parts import parts_for, select_parts
 from nnssl.weights.adapt import Adaptation
 from nnssl.weights.layout import (
     describe,
@@ -59,14 +60,26 @@ def unprefixed(weights: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, 
     return weights
 
 
-def _default_parts(checkpoint: Checkpoint, names: list[str]) -> dict[str, Any]:
-    """What is taken from a file: the promise of ours, all but the heads of nnU-Net's, the encoder of MIC-DKFZ nnssl's."""
+def _held_parts(checkpoint: Checkpoint, names: list[str]) -> dict[str, Any]:
+    """What can be taken from a file: the promise of ours, all but the heads of nnU-Net's, the encoder of MIC-DKFZ nnssl's."""
     if checkpoint.pretrained_parts is not None:
         return checkpoint.pretrained_parts
     if checkpoint.origin == "nnU-Net":
         stages = [int(p.rsplit(" ", 1)[1]) for p in part_names(names) if p.startswith("decoder stage ")]
         return {"encoder": True, "decoder_stages": stages}
     return {"encoder": True, "decoder_stages": []}
+
+
+def _left_out(checkpoint: Checkpoint, held: dict[str, Any], taken: dict[str, Any], choice: Any) -> dict[str, str]:
+    """Why each part that the file holds and that is not taken is left out."""
+    why = str(checkpoint.transfer.get("why") or "")
+    if isinstance(choice, str):
+        reason = (
+            f"{checkpoint.method}'s default{f': {why}' if why else ''}" if choice == "default" else f"parts={choice}"
+        )
+    else:
+        reason = "not among the parts that are asked for"
+    return dict.fromkeys([p for p in wanted_parts(held) if p not in wanted_parts(taken)], reason)
 
 
 def _check_channels(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
@@ -205,23 +218,29 @@ def apply(
     plan: Plan | None = None,
     minimum: Mapping[str, Any] | None = None,
     adapt: Adaptation | None = None,
+    parts: str | Mapping[str, Any] | None = None,
 ) -> TransferReport:
     """Copy a checkpoint's pretrained parts into a network, in place.
 
     Each tensor is known by one name (``encoder...conv``), so that no stale alias can win. Segmentation heads and decoder stages
-    that were not pretrained keep the network's own initialisation. Nothing is copied where an error is raised.
+    that were not pretrained keep the network's own initialisation, as do pretrained parts that are left out on purpose
+    (``parts``): the report names them and why. Nothing is copied where an error is raised.
 
     Args:
         network: a network of nnU-Net's, also wrapped by DDP or torch.compile, on any device.
         checkpoint: a loaded checkpoint, its path, or a payload.
         plan: the network's plan, for notes about weights made for another one.
-        minimum: parts that must be complete, as ``{"encoder": bool, "decoder_stages": [indices]}``; by default what the
-            checkpoint promises, and the encoder for files of others; where something may be adapted, the coverage counts instead.
+        minimum: parts that must be complete, as ``{"encoder": bool, "decoder_stages": [indices]}``; by default those of
+            the checkpoint's promise that are taken, and the encoder for files of others; where something is adapted, the coverage
+            counts instead.
         adapt: what may be adapted to a network that differs; by default what the plan says, and nothing without one.
+        parts: which of the pretrained parts are taken: ``"default"`` (what the method found best for segmentation, as the
+            checkpoint tells it), ``"encoder"``, ``"encoder+bottom"``, ``"all"``, or ``{"encoder": bool, "decoder_stages":
+            [indices]}``; by default what the plan says (:func:`nnssl.plans.parts.parts_for`).
 
     Raises:
-        NnsslError: nothing fits, less than the minimum or the coverage, another number of channels, another width, or weights
-            that are not finite.
+        NnsslError: nothing fits, parts that are not there, less than the minimum or the coverage, another number of channels,
+            another width, or weights that are not finite.
     """
     if isinstance(checkpoint, (str, os.PathLike)):
         checkpoint = load(checkpoint)
@@ -238,7 +257,9 @@ def apply(
             names[canonical].append(alias)
     if how.channels is None:
         _check_channels(target, source, where)
-    parts, lines = _default_parts(checkpoint, list(target)), []
+    choice = parts_for(plan.nnssl if plan is not None else {}) if parts is None else parts
+    held, lines = _held_parts(checkpoint, list(target)), []
+    taken = select_parts(held, choice, str(checkpoint.transfer.get("parts") or "all"))
     if how.active:
         _check_bridgeable(target, source, how, where)
         deeper = n_stages(target) - n_stages(source)
@@ -246,10 +267,12 @@ def apply(
             lines.append(
                 f"depth: {n_stages(source)} -> {n_stages(target)} encoder stages, those of equal resolution paired"
             )
-            source, parts = shift_stages(source, deeper), shift_parts(parts, deeper)
-    wanted, grids = wanted_parts(parts), (_given_grid(checkpoint, source), _own_grid(network))
-    matched = match(target, names, source, wanted, how, grids)
+            source = shift_stages(source, deeper)
+            held, taken = shift_parts(held, deeper), shift_parts(taken, deeper)
+    grids, left = (_given_grid(checkpoint, source), _own_grid(network)), _left_out(checkpoint, held, taken, choice)
+    matched = match(target, names, source, wanted_parts(taken), how, grids, left)
     report = count(where, target, matched)
+    report.left_out = {part: why for part, why in left.items() if any(row.part == part for row in report.parts)}
     report.adaptations[:0] = lines
     report.notes += _notes(checkpoint, plan, matched.stale) + _stride_notes(checkpoint, network)
     homeless = Counter(part_of(name) for name in source if name not in aliases)
@@ -258,7 +281,7 @@ def apply(
     if foreign_tokens:
         report.notes.append(_ORDER)
     if minimum is None:
-        minimum = parts if checkpoint.pretrained_parts is not None else {"encoder": True}
+        minimum = taken if checkpoint.pretrained_parts is not None else {"encoder": True}
     _check_promise(report, [] if by_coverage else wanted_parts(minimum), target, source, homeless)
     if by_coverage:
         _check_coverage(report, how)

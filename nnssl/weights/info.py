@@ -48,6 +48,7 @@ def describe(path: str | os.PathLike[str], *, trusted: bool = False) -> dict[str
         "method": checkpoint.method,
         "network": _network(checkpoint),
         "pretrained_parts": checkpoint.pretrained_parts,
+        "transferred_by_default": checkpoint.transfer,
         "plan": ours.get("plan"),
         "patch_size": ours.get("patch_size"),
         "spacing": ours.get("spacing"),

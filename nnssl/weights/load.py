@@ -86,6 +86,11 @@ class Checkpoint:
         """``{"encoder": bool, "decoder_stages": [...]}`` as promised by the method; None in files of others."""
         return self.nnssl.get("pretrained_parts")
 
+    @property
+    def transfer(self) -> dict[str, Any]:
+        """``{"parts": str, "why": str}``: which of them segmentation gets by default; empty where not told."""
+        return self.nnssl.get("transfer") or {}
+
 
 def _numpy_scalars() -> AbstractContextManager[Any]:
     """Allow the numpy scalars that nnU-Net's own checkpoints hold; they rebuild numbers and run nothing."""

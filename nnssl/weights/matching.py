@@ -90,6 +90,7 @@ def match(
     parts: list[str],
     how: Adaptation,
     grids: Grids = (None, None),
+    left_out: Mapping[str, str] | None = None,
 ) -> Matched:
     """Pair each tensor of the network with one of the file.
 
@@ -100,12 +101,14 @@ def match(
         parts: the parts that are taken.
         how: what may be adapted.
         grids: tokens per axis of the file's position embeddings and of the network's, where known.
+        left_out: pretrained parts that are not taken, and why.
     """
     result = Matched()
     for name in target:
         part = part_of(name)
         if part not in parts:
-            result.reasons[name] = _LEFT.get(part, "not pretrained")
+            why = (left_out or {}).get(part)
+            result.reasons[name] = f"left out on purpose ({why})" if why else _LEFT.get(part, "not pretrained")
             continue
         aliases = [name, *names[name]]
         known = [alias for alias in aliases if alias in source]

@@ -68,7 +68,7 @@ def prove_loadable(payload: Mapping[str, Any], plan: Plan) -> TransferReport:
     for name, tensor in canonical_state_dict(stock).items():
         if part_of(name) != HEADS and not torch.equal(tensor, weights[name].to(tensor)):
             raise NnsslError(f"nnU-Net would load other weights than were trained for {where}: '{name}' differs.")
-    report = apply(own, payload, plan)
+    report = apply(own, payload, plan, parts="all")
     if report.part("encoder").percent == 100.0:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             stock.eval(), own.eval()  # a Primus drops paths in training

@@ -50,12 +50,14 @@ class TransferReport:
         parts: the parts in the order of computation.
         notes: what a person should know besides.
         adaptations: one line for each kind of change that was made to the weights.
+        left_out: pretrained parts that were left random on purpose, and why.
     """
 
     source: str
     parts: list[PartReport]
     notes: list[str] = field(default_factory=list)
     adaptations: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def part(self, name: str) -> PartReport:
         """The report of one part. Raises KeyError where the network has no such part."""
@@ -92,6 +94,7 @@ class TransferReport:
                 for row in rows
             },
             "adaptations": list(self.adaptations),
+            "left_out": dict(self.left_out),
             "notes": list(self.notes),
         }
 
@@ -102,7 +105,13 @@ class TransferReport:
             line = f"{row.part:<18}{row.loaded:>8}{row.adapted:>9}{row.random:>8}{row.tensors:>12}{row.percent:>17.1f}"
             lines.append(line)
         for row in self.parts:
-            lines += [f"  {row.part}: {count} left random: {reason}" for reason, count in row.reasons.items()]
+            if row.part not in self.left_out:
+                lines += [f"  {row.part}: {count} left random: {reason}" for reason, count in row.reasons.items()]
+        for why in dict.fromkeys(self.left_out.values()):
+            parts = ", ".join(part for part, reason in self.left_out.items() if reason == why)
+            lines.append(
+                f"  left out on purpose: {parts} ({why}); to take all that was pretrained: nnssl_plan --parts all"
+            )
         lines += [f"  adapted: {text}" for text in self.adaptations]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)

@@ -114,6 +114,7 @@ def build_payload(
     citations: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
     training: Mapping[str, Any] | None = None,
+    transfer: Mapping[str, str] | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
     """Everything that a checkpoint holds.
@@ -128,6 +129,8 @@ def build_payload(
         data: fingerprint of the images learnt from; hashes only, never case names (see :func:`fingerprint_names`).
         citations: papers to cite.
         versions: package versions; those installed by default.
+        transfer: ``{"parts": one of nnssl.plans.parts.CHOICES, "why": ...}``: which of the parts segmentation networks get by
+            default, and the reason; all of them where it is not told.
         training: the engine's own state for an exact resume, kept under ``nnssl_training``.
         extra: more plain values for the ``nnssl`` entry, for example ``robustness`` or ``epoch``.
 
@@ -161,6 +164,7 @@ def build_payload(
         "pretrained_parts": parts,
         "data": dict(data),
         "versions": dict(versions) if versions is not None else package_versions(),
+        **({"transfer": dict(transfer)} if transfer else {}),
         **extra,
     }
     payload: dict[str, Any] = {

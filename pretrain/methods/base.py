@@ -174,6 +174,8 @@ class Method(nn.Module, ABC):
         grad_clip: largest gradient norm unless ``-o grad_clip`` says otherwise; 0 for none.
         takes_primus: whether it also trains transformers on tokens (Primus), beside U-Nets.
         view_families: which of gamma, bias, window, blur, lowres, noise the views use; the robustness measure takes others.
+        default_transfer: which of :meth:`pretrained_parts` a segmentation network gets unless the user says otherwise, one of
+            :data:`nnssl.plans.parts.CHOICES`; ``transfer_reason``: why, for the transfer report. Chosen by measurement.
         optimises_robustness: whether the objective itself makes views of an image alike, which its verdict then says.
     """
 
@@ -185,6 +187,8 @@ class Method(nn.Module, ABC):
     grad_clip: float = 12.0
     takes_primus: ClassVar[bool] = False
     view_families: ClassVar[tuple[str, ...]] = ()
+    default_transfer: ClassVar[str] = "all"
+    transfer_reason: ClassVar[str] = ""
     optimises_robustness: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: Any) -> None:

@@ -84,6 +84,8 @@ class MAE(Method):
     """See the module. The finest decoder output goes through a 1x1(x1) convolution to as many channels as the image has."""
 
     takes_primus = True
+    default_transfer = "encoder"
+    transfer_reason = "a decoder trained to paint hidden blocks starts segmentation worse than a random one"
     title = "masked autoencoder: reconstruct hidden blocks (encoder + decoder)"
     citation = (
         "Wald et al., Revisiting MAE pre-training for 3D medical image segmentation, arXiv:2410.23132",

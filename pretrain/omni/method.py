@@ -50,6 +50,8 @@ class OmniMixin(Method):
 
     omni: ClassVar[OmniConfig]
     omni_varied: ClassVar[bool] = False
+    default_transfer: ClassVar[str] = "all"
+    transfer_reason: ClassVar[str] = ""
     omni_snapshot_taken: Tensor
 
     def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: Any) -> None:

@@ -360,3 +360,27 @@ def test_nnunets_own_commands_from_training_to_the_best_configuration(pretrainin
     predictor.initialize_from_trained_model_folder(str(folder), (0,))
     logits = predictor.predict_logits_from_preprocessed_data(torch.zeros(1, 16, 16, 16))
     assert logits.shape == (3, 16, 16, 16) and bool(logits.isfinite().all())
+
+
+def _defaulting(file, parts, why="its decoder harms"):
+    content = torch.load(file, weights_only=True)
+    content["nnssl"]["transfer"] = {"parts": parts, "why": why}
+    checkpoint.save(file, content)
+
+
+def test_the_method_s_default_parts_are_taken_and_the_plan_overrules_them(dataset, pretraining, build, start):
+    file = pretraining()
+    _defaulting(file, "encoder")
+    trainer = build()
+    start(trainer)
+    weights = {n for n in canonical_state_dict(trainer.network) if not is_constant(n)}
+    assert same(trainer.network, file) & weights == {n for n in weights if n.startswith("encoder.")}
+    report = Path(trainer.output_folder, "transfer_report.txt").read_text()
+    assert "left out on purpose: decoder stage 0, decoder stage 1 (macl's default: its decoder harms)" in report
+    assert trainer.provenance["parts"] == "default"
+
+    path = write_variant(load_plan(901), "whole", checkpoint=file, parts="all")
+    trainer = build(plans=path.stem)
+    start(trainer)
+    assert weights - same(trainer.network, file) == {n for n in weights if ".seg_layers." in n}
+    assert trainer.provenance["parts"] == "all"

@@ -1,0 +1,77 @@
+"""Which of a checkpoint's pretrained parts a segmentation network gets: the words for it, and who decides.
+
+A method names a default with its reason (``Method.default_transfer`` of :mod:`nnssl.pretrain.methods`), the checkpoint carries
+it, and a plan (``nnssl_plan --parts``) overrules it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nnssl.errors import NnsslError, nearest
+
+__all__ = ["CHOICES", "HEADS_ONLY", "check_parts", "parts_for", "select_parts"]
+
+CHOICES = ("default", "encoder", "encoder+bottom", "all")
+"""What ``--parts`` takes: the default that the checkpoint names, the encoder alone, with it the decoder stage of the lowest
+resolution, or everything that was pretrained."""
+HEADS_ONLY = ("head_only", "linear_probe")
+"""Schedules that train nothing below the heads: a random decoder would stay random, so that all pretrained parts come."""
+
+
+def check_parts(choice: str) -> str:
+    """Return ``choice`` where it is one of :data:`CHOICES`.
+
+    Raises:
+        NnsslError: names the nearest.
+    """
+    if choice not in CHOICES:
+        raise NnsslError(f"parts '{choice}': it can be {', '.join(CHOICES)}.{nearest(str(choice), CHOICES)}")
+    return choice
+
+
+def parts_for(told: Mapping[str, Any], family: str | None = None) -> str:
+    """What ``plans["nnssl"]`` asks for: its ``parts``, else everything where only heads are trained, else the default.
+
+    Args:
+        told: ``plans["nnssl"]``, empty where there is none.
+        family: the schedule that is followed; by default the one that ``told`` names.
+
+    Raises:
+        NnsslError: an unknown word.
+    """
+    if told.get("parts") is not None:
+        return check_parts(str(told["parts"]))
+    return "all" if (family or told.get("schedule")) in HEADS_ONLY else "default"
+
+
+def select_parts(promised: Mapping[str, Any], choice: str | Mapping[str, Any], default: str = "all") -> dict[str, Any]:
+    """The parts to take from a file.
+
+    Args:
+        promised: what the file holds, ``{"encoder": bool, "decoder_stages": [indices from the bottom]}``.
+        choice: one of :data:`CHOICES`, or parts in the form of ``promised``.
+        default: what ``"default"`` stands for.
+
+    Raises:
+        NnsslError: a part that was not pretrained is asked for, or an unknown word.
+    """
+    stages = sorted(int(i) for i in promised.get("decoder_stages", ()))
+    if isinstance(choice, Mapping):
+        wanted = {"encoder": bool(choice.get("encoder")), "decoder_stages": sorted(choice.get("decoder_stages", ()))}
+    else:
+        word = check_parts(default if check_parts(choice) == "default" else choice)
+        if word in ("all", "default"):
+            return {**promised, "decoder_stages": stages}
+        wanted = {"encoder": True, "decoder_stages": [0] if word == "encoder+bottom" else []}
+    missing = [f"decoder stage {i}" for i in wanted["decoder_stages"] if i not in stages]
+    if wanted["encoder"] and not promised.get("encoder"):
+        missing.insert(0, "encoder")
+    if missing:
+        held = ["encoder"] * bool(promised.get("encoder")) + [f"decoder stage {i}" for i in stages]
+        raise NnsslError(
+            f"parts '{choice}' ask for {', '.join(missing)}, which the checkpoint has not pretrained. It holds: "
+            f"{', '.join(held)}."
+        )
+    return wanted

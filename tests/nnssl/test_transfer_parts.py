@@ -1,0 +1,123 @@
+"""Which of the pretrained parts a segmentation network gets: defaults of methods, plans and users, and what the report says."""
+
+import pytest
+import torch
+
+from nnssl.errors import NnsslError
+from nnssl.networks import build_network, canonical_state_dict
+from nnssl.plans import Plan, derive
+from nnssl.plans.parts import CHOICES, parts_for, select_parts
+from nnssl.pretrain.methods import list_methods
+from nnssl.weights import apply, build_payload, part_of, prove_loadable
+
+HELD = {"encoder": True, "decoder_stages": [1, 0]}
+WHY = "its decoder harms"
+
+
+@pytest.fixture
+def plan(tiny_plans, tiny_dataset_json):
+    plans = tiny_plans(strides=((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 1)), features=(4, 6, 8, 8))
+    return Plan.from_dicts(plans, "3d_fullres", tiny_dataset_json())
+
+
+def payload(plan, network, parts=HELD, transfer=None):
+    told = {} if transfer is None else {"transfer": {"parts": transfer, "why": WHY}}
+    return build_payload(
+        network, plan, method="mae", config={}, crop_size=plan.patch_size, pretrained_parts=parts, data={}, **told
+    )
+
+
+def loaded_parts(plan, transfer=None, **options):
+    """The report, and the parts whose tensors all became the file's, the others having stayed as they were."""
+    source, target = build_network(plan), build_network(plan)
+    before = {name: tensor.clone() for name, tensor in canonical_state_dict(target).items()}
+    given = canonical_state_dict(source)
+    for tensor in given.values():
+        tensor.data.uniform_(1, 2)  # biases and norms differ too
+    report = apply(target, payload(plan, source, transfer=transfer), plan, **options)
+    taken = set()
+    for name, tensor in canonical_state_dict(target).items():
+        new = torch.equal(tensor, given[name])
+        assert new or torch.equal(tensor, before[name])
+        taken |= {part_of(name)} if new else set()
+    for name, tensor in canonical_state_dict(target).items():
+        assert torch.equal(tensor, given[name]) == (part_of(name) in taken), name
+    return report, taken
+
+
+def test_select_parts():
+    assert select_parts(HELD, "all") == {"encoder": True, "decoder_stages": [0, 1]}
+    assert select_parts(HELD, "default") == {"encoder": True, "decoder_stages": [0, 1]}
+    assert select_parts(HELD, "default", "encoder") == {"encoder": True, "decoder_stages": []}
+    assert select_parts(HELD, "encoder+bottom", "encoder") == {"encoder": True, "decoder_stages": [0]}
+    assert select_parts(HELD, {"decoder_stages": [1]}) == {"encoder": False, "decoder_stages": [1]}
+    with pytest.raises(NnsslError, match="'encoder[+]bottom' ask for decoder stage 0.*It holds: encoder"):
+        select_parts({"encoder": True, "decoder_stages": []}, "encoder+bottom")
+    with pytest.raises(NnsslError, match="decoder stage 7"):
+        select_parts(HELD, {"encoder": True, "decoder_stages": [7]})
+    with pytest.raises(NnsslError, match="ask for encoder, which.*It holds: decoder stage 0"):
+        select_parts({"encoder": False, "decoder_stages": [0]}, "encoder")
+    with pytest.raises(NnsslError, match="parts 'encodr'.*encoder"):
+        select_parts(HELD, "encodr")
+
+
+def test_a_plan_overrules_the_default_and_heads_alone_need_all():
+    assert parts_for({}) == "default"
+    assert parts_for({"schedule": "head_only"}) == parts_for({}, "linear_probe") == "all"
+    assert parts_for({"schedule": "warmup_poly"}, "head_only") == "all"
+    assert parts_for({"schedule": "head_only", "parts": "encoder"}) == "encoder"
+    with pytest.raises(NnsslError, match="parts 'decoder'"):
+        parts_for({"parts": "decoder"})
+
+
+@pytest.mark.parametrize(
+    ("transfer", "options", "expected"),
+    [
+        (None, {}, {"encoder", "decoder stage 0", "decoder stage 1"}),
+        ("encoder", {}, {"encoder"}),
+        ("encoder+bottom", {}, {"encoder", "decoder stage 0"}),
+        ("encoder", {"parts": "all"}, {"encoder", "decoder stage 0", "decoder stage 1"}),
+        ("all", {"parts": "encoder"}, {"encoder"}),
+        ("encoder", {"parts": {"encoder": False, "decoder_stages": [1]}}, {"decoder stage 1"}),
+    ],
+)
+def test_apply_takes_what_is_chosen_and_names_what_it_leaves_out(plan, transfer, options, expected):
+    report, taken = loaded_parts(plan, transfer, **options)
+    assert taken == expected
+    held = {"encoder", "decoder stage 0", "decoder stage 1"}
+    assert set(report.left_out) == held - expected and set(report.to_dict()["left_out"]) == held - expected
+    text = str(report)
+    assert ("left out on purpose" in text) == (expected != held)
+    assert ("mae's default: its decoder harms" in text) == (expected != held and not options)
+    assert "decoder stage 2: 10 left random: not pretrained" in text
+
+
+def test_the_plan_of_the_network_chooses(plan):
+    variant = derive(plan, "x", parts="encoder+bottom")
+    assert variant.nnssl["parts"] == "encoder+bottom"
+    assert loaded_parts(variant, "encoder")[1] == {"encoder", "decoder stage 0"}
+    assert loaded_parts(derive(plan, "x", schedule="head-only"), "encoder")[1] >= {"decoder stage 1"}
+    other = derive(variant, "y", checkpoint="somewhere", sha256="0")
+    assert "parts" not in other.nnssl, "said of the file named before"
+    with pytest.raises(NnsslError, match="parts 'encoder[+]botom'.*encoder[+]bottom"):
+        derive(plan, "x", parts="encoder+botom")
+
+
+def test_what_is_left_out_is_no_shortfall_and_what_is_taken_still_is(plan, tiny_plans, tiny_dataset_json):
+    source = payload(plan, build_network(plan), transfer="encoder")
+    gone = {k: v for k, v in source["network_weights"].items() if not k.startswith("decoder.stages.1")}
+    assert apply(build_network(plan), {**source, "network_weights": gone}, plan).part("encoder").percent == 100
+    with pytest.raises(NnsslError, match="promises more than fits.*decoder stage 1"):
+        apply(build_network(plan), {**source, "network_weights": gone}, plan, parts="all")
+
+
+def test_the_proof_looks_at_everything_that_was_pretrained(plan):
+    report = prove_loadable(payload(plan, build_network(plan), transfer="encoder"), plan)
+    assert report.part("decoder stage 1").percent == 100 and not report.left_out
+
+
+def test_each_method_names_a_known_default_and_a_reason():
+    for name, cls in list_methods().items():
+        assert cls.default_transfer in CHOICES[1:], name
+        assert cls.default_transfer == "all" or cls.transfer_reason, name
+    assert list_methods()["mae"].default_transfer == "encoder"
