@@ -58,9 +58,10 @@ def ours(plan: Any, name: str, size: tuple[int, ...], batches: int) -> dict[str,
     None where the plan does not fit.
     """
     from nnssl.pretrain.augment import Draws
-    from nnssl.pretrain.data import make_loader, prepare_sources
+    from nnssl.pretrain.data import make_loader
     from nnssl.pretrain.methods import get_method
     from nnssl.pretrain.options import make_config
+    from nnssl.pretrain.prepare import prepare_sources
 
     cls = get_method(name)
     config = make_config(cls.Config, {})

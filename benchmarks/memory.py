@@ -22,8 +22,9 @@ from common import arguments, make_dataset, report, workspace
 def child(batches: int) -> None:
     """In a process of its own: prints the numbers as JSON."""
     from nnssl.plans import load_plan
-    from nnssl.pretrain.data import make_loader, prepare_sources
+    from nnssl.pretrain.data import make_loader
     from nnssl.pretrain.methods import CropRequest
+    from nnssl.pretrain.prepare import prepare_sources
 
     plan = load_plan(901)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -23,9 +23,10 @@ from nnssl import checkpoint
 from nnssl.networks import build_network
 from nnssl.plans import load_plan
 from nnssl.pretrain.augment import Draws
-from nnssl.pretrain.data import make_loader, prepare_sources
+from nnssl.pretrain.data import make_loader
 from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.options import make_config
+from nnssl.pretrain.prepare import prepare_sources
 
 NEAR = 2
 STREAM = 2**41  # crops and corruption that neither training nor its held-out loss has seen

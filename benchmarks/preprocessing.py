@@ -24,7 +24,7 @@ from common import arguments, make_dataset, phantom, report, workspace
 def child() -> None:
     """In a process of its own: preprocess dataset 902 for 901, print the numbers as JSON."""
     from nnssl.plans import load_plan
-    from nnssl.pretrain.data import prepare_sources
+    from nnssl.pretrain.prepare import prepare_sources
 
     plan = load_plan(901)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

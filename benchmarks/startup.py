@@ -20,9 +20,9 @@ from common import arguments, make_dataset, report, workspace
 
 def pretend(plan: Any, source: str, n: int) -> None:
     """Make a preprocessed source of links, with the index that preprocessing would have written."""
-    from nnssl.pretrain.data import prepare_sources
-    from nnssl.pretrain.data.index import Entry
-    from nnssl.pretrain.data.preprocess import beside, own_folder
+    from nnssl.pretrain.data.folders import beside, own_folder
+    from nnssl.pretrain.prepare import prepare_sources
+    from nnssl.pretrain.prepare.index import Entry
 
     raw = Path(os.environ["nnUNet_raw"]) / source / "imagesTr"
     prepare_sources(plan, [source], n_processes=1, held_out=0.0)
@@ -46,7 +46,7 @@ def pretend(plan: Any, source: str, n: int) -> None:
 
 def timed(plan: Any, source: str, **options: Any) -> tuple[float, float, int, int]:
     """Wall-clock and CPU seconds, cases, and files that were looked at one by one."""
-    from nnssl.pretrain.data import prepare_sources, preprocess, raw, sources
+    from nnssl.pretrain.prepare import prepare_sources, preprocess, raw, sources
 
     looked = 0
     originals = {
@@ -77,7 +77,7 @@ def timed(plan: Any, source: str, **options: Any) -> tuple[float, float, int, in
 def main() -> None:
     """Print the table."""
     args = arguments(__doc__, most=(20_000, "largest number of cases"))
-    from nnssl.pretrain.data import catalogue
+    from nnssl.pretrain.prepare import catalogue
 
     catalogue.RACY_SECONDS = -1.0  # the links were made a moment ago
     numbers = [n for n in (100, 1000, 20_000, 160_000) if n <= args.most]

@@ -205,7 +205,7 @@ def _check_pool(
 
 def _check_copies(test: Sequence[TestCase], pool: Sequence[str], plan: Plan) -> None:
     """No case that labels are drawn from may be a copy of a test case."""
-    from nnssl.pretrain.data.leaks import find_leaks
+    from nnssl.pretrain.prepare.leaks import find_leaks
 
     candidates = {n: c for n, c in _raw_cases(plan.dataset_name, plan).items() if n in set(pool)}
     images = {**_raw_cases(plan.dataset_name, plan), **_raw_cases(plan.dataset_name, plan, "imagesTs")}
@@ -279,7 +279,7 @@ def forbidden_cases(resolved: Resolved, arm: Arm, fold: str, sources: Sequence[s
     Raises:
         NnsslError: nothing is left of the dataset's own cases.
     """
-    from nnssl.pretrain.data.leaks import find_leaks, list_test_images
+    from nnssl.pretrain.prepare.leaks import find_leaks, list_test_images
 
     own, found = resolved.plan.dataset_name, []
     if own in sources:
@@ -298,7 +298,7 @@ def forbidden_cases(resolved: Resolved, arm: Arm, fold: str, sources: Sequence[s
 
 
 def _raw_cases(dataset: str, plan: Plan, folder: str = "imagesTr") -> dict[str, Any]:
-    from nnssl.pretrain.data.raw import list_raw
+    from nnssl.pretrain.prepare.raw import list_raw
 
     raw = list_raw(dataset, plan, folder) if (raw_folder() / dataset / folder).is_dir() else None
     return dict(raw.cases) if raw else {}

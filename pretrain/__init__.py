@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nnssl.pretrain.api import RunResult, run
-    from nnssl.pretrain.preparation import preprocess
+    from nnssl.pretrain.prepare.preparation import preprocess
 
 __all__ = ["RunResult", "preprocess", "run"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "preprocess":
-        from nnssl.pretrain.preparation import preprocess
+        from nnssl.pretrain.prepare.preparation import preprocess
 
         return preprocess
     if name in __all__:

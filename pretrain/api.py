@@ -17,7 +17,6 @@ from nnssl.errors import NnsslError
 from nnssl.files import write_json
 from nnssl.plans import resolve_dataset
 from nnssl.plans.figures import DEFAULT_FAMILY, trainer_for
-from nnssl.pretrain.data import prepare_bodies, prepare_sources
 from nnssl.pretrain.data.weights import Sources, parse_sources, relative
 from nnssl.pretrain.engine.devices import pick_device, process_group, restarted, shared_preparation
 from nnssl.pretrain.engine.estimate import estimate
@@ -28,7 +27,8 @@ from nnssl.pretrain.engine.loop import Engine, Outcome, RunSpec
 from nnssl.pretrain.engine.watch import RobustnessHook
 from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.omni import FOLDER, prepare_omni, take_omni
-from nnssl.pretrain.planning import planned
+from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
+from nnssl.pretrain.prepare.planning import planned
 from nnssl.pretrain.resolve import batch_size, identity, method_folder, resolve
 from nnssl.results import output_folder
 from nnssl.weights import prove_loadable
@@ -116,7 +116,7 @@ def run(
             images (:mod:`nnssl.pretrain.omni`); it is the target. Its options begin with ``omni.``.
         labelled_cases: file of the labelled cases to learn from, with their annotated classes where not all are.
         planner: ``"default"``, ``"resenc_m"``, ``"resenc_l"`` or ``"resenc_xl"``: which of nnU-Net's planners makes the plans of
-            a dataset that has neither labels nor plans; see :func:`nnssl.pretrain.planning.planned`.
+            a dataset that has neither labels nor plans; see :func:`nnssl.pretrain.prepare.planning.planned`.
         gpu_memory_target: GB that this planner fills.
         hooks: more watchers of the run.
 

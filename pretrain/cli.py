@@ -168,7 +168,7 @@ def _body(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _preprocess(args: argparse.Namespace) -> int:
-    from nnssl.pretrain.preparation import preprocess
+    from nnssl.pretrain.prepare.preparation import preprocess
 
     preprocess(
         args.d,

@@ -1,13 +1,11 @@
-"""Preprocessed volumes to crops: which images there are, partial reads, and a loader that is a pure function of the seed."""
+"""Preprocessed cases to crops: the pool of cases, partial reads, and a loader that is a pure function of the seed."""
 
-from nnssl.pretrain.data.bodies import prepare_bodies
 from nnssl.pretrain.data.case import CaseFormat, CaseInfo, CaseReader, OpenCase
 from nnssl.pretrain.data.crops import CropDataset, Sample, collate
 from nnssl.pretrain.data.intensity import intensity_range
 from nnssl.pretrain.data.loader import CropLoader, make_loader
 from nnssl.pretrain.data.orientation import Geometry
 from nnssl.pretrain.data.pool import BadCase, CaseRef, Pool
-from nnssl.pretrain.data.sources import prepare_sources
 
 __all__ = [
     "BadCase",
@@ -24,6 +22,4 @@ __all__ = [
     "collate",
     "intensity_range",
     "make_loader",
-    "prepare_bodies",
-    "prepare_sources",
 ]

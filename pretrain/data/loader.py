@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
-from nnssl.pretrain.data.bodies import body_folder
 from nnssl.pretrain.data.case import CaseFormat, CaseReader
 from nnssl.pretrain.data.crops import CropDataset, Sample, collate
+from nnssl.pretrain.data.folders import body_folder
 from nnssl.pretrain.data.pool import Pool
 from nnssl.pretrain.data.sampling import HELD_OUT, TRAIN
 from nnssl.pretrain.data.turning import common_orientation

@@ -16,13 +16,13 @@ from nnunetv2.configuration import default_num_processes
 
 from nnssl.errors import NnsslError
 from nnssl.files import write_atomic
-from nnssl.pretrain.data.preprocess import temporary_folder
-from nnssl.pretrain.data.processes import run_jobs
 from nnssl.pretrain.images.convert import LINKS, Converter, Reply
 from nnssl.pretrain.images.dataset import Dataset, Line, find_dataset
 from nnssl.pretrain.images.dicom import Header, read_headers, volumes_of
 from nnssl.pretrain.images.items import FOUR_D, Item, Job, Rejected, group_channels, single_channels
 from nnssl.pretrain.images.scan import scan
+from nnssl.pretrain.prepare.preprocess import temporary_folder
+from nnssl.pretrain.prepare.processes import run_jobs
 
 __all__ = ["Summary", "add_images"]
 

@@ -13,9 +13,9 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from nnssl.pretrain.data.whole import check_whole
-from nnssl.pretrain.data.worker import voxel_hash
 from nnssl.pretrain.images.items import Item, Job
+from nnssl.pretrain.prepare.whole import check_whole
+from nnssl.pretrain.prepare.worker import voxel_hash
 
 __all__ = ["LINKS", "Converter", "Made", "Reply", "tells_nothing"]
 
@@ -40,7 +40,7 @@ class Made:
     """One case that is ready to be put into place.
 
     Attributes:
-        sha256: hash of its voxels, see :func:`nnssl.pretrain.data.worker.voxel_hash`.
+        sha256: hash of its voxels, see :func:`nnssl.pretrain.prepare.worker.voxel_hash`.
         drafts: its channels, in the temporary folder.
         linked: channels that are links.
     """

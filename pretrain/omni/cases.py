@@ -16,7 +16,7 @@ from nnssl.errors import NnsslError, nearest, raise_problems
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
 from nnssl.plans.labels import ALL, folds_of
-from nnssl.pretrain.data.selection import read_case_list
+from nnssl.pretrain.prepare.selection import read_case_list
 from nnssl.weights import case_hash
 
 __all__ = ["LabelledCase", "LabelledSet", "class_locations", "find_labelled", "head_names"]

@@ -16,12 +16,12 @@ import SimpleITK as sitk
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
 from nnssl.errors import NnsslError
-from nnssl.pretrain.data import prepare_sources
 from nnssl.pretrain.images import add_images, dataset
 from nnssl.pretrain.images import cli as command
 from nnssl.pretrain.images.convert import Converter, tells_nothing
 from nnssl.pretrain.images.dataset import find_dataset
-from nnssl.pretrain.planning import planned
+from nnssl.pretrain.prepare import prepare_sources
+from nnssl.pretrain.prepare.planning import planned
 
 SHAPE, SPACING = (10, 14, 12), (2.0, 1.5, 1.0)  # (z, y, x)
 SECRET = "Mueller^Hans"

@@ -15,10 +15,12 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnssl.errors import NnsslError
 from nnssl.plans import load_plan
 from nnssl.pretrain import run
-from nnssl.pretrain.data import CaseFormat, CaseReader, make_loader, prepare_bodies, prepare_sources
-from nnssl.pretrain.data.bodies import BodyWorker, body_folder, write_mask
-from nnssl.pretrain.data.body import body_of_raw, resize_mask, tissue_threshold
+from nnssl.pretrain.data import CaseFormat, CaseReader, make_loader
+from nnssl.pretrain.data.folders import body_folder
 from nnssl.pretrain.methods.base import CropRequest
+from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
+from nnssl.pretrain.prepare.bodies import BodyWorker, write_mask
+from nnssl.pretrain.prepare.body import body_of_raw, resize_mask, tissue_threshold
 
 REQUEST = CropRequest(size=(8, 8, 8), window=(10, 12, 8), body=True)
 
@@ -236,7 +238,7 @@ def test_an_interrupted_start_is_continued(target, monkeypatch):
         write_mask(path, mask)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("nnssl.pretrain.data.bodies.write_mask", stop)
+        patch.setattr("nnssl.pretrain.prepare.bodies.write_mask", stop)
         prepare_bodies(plan, pool, n_processes=0)
     folder = body_folder(plan, plan.dataset_name)
     first = stamps(folder)
@@ -252,7 +254,7 @@ def test_a_full_disk_says_so(target, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nnssl.pretrain.data.bodies.write_mask", full)
+    monkeypatch.setattr("nnssl.pretrain.prepare.bodies.write_mask", full)
     monkeypatch.setattr("shutil.disk_usage", lambda p: type("Usage", (), {"free": 0}))
     with pytest.raises(NnsslError, match="No space left"):
         prepare_bodies(plan, pool, n_processes=0)

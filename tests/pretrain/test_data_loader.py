@@ -15,8 +15,9 @@ import torch
 
 from nnssl.errors import NnsslError
 from nnssl.plans import load_plan
-from nnssl.pretrain.data import make_loader, prepare_sources
+from nnssl.pretrain.data import make_loader
 from nnssl.pretrain.methods import CropRequest, Crops
+from nnssl.pretrain.prepare import prepare_sources
 
 REQUEST = CropRequest(size=(8, 8, 8), window=(10, 12, 10), crops_per_case=2)
 

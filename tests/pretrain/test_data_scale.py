@@ -16,11 +16,12 @@ import pytest
 from nnssl.errors import NnsslError
 from nnssl.plans import load_plan
 from nnssl.pretrain import preprocess, run
-from nnssl.pretrain.data import catalogue, make_loader, prepare_sources, sources
-from nnssl.pretrain.data.parts import Part
+from nnssl.pretrain.data import make_loader
 from nnssl.pretrain.data.sampling import TRAIN, draw_cases
 from nnssl.pretrain.data.weights import case_weights, parse_sources, relative
 from nnssl.pretrain.methods import CropRequest
+from nnssl.pretrain.prepare import catalogue, prepare_sources, sources
+from nnssl.pretrain.prepare.parts import Part
 
 SOURCE = "Dataset902_Free"
 RAW = {"shape": (12, 16, 12)}

@@ -17,8 +17,9 @@ from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan, load_plan
-from nnssl.pretrain.data import Pool, prepare_sources
-from nnssl.pretrain.data.raw import list_raw
+from nnssl.pretrain.data import Pool
+from nnssl.pretrain.prepare import prepare_sources
+from nnssl.pretrain.prepare.raw import list_raw
 
 SMALL = {"shape": (12, 16, 12), "plan_options": {"patch": (8, 8, 8)}}
 RAW = {"shape": (12, 16, 12)}
@@ -427,7 +428,7 @@ def test_truncation_of_data_is_seen_however_packed(tmp_path, ending):
 
     import SimpleITK as sitk
 
-    from nnssl.pretrain.data.whole import check_whole
+    from nnssl.pretrain.prepare.whole import check_whole
 
     path = tmp_path / "a.nii"
     sitk.WriteImage(sitk.GetImageFromArray(np.arange(1000, dtype=np.float32).reshape(10, 10, 10)), str(path))
@@ -596,7 +597,7 @@ def test_processes_give_the_same(target, tiny_raw_dataset, nnunet_env):
 @pytest.fixture
 def forked(monkeypatch):
     """The library spawns; a forked process need not import torch again, but may not use blosc2's threads."""
-    from nnssl.pretrain.data import processes
+    from nnssl.pretrain.prepare import processes
 
     context = processes.multiprocessing.get_context("fork")
     monkeypatch.setattr(processes.multiprocessing, "get_context", lambda method: context)

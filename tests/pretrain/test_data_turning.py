@@ -9,11 +9,12 @@ import SimpleITK as sitk
 import torch
 
 from nnssl.plans import load_plan
-from nnssl.pretrain.data import CaseFormat, CaseReader, make_loader, prepare_sources
+from nnssl.pretrain.data import CaseFormat, CaseReader, make_loader
 from nnssl.pretrain.data.orientation import Geometry
 from nnssl.pretrain.data.resample import foreground_box, resample_box, resampling_matrix
 from nnssl.pretrain.data.turning import Orientation, Turn, common_orientation
 from nnssl.pretrain.methods import CropRequest
+from nnssl.pretrain.prepare import prepare_sources
 
 SHAPE = (12, 16, 20)
 MM = (1.0, 1.0, 1.0)

@@ -10,12 +10,12 @@ import torch
 
 from nnssl.errors import NnsslError
 from nnssl.plans import load_plan
-from nnssl.pretrain.data import prepare_sources
 from nnssl.pretrain.omni.cases import LabelledCase, find_labelled, head_names
 from nnssl.pretrain.omni.companion import OmniCompanion, Sizes, StepReader
 from nnssl.pretrain.omni.config import OmniConfig, resolve_omni, take_omni
 from nnssl.pretrain.omni.patches import LabelledDataset, stack
 from nnssl.pretrain.omni.setup import prepare_omni
+from nnssl.pretrain.prepare import prepare_sources
 
 SIZE, WINDOW = (8, 16, 12), (10, 20, 18)
 FOLDER = "nnUNetPlans_3d_fullres"

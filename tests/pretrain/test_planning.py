@@ -16,12 +16,12 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnssl.errors import NnsslError
 from nnssl.plans import load_plan
 from nnssl.pretrain import run
-from nnssl.pretrain.data import fingerprint, prepare_sources
-from nnssl.pretrain.data.body import body_of_raw
-from nnssl.pretrain.data.fingerprint import FigureWorker, combine, measure, sample_cases
-from nnssl.pretrain.data.raw import list_unplanned
-from nnssl.pretrain.planner import PLANNERS, plans_name, run_planner
-from nnssl.pretrain.planning import is_unlabelled, planned
+from nnssl.pretrain.prepare import fingerprint, prepare_sources
+from nnssl.pretrain.prepare.body import body_of_raw
+from nnssl.pretrain.prepare.fingerprint import FigureWorker, combine, measure, sample_cases
+from nnssl.pretrain.prepare.planner import PLANNERS, plans_name, run_planner
+from nnssl.pretrain.prepare.planning import is_unlabelled, planned
+from nnssl.pretrain.prepare.raw import list_unplanned
 
 SMALL = {"shape": (16, 24, 20), "spacing": (2.0, 1.0, 1.25)}
 NAME = "Dataset902_Free"
@@ -227,7 +227,7 @@ def test_sampled_images_are_the_same_everywhere(free, monkeypatch, nnunet_env):
     assert list(few) == sorted(few) and len(few) == 2 and list(sample_cases(cases, 9)) == sorted(cases)
     fewer = {n: c for n, c in cases.items() if n not in list(few)[:1]}
     assert list(few)[1] in sample_cases(fewer, 2)
-    monkeypatch.setattr("nnssl.pretrain.planning.MOST_IMAGES", 3)
+    monkeypatch.setattr("nnssl.pretrain.prepare.planning.MOST_IMAGES", 3)
     plan = make()
     told = json.loads((nnunet_env.preprocessed / NAME / "dataset_fingerprint.json").read_text())
     assert len(told["spacings"]) == 3 and plan.dataset_json["numTraining"] == 4
@@ -305,7 +305,7 @@ def test_other_ranks_wait_for_the_first(free, monkeypatch, nnunet_env):
         make()
         monkeypatch.setenv("RANK", "1")
 
-    monkeypatch.setattr("nnssl.pretrain.planning.time.sleep", sleep)
+    monkeypatch.setattr("nnssl.pretrain.prepare.planning.time.sleep", sleep)
     assert make().plans_name == "nnUNetPlans"
     assert len(waits) == 1
 

@@ -15,16 +15,17 @@ from nnunetv2.configuration import default_num_processes
 from nnssl.errors import NnsslError
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
-from nnssl.pretrain.data.catalogue import Catalogue
-from nnssl.pretrain.data.channels import match_channels
-from nnssl.pretrain.data.index import Entry, Index, write_report
-from nnssl.pretrain.data.leaks import duplicates, find_leaks, list_test_images, test_hashes, warn_of_leaks
-from nnssl.pretrain.data.parts import Part
+from nnssl.pretrain.data.folders import beside, own_folder
 from nnssl.pretrain.data.pool import BadCase, CaseRef, Pool, make_pool
-from nnssl.pretrain.data.preprocess import beside, done_cases, own_folder, preprocess_source
-from nnssl.pretrain.data.raw import RawCase, RawSource, list_raw
-from nnssl.pretrain.data.selection import select
-from nnssl.pretrain.data.shapes import fingerprint_shapes, header_shapes
+from nnssl.pretrain.prepare.catalogue import Catalogue
+from nnssl.pretrain.prepare.channels import match_channels
+from nnssl.pretrain.prepare.index import Entry, Index, write_report
+from nnssl.pretrain.prepare.leaks import duplicates, find_leaks, list_test_images, test_hashes, warn_of_leaks
+from nnssl.pretrain.prepare.parts import Part
+from nnssl.pretrain.prepare.preprocess import done_cases, preprocess_source
+from nnssl.pretrain.prepare.raw import RawCase, RawSource, list_raw
+from nnssl.pretrain.prepare.selection import select
+from nnssl.pretrain.prepare.shapes import fingerprint_shapes, header_shapes
 
 __all__ = ["prepare_sources"]
 
@@ -121,7 +122,7 @@ def _own(plan: Plan, source: str, allow_mismatch: bool) -> _Source:
 
 
 def _remembered(plan: Plan, source: str, allow_mismatch: bool, retry_bad: bool) -> _Source | None:
-    """A source that an earlier start has looked at, see :mod:`nnssl.pretrain.data.catalogue`; None where it must be looked at."""
+    """A source that an earlier start has looked at (see ``catalogue.py``); None where it must be looked at."""
     folder = own_folder(plan, source)
     known = Catalogue.read(source, folder)
     if known is None:

@@ -2,7 +2,7 @@
 
 nnU-Net's own extractor takes intensities where labels are; everything else in a fingerprint (spacings, shapes after cropping to
 non-zero, how much cropping took away) comes from the images anyway. Here intensities are those inside the body
-(:mod:`nnssl.pretrain.data.body`), weighted as nnU-Net does: each image counts the same.
+(:mod:`nnssl.pretrain.prepare.body`), weighted as nnU-Net does: each image counts the same.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import SimpleITK as sitk
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
 from nnssl.errors import NnsslError
-from nnssl.pretrain.data.body import AIR_HU, body_of_raw
 from nnssl.pretrain.data.orientation import direction_matrix, patient_axes
-from nnssl.pretrain.data.processes import run_jobs
-from nnssl.pretrain.data.raw import RawCase
+from nnssl.pretrain.prepare.body import AIR_HU, body_of_raw
+from nnssl.pretrain.prepare.processes import run_jobs
+from nnssl.pretrain.prepare.raw import RawCase
 
 __all__ = ["MOST_IMAGES", "CaseFigures", "FigureWorker", "combine", "looks_like_ct", "measure", "sample_cases"]
 
@@ -45,7 +45,7 @@ class CaseFigures:
 
     Attributes:
         name: ``"<source>/<case>"``.
-        files: stamps of its files, see :data:`nnssl.pretrain.data.raw.Stamp`.
+        files: stamps of its files, see :data:`nnssl.pretrain.prepare.raw.Stamp`.
         shape: voxels after cropping to non-zero, (z, y, x) of the file.
         spacing: in mm, same axes.
         kept: share of the voxels that cropping keeps.

@@ -24,9 +24,9 @@ from nnssl.errors import NnsslError
 from nnssl.files import read_json, write_json
 from nnssl.paths import preprocessed_folder, set_folders
 from nnssl.plans import Plan, dataset_id, load_plan, resolve_dataset
-from nnssl.pretrain.data.fingerprint import MOST_IMAGES, FigureWorker, combine, looks_like_ct, measure, sample_cases
-from nnssl.pretrain.data.raw import RawCase, RawSource, describe, list_unplanned
-from nnssl.pretrain.planner import PLANNERS, plans_name, run_planner
+from nnssl.pretrain.prepare.fingerprint import MOST_IMAGES, FigureWorker, combine, looks_like_ct, measure, sample_cases
+from nnssl.pretrain.prepare.planner import PLANNERS, plans_name, run_planner
+from nnssl.pretrain.prepare.raw import RawCase, RawSource, describe, list_unplanned
 
 __all__ = ["is_unlabelled", "planned"]
 

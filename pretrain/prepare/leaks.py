@@ -11,9 +11,9 @@ from nnssl.errors import NnsslError
 from nnssl.files import read_json, sha256_of, write_atomic, write_json
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan
-from nnssl.pretrain.data.processes import run_jobs
-from nnssl.pretrain.data.raw import RawCase, list_raw
-from nnssl.pretrain.data.worker import CaseWorker, Job
+from nnssl.pretrain.prepare.processes import run_jobs
+from nnssl.pretrain.prepare.raw import RawCase, list_raw
+from nnssl.pretrain.prepare.worker import CaseWorker, Job
 
 __all__ = ["duplicates", "find_leaks", "list_test_images", "test_hashes", "warn_of_leaks"]
 

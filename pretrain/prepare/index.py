@@ -15,7 +15,7 @@ from typing import Any
 
 from nnssl.files import write_atomic
 from nnssl.pretrain.data.pool import BadCase
-from nnssl.pretrain.data.raw import Stamp
+from nnssl.pretrain.prepare.raw import Stamp
 
 __all__ = ["Entry", "Index", "journals", "write_report"]
 

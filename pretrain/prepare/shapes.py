@@ -11,7 +11,7 @@ from nnssl.errors import NnsslError
 from nnssl.files import read_json
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan
-from nnssl.pretrain.data.raw import RawCase
+from nnssl.pretrain.prepare.raw import RawCase
 
 __all__ = ["fingerprint_shapes", "header_shapes", "preprocessed_shape"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from nnunetv2.configuration import default_num_processes
 
 from nnssl.plans import Plan
-from nnssl.pretrain.data import prepare_bodies, prepare_sources
-from nnssl.pretrain.data.parts import Part
 from nnssl.pretrain.data.weights import Sources, parse_sources
 from nnssl.pretrain.methods import SourceStats, get_method
 from nnssl.pretrain.options import make_config
-from nnssl.pretrain.planning import planned
+from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
+from nnssl.pretrain.prepare.parts import Part
+from nnssl.pretrain.prepare.planning import planned
 
 __all__ = ["Prepared", "preprocess"]
 
@@ -71,7 +71,7 @@ def preprocess(
 
     Raises:
         NnsslError: unknown names, images that cannot be used (all others are done by then), no space; see
-            :func:`nnssl.pretrain.data.prepare_sources`.
+            :func:`nnssl.pretrain.prepare.prepare_sources`.
     """
     names = list(parse_sources(sources)[0])
     share = Part.parse(part) if isinstance(part, str) else part

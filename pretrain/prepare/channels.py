@@ -8,7 +8,7 @@ from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization impo
 
 from nnssl.errors import NnsslError, raise_problems
 from nnssl.plans import Plan
-from nnssl.pretrain.data.raw import RawSource
+from nnssl.pretrain.prepare.raw import RawSource
 
 __all__ = ["match_channels"]
 

@@ -30,8 +30,8 @@ from typing import Any
 
 from nnssl.files import write_atomic
 from nnssl.paths import set_folders
-from nnssl.pretrain.data.index import Entry, journals
 from nnssl.pretrain.data.pool import BadCase
+from nnssl.pretrain.prepare.index import Entry, journals
 
 __all__ = ["Catalogue", "folder_times", "settled_times"]
 
@@ -72,7 +72,7 @@ class Catalogue:
         entries: of all cases that are done or known to be bad.
         waiting: cases that are not preprocessed.
         misfits: files and cases that do not fit nnU-Net's form.
-        n_channels, channel_names: of the raw images, see :class:`nnssl.pretrain.data.raw.RawSource`.
+        n_channels, channel_names: of the raw images, see :class:`nnssl.pretrain.prepare.raw.RawSource`.
         order: source channel for each target channel where they were put into another order.
     """
 

@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nnssl.errors import NnsslError
-from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan
-from nnssl.pretrain.data.index import Entry, Index
+from nnssl.pretrain.data.folders import beside, own_folder
 from nnssl.pretrain.data.pool import BadCase
-from nnssl.pretrain.data.processes import run_jobs
-from nnssl.pretrain.data.raw import RawCase
-from nnssl.pretrain.data.worker import CaseWorker, Job, Reply
+from nnssl.pretrain.prepare.index import Entry, Index
+from nnssl.pretrain.prepare.processes import run_jobs
+from nnssl.pretrain.prepare.raw import RawCase
+from nnssl.pretrain.prepare.worker import CaseWorker, Job, Reply
 
-__all__ = ["beside", "done_cases", "own_folder", "preprocess_source", "raise_fatal", "temporary_folder"]
+__all__ = ["done_cases", "preprocess_source", "raise_fatal", "temporary_folder"]
 
 log = logging.getLogger("nnssl")
 
@@ -30,16 +30,6 @@ ABANDONED_SECONDS = 24 * 3600.0
 """After this a temporary folder of another machine counts as left behind."""
 
 GB = 1e9
-
-
-def own_folder(plan: Plan, source: str) -> Path:
-    """``nnUNet_preprocessed/<source>/nnssl_<target>_<data identifier>_<data hash>``."""
-    return preprocessed_folder() / source / f"nnssl_{plan.dataset_name}_{plan.data_identifier}_{plan.data_hash}"
-
-
-def beside(folder: Path, what: str) -> Path:
-    """A file or folder beside a folder of preprocessed cases, in which nnU-Net would take everything for a case."""
-    return folder.with_name(f"{folder.name}_{what}")
 
 
 def done_cases(folder: Path) -> dict[str, tuple[int, int]]:
@@ -149,7 +139,7 @@ def preprocess_source(
         cases: its raw images.
         n_processes: processes.
         retry_bad: look again at images that were bad the last time and have not changed since.
-        part: label of the part of the preprocessing that these cases are, see :class:`nnssl.pretrain.data.parts.Part`.
+        part: label of the part of the preprocessing that these cases are, see :class:`nnssl.pretrain.prepare.parts.Part`.
 
     Returns:
         The index entries of the good cases, and the bad ones.

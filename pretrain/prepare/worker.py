@@ -18,10 +18,10 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnssl.pretrain.data.index import Entry
 from nnssl.pretrain.data.intensity import intensity_range, store_range
-from nnssl.pretrain.data.raw import RawCase
-from nnssl.pretrain.data.whole import check_whole
+from nnssl.pretrain.prepare.index import Entry
+from nnssl.pretrain.prepare.raw import RawCase
+from nnssl.pretrain.prepare.whole import check_whole
 
 __all__ = ["CaseWorker", "Job", "Reply", "voxel_hash"]
 

@@ -20,16 +20,17 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
-from nnssl.pretrain.data.body import body_of_raw, resize_mask
-from nnssl.pretrain.data.index import Entry, Index
+from nnssl.pretrain.data.folders import beside, body_folder
 from nnssl.pretrain.data.orientation import Geometry
 from nnssl.pretrain.data.pool import CaseRef, Pool
-from nnssl.pretrain.data.preprocess import beside, done_cases, own_folder, raise_fatal, temporary_folder
-from nnssl.pretrain.data.processes import run_jobs
-from nnssl.pretrain.data.raw import RawSource, list_raw
-from nnssl.pretrain.data.worker import Job, Reply
+from nnssl.pretrain.prepare.body import body_of_raw, resize_mask
+from nnssl.pretrain.prepare.index import Entry, Index
+from nnssl.pretrain.prepare.preprocess import done_cases, raise_fatal, temporary_folder
+from nnssl.pretrain.prepare.processes import run_jobs
+from nnssl.pretrain.prepare.raw import RawSource, list_raw
+from nnssl.pretrain.prepare.worker import Job, Reply
 
-__all__ = ["BodyWorker", "body_folder", "prepare_bodies"]
+__all__ = ["BodyWorker", "prepare_bodies"]
 
 log = logging.getLogger("nnssl")
 
@@ -37,11 +38,6 @@ BLOCK, CHUNK = 32, 128
 """Voxels per axis that are unpacked at once, and that are stored together. A mask takes about a hundredth of its image."""
 
 NAMED = 3
-
-
-def body_folder(plan: Plan, source: str) -> Path:
-    """Where a source's masks are: ``nnUNet_preprocessed/<source>/nnssl_<target>_<data identifier>_<data hash>_body``."""
-    return beside(own_folder(plan, source), "body")
 
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
@@ -167,7 +163,7 @@ def _have(plan: Plan, source: str) -> set[str]:
 def prepare_bodies(plan: Plan, pool: Pool, *, n_processes: int, thorough: bool = False) -> int:
     """Make the masks of all cases whose raw images are there, unless they have been made; say in one line what is used.
 
-    A mask is threshold, flood fill and largest pieces of the raw image (:mod:`nnssl.pretrain.data.body`), brought through the
+    A mask is threshold, flood fill and largest pieces of the raw image (:mod:`nnssl.pretrain.prepare.body`), brought through the
     transpose, crop and resampling that nnU-Net did with the image. Where there is no raw image, readers fall back to the
     preprocessed intensities. An interrupted start is continued by the next.
 

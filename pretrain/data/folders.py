@@ -1,0 +1,25 @@
+"""Where preprocessed cases and what is made of them lie: beside nnU-Net's own folders, never in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nnssl.paths import preprocessed_folder
+from nnssl.plans import Plan
+
+__all__ = ["beside", "body_folder", "own_folder"]
+
+
+def own_folder(plan: Plan, source: str) -> Path:
+    """``nnUNet_preprocessed/<source>/nnssl_<target>_<data identifier>_<data hash>``."""
+    return preprocessed_folder() / source / f"nnssl_{plan.dataset_name}_{plan.data_identifier}_{plan.data_hash}"
+
+
+def beside(folder: Path, what: str) -> Path:
+    """A file or folder beside a folder of preprocessed cases, in which nnU-Net would take everything for a case."""
+    return folder.with_name(f"{folder.name}_{what}")
+
+
+def body_folder(plan: Plan, source: str) -> Path:
+    """Where a source's masks are: ``nnUNet_preprocessed/<source>/nnssl_<target>_<data identifier>_<data hash>_body``."""
+    return beside(own_folder(plan, source), "body")
