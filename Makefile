@@ -1,5 +1,6 @@
 # make demo    everything that is needed, then the main job on phantom volumes on a CPU (about 10 minutes)
 # make test    the test suite without its slow part; make test-slow runs the slow part
+# make mutants changes the code in PATHS, one small thing at a time, and prints what no test notices
 # make lint    ruff
 # make venv    only the environment; PYTHON=python3.12 chooses the Python, VENV=folder the place
 PYTHON ?= python3
@@ -8,8 +9,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.nnssl-installed
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+PATHS ?= nnssl/losses nnssl/heads nnssl/masking
+MUTANT_ARGS ?=
 
-.PHONY: demo test test-slow lint format venv help
+.PHONY: demo test test-slow mutants lint format venv help
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +37,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+mutants: $(STAMP)
+	$(BIN)/python tests/tools/mutants.py $(PATHS) $(MUTANT_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -79,12 +79,11 @@ def choose(args: argparse.Namespace) -> list[tuple[str, object]]:
     for path in args.paths:
         files = sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
         found = [
-            (str(f.relative_to(ROOT)), m)
-            for f in files
-            if "extension" not in f.parts
-            for m in mutations(f.read_text())
+            (str(f.relative_to(ROOT)), m) for f in files if "extension" not in f.parts for m in mutations(f.read_text())
         ]
-        found = [(f, m) for f, m in found if f"{f}:{m.label}" not in alike and fnmatch.fnmatch(f"{f}:{m.label}", args.match)]
+        found = [
+            (f, m) for f, m in found if f"{f}:{m.label}" not in alike and fnmatch.fnmatch(f"{f}:{m.label}", args.match)
+        ]
         if args.sample and len(found) > args.sample:
             found = sorted(random.Random(args.seed).sample(found, args.sample), key=lambda x: (x[0], x[1].line))
         chosen += found
@@ -101,7 +100,10 @@ def equivalent() -> set[str]:
 def make_copy(folder: Path) -> Path:
     """The checkout's files (committed or not, without what git ignores) with its links, in a folder of its own."""
     names = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
     ).stdout.decode()
     for name in filter(None, names.split("\0")):
         source, target = ROOT / name, folder / name
@@ -209,7 +211,9 @@ def record(copy: Path, file: str, target: Path) -> int:
             for test in tests:
                 if test in ran and inside:
                     ran[test].add(f"{name}:{max(inside, key=len)}")
-    out = {t: {"seconds": recorder.seconds[t], "functions": sorted(f)} for t, f in ran.items() if t not in recorder.failed}
+    out = {
+        t: {"seconds": recorder.seconds[t], "functions": sorted(f)} for t, f in ran.items() if t not in recorder.failed
+    }
     target.write_text(json.dumps(out))
     return 0
 
@@ -276,8 +280,9 @@ def judge(copy: Path, file: str, mutation: object, known: dict[str, dict], secon
         status = forked(work, copy, 30 + 4 * min(cost, seconds))
     finally:
         target.write_text(original)
-    first = [line for line in (copy / "output.txt").read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))]
-    row |= {"seconds": round(time.monotonic() - started, 1), "by": first[0][:160] if first else "" if status == 0 else f"status {status}"}
+    output = (copy / "output.txt").read_text(errors="replace").splitlines()
+    named = next((line[:160] for line in output if line.startswith(("FAILED", "ERROR"))), f"status {status}")
+    row |= {"seconds": round(time.monotonic() - started, 1), "by": named if status != 0 else ""}
     return {**row, "result": SURVIVED if status == 0 else CAUGHT}
 
 

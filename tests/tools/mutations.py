@@ -202,7 +202,16 @@ def _calls(node: ast.Call) -> Iterator[ast.AST]:
 
 
 def _module(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id in ("torch", "F", "np", "math", "losses", "masking", "geometry", "dist")
+    return isinstance(node, ast.Name) and node.id in (
+        "torch",
+        "F",
+        "np",
+        "math",
+        "losses",
+        "masking",
+        "geometry",
+        "dist",
+    )
 
 
 def _rename(n: ast.Call, name: str) -> None:
