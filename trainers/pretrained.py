@@ -18,6 +18,7 @@ from nnssl import checkpoint as checkpoints
 from nnssl import transfer
 from nnssl.errors import NnsslError
 from nnssl.files import write_json
+from nnssl.malloc import keep_freed_memory
 from nnssl.networks import canonical_state_dict
 from nnssl.paths import encode_path
 from nnssl.plans import Plan
@@ -86,6 +87,8 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net reads this very signature
     ) -> None:
         check_network(type(self), plans, configuration, self.primus)
+        if device.type == "cpu":
+            keep_freed_memory()
         self.family = self.schedule_of(plans)
         figures = Figures.from_plans(plans, self.family, type(self).__name__)
         super().__init__(plans, configuration, fold, dataset_json, device)

@@ -15,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from nnssl.distributed import is_distributed, rank
 from nnssl.errors import NnsslError
+from nnssl.malloc import keep_freed_memory
 
 __all__ = ["launch", "pick_device", "process_group", "restarted", "shared_preparation"]
 
@@ -43,6 +44,7 @@ def pick_device(name: str) -> torch.device:
         raise NnsslError("no MPS device is available. Use -device cpu.")
     if name == "cpu":
         torch.set_num_threads(_threads())
+        keep_freed_memory()
     return torch.device(name)
 
 
