@@ -57,10 +57,10 @@ def ours(plan: Any, name: str, size: tuple[int, ...], batches: int) -> dict[str,
     A loader process remembers what it learnt of 2,048 cases, so that a run on more looks at nearly each for the first time.
     None where the plan does not fit.
     """
+    from nnssl.config import make_config
     from nnssl.pretrain.augment import Draws
     from nnssl.pretrain.data import make_loader
     from nnssl.pretrain.methods import get_method
-    from nnssl.pretrain.options import make_config
     from nnssl.pretrain.prepare import prepare_sources
 
     cls = get_method(name)

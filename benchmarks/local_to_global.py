@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from nnssl import checkpoint
+from nnssl.config import make_config
 from nnssl.networks import build_network
 from nnssl.plans import load_plan
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.data import make_loader
 from nnssl.pretrain.methods import get_method
-from nnssl.pretrain.options import make_config
 from nnssl.pretrain.prepare import prepare_sources
 
 STREAM = 2**41  # crops and masks that neither training nor its held-out loss has seen

@@ -16,13 +16,13 @@ from common import arguments, cpu_seconds, make_dataset, report, workspace
 
 def one(plan: Any, what: str, options: dict[str, Any], total: int) -> dict[str, Any]:
     """A row of the table."""
+    from nnssl.config import make_config
     from nnssl.networks import build_network
     from nnssl.pretrain.engine.config import EngineConfig
     from nnssl.pretrain.engine.estimate import random_crops
     from nnssl.pretrain.engine.speed import apply_options
     from nnssl.pretrain.engine.stepping import Stepper, views_in_parts
     from nnssl.pretrain.methods import SourceStats, get_method
-    from nnssl.pretrain.options import make_config
 
     cls = get_method("mae")
     config = make_config(cls.Config, {"optimiser": "adamw", "augment_p": 0.0, "masking": "dense"})

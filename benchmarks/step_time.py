@@ -18,14 +18,14 @@ from common import arguments, cpu_seconds, make_dataset, report, request_of, wor
 
 def one(plan: Any, name: str, repeats: int, voxels: int) -> dict[str, Any] | None:
     """A row of the table; None where the plan does not fit."""
+    from nnssl.config import make_config
     from nnssl.networks import build_network
     from nnssl.pretrain.augment import Draws
     from nnssl.pretrain.data import make_loader
     from nnssl.pretrain.engine.stepping import Stepper
     from nnssl.pretrain.methods import get_method
-    from nnssl.pretrain.methods.base import Progress
-    from nnssl.pretrain.options import make_config
     from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
+    from nnssl.pretrain.types import Progress
 
     cls = get_method(name)
     few = {f.name: voxels for f in fields(cls.Config) if f.name == "n_voxels"}

@@ -134,8 +134,8 @@ def _body(args: argparse.Namespace, arguments: list[str]) -> int:
         )
     if args.num_gpus > 1 and "WORLD_SIZE" not in os.environ and not args.dry_run:
         return _several(args, arguments)
+    from nnssl.config import parse_assignments
     from nnssl.pretrain.api import run
-    from nnssl.pretrain.options import parse_assignments
 
     result = run(
         args.d,
@@ -212,10 +212,10 @@ def _crop(text: str | None) -> tuple[int, ...] | None:
 
 
 def _listing(method: str | None) -> str:
+    from nnssl.config import describe_options
     from nnssl.pretrain.engine.config import EngineConfig
     from nnssl.pretrain.methods import get_method, list_methods
     from nnssl.pretrain.omni.config import PREFIX, PRESETS, OmniConfig
-    from nnssl.pretrain.options import describe_options
 
     if method is None:
         rows = [f"  {name:10} {cls.title}" for name, cls in list_methods().items()]

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nnssl.config import config_dict, make_config, split_options
 from nnssl.errors import NnsslError, nearest
 from nnssl.plans import Plan
 from nnssl.pretrain.data import Pool
 from nnssl.pretrain.engine.config import RUNTIME_OPTIONS, EngineConfig
-from nnssl.pretrain.methods import CropRequest, Method
-from nnssl.pretrain.options import config_dict, make_config, split_options
+from nnssl.pretrain.methods.base import Method
+from nnssl.pretrain.types import CropRequest
 
 __all__ = ["Choice", "batch_size", "identity", "method_folder", "resolve"]
 

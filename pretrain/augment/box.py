@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from nnssl.pretrain.methods.base import Crops
+    from nnssl.pretrain.types import Crops
 
 __all__ = ["ImageBox", "image_bounds", "image_box", "outer"]
 

@@ -17,7 +17,7 @@ from nnssl.pretrain.data.pool import CaseRef
 from nnssl.pretrain.data.resample import foreground_box, resample_box
 from nnssl.pretrain.data.sampling import TRAIN, draw_cases, draw_start, generator
 from nnssl.pretrain.data.turning import Orientation, Turn
-from nnssl.pretrain.methods.base import CropRequest, Crops
+from nnssl.pretrain.types import CropRequest, Crops
 
 __all__ = ["CropDataset", "Sample", "collate"]
 

@@ -1,4 +1,4 @@
-"""The loader: an ordered stream of :class:`~nnssl.pretrain.methods.Crops` from worker processes that hold no volumes."""
+"""The loader: an ordered stream of :class:`~nnssl.pretrain.types.Crops` from worker processes that hold no volumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nnssl.pretrain.data.folders import body_folder
 from nnssl.pretrain.data.pool import Pool
 from nnssl.pretrain.data.sampling import HELD_OUT, TRAIN
 from nnssl.pretrain.data.turning import common_orientation
-from nnssl.pretrain.methods.base import CropRequest, Crops
+from nnssl.pretrain.types import CropRequest, Crops
 
 __all__ = ["Companion", "CropLoader", "make_loader"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nnssl.errors import NnsslError
-from nnssl.pretrain.methods.base import SourceStats
+from nnssl.pretrain.types import SourceStats
 
 __all__ = ["BadCase", "CaseRef", "Pool", "make_pool"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nnssl.config import option
 from nnssl.pretrain.engine.speed import KERNELS
-from nnssl.pretrain.methods.base import option
 
 __all__ = ["RUNTIME_OPTIONS", "EngineConfig"]
 

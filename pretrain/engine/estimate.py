@@ -12,7 +12,7 @@ import torch
 from nnssl.networks import build_network
 from nnssl.pretrain.engine.speed import apply_options
 from nnssl.pretrain.engine.stepping import Stepper, views_in_parts
-from nnssl.pretrain.methods.base import Crops
+from nnssl.pretrain.types import Crops
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import RunSpec

@@ -11,7 +11,8 @@ from torch import Tensor
 from nnssl.distributed import gather_with_grad, mean_over_ranks, rank
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.engine.stepping import Stepper
-from nnssl.pretrain.methods.base import Batch, Crops, Method
+from nnssl.pretrain.methods.base import Method
+from nnssl.pretrain.types import Batch, Crops
 
 __all__ = ["HeldOut", "effective_rank", "embedding_sd"]
 

@@ -29,7 +29,8 @@ from nnssl.pretrain.engine.pictures import save_picture
 from nnssl.pretrain.engine.signals import StopSignals
 from nnssl.pretrain.engine.speed import Transfers, apply_options
 from nnssl.pretrain.engine.stepping import Numbers, Stepper, views_in_parts
-from nnssl.pretrain.methods.base import CropRequest, Crops, Method, Progress
+from nnssl.pretrain.methods.base import Method
+from nnssl.pretrain.types import CropRequest, Crops, Progress
 
 __all__ = ["Engine", "NonFiniteError", "Outcome", "RunSpec"]
 

@@ -1,4 +1,4 @@
-"""Write a method's :class:`~nnssl.pretrain.methods.Picture` as a PNG."""
+"""Write a method's :class:`~nnssl.pretrain.types.Picture` as a PNG."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnssl.pretrain.methods.base import Picture
+from nnssl.pretrain.types import Picture
 
 __all__ = ["middle_slice", "save_picture"]
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from nnssl.distributed import mean_over_ranks
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.engine.speed import use_kernels
-from nnssl.pretrain.methods.base import Batch, Crops, Method
+from nnssl.pretrain.methods.base import Method
+from nnssl.pretrain.types import Batch, Crops
 
 __all__ = ["Numbers", "Stepper", "views_in_parts"]
 

@@ -1,14 +1,9 @@
-"""Objectives, one per file. A new one registers itself by being in this folder."""
+"""Objectives: one file or one folder each, known to :func:`get_method` by being here."""
 
-from importlib import import_module
-from pkgutil import iter_modules
-
-from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Method, Picture, Progress, SourceStats, option
+from nnssl.config import option
+from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.registry import get_method, list_methods, register
-
-for _module in iter_modules(__path__):
-    if _module.name not in ("base", "registry"):
-        import_module(f"{__name__}.{_module.name}")
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, Progress, SourceStats
 
 __all__ = [
     "Batch",

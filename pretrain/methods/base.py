@@ -1,161 +1,22 @@
-"""What the engine knows of an objective: a :class:`Method`, its frozen config, and what it asks from disk."""
+"""What the engine knows of an objective."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nnssl.errors import NnsslError
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, Progress, SourceStats
 
 if TYPE_CHECKING:
     from nnssl.plans import Plan
     from nnssl.pretrain.augment import Draws
 
-__all__ = ["Batch", "CropRequest", "Crops", "Method", "Picture", "Progress", "SourceStats", "option"]
-
-Batch = dict[str, Any]
-
-
-def option(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
-    """A field of a config dataclass that ``--list`` can explain and ``-o`` can check.
-
-    Args:
-        default: the value without ``-o``; its type (or the annotation) decides how text is parsed.
-        help: one line on meaning and unit.
-        low, high: inclusive range of a number.
-        choices: the legal values of a string.
-    """
-    from dataclasses import field
-
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
-
-
-@dataclass(frozen=True)
-class SourceStats:
-    """What is known of the pretraining images before any is opened.
-
-    Attributes:
-        median_shape: median case shape in voxels after preprocessing with the plan, three axes (z, y, x after
-            nnU-Net's transpose), also for 2d plans.
-        n_cases: number of cases that may be drawn.
-    """
-
-    median_shape: tuple[int, int, int]
-    n_cases: int
-
-
-@dataclass(frozen=True)
-class CropRequest:
-    """What a method needs from disk for one step.
-
-    Attributes:
-        size: voxels per axis that the network sees (as many axes as the plan's patch).
-        window: voxels per axis that are read around the same centre, at least ``size``; the margin feeds rotations,
-            scalings and shifts so that these never show padding.
-        crops_per_case: crops drawn from each case of a step.
-        batch_size: default number of crops per step over all ranks; the engine's ``batch_size`` overrides it.
-        min_batch: fewest crops per step for which the objective means anything.
-        explanation: one sentence for the user that says why ``size`` is what it is.
-        body: whether the objective looks at ``Crops.body``. The mask is then made from the raw images where they are there;
-            else a threshold on the preprocessed image has to do.
-        place: how windows lie. ``"roam"``: around crops that roam the image, partly outside where the window nearly fills it;
-            ``"inside"``: in the image, in its middle where they exceed it; ``"volume"``: the whole case, cut to its
-            foreground and resampled to the window.
-        align: turn all cases to the orientation that most have: left is left in each. All of :class:`Crops` is then told in
-            the turned array.
-    """
-
-    size: tuple[int, ...]
-    window: tuple[int, ...]
-    crops_per_case: int = 1
-    batch_size: int = 8
-    min_batch: int = 2
-    explanation: str = ""
-    body: bool = False
-    place: str = "roam"
-    align: bool = False
-
-
-@dataclass
-class Crops:
-    """What the loader delivers for one step on one rank. ``B`` crops, ``C`` channels, spatial axes as the plan's patch.
-
-    Attributes:
-        data: ``(B, C, *window)`` float32, normalised as nnU-Net does; 0 outside the image, as in nnU-Net's training.
-        body: ``(B, 1, *window)`` bool, True where the image is not air (and inside the image); see ``CropRequest.body``.
-        position: ``(B, 3)`` float64, centre of the crop in (0, 1) of the uncropped image, in *patient* axes
-            (right to left, anterior to posterior, inferior to superior): independent of transpose, cropping, spacing
-            and the direction of the axes.
-        axis_position: ``(B, 3)`` float64, the same in the array's axes (z, y, x after transpose), increasing with the index.
-        intensity: ``(B, C, 2)`` float32, estimates of each case's 0.5th and 99.5th percentile of the normalised image.
-        start: ``(B, 3)`` int64, first voxel of the window in the preprocessed array; negative where it starts outside.
-        case: names of the cases, length ``B``.
-        shape: ``(B, 3)`` int64, voxels of the preprocessed array; None where crops do not come from the loader.
-        source: names of the datasets that the cases come from, length ``B``; None likewise.
-    """
-
-    data: Tensor
-    body: Tensor
-    position: Tensor
-    axis_position: Tensor
-    intensity: Tensor
-    start: Tensor
-    case: list[str]
-    shape: Tensor | None = None
-    source: list[str] | None = None
-
-    def to(self, device: torch.device, non_blocking: bool = True) -> Crops:
-        """Move all tensors to ``device``, without waiting where memory is pinned (MPS has no float64: float32 there)."""
-        move = {}
-        for key, value in vars(self).items():
-            if isinstance(value, Tensor):
-                if device.type == "mps" and value.dtype == torch.float64:
-                    value = value.float()
-                move[key] = value.to(device, non_blocking=non_blocking)
-        return Crops(**move, case=self.case, source=self.source)
-
-    def part(self, first: int, count: int) -> Crops:
-        """``count`` of the crops from ``first`` on; tensors share memory."""
-        rows = slice(first, first + count)
-        return replace(self, **{k: v[rows] for k, v in vars(self).items() if v is not None})
-
-    def pin_memory(self) -> Crops:
-        """Called by torch's DataLoader."""
-        pin = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Crops(**pin, case=self.case, source=self.source)
-
-    def __len__(self) -> int:
-        return int(self.data.shape[0])
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where training stands: ``step`` optimiser steps done of ``steps`` in all."""
-
-    step: int
-    steps: int
-    epoch: int
-    epochs: int
-
-
-@dataclass
-class Picture:
-    """One panel of ``views_epoch_*.png``: rows of equally sized 2D images with a caption per column.
-
-    Attributes:
-        columns: caption -> ``(rows, H, W)`` grey or ``(rows, H, W, 3)`` RGB array; a grey column is scaled as a whole
-            unless it is in [0, 1].
-        title: what a person should look for.
-    """
-
-    columns: dict[str, np.ndarray]
-    title: str = ""
+__all__ = ["Method"]
 
 
 class Method(nn.Module, ABC):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl import losses
+from nnssl.config import option
 from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads import POOLINGS, ImageHead, norm_of, pixel_projector
@@ -24,8 +25,9 @@ from nnssl.networks import decoder_channels, encoder_channels, unwrap, walk
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
 from nnssl.pretrain.augment import Draws, central_crop, random_affine, random_jitter
-from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Method, Picture, SourceStats, option
+from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.registry import register
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, SourceStats
 
 _AXES = ("right-left", "anterior-posterior", "inferior-superior")  # of Crops.position
 _DENSE = ("position_all_axes", "position_axial", "self")

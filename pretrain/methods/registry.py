@@ -1,8 +1,12 @@
-"""Names of methods. Importing :mod:`nnssl.pretrain.methods` imports each file of the folder, which registers itself."""
+"""Names of methods. Each file or folder beside this one is an objective, which registers itself when it is imported."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import TypeVar
 
 from nnssl.errors import NnsslError, nearest
@@ -28,8 +32,17 @@ def register(name: str, *, config: type) -> Callable[[M], M]:
     return add
 
 
+@cache
+def discover() -> None:
+    """Import the objectives of this folder, once: whoever only needs :class:`Method` loads none of them."""
+    for module in iter_modules([str(Path(__file__).parent)]):
+        if module.name not in ("base", "registry"):
+            import_module(f"{__package__}.{module.name}")
+
+
 def list_methods() -> dict[str, type[Method]]:
     """All registered methods by name, sorted."""
+    discover()
     return dict(sorted(_METHODS.items()))
 
 
@@ -39,6 +52,7 @@ def get_method(name: str) -> type[Method]:
     Raises:
         NnsslError: for an unknown name, with the nearest known one.
     """
+    discover()
     if name not in _METHODS:
         raise NnsslError(f"unknown method '{name}'.{nearest(name, _METHODS)} Known: {', '.join(sorted(_METHODS))}.")
     return _METHODS[name]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnssl.config import option
 from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads import standardise
@@ -26,8 +27,9 @@ from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws, central_crop, random_affine, random_jitter
 from nnssl.pretrain.augment.intensity import from_unit, to_unit
 from nnssl.pretrain.geometry import choose_crop, rotation_degrees, window_for
-from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Method, Picture, SourceStats, option
+from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.registry import register
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, SourceStats
 from nnssl.transferability.distances import DISTANCES
 from nnssl.transferability.objective import FORMS, separation_loss
 from nnssl.transferability.pooling import POOLINGS, pool

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nnssl.pretrain.methods.base import option
-from nnssl.pretrain.methods.hdense import HDense, HDenseConfig
+from nnssl.config import option
+from nnssl.pretrain.methods.hdense.method import HDense, HDenseConfig
 from nnssl.pretrain.methods.registry import register
 
 __all__ = ["Vox2Vec", "Vox2VecConfig"]

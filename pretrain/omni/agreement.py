@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nnssl.config import config_dict
 from nnssl.distributed import is_distributed, rank, world_size
 from nnssl.plans.labels import case_order
 from nnssl.pretrain.engine.hooks import Hook
@@ -17,7 +18,6 @@ from nnssl.pretrain.omni.cases import class_locations, head_names
 from nnssl.pretrain.omni.loss import to_regions
 from nnssl.pretrain.omni.patches import LabelledDataset
 from nnssl.pretrain.omni.volumes import write_volumes
-from nnssl.pretrain.options import config_dict
 from nnssl.weights import case_hash
 
 if TYPE_CHECKING:

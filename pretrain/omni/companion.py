@@ -14,9 +14,9 @@ from nnssl.pretrain.data.case import CaseFormat
 from nnssl.pretrain.data.crops import CropDataset
 from nnssl.pretrain.data.pool import CaseRef, Pool
 from nnssl.pretrain.data.weights import case_weights
-from nnssl.pretrain.methods.base import CropRequest, Crops
 from nnssl.pretrain.omni.cases import LabelledSet
 from nnssl.pretrain.omni.patches import COMPARED, LABELLED, UNLABELLED, LabelledDataset, Patches, stack
+from nnssl.pretrain.types import CropRequest, Crops
 
 __all__ = ["OmniCompanion", "OmniCrops", "StepReader", "Sizes"]
 

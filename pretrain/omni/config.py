@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nnssl.config import make_config, option, split_options
 from nnssl.errors import NnsslError, nearest
-from nnssl.pretrain.methods.base import option
-from nnssl.pretrain.options import make_config, split_options
 
 __all__ = ["OMNI_RUNTIME", "PREFIX", "PRESETS", "OmniConfig", "resolve_omni", "take_omni"]
 

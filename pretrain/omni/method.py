@@ -22,13 +22,14 @@ from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.augment.nnunet import TrainingAugmentation, alter, draw_grid, middle_label, move_label
 from nnssl.pretrain.augment.spatial import central_crop, warp
-from nnssl.pretrain.methods.base import Batch, CropRequest, Method, Picture, Progress
+from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.omni.companion import OmniCrops
 from nnssl.pretrain.omni.config import OmniConfig
 from nnssl.pretrain.omni.loss import SegmentationLoss, deep_weights, ignore_value, segment
 from nnssl.pretrain.omni.patches import Patches
 from nnssl.pretrain.omni.pictures import omni_columns
 from nnssl.pretrain.omni.pseudo import confidence, labels_of, pseudo_label
+from nnssl.pretrain.types import Batch, CropRequest, Picture, Progress
 
 __all__ = ["OmniMixin", "make_omni", "teacher_momentum"]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnssl.config import config_dict
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan, dataset_id
 from nnssl.plans.labels import ALL
@@ -19,7 +20,6 @@ from nnssl.pretrain.omni.cases import LabelledSet, find_labelled
 from nnssl.pretrain.omni.companion import OmniCompanion, Sizes
 from nnssl.pretrain.omni.config import OMNI_RUNTIME, OmniConfig, resolve_omni
 from nnssl.pretrain.omni.method import make_omni
-from nnssl.pretrain.options import config_dict
 
 __all__ = ["FOLDER", "Omni", "prepare_omni"]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from nnssl.losses.overlap import base_offsets, overlap_labels
 from nnssl.losses.position import EPS, NEGATIVES, WEIGHTINGS, PositionLoss, orthogonality, similarity
-from nnssl.losses.position_levels import position_levels
+from nnssl.pretrain.methods.voco.levels import position_levels
 
 
 def labels(b=2, s=3, grid=(1, 3, 2), size=(4, 5, 6), seed=0):

@@ -5,7 +5,7 @@ import torch
 from scipy.ndimage import label
 
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.local import (
+from nnssl.pretrain.methods.hdense.local import (
     _sources,
     _sources_in_order,
     inpaint,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nnssl.pretrain.augment.box import ImageBox
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.zoom import _box_sums, box_share, copy_box, place_boxes, zoom
+from nnssl.pretrain.methods.glmae.zoom import _box_sums, box_share, copy_box, place_boxes, zoom
 
 
 def image_of(low, high, n=1):

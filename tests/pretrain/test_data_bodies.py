@@ -17,10 +17,10 @@ from nnssl.plans import load_plan
 from nnssl.pretrain import run
 from nnssl.pretrain.data import CaseFormat, CaseReader, make_loader
 from nnssl.pretrain.data.folders import body_folder
-from nnssl.pretrain.methods.base import CropRequest
 from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
 from nnssl.pretrain.prepare.bodies import BodyWorker, write_mask
 from nnssl.pretrain.prepare.body import body_of_raw, resize_mask, tissue_threshold
+from nnssl.pretrain.types import CropRequest
 
 REQUEST = CropRequest(size=(8, 8, 8), window=(10, 12, 8), body=True)
 

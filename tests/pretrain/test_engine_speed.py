@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nnssl import checkpoint
+from nnssl.config import make_config
 from nnssl.ema import EMA
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, walk
@@ -21,9 +22,8 @@ from nnssl.pretrain.engine.config import EngineConfig
 from nnssl.pretrain.engine.speed import Transfers, recompute_stages, tensors_of, use_channels_last, use_kernels
 from nnssl.pretrain.engine.stepping import Stepper, views_in_parts
 from nnssl.pretrain.methods import CropRequest, Crops, get_method
-from nnssl.pretrain.methods.base import SourceStats
-from nnssl.pretrain.options import make_config
 from nnssl.pretrain.resolve import batch_size
+from nnssl.pretrain.types import SourceStats
 
 CPU = torch.device("cpu")
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nnssl import checkpoint
+from nnssl.config import make_config
 from nnssl.ema import cosine_momentum
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, unwrap
@@ -22,7 +23,6 @@ from nnssl.pretrain import run
 from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.methods import Crops, Progress, SourceStats, get_method
-from nnssl.pretrain.options import make_config
 
 ISO = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
 ANISO = ((1, 1, 1), (1, 2, 2), (2, 2, 2))

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from nnssl.errors import NnsslError
-from nnssl.pretrain.grid import choose_grid
+from nnssl.pretrain.methods.voco.grid import choose_grid
 
 ISO = (1.0, 1.0, 1.0)
 CHOSEN = {  # patch, median, total stride, spacing -> crop, grid

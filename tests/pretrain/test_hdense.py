@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nnssl.config import make_config
 from nnssl.errors import NnsslError
 from nnssl.heads.balanced import ScaleProjections
 from nnssl.heads.restoration import restoration_head
@@ -15,9 +16,8 @@ from nnssl.plans import Plan
 from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.augment.intensity import from_unit, to_unit
 from nnssl.pretrain.augment.units import unit_range
-from nnssl.pretrain.augment.window import window_corruption
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
-from nnssl.pretrain.options import make_config
+from nnssl.pretrain.methods.hdense.window import window_corruption
 
 ISOTROPIC = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
 ANISOTROPIC = ((1, 1, 1), (1, 2, 2), (2, 2, 2))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nnssl import losses
+from nnssl.config import describe_options, make_config
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, full_state_dict, walk
 from nnssl.plans import Plan
@@ -15,7 +16,6 @@ from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.geometry import cells
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 from nnssl.pretrain.methods.macl import MACL, MACLConfig
-from nnssl.pretrain.options import describe_options, make_config
 
 ISO = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
 THIN = ((1, 1, 1), (1, 2, 2), (2, 2, 2))  # U is 2 on each axis, the total stride is not

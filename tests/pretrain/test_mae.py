@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nnssl import checkpoint
+from nnssl.config import make_config
 from nnssl.errors import NnsslError
 from nnssl.losses.masked import masked_error
 from nnssl.networks import build_network, walk
@@ -19,7 +20,6 @@ from nnssl.plans import Plan
 from nnssl.pretrain import run
 from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
-from nnssl.pretrain.options import make_config
 
 ISO = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
 ANISO = ((1, 1, 1), (1, 2, 2), (2, 2, 2))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nnssl import checkpoint
+from nnssl.config import make_config
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network
 from nnssl.plans import load_plan, write_variant
@@ -15,7 +16,6 @@ from nnssl.pretrain import run
 from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.methods import Progress, SourceStats, get_method, list_methods
-from nnssl.pretrain.options import make_config
 from nnssl.weights import prove_loadable
 
 SMALL = {"prototypes": 32, "hidden": 16, "bottleneck": 8}

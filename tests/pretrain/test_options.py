@@ -2,10 +2,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from nnssl.config import config_dict, describe_options, make_config, parse_assignments, split_options
 from nnssl.errors import NnsslError
 from nnssl.pretrain.engine.config import EngineConfig
 from nnssl.pretrain.methods import get_method, list_methods, option
-from nnssl.pretrain.options import config_dict, describe_options, make_config, parse_assignments, split_options
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from nnssl.config import make_config
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
-from nnssl.pretrain.options import make_config
 from nnssl.transferability import distance_matrix, robustness_loss, separate
 from nnssl.transferability.objective import FORMS, separation_loss
 

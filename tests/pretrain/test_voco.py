@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nnssl.config import make_config
 from nnssl.errors import NnsslError
 from nnssl.losses.overlap import overlap_labels
 from nnssl.losses.position import PositionLoss, orthogonality, similarity
@@ -16,7 +17,6 @@ from nnssl.networks import build_network, unwrap
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.methods import Crops, Progress, SourceStats, get_method
-from nnssl.pretrain.options import make_config
 
 FLAT = ((1, 1, 1), (1, 2, 2), (2, 2, 2))  # total stride 2, 4, 4
 SMALL = {"proj_dim": 24, "random_crops": 3}

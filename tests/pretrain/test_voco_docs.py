@@ -4,8 +4,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from nnssl.pretrain.grid import choose_grid
 from nnssl.pretrain.methods import get_method
+from nnssl.pretrain.methods.voco.grid import choose_grid
 
 PAGE = (Path(__file__).parents[2] / "docs" / "methods" / "voco.md").read_text(encoding="utf-8")
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnssl import checkpoint
+from nnssl.config import make_config
 from nnssl.networks import alias_map, build_network
 from nnssl.plans import Plan, load_plan
 from nnssl.pretrain import run
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
-from nnssl.pretrain.options import make_config
 
 FLAT = ((1, 1, 1), (1, 2, 2), (2, 2, 2))
 

@@ -23,19 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from nnssl import masking
+from nnssl.config import option
 from nnssl.errors import NnsslError
 from nnssl.losses.consistency import diagnose
 from nnssl.networks import encoder_channels, encoder_module
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
-from nnssl.pretrain.agreement import STAGES, Agreement
 from nnssl.pretrain.augment.box import image_box
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.zoom import box_share, copy_box, place_boxes, zoom
-from nnssl.pretrain.masked import check_options
-from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Picture, Progress, SourceStats, option
-from nnssl.pretrain.methods.mae import MAE, MaskedConfig, compare
+from nnssl.pretrain.methods.glmae.self_distillation import STAGES, Agreement
+from nnssl.pretrain.methods.glmae.zoom import box_share, copy_box, place_boxes, zoom
+from nnssl.pretrain.methods.mae.masked import check_options
+from nnssl.pretrain.methods.mae.method import MAE, MaskedConfig, compare
 from nnssl.pretrain.methods.registry import register
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, Progress, SourceStats
 
 __all__ = ["GLMAE", "GLMAEConfig"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnssl.pretrain.methods.base import Picture
+from nnssl.pretrain.types import Picture
 
 __all__ = ["overlap_picture"]
 

@@ -5,14 +5,26 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import MISSING, Field, asdict, field, fields
 from typing import Any, TypeVar
 
 from nnssl.errors import nearest, raise_problems
 
-__all__ = ["config_dict", "describe_options", "make_config", "parse_assignments", "split_options"]
+__all__ = ["config_dict", "describe_options", "make_config", "option", "parse_assignments", "split_options"]
 
 C = TypeVar("C")
+
+
+def option(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
+    """A field of a config dataclass that ``--list`` can explain and ``-o`` can check.
+
+    Args:
+        default: the value without ``-o``; its type (or the annotation) decides how text is parsed.
+        help: one line on meaning and unit.
+        low, high: inclusive range of a number.
+        choices: the legal values of a string.
+    """
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
 def parse_assignments(items: list[str] | None) -> dict[str, str]:
@@ -53,8 +65,8 @@ def split_options(given: Mapping[str, Any], configs: list[type]) -> list[dict[st
     return out
 
 
-def _hint(cls: type, field: Field) -> Any:
-    return typing.get_type_hints(cls)[field.name]
+def _hint(cls: type, f: Field) -> Any:
+    return typing.get_type_hints(cls)[f.name]
 
 
 def _convert(hint: Any, value: Any) -> Any:

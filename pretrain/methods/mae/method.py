@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnssl import masking
+from nnssl.config import option
 from nnssl.heads.dino import pool_stages
 from nnssl.heads.restoration import restoration_head
 from nnssl.heads.tokens import TokenDecoder
@@ -31,9 +32,10 @@ from nnssl.pretrain import geometry
 from nnssl.pretrain.augment.box import image_box
 from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.augment.spatial import cut_out, random_affine
-from nnssl.pretrain.masked import PRIMUS_CLIP, check_options, make_optimiser, uses_adamw
-from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Method, Picture, SourceStats, option
+from nnssl.pretrain.methods.base import Method
+from nnssl.pretrain.methods.mae.masked import PRIMUS_CLIP, check_options, make_optimiser, uses_adamw
 from nnssl.pretrain.methods.registry import register
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, SourceStats
 
 __all__ = ["MAE", "MAEConfig", "MaskedConfig", "compare"]
 
@@ -264,7 +266,7 @@ class MAE(Method):
     # ---- optimisation --------------------------------------------------------------------------------------------
 
     def optimiser(self) -> torch.optim.Optimizer:
-        """SGD as nnU-Net's, or AdamW; see :func:`nnssl.pretrain.masked.make_optimiser`."""
+        """SGD as nnU-Net's, or AdamW; see :func:`nnssl.pretrain.methods.mae.masked.make_optimiser`."""
         return make_optimiser(self.config, self, self.plan)
 
     def lr_factor(self, step: int, steps: int) -> float:

@@ -18,7 +18,7 @@ PRIMUS_BETAS = (0.9, 0.98)
 
 
 def check_options(config: Any, plan: Plan) -> None:
-    """Whether the options of masking (:class:`nnssl.pretrain.methods.mae.MaskedConfig`) fit together, and the network.
+    """Whether the options of masking (:class:`nnssl.pretrain.methods.mae.method.MaskedConfig`) fit together, and the network.
 
     Raises:
         NnsslError: they do not.

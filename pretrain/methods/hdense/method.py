@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nnssl.config import option
 from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads.balanced import ScaleProjections, gather_pyramid, voxel_projector
@@ -34,13 +35,14 @@ from nnssl.plans import Plan
 from nnssl.pretrain.augment.box import image_bounds
 from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.augment.intensity import from_unit, to_unit
-from nnssl.pretrain.augment.local import local_corruption
 from nnssl.pretrain.augment.pairs import cut, draw_pairs
 from nnssl.pretrain.augment.units import unit_range
-from nnssl.pretrain.augment.window import window_corruption
 from nnssl.pretrain.geometry import choose_crop, largest_spread
-from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Method, Picture, SourceStats, option
+from nnssl.pretrain.methods.base import Method
+from nnssl.pretrain.methods.hdense.local import local_corruption
+from nnssl.pretrain.methods.hdense.window import window_corruption
 from nnssl.pretrain.methods.registry import register
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, SourceStats
 
 __all__ = ["HDense", "HDenseConfig"]
 

@@ -39,7 +39,7 @@ class Agreement(nn.Module):
     Args:
         encoder: the student's, which the teacher follows; it stays outside of this module.
         width: of pooled features.
-        config: of :class:`nnssl.pretrain.methods.glmae.GLMAEConfig`.
+        config: of :class:`nnssl.pretrain.methods.glmae.method.GLMAEConfig`.
         maximum: whether features are pooled by their maximum too.
 
     Attributes:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nnssl.config import option
 from nnssl.distributed import gather_with_grad, rank
 from nnssl.ema import EMA
 from nnssl.errors import NnsslError
@@ -36,17 +37,18 @@ from nnssl.losses.position import (
     orthogonality,
     similarity,
 )
-from nnssl.losses.position_levels import position_levels
 from nnssl.networks import encoder_channels, unwrap, walk
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
-from nnssl.pretrain.augment.cells import alter_crops, draw_offsets, inside_image, usable_cells
 from nnssl.pretrain.augment.pairs import cut
 from nnssl.pretrain.augment.units import unit_range
-from nnssl.pretrain.grid import FEWEST_CELLS, choose_grid
-from nnssl.pretrain.methods.base import Batch, CropRequest, Crops, Method, Picture, Progress, SourceStats, option
+from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.registry import register
-from nnssl.pretrain.overlap_picture import overlap_picture
+from nnssl.pretrain.methods.voco.cells import alter_crops, draw_offsets, inside_image, usable_cells
+from nnssl.pretrain.methods.voco.grid import FEWEST_CELLS, choose_grid
+from nnssl.pretrain.methods.voco.levels import position_levels
+from nnssl.pretrain.methods.voco.picture import overlap_picture
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, Progress, SourceStats
 
 __all__ = ["VoCo", "VoCoConfig"]
 
