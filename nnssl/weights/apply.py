@@ -27,44 +27,23 @@ from nnssl.weights.layout import (
     stem_channels,
     widths,
 )
-from nnssl.weights.load import Checkpoint, load
+from nnssl.weights.load import Checkpoint, load, read_content
 from nnssl.weights.matching import count, match
 from nnssl.weights.parts import part_names, part_of, wanted_parts
 from nnssl.weights.report import TransferReport
 
-__all__ = ["apply", "unprefixed", "unwrapped"]
+__all__ = ["apply"]
 
 _ORDER = (
     "the file does not tell which version of dynamic-network-architectures it is from; before 0.4.3 Primus counted its tokens in "
     "another order, and such weights load but mean something else"
 )
-_WRAPPERS = ("module.", "_orig_mod.")
-
-
-def unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the prefixes that DDP and torch.compile put before names."""
-    clean = {}
-    for name, tensor in weights.items():
-        while name.startswith(_WRAPPERS):
-            name = name.split(".", 1)[1]
-        clean[name] = tensor
-    return clean
-
-
-def unprefixed(weights: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Drop what a file of MIC-DKFZ's nnssl puts before ``encoder.stages``, by the key that its adaptation plan names."""
-    key = str((checkpoint.adaptation_plan or {}).get("key_to_encoder") or "")
-    for end in ("encoder.stages", "eva"):
-        if key.endswith(f".{end}"):
-            return {name.removeprefix(key[: -len(end)]): tensor for name, tensor in weights.items()}
-    return weights
-
 
 def _held_parts(checkpoint: Checkpoint, names: list[str]) -> dict[str, Any]:
     """What can be taken from a file: the promise of ours, all but the heads of nnU-Net's, the encoder of MIC-DKFZ nnssl's."""
     if checkpoint.pretrained_parts is not None:
         return checkpoint.pretrained_parts
-    if checkpoint.origin == "nnU-Net":
+    if checkpoint.origin in ("nnU-Net", "others"):
         stages = [int(p.rsplit(" ", 1)[1]) for p in part_names(names) if p.startswith("decoder stage ")]
         return {"encoder": True, "decoder_stages": stages}
     return {"encoder": True, "decoder_stages": []}
@@ -245,10 +224,10 @@ def apply(
     if isinstance(checkpoint, (str, os.PathLike)):
         checkpoint = load(checkpoint)
     elif not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint(Path("<memory>"), dict(checkpoint))
+        checkpoint = read_content(checkpoint, Path("<memory>"))
     where = f"{checkpoint.path} ({checkpoint.method})"
     how = adapt if adapt is not None else Adaptation.from_told(plan.nnssl if plan is not None else {})
-    source = unprefixed(unwrapped(checkpoint.weights), checkpoint)
+    source = dict(checkpoint.weights)
     target = canonical_state_dict(network)
     aliases = alias_map(network)
     names: dict[str, list[str]] = {name: [] for name in target}

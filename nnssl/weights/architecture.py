@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -12,12 +15,14 @@ from torch import Tensor, nn
 from nnssl.errors import NnsslError
 from nnssl.networks import alias_map
 from nnssl.plans import Plan
-from nnssl.weights.layout import stem_channels
+from nnssl.weights.layout import describe, dimensions, stem_channels
 from nnssl.weights.load import Checkpoint
 
-__all__ = ["architecture_of", "complete_aliases", "plan_of", "preset"]
+__all__ = ["architecture_of", "complete_aliases", "inferred", "plan_of", "preset", "told_architecture"]
 
 _CLASSES = "dynamic_network_architectures.architectures.unet"
+_ENCODER_CONV = re.compile(r"encoder\.stages\.(\d+)\.(?:\d+\.convs|blocks)\.(\d+)\.conv1?\.")
+_DECODER_CONV = re.compile(r"decoder\.stages\.(\d+)\.convs\.(\d+)\.conv\.")
 _IMPORTED = ("conv_op", "norm_op", "dropout_op", "nonlin")
 _RES_ENC_L: dict[str, Any] = {
     "n_stages": 6,
@@ -43,6 +48,11 @@ def preset(name: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def architecture_of(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
+    """Class name and arguments of a checkpoint's U-Net, as the file or else its tensors tell; None of another network."""
+    return told_architecture(checkpoint) or inferred(checkpoint.weights)
+
+
+def told_architecture(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
     """Class name and arguments of a checkpoint's U-Net; None where the file does not tell, or it is another network."""
     plan = plan_of(checkpoint)
     if plan is not None:
@@ -53,6 +63,51 @@ def architecture_of(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None
     if kwargs and name in ("PlainConvUNet", "ResidualEncoderUNet", "ResEncL"):
         return ("ResidualEncoderUNet" if name == "ResEncL" else name), dict(kwargs)
     return preset(name)
+
+
+def inferred(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
+    """Class and arguments of a U-Net as its tensors tell them, for its names; None of another network.
+
+    Strides are those of the transposed convolutions. Where the decoder is missing they are unknown: 2 is put there, since they
+    change no name and no shape of an encoder.
+    """
+    kind = describe(weights).split()[0]
+    convs = {n: t for n, t in weights.items() if n.endswith(("conv.weight", "conv1.conv.weight")) and ".all_modules." not in n}
+    first: dict[int, Tensor] = {}
+    number: dict[int, set[str]] = defaultdict(set)
+    in_decoder: dict[int, set[str]] = defaultdict(set)
+    for name, tensor in convs.items():
+        if match := _ENCODER_CONV.match(name):
+            first.setdefault(int(match[1]), tensor)
+            number[int(match[1])].add(match[2])
+        elif match := _DECODER_CONV.match(name):
+            in_decoder[int(match[1])].add(match[2])
+    n, dim = len(first), dimensions(weights)
+    if not n or dim is None or sorted(first) != list(range(n)) or any(".conv3." in name for name in convs):
+        return None
+    strides = [[1] * dim, *([2] * dim for _ in range(n - 1))]
+    for i in range(n - 1):
+        up = weights.get(f"decoder.transpconvs.{i}.weight")
+        if up is not None and up.ndim == dim + 2:
+            strides[n - 1 - i] = [int(k) for k in up.shape[2:]]
+    norm = "BatchNorm" if any(name.endswith("running_mean") for name in weights) else "InstanceNorm"
+    per_stage = [len(number[i]) for i in range(n)]
+    residual = kind == "ResidualEncoderUNet"
+    arguments = {
+        **deepcopy(_RES_ENC_L),
+        "n_stages": n,
+        "features_per_stage": [int(first[i].shape[0]) for i in range(n)],
+        "conv_op": f"torch.nn.modules.conv.Conv{dim}d",
+        "kernel_sizes": [[int(k) for k in first[i].shape[2:]] for i in range(n)],
+        "strides": strides,
+        "n_blocks_per_stage": per_stage,
+        "n_conv_per_stage_decoder": [len(in_decoder.get(i, "1")) for i in range(n - 1)],
+        "conv_bias": any(name.endswith(".conv.bias") for name in weights),
+        "norm_op": f"torch.nn.modules.{norm.lower()}.{norm}{dim}d",
+    }
+    if not residual:
+        arguments["n_conv_per_stage"] = arguments.pop("n_blocks_per_stage")
+    return ("ResidualEncoderUNet" if residual else "PlainConvUNet"), arguments
 
 
 def plan_of(checkpoint: Checkpoint) -> Plan | None:

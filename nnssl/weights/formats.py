@@ -26,11 +26,10 @@ from nnssl.errors import NnsslError, nearest
 from nnssl.files import write_atomic
 from nnssl.plans import Plan
 from nnssl.weights.adaptation_plan import adaptation_plan
-from nnssl.weights.apply import unprefixed, unwrapped
 from nnssl.weights.architecture import architecture_of, complete_aliases, plan_of
 from nnssl.weights.layout import is_transformer
 from nnssl.weights.load import ENTRIES, Checkpoint, load
-from nnssl.weights.parts import HEADS, UP, part_names, part_of
+from nnssl.weights.parts import HEADS, UP, part_names, part_of, wanted_parts
 from nnssl.weights.save import SCHEMA, package_versions, plain, save
 
 __all__ = ["FORMATS", "convert", "one_name_each"]
@@ -48,8 +47,10 @@ def convert(
     parts: str = "promised",
     trusted: bool = False,
     overwrite: bool = False,
-) -> None:
-    """Read a checkpoint of nnssl, MIC-DKFZ's nnssl or nnU-Net, or a safetensors file, and write it in another form.
+    key: str | None = None,
+    prefix: str | None = None,
+) -> Checkpoint:
+    """Read a checkpoint of nnssl, MIC-DKFZ's nnssl or nnU-Net, or nnU-Net's network in a file of others, and write it in another form.
 
     Args:
         source: the file to read.
@@ -59,9 +60,14 @@ def convert(
             ``"promised"``: the encoder of a pretraining, all but the heads of a network that nnU-Net has trained.
         trusted: let the source run code while it is read; only for files of a known origin.
         overwrite: replace an existing target.
+        key, prefix: where the weights lie in a file of others, see :func:`nnssl.checkpoint.load`.
+
+    Returns:
+        what was read.
 
     Raises:
-        NnsslError: the source cannot be read or asks to run code, does not hold what the form needs, or the target exists.
+        NnsslError: the source cannot be read or asks to run code, does not hold what the form needs or what it promises, or the
+            target exists.
     """
     if form not in FORMATS:
         raise NnsslError(f"There is no format '{form}'.{nearest(form, FORMATS)} There are: {', '.join(FORMATS)}.")
@@ -70,7 +76,7 @@ def convert(
         raise NnsslError(
             f"{target} exists already and is left as it is. Give another name, or --overwrite for another file."
         )
-    checkpoint = load(source, trusted=trusted)
+    checkpoint = load(source, trusted=trusted, key=key, prefix=prefix)
     plan = plan_of(checkpoint)
     weights = _weights(checkpoint)
     if form == "nnunet":
@@ -78,6 +84,7 @@ def convert(
         content: dict[str, Any] = {"network_weights": weights}
     else:
         content = {"network_weights": weights, **_told(checkpoint, plan, weights, parts)}
+        _check_promised(content, checkpoint)
     if form == "upstream":
         content.pop("nnssl", None)
         _check_upstream(content, checkpoint)
@@ -85,11 +92,23 @@ def convert(
         _save_safetensors(target, content)
     else:
         save(target, content)
+    return checkpoint
+
+
+def _check_promised(content: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse to write a file that promises parts of which it holds nothing."""
+    held = {part_of(name) for name in content["network_weights"]}
+    empty = [part for part in wanted_parts(content["nnssl"]["pretrained_parts"]) if part not in held]
+    if empty:
+        raise NnsslError(
+            f"{checkpoint.path} promises {', '.join(empty)} and holds no tensor of it; it holds {', '.join(sorted(held)) or 'nothing'}. "
+            "Nothing is written. If the weights lie elsewhere in the file, name the place with --key or --prefix."
+        )
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every name of the stock network where the file tells which network it is; else the file's own names."""
-    weights = unprefixed(unwrapped(checkpoint.weights), checkpoint)
+    weights = dict(checkpoint.weights)
     architecture = architecture_of(checkpoint)
     if architecture is None or not any(name.startswith("encoder.") or ".encoder." in name for name in weights):
         return weights
@@ -114,7 +133,7 @@ def _told(checkpoint: Checkpoint, plan: Plan | None, weights: Mapping[str, Tenso
 
 
 def _without_prefix(adaptation: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys to encoder and stem as they are after :func:`nnssl.weights.apply.unprefixed`."""
+    """The keys to encoder and stem as they are once the weights have been read."""
     key = str(adaptation.get("key_to_encoder") or "")
     prefix = next((key[: -len(end)] for end in ("encoder.stages", "eva") if key.endswith(f".{end}")), "")
     changed = dict(adaptation)
@@ -134,7 +153,7 @@ def _describe(
     parts: str,
 ) -> dict[str, Any]:
     """An entry of ours for a file that has none; only what the file itself says."""
-    whole = parts == "all" or (parts == "promised" and checkpoint.origin == "nnU-Net")
+    whole = parts == "all" or (parts == "promised" and checkpoint.origin in ("nnU-Net", "others"))
     stages = [int(p.rsplit(" ", 1)[1]) for p in part_names(weights) if p.startswith("decoder stage ")] if whole else []
     entry: dict[str, Any] = {
         "schema": SCHEMA,

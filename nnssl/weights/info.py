@@ -7,37 +7,44 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
+
 from nnssl.errors import NnsslError
 from nnssl.files import sha256_of
-from nnssl.weights.apply import unprefixed, unwrapped
-from nnssl.weights.architecture import architecture_of
+from nnssl.weights.architecture import inferred, told_architecture
 from nnssl.weights.formats import one_name_each
 from nnssl.weights.layout import describe as network_kind
 from nnssl.weights.layout import dimensions, n_stages, stem_channels, widths
 from nnssl.weights.load import Checkpoint, load
+from nnssl.weights.names import looks_like
 from nnssl.weights.parts import part_names, part_of
 
-__all__ = ["as_text", "describe"]
+__all__ = ["as_text", "describe", "verdict_of"]
 
+_LENGTHS = {"current_epoch": "epochs", "epoch": "epochs", "global_step": "steps"}
 _ORIGINS = {
     "nnssl": "pretraining of nnssl",
     "nnssl-mic": "pretraining of MIC-DKFZ's nnssl",
     "nnU-Net": "training of nnU-Net",
+    "others": "a network in a file of others",
     "nnssl_finetuning": "fine-tuning with a trainer of nnssl",
 }
 
 
-def describe(path: str | os.PathLike[str], *, trusted: bool = False) -> dict[str, Any]:
+def describe(
+    path: str | os.PathLike[str], *, trusted: bool = False, key: str | None = None, prefix: str | None = None
+) -> dict[str, Any]:
     """Everything that a checkpoint says about itself, as plain values; absent things are left out.
 
     Args:
-        path: a checkpoint of nnssl, MIC-DKFZ's nnssl or nnU-Net, or a safetensors file.
+        path: a checkpoint of nnssl, MIC-DKFZ's nnssl or nnU-Net, a safetensors file, or a file of others.
         trusted: let the file run code while it is read; only for files of a known origin.
+        key, prefix: where the weights lie in a file of others, see :func:`nnssl.checkpoint.load`.
 
     Raises:
         NnsslError: as :func:`nnssl.weights.load`.
     """
-    checkpoint = load(path, trusted=trusted)
+    checkpoint = load(path, trusted=trusted, key=key, prefix=prefix, any_network=True)
     content, ours = checkpoint.content, checkpoint.nnssl
     tuned = content.get("nnssl_finetuning")
     found: dict[str, Any] = {
@@ -45,7 +52,10 @@ def describe(path: str | os.PathLike[str], *, trusted: bool = False) -> dict[str
         "bytes": checkpoint.path.stat().st_size,
         "sha256": sha256_of(path),
         "kind": _ORIGINS["nnssl_finetuning" if tuned else checkpoint.origin],
+        "read_as": list(checkpoint.told),
         "method": checkpoint.method,
+        "verdict": verdict_of(checkpoint),
+        "length": _length(checkpoint),
         "network": _network(checkpoint),
         "pretrained_parts": checkpoint.pretrained_parts,
         "transferred_by_default": checkpoint.transfer,
@@ -56,7 +66,7 @@ def describe(path: str | os.PathLike[str], *, trusted: bool = False) -> dict[str
         "channels": ours.get("channels"),
         "config": ours.get("config"),
         "data": ours.get("data"),
-        "epoch": ours.get("epoch", content.get("current_epoch")),
+        "epoch": ours.get("epoch", content.get("current_epoch", content.get("epoch"))),
         "trainer_name": content.get("trainer_name"),
         "fine_tuning": tuned,
         "robustness": ours.get("robustness"),
@@ -68,17 +78,47 @@ def describe(path: str | os.PathLike[str], *, trusted: bool = False) -> dict[str
     }
     if ours.get("plan") is None:
         found |= _from_others(checkpoint)
-    return {key: value for key, value in found.items() if value not in (None, [], {})}
+    kept = {key: numbers(value) for key, value in found.items() if value is not None}
+    return {key: value for key, value in kept.items() if value not in ([], {})}
+
+
+def verdict_of(checkpoint: Checkpoint) -> str | None:
+    """Whether a pretraining learnt, as it judged itself at its end; None where the file does not say."""
+    told = checkpoint.nnssl.get("verdict")
+    if not isinstance(told, Mapping) or "learnt" not in told:
+        return None
+    return f"{'learnt' if told['learnt'] else 'DID NOT LEARN'}: {told.get('sentence', '')}"
+
+
+def _length(checkpoint: Checkpoint) -> str | None:
+    """How long was trained, in the file's own words."""
+    ours, content = checkpoint.nnssl, checkpoint.content
+    if ours.get("step") is not None:
+        return f"{ours['step']:,} of {ours.get('steps', ours['step']):,} steps"
+    parts = [f"{content[key]} {word}" for key, word in _LENGTHS.items() if isinstance(content.get(key), (int, float, np.number))]
+    return ", ".join(parts) or None
+
+
+def numbers(value: Any) -> Any:
+    """The same with Python's numbers and lists in place of numpy's and torch's."""
+    if isinstance(value, Mapping):
+        return {str(k): numbers(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [numbers(v) for v in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _network(checkpoint: Checkpoint) -> dict[str, Any]:
-    weights = unprefixed(unwrapped(checkpoint.weights), checkpoint)
+    weights = checkpoint.weights
     once = one_name_each(weights)
     if not n_stages(once):
-        return {"kind": network_kind(once), "parameters": sum(t.numel() for t in once.values()), "names": len(weights)}
+        kind = network_kind(once)
+        if looks_like(once) and kind == "network of another kind":
+            kind = f"network of another kind: its names look like {looks_like(once)}"
+        return {"kind": kind, "parameters": sum(t.numel() for t in once.values()), "names": len(weights)}
     told = None
     with suppress(NnsslError):  # a plan of nnU-Net's for another network: the weights still say enough
-        told = architecture_of(checkpoint)
+        told = told_architecture(checkpoint) or (inferred(once) if "decoder.transpconvs.0.weight" in once else None)
     sizes = {part: sum(t.numel() for n, t in once.items() if part_of(n) == part) for part in part_names(once)}
     return {
         "kind": told[0] if told else network_kind(once).split()[0],
@@ -118,7 +158,7 @@ def as_text(found: Mapping[str, Any]) -> str:
         if isinstance(value, Mapping):
             lines.append(f"{label}:")
             lines += [f"  {k.replace('_', ' '):<24} {_short(v)}" for k, v in value.items()]
-        elif key == "citations":
+        elif key in ("citations", "read_as"):
             lines.append(f"{label}:")
             lines += [f"  - {text}" for text in value]
         else:

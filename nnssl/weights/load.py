@@ -1,4 +1,4 @@
-"""Reads checkpoints without running code from them: ours, MIC-DKFZ nnssl's and stock nnU-Net's."""
+"""Reads checkpoints without running code from them: ours, MIC-DKFZ nnssl's, nnU-Net's, and its networks in files of others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pickle
 import re
 import struct
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from nnssl.errors import NnsslError
+from nnssl.weights.unpickle import LENIENT, TENSORS_ONLY
+from nnssl.weights.wrappers import OtherNetwork, find_weights_in
 
-__all__ = ["ENTRIES", "Checkpoint", "load"]
+__all__ = ["ENTRIES", "Checkpoint", "load", "read_content"]
 
 ENTRIES = ("nnssl", "nnssl_adaptation_plan", "citations", "trainer_name")
 """What a safetensors file holds besides tensors, as JSON."""
@@ -38,23 +40,27 @@ class Checkpoint:
 
     Attributes:
         path: the file.
-        content: the whole dict as it is stored.
+        content: the whole dict as it is stored, with the weights under ``network_weights`` by nnU-Net's names.
+        told: half a sentence for each thing that was done to find the weights: entry, prefix, what was left out.
     """
 
     path: Path
     content: dict[str, Any]
+    told: list[str] = field(default_factory=list)
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """``network_weights``, with every alias key that the file has."""
+        """The network's weights, with every alias key that the file has."""
         return self.content["network_weights"]
 
     @property
     def origin(self) -> str:
-        """Who wrote it: ``"nnssl"`` (this package), ``"nnssl-mic"`` (MIC-DKFZ's package) or ``"nnU-Net"``."""
+        """Who wrote it: ``"nnssl"`` (this package), ``"nnssl-mic"`` (MIC-DKFZ's package), ``"nnU-Net"`` or ``"others"``."""
         if "nnssl" in self.content:
             return "nnssl"
-        return "nnssl-mic" if "nnssl_adaptation_plan" in self.content else "nnU-Net"
+        if "nnssl_adaptation_plan" in self.content:
+            return "nnssl-mic"
+        return "others" if self.told else "nnU-Net"
 
     @property
     def nnssl(self) -> dict[str, Any]:
@@ -93,17 +99,36 @@ class Checkpoint:
 
 
 def _numpy_scalars() -> AbstractContextManager[Any]:
-    """Allow the numpy scalars that nnU-Net's own checkpoints hold; they rebuild numbers and run nothing."""
+    """Allow the numpy numbers and arrays that nnU-Net's own checkpoints hold; they rebuild numbers and run nothing."""
     if not hasattr(torch.serialization, "safe_globals"):
         return nullcontext()
     scalar = np.float64(0).__reduce__()[0]
-    allowed: list[Any] = [np.dtype, *{type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u1", "?")}]
+    rebuild = np.zeros(1).__reduce__()[0]
+    kinds = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?", "U1")
+    allowed: list[Any] = [np.dtype, np.ndarray, *{type(np.dtype(kind)) for kind in kinds}]
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6):
-        # the same function under the path of numpy 1 and of numpy 2, whichever wrote the file
-        allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+        # the same functions under the path of numpy 1 and of numpy 2, whichever wrote the file
+        for core in ("core", "_core"):
+            allowed += [(scalar, f"numpy.{core}.multiarray.scalar"), (rebuild, f"numpy.{core}.multiarray._reconstruct")]
     else:
-        allowed.append(scalar)
+        allowed += [scalar, rebuild]
     return torch.serialization.safe_globals(allowed)
+
+
+def _way_out(path: Path) -> str:
+    """Whether ``--trust`` would lead anywhere: a look at the tensors alone, in which nothing of the file's choice runs."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=TENSORS_ONLY)
+        find_weights_in(content, path)
+    except OtherNetwork as error:
+        return f"Nor would it be of use: {str(error).removeprefix(f'{path} ')}"
+    except Exception as error:  # whatever a file made to harm raises
+        reason = f" ({error})" if isinstance(error, NnsslError) else ""
+        return f"Nothing in it is known to be a network of nnU-Net's{reason}."
+    return (
+        "It holds a network of nnU-Net's: if you trust its origin, write a safe copy of it with "
+        f"nnssl_convert {path} COPY.pth --to nnssl --trust"
+    )
 
 
 def _refusal(path: Path, error: Exception) -> NnsslError:
@@ -114,8 +139,7 @@ def _refusal(path: Path, error: Exception) -> NnsslError:
     if unsafe:
         return NnsslError(
             f"{path} asks to run '{unsafe.group(1)}' while it is being read, so it is not loaded: only tensors and plain values "
-            "are accepted (torch.load with weights_only=True). If you trust its origin, write a safe copy of it with "
-            "nnssl_convert --trust."
+            f"are accepted (torch.load with weights_only=True). {_way_out(path)}"
         )
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
         return NnsslError(f"{path} cannot be read: {error.strerror or error}")
@@ -127,55 +151,89 @@ def _refusal(path: Path, error: Exception) -> NnsslError:
     return NnsslError(f"{path} is not a checkpoint that torch can read ({size} bytes).")
 
 
+def _is_safetensors(path: Path) -> bool:
+    """By its first bytes, whatever its name: the length of a JSON header, and the header."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < max(9, path.stat().st_size)
+
+
 def _safetensors(path: Path, map_location: str | torch.device) -> dict[str, Any]:
-    """A safetensors file as :func:`nnssl.weights.convert` writes it: one name per tensor, entries as JSON in its header."""
+    """The content of a safetensors file: as :mod:`nnssl.weights.formats` writes it, with entries as JSON in its header, or plain."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt", device=str(map_location)) as file:
             told = file.metadata() or {}
-            content: dict[str, Any] = {"network_weights": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
-        return {**content, **{key: json.loads(told[key]) for key in ENTRIES if key in told}}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if not tensors:
+            raise NnsslError(f"{path} holds no tensor.")
+        own = {key: json.loads(told[key]) for key in ENTRIES if key in told}
+        return {"network_weights": tensors, **own}
     except (SafetensorError, ValueError) as error:
         size = path.stat().st_size
         raise NnsslError(f"{path} is damaged or no safetensors file ({size} bytes): {error}") from error
 
 
-def load(
-    path: str | os.PathLike[str], map_location: str | torch.device = "cpu", *, trusted: bool = False
+def read_content(
+    content: Any, path: Path, *, key: str | None = None, prefix: str | None = None, any_network: bool = False
 ) -> Checkpoint:
-    """Read a checkpoint with ``weights_only=True``, or a ``.safetensors`` file.
+    """Make a checkpoint of what a file holds: find the network's weights in it.
+
+    Raises:
+        NnsslError: as :func:`load`.
+    """
+    try:
+        found = find_weights_in(content, path, key, prefix)
+    except OtherNetwork as error:
+        if not any_network:
+            raise
+        return Checkpoint(path, {**content, "network_weights": error.tensors}, [str(error).removeprefix(f"{path} holds ")])
+    rest = {k: v for k, v in content.items() if k not in found.entry[:1]} if found.entry else {}
+    return Checkpoint(path, {**rest, "network_weights": found.weights}, found.told)
+
+
+def load(
+    path: str | os.PathLike[str],
+    map_location: str | torch.device = "cpu",
+    *,
+    trusted: bool = False,
+    key: str | None = None,
+    prefix: str | None = None,
+    any_network: bool = False,
+) -> Checkpoint:
+    """Read a checkpoint with ``weights_only=True``, or a safetensors file.
+
+    nnU-Net's network is found under whatever entry and behind whatever prefix it lies, where there is one such place; what was
+    done is told in :attr:`Checkpoint.told`.
 
     Args:
         path: the file.
         map_location: where its tensors go.
         trusted: True lets the file run code while it is read (``weights_only=False``): for files of a known origin only.
+        key: the entry that holds the weights, where there are several (``"teacher"``, ``"model.ema"``).
+        prefix: what stands before nnU-Net's names, where there are several.
+        any_network: accept weights of another network too, to say what they are.
 
     Raises:
-        NnsslError: the file is missing, empty, cut off, no checkpoint, has no ``network_weights``, or asks for a global that
-            is not a tensor or a plain value (named in the message).
+        NnsslError: the file is missing, empty, cut off, no checkpoint, holds no network of nnU-Net's or several, or asks for a
+            global that is not a tensor or a plain value (named in the message).
     """
     path = Path(path)
     if not path.is_file():
         raise NnsslError(f"There is no checkpoint {path}.")
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path) or path.suffix == ".safetensors":
             content = _safetensors(path, map_location)
+        elif trusted:
+            content = torch.load(path, map_location=map_location, weights_only=False, pickle_module=LENIENT)
         else:
-            with nullcontext() if trusted else _numpy_scalars():
-                content = torch.load(path, map_location=map_location, weights_only=not trusted)
+            with _numpy_scalars():
+                content = torch.load(path, map_location=map_location, weights_only=True)
     except NnsslError:
         raise
     except _UNREADABLE as error:
         if isinstance(error, torch.cuda.OutOfMemoryError) or _MACHINE.search(str(error)):
             raise  # the machine's fault, not the file's
         raise _refusal(path, error) from error
-    if not isinstance(content, dict) or "network_weights" not in content:
-        held = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
-        raise NnsslError(
-            f"{path} holds no 'network_weights' as nnU-Net's and nnssl's checkpoints do. It holds: {held}."
-        )
-    weights = content["network_weights"]
-    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise NnsslError(f"'network_weights' of {path} is not a dict of tensors.")
-    return Checkpoint(path, content)
+    return read_content(content, path, key=key, prefix=prefix, any_network=any_network)

@@ -30,12 +30,12 @@ class Full:
 
 def test_what_the_disk_said_is_not_hidden_by_torch(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
-    checkpoint.save(path, {"network_weights": {"w": torch.ones(10)}})
+    checkpoint.save(path, {"network_weights": {"encoder.stem.convs.0.conv.weight": torch.ones(10)}})
     real = os.fdopen
     monkeypatch.setattr(os, "fdopen", lambda handle, mode: Full(real(handle, mode)))
     with pytest.raises(OSError, match="No space left") as error:
-        checkpoint.save(path, {"network_weights": {"w": torch.ones(100_000)}})
+        checkpoint.save(path, {"network_weights": {"encoder.stem.convs.0.conv.weight": torch.ones(100_000)}})
     monkeypatch.undo()
     assert error.value.errno == errno.ENOSPC
-    assert checkpoint.load(path).weights["w"].shape == (10,)
+    assert checkpoint.load(path).weights["encoder.stem.convs.0.conv.weight"].shape == (10,)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
