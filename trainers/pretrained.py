@@ -178,7 +178,11 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
     def _load_found(self) -> None:
         plan = self.plan()
         source = find_weights(plan)
-        loaded = checkpoints.load(source.path)
+        loaded = checkpoints.load(source.path, **source.place)
+        if loaded.verdict is not None and not loaded.verdict[0]:
+            self.print_to_log_file(
+                f"nnssl: WARNING: {source.path} says of itself that it did not learn: {loaded.verdict[1]}"
+            )
         parts = parts_for(plan.nnssl, self.family)
         report = transfer.apply(self.pretrained_network(), loaded, plan=plan, parts=parts)
         self.check_transfer(report, source.path)

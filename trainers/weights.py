@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnssl.errors import NnsslError
@@ -23,11 +23,13 @@ class Source:
         path: the checkpoint.
         sha256: hash (hex) of the file's content.
         why: half a sentence for the log.
+        place: where the weights lie in a file of others (``key``, ``prefix``).
     """
 
     path: Path
     sha256: str
     why: str
+    place: dict[str, str] = field(default_factory=dict)
 
 
 def find_weights(plan: Plan) -> Source:
@@ -68,7 +70,7 @@ def _named(plan: Plan, text: str) -> Source:
             f"{where} {path}, whose content has changed since (sha256 {digest[:12]}... instead of {expected[:12]}...). "
             f"Restore it, or name what is there now: {_plan_command(plan, str(path))}"
         )
-    return Source(path, digest, f"named by plans '{plan.plans_name}'")
+    return Source(path, digest, f"named by plans '{plan.plans_name}'", dict(plan.nnssl.get("place") or {}))
 
 
 def _describe(run: PretrainingRun) -> str:

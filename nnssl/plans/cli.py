@@ -58,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="name of the variant: letters, digits, - and _")
     parser.add_argument("--checkpoint", metavar="FILE", help="pretrained weights that the trainer takes")
     parser.add_argument(
+        "--key", metavar="ENTRY", help="with --checkpoint: entry that holds the weights, such as teacher"
+    )
+    parser.add_argument(
+        "--prefix", metavar="TEXT", help="with --checkpoint: what stands before nnU-Net's names in a file of others"
+    )
+    parser.add_argument(
         "--parts",
         metavar="PARTS",
         help=f"which pretrained parts the network gets: {', '.join(CHOICES)} (default: what the checkpoint's method found best, "
@@ -181,6 +187,11 @@ def _run(args: argparse.Namespace) -> None:
     )
     changes = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     changes |= {key: dict(pairs) for key, pairs in (("figures", args.o), ("adapt", args.adapt)) if pairs}
+    place = {key: getattr(args, key) for key in ("key", "prefix") if getattr(args, key) is not None}
+    if place:
+        if args.checkpoint is None:
+            raise NnsslError("--key and --prefix say where the weights lie in --checkpoint; name one.")
+        changes["place"] = place
     if args.seed is not None:
         if args.labels is None:
             raise NnsslError("--seed chooses the cases of --labels; without it there is nothing to choose.")

@@ -138,6 +138,7 @@ def derive(
     adapt: Mapping[str, str] | None = None,
     coverage: float | None = None,
     parts: str | None = None,
+    place: Mapping[str, str] | None = None,
     backbone: Sequence[str] | None = None,
 ) -> Plan:
     """Make a variant of a plan in memory; nothing is written and ``plan`` stays as it is.
@@ -158,6 +159,7 @@ def derive(
         adapt, coverage: what may be adapted where the weights come from another network, and the least share of the encoder that
             must then be filled (:class:`nnssl.weights.Adaptation`).
         parts: which of the pretrained parts the network gets, one of :data:`nnssl.plans.parts.CHOICES`.
+        place: where the weights lie in a file of others (``key``, ``prefix``), see :func:`nnssl.checkpoint.load`.
         backbone: the parts that ``freeze_unfreeze`` freezes first.
 
     Raises:
@@ -198,9 +200,11 @@ def derive(
     told.update(lengths)
     if checkpoint is not None:
         told.update(checkpoint=checkpoint, sha256=sha256)
-        for key in ("adapt", "coverage", "parts", "backbone"):  # said of the file named before
+        for key in ("adapt", "coverage", "parts", "place", "backbone"):  # said of the file named before
             told.pop(key, None)
     told.update({k: v for k, v in (("adapt", adapt and dict(adapt)), ("coverage", coverage)) if v is not None})
+    if place:
+        told["place"] = dict(place)
     if parts is not None:
         told["parts"] = check_parts(parts)
     if cases is not None:
@@ -260,9 +264,12 @@ def write_variant(
             changes["cases"]["val_cases"] = choose_validating(folds, Path(validate))
         variant = derive(plan, name, **changes)
     if checkpoint is not None:
-        report = check_fits(checkpoint, variant)
+        report = check_fits(checkpoint, variant, **(changes.get("place") or {}))
         if report.adaptations or report.left_out:
             log.info("%s", report)
+        else:
+            for note in report.notes:
+                log.info("  note      %s", note)
         changes["backbone"] = [part.part for part in report.parts if part.loaded or part.adapted]
         if variant.nnssl["schedule"] == "linear_probe" and report.random_decoder:
             changes["figures"] = {"levels": "encoder", **(changes.get("figures") or {})}

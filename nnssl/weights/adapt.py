@@ -195,7 +195,7 @@ def adapt_tensor(
         return refused
     if tuple(given.shape[2:]) != tuple(shape[2:]):
         if how.kernels is None:
-            return refused
+            return f"{refused}; --adapt kernels=centre (or average) fits it"
         fitted = adapt_upsampling(given, shape[2:]) if upsampling else adapt_kernel(given, shape[2:], how.kernels)
         if fitted is None:
             return f"{refused}; odd and even kernels have no common centre"

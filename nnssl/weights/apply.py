@@ -16,6 +16,7 @@ from nnssl.networks import alias_map, canonical_state_dict, unwrap
 from nnssl.plans import Plan
 from nnssl.plans.parts import parts_for, select_parts
 from nnssl.weights.adapt import Adaptation
+from nnssl.weights.compare import differences, image_channels, second_stage
 from nnssl.weights.layout import (
     describe,
     dimensions,
@@ -25,6 +26,7 @@ from nnssl.weights.layout import (
     shift_parts,
     shift_stages,
     stem_channels,
+    stem_name,
     widths,
 )
 from nnssl.weights.load import Checkpoint, load, read_content
@@ -32,12 +34,13 @@ from nnssl.weights.matching import count, match
 from nnssl.weights.parts import part_names, part_of, wanted_parts
 from nnssl.weights.report import TransferReport
 
-__all__ = ["apply"]
+__all__ = ["agreement", "apply"]
 
 _ORDER = (
     "the file does not tell which version of dynamic-network-architectures it is from; before 0.4.3 Primus counted its tokens in "
     "another order, and such weights load but mean something else"
 )
+
 
 def _held_parts(checkpoint: Checkpoint, names: list[str]) -> dict[str, Any]:
     """What can be taken from a file: the promise of ours, all but the heads of nnU-Net's, the encoder of MIC-DKFZ nnssl's."""
@@ -61,14 +64,37 @@ def _left_out(checkpoint: Checkpoint, held: dict[str, Any], taken: dict[str, Any
     return dict.fromkeys([p for p in wanted_parts(held) if p not in wanted_parts(taken)], reason)
 
 
-def _check_channels(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
+def _check_channels(
+    target: Mapping[str, Tensor], source: Mapping[str, Tensor], how: Adaptation, checkpoint: Checkpoint, where: str
+) -> None:
     here, there = stem_channels(target), stem_channels(source)
-    if here is not None and there is not None and here != there and describe(target) == describe(source):
+    if here is None or there is None or here == there or describe(target).split()[0] != describe(source).split()[0]:
+        return
+    if second_stage(checkpoint) and how.channels in (None, "repeat"):
+        n = image_channels(checkpoint)
+        of = f"{n} of its {there} input channels are" if n else f"its {there} input channels are partly"
+        raise NnsslError(
+            f"{where} is the second stage of a cascade: {of} the image's, the others a segmentation's, which must not be mixed "
+            "with them. To take the image's weights type nnssl_plan --checkpoint FILE --adapt channels=first --name NAME"
+        )
+    if how.channels is None and describe(target) == describe(source):
         raise NnsslError(
             f"{where} was trained on images with {there} channel{'s' * (there > 1)}, this network takes {here}. Weights are not "
             "adapted to another number of channels unasked: pretrain on images with the channels of the target dataset, or type "
             "nnssl_plan --checkpoint FILE --adapt channels=repeat --name NAME"
         )
+
+
+def _image_alone(source: dict[str, Tensor], checkpoint: Checkpoint) -> str | None:
+    """Cut a second stage's first convolution to the image's channels, in place; what was done, or None where nothing was."""
+    there, n = stem_channels(source), image_channels(checkpoint)
+    if there is None or n is None or n >= there or not second_stage(checkpoint):
+        return None
+    stem = source[str(stem_name(source))]
+    for name, tensor in source.items():
+        if tensor.shape == stem.shape and (tensor is stem or torch.equal(tensor, stem)):
+            source[name] = tensor[:, :n]
+    return f"second stage of a cascade: the image's {n} of {there} input channels taken, the segmentation's left out"
 
 
 def _check_bridgeable(target: Mapping[str, Tensor], source: Mapping[str, Tensor], how: Adaptation, where: str) -> None:
@@ -108,6 +134,36 @@ def _check_coverage(report: TransferReport, how: Adaptation) -> None:
         )
 
 
+def agreement(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> str:
+    """How many names of a file, and how many with their shapes, a network has."""
+    same = [n for n in source if n in target]
+    shapes = sum(source[n].shape == target[n].shape for n in same)
+    return f"{len(same)} of {len(source)} names and {shapes} shapes agree"
+
+
+def _mending(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> str:
+    """The ``--adapt`` options that would bridge what differs; empty where none would."""
+    here, there = widths(target), widths(source)
+    common = min(len(here), len(there))
+    if describe(target).split()[0] != describe(source).split()[0] or here[:common] != there[:common] or not common:
+        return ""
+    if is_transformer(source) or dimensions(target) != dimensions(source):
+        return ""
+    options = []
+    if stem_name(source) is None:
+        options.append("channels=skip")
+    pairs = [(source[n].shape, t.shape) for n, t in target.items() if n in source and ".transpconvs." not in n]
+    if any(a[:2] == b[:2] and a[2:] != b[2:] for a, b in pairs if len(a) == len(b) > 2):
+        options.append("kernels=centre")
+    if len(here) != len(there):
+        options.append("depth=match")
+    return (
+        f"What differs can be adapted: nnssl_plan --checkpoint FILE --adapt {' '.join(options)} --name NAME. "
+        if options
+        else ""
+    )
+
+
 def _check_promise(
     report: TransferReport,
     promised: list[str],
@@ -128,9 +184,9 @@ def _check_promise(
             problems.append(f"{name}: {part.loaded} of {part.tensors} tensors fit ({count} x {reason})")
         elif homeless.get(name):
             problems.append(f"{name}: {homeless[name]} names of the checkpoint have no place in the network")
-    advice = "Pretrain with this plan, or fine-tune with the plans that it was pretrained with (-p)."
+    advice = f"{_mending(target, source)}Pretrain with this plan, or fine-tune with the plans that it was pretrained with (-p)."
     if report.total.loaded + report.total.adapted == 0:
-        raise NnsslError(f"Nothing of {report.source} fits this network.{kinds} {advice}")
+        raise NnsslError(f"Nothing of {report.source} fits this network ({agreement(target, source)}).{kinds} {advice}")
     if problems:
         raise NnsslError(
             f"{report.source} promises more than fits this network: {'; '.join(problems)}.{kinds} {advice}"
@@ -176,7 +232,14 @@ def _given_grid(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> tuple[
 
 
 def _notes(checkpoint: Checkpoint, plan: Plan | None, stale: int) -> list[str]:
-    notes = []
+    notes = list(checkpoint.told)
+    verdict = checkpoint.verdict
+    if verdict is not None and not verdict[0]:
+        notes.append(f"WARNING: by its own verdict the pretraining did not learn: {verdict[1]}")
+    if plan is not None:
+        notes += differences(checkpoint, plan)
+    if stem_name(checkpoint.weights) is None and not is_transformer(checkpoint.weights):
+        notes.append("the file holds no first convolution (stem); the network's stays random")
     if stale:
         notes.append(
             f"{stale} tensors have several names in the file with different values; those under 'encoder.' and 'conv'/'norm' "
@@ -234,10 +297,10 @@ def apply(
     for alias, canonical in aliases.items():
         if alias != canonical:
             names[canonical].append(alias)
-    if how.channels is None:
-        _check_channels(target, source, where)
+    _check_channels(target, source, how, checkpoint, where)
+    cut = _image_alone(source, checkpoint) if how.channels == "first" else None
     choice = parts_for(plan.nnssl if plan is not None else {}) if parts is None else parts
-    held, lines = _held_parts(checkpoint, list(target)), []
+    held, lines = _held_parts(checkpoint, list(target)), [cut] if cut else []
     taken = select_parts(held, choice, str(checkpoint.transfer.get("parts") or "all"))
     if how.active:
         _check_bridgeable(target, source, how, where)

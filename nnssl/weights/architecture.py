@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nnssl.errors import NnsslError
 from nnssl.networks import alias_map
 from nnssl.plans import Plan
+from nnssl.weights.compare import second_stage
 from nnssl.weights.layout import describe, dimensions, stem_channels
 from nnssl.weights.load import Checkpoint
 
@@ -72,7 +73,11 @@ def inferred(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None
     change no name and no shape of an encoder.
     """
     kind = describe(weights).split()[0]
-    convs = {n: t for n, t in weights.items() if n.endswith(("conv.weight", "conv1.conv.weight")) and ".all_modules." not in n}
+    convs = {
+        n: t
+        for n, t in weights.items()
+        if n.endswith(("conv.weight", "conv1.conv.weight")) and ".all_modules." not in n
+    }
     first: dict[int, Tensor] = {}
     number: dict[int, set[str]] = defaultdict(set)
     in_decoder: dict[int, set[str]] = defaultdict(set)
@@ -119,6 +124,11 @@ def plan_of(checkpoint: Checkpoint) -> Plan | None:
     told = checkpoint.content.get("init_args")
     if not isinstance(told, dict) or not isinstance(told.get("plans"), dict) or "dataset_json" not in told:
         return None
+    if second_stage(checkpoint):
+        raise NnsslError(
+            f"{checkpoint.path} is the second stage of a cascade, whose network also sees a segmentation; it is not converted. "
+            "Name it in a plan, which takes the image's weights: nnssl_plan --checkpoint FILE --adapt channels=first --name NAME"
+        )
     return Plan.from_dicts(told["plans"], told["configuration"], told["dataset_json"])
 
 

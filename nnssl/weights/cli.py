@@ -22,7 +22,9 @@ _TRUST = "let the file run code while it is read (pickle); only for files whose 
 
 def add_places(parser: argparse.ArgumentParser) -> None:
     """The options that say where nnU-Net's network lies in a file of others."""
-    parser.add_argument("--key", metavar="ENTRY", help="entry that holds the weights, where a file has several, such as teacher")
+    parser.add_argument(
+        "--key", metavar="ENTRY", help="entry that holds the weights, where a file has several, such as teacher"
+    )
     parser.add_argument("--prefix", metavar="TEXT", help="what stands before nnU-Net's names, where that is ambiguous")
 
 
@@ -35,7 +37,9 @@ def _convert(args: argparse.Namespace) -> None:
             f"{args.output}: a safetensors file, and only that, ends in .safetensors, so that it is read as one."
         )
     where = {"key": args.key, "prefix": args.prefix}
-    read = convert(args.input, args.output, form, parts=args.parts, trusted=args.trust, overwrite=args.overwrite, **where)
+    read = convert(
+        args.input, args.output, form, parts=args.parts, trusted=args.trust, overwrite=args.overwrite, **where
+    )
     for line in read.told:
         log.info("%s: %s", args.input, line)
     log.info(f"Wrote {args.output} ({form})")
@@ -46,9 +50,8 @@ def convert_main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="nnssl_convert",
         allow_abbrev=False,
-        description="Write a checkpoint of nnssl, of MIC-DKFZ's nnssl or of nnU-Net, or nnU-Net's network from a file of others, in "
-        "another format. "
-        "Weights stay bit-identical; states of training, logs and case names are left behind.",
+        description="Write a checkpoint of nnssl, of MIC-DKFZ's nnssl or of nnU-Net, or nnU-Net's network from a file of others, "
+        "in another format. Weights stay bit-identical; states of training, logs and case names are left behind.",
     )
     parser.add_argument("input", help="file to read")
     parser.add_argument("output", help="file to write")
@@ -81,7 +84,9 @@ def info_main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="nnssl_info", allow_abbrev=False, description="Say what a checkpoint is and where it comes from."
     )
-    parser.add_argument("file", help="a checkpoint of nnssl, MIC-DKFZ's nnssl, nnU-Net or others, or a safetensors file")
+    parser.add_argument(
+        "file", help="a checkpoint of nnssl, MIC-DKFZ's nnssl, nnU-Net or others, or a safetensors file"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
     add_places(parser)
     parser.add_argument("--trust", action="store_true", help=_TRUST)

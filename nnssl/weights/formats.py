@@ -50,7 +50,7 @@ def convert(
     key: str | None = None,
     prefix: str | None = None,
 ) -> Checkpoint:
-    """Read a checkpoint of nnssl, MIC-DKFZ's nnssl or nnU-Net, or nnU-Net's network in a file of others, and write it in another form.
+    """Read a checkpoint of nnssl, MIC-DKFZ's nnssl, nnU-Net or others with nnU-Net's network, and write it in another form.
 
     Args:
         source: the file to read.
@@ -101,8 +101,9 @@ def _check_promised(content: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     empty = [part for part in wanted_parts(content["nnssl"]["pretrained_parts"]) if part not in held]
     if empty:
         raise NnsslError(
-            f"{checkpoint.path} promises {', '.join(empty)} and holds no tensor of it; it holds {', '.join(sorted(held)) or 'nothing'}. "
-            "Nothing is written. If the weights lie elsewhere in the file, name the place with --key or --prefix."
+            f"{checkpoint.path} promises {', '.join(empty)} and holds no tensor of it; it holds "
+            f"{', '.join(sorted(held)) or 'nothing'}. Nothing is written. If the weights lie elsewhere in the file, "
+            "name the place with --key or --prefix."
         )
 
 

@@ -11,22 +11,30 @@ from nnssl.files import sha256_of, write_atomic
 from nnssl.networks import build_network
 from nnssl.paths import FOLDERS, encode_path, results_folder
 from nnssl.plans.plan import Plan
-from nnssl.weights.apply import apply
+from nnssl.weights.apply import agreement, apply
 from nnssl.weights.load import load
 from nnssl.weights.report import TransferReport
+from nnssl.weights.wrappers import OtherNetwork
 
 __all__ = ["check_fits", "import_checkpoint"]
 
 
-def check_fits(path: str | os.PathLike[str], plan: Plan) -> TransferReport:
+def check_fits(
+    path: str | os.PathLike[str], plan: Plan, key: str | None = None, prefix: str | None = None
+) -> TransferReport:
     """Load a checkpoint into a fresh network of the plan, to see whether fine-tuning could.
 
     Raises:
-        NnsslError: the file cannot be read, or does not fit the network (says why).
+        NnsslError: the file cannot be read, holds another network, or does not fit the plan's (says why).
     """
-    checkpoint = load(path)
+    network = build_network(plan)
     try:
-        return apply(build_network(plan), checkpoint, plan)
+        return apply(network, load(path, key=key, prefix=prefix), plan)
+    except OtherNetwork as error:
+        agree = f"With this plan's network {agreement(network.state_dict(), error.tensors)}."
+        raise NnsslError(
+            f"--checkpoint does not fit plans '{plan.plans_name}' ({plan.configuration}): {error} {agree}"
+        ) from error
     except NnsslError as error:
         raise NnsslError(
             f"--checkpoint does not fit plans '{plan.plans_name}' ({plan.configuration}): {error}"
@@ -37,7 +45,7 @@ def import_checkpoint(path: str | os.PathLike[str], dataset_name: str, name: str
     """The form in which plans name a checkpoint, so that they stay valid on another machine.
 
     A file below one of nnU-Net's folders stays where it is. Any other is copied, once, to
-    ``nnUNet_results/<dataset_name>/nnssl_imported/<first 12 digits of its sha256>_<name>.pth``.
+    ``nnUNet_results/<dataset_name>/nnssl_imported/<first 12 digits of its sha256>_<name>.pth`` (or ``.safetensors``, as it is).
 
     Returns:
         the path as :func:`nnssl.paths.encode_path` writes it, and the sha256 (hex) of the file.
@@ -48,11 +56,11 @@ def import_checkpoint(path: str | os.PathLike[str], dataset_name: str, name: str
     if encoded.startswith(tuple(f"{folder}:" for folder in FOLDERS)):
         return encoded, digest
     folder = results_folder() / dataset_name / "nnssl_imported"
-    for copy in sorted(folder.glob(f"{digest[:12]}_*.pth")):
+    for copy in sorted(folder.glob(f"{digest[:12]}_*")):
         if sha256_of(copy) == digest:
             return encode_path(copy), digest
     folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / f"{digest[:12]}_{name}.pth"
+    copy = folder / f"{digest[:12]}_{name}{'.safetensors' if path.suffix == '.safetensors' else '.pth'}"
     with open(path, "rb") as source:
         write_atomic(copy, lambda target: shutil.copyfileobj(source, target))
     return encode_path(copy), digest

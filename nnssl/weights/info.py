@@ -12,6 +12,7 @@ import numpy as np
 from nnssl.errors import NnsslError
 from nnssl.files import sha256_of
 from nnssl.weights.architecture import inferred, told_architecture
+from nnssl.weights.compare import second_stage, trained_on
 from nnssl.weights.formats import one_name_each
 from nnssl.weights.layout import describe as network_kind
 from nnssl.weights.layout import dimensions, n_stages, stem_channels, widths
@@ -19,7 +20,7 @@ from nnssl.weights.load import Checkpoint, load
 from nnssl.weights.names import looks_like
 from nnssl.weights.parts import part_names, part_of
 
-__all__ = ["as_text", "describe", "verdict_of"]
+__all__ = ["as_text", "describe"]
 
 _LENGTHS = {"current_epoch": "epochs", "epoch": "epochs", "global_step": "steps"}
 _ORIGINS = {
@@ -51,10 +52,11 @@ def describe(
         "file": str(checkpoint.path),
         "bytes": checkpoint.path.stat().st_size,
         "sha256": sha256_of(path),
-        "kind": _ORIGINS["nnssl_finetuning" if tuned else checkpoint.origin],
+        "kind": _ORIGINS["nnssl_finetuning" if tuned else checkpoint.origin]
+        + (", second stage of a cascade" if second_stage(checkpoint) else ""),
         "read_as": list(checkpoint.told),
         "method": checkpoint.method,
-        "verdict": verdict_of(checkpoint),
+        "verdict": _verdict(checkpoint),
         "length": _length(checkpoint),
         "network": _network(checkpoint),
         "pretrained_parts": checkpoint.pretrained_parts,
@@ -77,17 +79,14 @@ def describe(
         "upstream_can_read_it": checkpoint.adaptation_plan is not None,
     }
     if ours.get("plan") is None:
-        found |= _from_others(checkpoint)
+        found |= trained_on(checkpoint)
     kept = {key: numbers(value) for key, value in found.items() if value is not None}
     return {key: value for key, value in kept.items() if value not in ([], {})}
 
 
-def verdict_of(checkpoint: Checkpoint) -> str | None:
-    """Whether a pretraining learnt, as it judged itself at its end; None where the file does not say."""
-    told = checkpoint.nnssl.get("verdict")
-    if not isinstance(told, Mapping) or "learnt" not in told:
-        return None
-    return f"{'learnt' if told['learnt'] else 'DID NOT LEARN'}: {told.get('sentence', '')}"
+def _verdict(checkpoint: Checkpoint) -> str | None:
+    told = checkpoint.verdict
+    return None if told is None else f"{'learnt' if told[0] else 'DID NOT LEARN'}: {told[1]}"
 
 
 def _length(checkpoint: Checkpoint) -> str | None:
@@ -95,7 +94,11 @@ def _length(checkpoint: Checkpoint) -> str | None:
     ours, content = checkpoint.nnssl, checkpoint.content
     if ours.get("step") is not None:
         return f"{ours['step']:,} of {ours.get('steps', ours['step']):,} steps"
-    parts = [f"{content[key]} {word}" for key, word in _LENGTHS.items() if isinstance(content.get(key), (int, float, np.number))]
+    parts = [
+        f"{content[key]} {word}"
+        for key, word in _LENGTHS.items()
+        if isinstance(content.get(key), (int, float, np.number))
+    ]
     return ", ".join(parts) or None
 
 
@@ -131,22 +134,6 @@ def _network(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": len(once),
         "names": len(weights),
         "finite": all(bool(t.isfinite().all()) for t in once.values() if t.is_floating_point()),
-    }
-
-
-def _from_others(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Plan, patch and spacing as files of nnU-Net and of MIC-DKFZ's nnssl tell them."""
-    told = checkpoint.content.get("init_args")
-    if isinstance(told, dict) and isinstance(told.get("plans"), dict):
-        plans, name = told["plans"], told.get("configuration")
-        values = plans.get("configurations", {}).get(name, {})
-    else:
-        plans = (checkpoint.adaptation_plan or {}).get("pretrain_plan") or {}
-        name, values = next(iter((plans.get("configurations") or {}).items()), (None, {}))
-    plan = {"dataset_name": plans.get("dataset_name"), "plans_name": plans.get("plans_name"), "configuration": name}
-    return {
-        "plan": {k: v for k, v in plan.items() if v is not None},
-        **{key: values.get(key) for key in ("patch_size", "spacing", "normalization_schemes")},
     }
 
 

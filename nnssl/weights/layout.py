@@ -68,8 +68,10 @@ def stem_channels(weights: Mapping[str, Tensor]) -> int | None:
 
 
 def dimensions(weights: Mapping[str, Tensor]) -> int | None:
-    """Spatial axes of the convolutions."""
-    name = stem_name(weights)
+    """Spatial axes of the convolutions, the first or, where that is missing, any other of the encoder."""
+    name = stem_name(weights) or next(
+        (n for n in weights if n.startswith("encoder.") and n.endswith("conv.weight")), None
+    )
     return weights[name].ndim - 2 if name else None
 
 

@@ -93,6 +93,16 @@ class Checkpoint:
         return self.nnssl.get("pretrained_parts")
 
     @property
+    def verdict(self) -> tuple[bool, str] | None:
+        """Whether the pretraining learnt, by its own judgement at its end, and the sentence for it; None where not told."""
+        told = self.nnssl.get("verdict")
+        return (
+            (bool(told["learnt"]), str(told.get("sentence", "")))
+            if isinstance(told, dict) and "learnt" in told
+            else None
+        )
+
+    @property
     def transfer(self) -> dict[str, Any]:
         """``{"parts": str, "why": str}``: which of them segmentation gets by default; empty where not told."""
         return self.nnssl.get("transfer") or {}
@@ -159,7 +169,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _safetensors(path: Path, map_location: str | torch.device) -> dict[str, Any]:
-    """The content of a safetensors file: as :mod:`nnssl.weights.formats` writes it, with entries as JSON in its header, or plain."""
+    """The content of a safetensors file, with what :mod:`nnssl.weights.formats` has put into its header as JSON."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -188,7 +198,9 @@ def read_content(
     except OtherNetwork as error:
         if not any_network:
             raise
-        return Checkpoint(path, {**content, "network_weights": error.tensors}, [str(error).removeprefix(f"{path} holds ")])
+        return Checkpoint(
+            path, {**content, "network_weights": error.tensors}, [str(error).removeprefix(f"{path} holds ")]
+        )
     rest = {k: v for k, v in content.items() if k not in found.entry[:1]} if found.entry else {}
     return Checkpoint(path, {**rest, "network_weights": found.weights}, found.told)
 

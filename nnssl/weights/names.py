@@ -1,4 +1,4 @@
-"""Names of tensors: which are those of nnU-Net's networks, whatever stands before them, and which network other names look like."""
+"""Names of tensors: which are those of nnU-Net's networks, whatever stands before them, and what others look like."""
 
 from __future__ import annotations
 

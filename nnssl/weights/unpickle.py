@@ -17,7 +17,10 @@ _HARMLESS = {
     ("torch", "Size"),
     ("torch", "device"),
     ("torch.serialization", "_get_layout"),
-    *(("torch", f"{kind}Storage") for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")),
+    *(
+        ("torch", f"{kind}Storage")
+        for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+    ),
 }
 
 
@@ -27,6 +30,7 @@ class Placeholder:
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Placeholder:
+        """Another one."""
         return Placeholder()
 
     def __setstate__(self, state: Any) -> None: ...

@@ -73,7 +73,9 @@ def _by_prefix(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         split = own_name(name)
         if split:
             groups[split[0]][split[1]] = tensor
-    whole = {p: g for p, g in groups.items() if any(".stem." in n or ".stages.0." in n or n.startswith("eva") for n in g)}
+    whole = {
+        p: g for p, g in groups.items() if any(".stem." in n or ".stages.0." in n or n.startswith("eva") for n in g)
+    }
     return whole or dict(groups)
 
 
@@ -83,7 +85,7 @@ def _show(prefix: str) -> str:
 
 def _choose_prefix(groups: dict[str, Any], prefix: str | None, key: str | None, told: str | None, path: Path) -> str:
     """The prefix to strip, as asked for, as the file's adaptation plan says, or the only one."""
-    held = ", ".join(_show(p) for p in groups)
+    held, example = ", ".join(_show(p) for p in groups), next((p for p in groups if p), "''")
     if prefix is not None:
         wanted = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
         wanted = without_wrappers(wanted)
@@ -94,15 +96,15 @@ def _choose_prefix(groups: dict[str, Any], prefix: str | None, key: str | None, 
         if told in groups:
             return told
         raise NnsslError(
-            f"{path}: its adaptation plan says that the encoder lies under '{told}encoder', but no name begins so; nnU-Net's names "
-            f"stand behind {held}. If these are the weights that you want, name the prefix: --prefix {next(iter(groups)) or chr(39) * 2}"
+            f"{path}: its adaptation plan says that the encoder lies under '{told}encoder', but no name begins so; nnU-Net's "
+            f"names stand behind {held}. If these are the weights that you want, name the prefix: --prefix {example}"
         )
     if key is not None:
         groups = {p: g for p, g in groups.items() if key in p.split(".")} or groups
     if len(groups) == 1:
         return next(iter(groups))
     raise NnsslError(
-        f"{path} holds nnU-Net's names more than once, behind {held}. Choose one, for example --prefix {next(p for p in groups if p)}"
+        f"{path} holds nnU-Net's names more than once, behind {held}. Choose one, for example --prefix {example}"
     )
 
 
@@ -119,7 +121,9 @@ def _choose_state(
             known = [".".join(p) for p, _ in fitting if p]
             if named:
                 raise _other_network(named, path)
-            raise NnsslError(f"--key {key}: {path} has no such entry.{nearest(key, known)} It has: {', '.join(known) or 'none'}.")
+            raise NnsslError(
+                f"--key {key}: {path} has no such entry.{nearest(key, known)} It has: {', '.join(known) or 'none'}."
+            )
         fitting = chosen
     if len(fitting) == 1:
         return fitting[0]
@@ -130,7 +134,8 @@ def _choose_state(
         return ("network_weights",), first
     listed = ", ".join(f"'{'.'.join(p) or '(the file itself)'}'" for p, _ in fitting)
     raise NnsslError(
-        f"{path} holds {len(fitting)} networks of nnU-Net's, under {listed}. Choose one, for example --key {'.'.join(fitting[0][0] or fitting[1][0])}"
+        f"{path} holds {len(fitting)} networks of nnU-Net's, under {listed}. Choose one, for example "
+        f"--key {'.'.join(fitting[0][0] or fitting[1][0])}"
     )
 
 
@@ -180,7 +185,9 @@ def find_weights_in(content: Any, path: Path, key: str | None = None, prefix: st
         held = ", ".join(map(str, list(content)[:6])) or "nothing"
         raise NnsslError(f"{path} holds no weights, neither under 'network_weights' nor elsewhere. It holds: {held}.")
     entry, weights = _choose_state([(p, {without_wrappers(n): t for n, t in s.items()}) for p, s in states], key, path)
-    told = [] if entry == ("network_weights",) else [f"weights found {f'''under '{'.'.join(entry)}' ''' if entry else 'as the whole file'}".strip()]
+    told = []
+    if entry != ("network_weights",):
+        told.append(f"weights found under '{'.'.join(entry)}'" if entry else "the whole file is the weights")
     wrapped = sum(without_wrappers(n) != n for n in dict(states)[entry])
     if wrapped:
         told.append(f"what DDP or torch.compile had put into {wrapped} names dropped")

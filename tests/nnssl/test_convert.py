@@ -244,7 +244,10 @@ def test_unsafe_pickles_are_refused_and_trusted_on_request(ours, tmp_path, capsy
     out = str(tmp_path / "out.pth")
     assert convert_main([str(tmp_path / "evil.pth"), out, "--to", "nnssl"]) == 1
     error = capsys.readouterr().err
-    assert "mkdir' while it is being read" in error and f"nnssl_convert {tmp_path / 'evil.pth'} COPY.pth --to nnssl --trust" in error
+    assert (
+        "mkdir' while it is being read" in error
+        and f"nnssl_convert {tmp_path / 'evil.pth'} COPY.pth --to nnssl --trust" in error
+    )
     assert info_main([str(tmp_path / "evil.pth")]) == 1
     assert not (tmp_path / "pwned").exists() and not (tmp_path / "out.pth").exists()
     torch.save({**content, "x": Harmless()}, tmp_path / "class.pth")

@@ -190,7 +190,8 @@ def test_weights_that_are_not_finite_are_refused(plan):
 def test_weights_of_another_plan_with_equal_shapes_get_a_note(make_plan):
     plan = make_plan()
     other = make_plan(patch=(16, 24, 8))
-    assert apply(build_network(other), _payload(plan, build_network(plan)), other).notes == []
+    notes = apply(build_network(other), _payload(plan, build_network(plan)), other).notes
+    assert notes == ["differs in patch: 16x24x16 voxels in pretraining, 16x24x8 here"]
     strided = make_plan(strides=((1, 1, 1), (2, 2, 2), (1, 2, 2)), kernels=((3, 3, 3),) * 3)
     payload = _payload(plan, build_network(plan), {"encoder": True, "decoder_stages": []})
     report = apply(build_network(strided), payload, strided)
