@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["NnsslError", "nearest", "raise_problems"]
+__all__ = ["NnsslError", "PeerLostError", "nearest", "raise_problems"]
 
 
 class NnsslError(RuntimeError):
@@ -13,6 +13,10 @@ class NnsslError(RuntimeError):
 
     The commands print it without a traceback and exit with status 1; library code raises it and never exits.
     """
+
+
+class PeerLostError(NnsslError):
+    """Another process of a distributed run has ended, and this one cannot go on alone."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from nnssl.errors import NnsslError
 
-__all__ = ["read_json", "sha256_of", "write_atomic", "write_json"]
+__all__ = ["read_json", "remove_temporary", "sha256_of", "write_atomic", "write_json"]
 
 STALE_SECONDS = 3600.0
 
@@ -44,6 +44,13 @@ def _remove_stale(path: Path) -> None:
         with suppress(OSError):
             if time.time() - stale.stat().st_mtime > STALE_SECONDS:
                 stale.unlink()
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what killed writers left in a folder that nobody else writes into (whoever calls holds its lock)."""
+    for stale in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            stale.unlink()
 
 
 def _place(temporary: str, path: Path, overwrite: bool) -> None:
@@ -108,6 +115,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NnsslError(f"{path} does not exist.") from None
+    except RecursionError:
+        raise NnsslError(f"{path} cannot be read: it is nested too deeply.") from None
     except (OSError, ValueError) as error:
         raise NnsslError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):

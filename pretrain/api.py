@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +21,18 @@ from nnssl.plans.figures import DEFAULT_FAMILY, trainer_for
 from nnssl.pretrain.data.weights import Sources, parse_sources, relative
 from nnssl.pretrain.engine.devices import pick_device, process_group, restarted, shared_preparation
 from nnssl.pretrain.engine.estimate import estimate
-from nnssl.pretrain.engine.folder import RunFolder
+from nnssl.pretrain.engine.folder import LOCK, RunFolder
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.engine.logs import add_log_file
-from nnssl.pretrain.engine.loop import Engine, Outcome, RunSpec
+from nnssl.pretrain.engine.loop import Engine, Outcome, RunSpec, disk_advice
+from nnssl.pretrain.engine.resume import load_state
 from nnssl.pretrain.engine.watch import RobustnessHook
 from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.omni import FOLDER, prepare_omni, take_omni
 from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
 from nnssl.pretrain.prepare.planning import planned
 from nnssl.pretrain.resolve import batch_size, identity, method_folder, resolve
-from nnssl.results import output_folder
+from nnssl.results import CONFIG, output_folder
 from nnssl.weights import prove_loadable
 
 __all__ = ["RunResult", "run"]
@@ -49,6 +51,7 @@ class RunResult:
         learnt: the method's own verdict.
         sentence: the verdict for a person.
         metrics: held-out terms at the end.
+        signal: number of the signal that stopped the run early; 0 where none did.
     """
 
     folder: Path
@@ -57,6 +60,7 @@ class RunResult:
     learnt: bool
     sentence: str
     metrics: dict[str, float]
+    signal: int = 0
 
 
 def run(
@@ -138,11 +142,14 @@ def run(
     cls.check_network(plan)
     path = output_folder(plan, method_folder(cls) + (FOLDER if labelled is not None else ""), names, name)
     torch_device = pick_device(device)
+    if continue_run is True and not (path / LOCK).is_file() and not (path / CONFIG).is_file():
+        raise NnsslError(f"there is nothing to continue in {path}. Leave out --c to start.")
     with process_group(torch_device), RunFolder(path, lock=not dry_run and rank() == 0) as folder:
         auto = continue_run == "auto" or (not continue_run and restarted())
-        saved = folder.saved_config() if continue_run and not auto else None
-        if continue_run and saved is None and not auto:
-            raise NnsslError(f"there is nothing to continue in {path}. Leave out --c to start.")
+        saved = folder.saved_config(whole=True) if continue_run and not auto else None
+        if continue_run and not auto and saved is None:
+            log.info("The run was ended before its first checkpoint: it starts from the beginning.")
+        accepted = _accepted(saved, allow_mismatch=allow_mismatch, skip_bad=skip_bad, cases=cases, exclude=exclude)
         choice = resolve(cls, saved, epochs=epochs, iterations=iterations, seed=seed, options=options, crop=crop)
         omni = None
         if labelled is not None:
@@ -152,14 +159,17 @@ def run(
             pool = prepare_sources(
                 plan,
                 names,
-                cases=Path(cases) if cases else None,
-                exclude=Path(exclude) if exclude else None,
-                skip_bad=skip_bad,
+                cases=Path(accepted["cases"]) if accepted["cases"] else None,
+                exclude=Path(accepted["exclude"]) if accepted["exclude"] else None,
+                skip_bad=accepted["skip_bad"],
                 n_processes=processes or default_num_processes,
-                allow_mismatch=allow_mismatch,
+                allow_mismatch=accepted["allow_mismatch"],
                 preprocess=not dry_run,
             )
         request = cls.crops(plan, pool.stats(), choice.config, choice.crop)
+        if saved is not None and crop is None:
+            explanation = request.explanation.replace("as asked for", "as in the run that is continued")
+            request = replace(request, explanation=explanation)
         if request.body and not dry_run:
             with shared_preparation():
                 prepare_bodies(plan, pool, n_processes=processes or default_num_processes)
@@ -194,7 +204,8 @@ def run(
             return RunResult(path, None, False, False, "Only estimated.", {})
         who = identity(cls, plan, pool, request, names, choice, batch, spec.weights)
         who["omni"] = None if omni is None else omni.identity()
-        return _execute(spec, who, auto or bool(continue_run))
+        spec.identity = who
+        return _execute(spec, who, auto or bool(continue_run), accepted)
 
 
 def _labelled_target(
@@ -229,37 +240,40 @@ def _weights(given: dict[str, float] | None, saved: dict[str, Any] | None) -> di
     return None if saved is None else saved.get("identity", {}).get("weights")
 
 
-def _execute(spec: RunSpec, who: dict[str, Any], continue_run: bool) -> RunResult:
+def _accepted(saved: dict[str, Any] | None, **given: Any) -> dict[str, Any]:
+    """What the user has accepted and chosen at the first start, which a continued run need not be told again."""
+    before = (saved or {}).get("accepted") or {}
+    now = {k: os.path.abspath(v) if v and not isinstance(v, bool) else v for k, v in given.items()}
+    return {k: v or before.get(k) or v for k, v in now.items()}
+
+
+def _execute(spec: RunSpec, who: dict[str, Any], continue_run: bool, accepted: dict[str, Any]) -> RunResult:
     """Admit, record, train, judge."""
     folder, path = spec.folder, spec.folder.path
     resuming = folder.admit(who, continue_run=continue_run)
     if resuming and folder.final.exists():
         log.info("This run is finished: %s", folder.final)
         return RunResult(path, folder.final, True, True, "The run was finished before.", {})
-    state = None
-    if resuming:
-        loaded = checkpoint.load(folder.latest)
-        if loaded.training is None:
-            raise NnsslError(
-                f"{folder.latest} holds no training state. Move the folder away, or give this run a --name."
-            )
-        state = {**loaded.training, "network_weights": loaded.weights}
+    state = load_state(folder, who) if resuming else None
     handler = add_log_file(path) if rank() == 0 else None
     try:
         engine = Engine(spec, state)
         if rank() == 0:
-            write_json(folder.config_file, _record(spec, who))
+            write_json(folder.config_file, {**_record(spec, who), "accepted": accepted})
             prove_loadable(_payload(engine, who["sources"]), spec.plan)
             if state is not None:
                 log.info("Continuing after step %d of %d.", engine.step, spec.steps)
         outcome = engine.fit()
+        if rank() == 0 and outcome.finished:
+            folder.previous.unlink(missing_ok=True)
         _tell(spec, outcome)
     finally:
         if handler is not None:
             log.removeHandler(handler)
             handler.close()
     final = folder.final if outcome.finished else None
-    return RunResult(path, final, outcome.finished, outcome.learnt, outcome.sentence, outcome.last)
+    last, stopped = outcome.last, outcome.signal
+    return RunResult(path, final, outcome.finished, outcome.learnt, outcome.sentence, last, stopped)
 
 
 def _record(spec: RunSpec, who: dict[str, Any]) -> dict[str, Any]:
@@ -301,12 +315,17 @@ def _payload(engine: Engine, sources: list[str], training: dict[str, Any] | None
 
 def _saver(sources: list[str]) -> Any:
     def save(engine: Engine, path: Path, state: dict[str, Any] | None) -> None:
+        folder = engine.spec.folder
         try:
+            if path == folder.latest:
+                folder.keep_previous()
             checkpoint.save(path, _payload(engine, sources, state))
         except OSError as error:
+            whole = (
+                "The checkpoint saved before is whole. " if folder.latest.is_file() or folder.previous.is_file() else ""
+            )
             raise NnsslError(
-                f"cannot save {path}: {error.strerror or error}. The checkpoint saved before is whole. Free space, then "
-                "continue with --c."
+                f"cannot save {path}: {error.strerror or error}. {whole}{disk_advice(error)}, then continue with --c."
             ) from error
 
     return save

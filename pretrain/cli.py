@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -164,7 +165,7 @@ def _body(args: argparse.Namespace, arguments: list[str]) -> int:
         labelled=args.labelled,
         labelled_cases=args.labelled_cases,
     )
-    return 0 if result.finished or args.dry_run else 143
+    return 0 if result.finished or args.dry_run else 128 + (result.signal or signal.SIGTERM)
 
 
 def _preprocess(args: argparse.Namespace) -> int:

@@ -73,9 +73,9 @@ def save(path: str | os.PathLike[str], payload: Mapping[str, Any]) -> None:
         try:
             torch.save(content, file)
         except RuntimeError as error:
-            # on a full disk torch's own closing of the archive fails too, and hides what the disk said
+            # on a full disk, and after Ctrl-C, torch's own closing of the archive fails too, and hides why
             hidden: BaseException | None = error
-            while hidden is not None and not isinstance(hidden, OSError):
+            while hidden is not None and not isinstance(hidden, (OSError, KeyboardInterrupt)):
                 hidden = hidden.__context__
             if hidden is None:
                 raise

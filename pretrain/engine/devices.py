@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from nnssl.command import LOST
 from nnssl.distributed import is_distributed, rank
-from nnssl.errors import NnsslError
+from nnssl.errors import NnsslError, PeerLostError
 from nnssl.malloc import keep_freed_memory
 
 __all__ = ["launch", "pick_device", "process_group", "restarted", "shared_preparation"]
 
 DEVICES = ("cuda", "cpu", "mps")
 PREPARATION_LIMIT = timedelta(days=7)
+
+LAUNCHER = "NNSSL_LAUNCHER"
+"""Variable with the process number of :func:`launch`, in the processes that it has started."""
+
+SAVING_SECONDS = 600
+"""Time for saving a checkpoint after a signal; then processes are killed."""
+
+_LOST = re.compile(
+    r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|remote process exited|[Pp]eer closed|gloo"
+)
 
 
 def pick_device(name: str) -> torch.device:
@@ -58,6 +75,7 @@ def _threads() -> int:
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the other processes that ``torchrun`` or :func:`launch` started; nothing to do for a single one."""
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    _end_with_launcher()
     if started:
         # The elastic launcher may keep its key-value store when it starts processes again, with the addresses of the dead ones.
         store, index, size = next(rendezvous("env://"))
@@ -68,9 +86,37 @@ def process_group(device: torch.device) -> Iterator[None]:
             logging.getLogger("nnssl").setLevel(logging.ERROR)
     try:
         yield
+    except RuntimeError as error:
+        if not started or isinstance(error, NnsslError) or not _lost_peer(error):
+            raise
+        raise PeerLostError(
+            "another process of this run has ended, so this one ends too. Look for its own message; then continue with --c."
+        ) from error
     finally:
         if started:
-            dist.destroy_process_group()
+            with suppress(RuntimeError):  # also where the others are gone
+                dist.destroy_process_group()
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    kind = getattr(dist, "DistError", ())
+    return (isinstance(error, kind) if kind else False) or _LOST.search(str(error)) is not None
+
+
+def _end_with_launcher() -> None:
+    """A killed launcher takes its processes along: each saves as on SIGTERM and ends."""
+    launcher = int(os.environ.get(LAUNCHER, "0"))
+    if not launcher or os.environ.get("WORLD_SIZE") is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(SAVING_SECONDS)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
@@ -107,9 +153,11 @@ def launch(arguments: list[str], processes: int, restarts: int = 0) -> int:
     Returns:
         The exit status; each process has told its own error.
     """
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    patience: dict[str, Any] = {"shutdown_timeout": SAVING_SECONDS}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -118,9 +166,35 @@ def launch(arguments: list[str], processes: int, restarts: int = 0) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=restarts,
+        **{k: v for k, v in patience.items() if k in {f.name for f in fields(LaunchConfig)}},
     )
+    # what torch would tell of its processes, with tracebacks, is told below in one sentence, or by the processes themselves
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
         elastic_launch(config, sys.executable)("-m", "nnssl.pretrain.cli", *arguments)
     except ChildFailedError as error:
-        return max(1, min(255, abs(next(iter(error.failures.values())).exitcode)))
+        return _told(error.failures)
+    except SignalException as error:  # the processes have saved and told so
+        return 128 + int(error.sigval)
+    finally:
+        del os.environ[LAUNCHER]
     return 0
+
+
+def _told(failures: dict[int, Any]) -> int:
+    """The exit status of a launch of which processes failed, after a sentence on one that was killed."""
+    codes = {index: int(failure.exitcode) for index, failure in sorted(failures.items())}
+    after = (-signal.SIGTERM, LOST)  # ended because another had
+    index, code = next(((i, c) for i, c in codes.items() if c not in after), next(iter(codes.items())))
+    if code >= 0:
+        return min(255, code or 1)
+    why = ", most often because memory ran out" if code == -getattr(signal, "SIGKILL", 9) else ""
+    sys.stderr.write(
+        f"Error: process {index} of the run was killed ({signal.Signals(-code).name}){why}; the others have ended. Continue with "
+        "the same command and --c.\n"
+    )
+    return min(255, 128 - code)

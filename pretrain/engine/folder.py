@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from nnssl.errors import NnsslError
+from nnssl.files import read_json, remove_temporary
+from nnssl.pretrain.engine.record import check_record
 
 __all__ = ["RunFolder", "differences"]
 
 log = logging.getLogger("nnssl")
+
+LOCK = ".lock"
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
@@ -38,10 +42,14 @@ class RunFolder:
     Args:
         path: the folder; made where it is missing.
         lock: False only looks: nothing is made or locked (a dry run, or ranks beside the first).
+
+    Attributes:
+        begun: whether a run had been started here before, be it that it came to nothing.
     """
 
     def __init__(self, path: Path, lock: bool = True) -> None:
         self.path = path
+        self.begun = (path / LOCK).is_file()
         self._wanted = lock
         self._lock: IO[str] | None = None
 
@@ -49,6 +57,11 @@ class RunFolder:
     def latest(self) -> Path:
         """``checkpoint_latest.pth``: weights and the state of training."""
         return self.path / "checkpoint_latest.pth"
+
+    @property
+    def previous(self) -> Path:
+        """``checkpoint_previous.pth``: what ``checkpoint_latest.pth`` was before; taken where that is damaged."""
+        return self.path / "checkpoint_previous.pth"
 
     @property
     def final(self) -> Path:
@@ -65,12 +78,13 @@ class RunFolder:
             return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+            self._lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise NnsslError(
                 f"cannot write into {self.path}: {error.strerror or error}. nnUNet_results must be writable."
             ) from error
-        if not _try_lock(self._lock):
+        locked = _try_lock(self._lock)
+        if locked is False:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"
             self._lock.close()
@@ -85,6 +99,8 @@ class RunFolder:
             self._lock.flush()
         except OSError as error:
             raise NnsslError(f"cannot write into {self.path}: {error.strerror or error}.") from error
+        if locked:  # whoever wrote them is dead
+            remove_temporary(self.path)
         return self
 
     def __exit__(
@@ -94,20 +110,36 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def saved_config(self) -> dict[str, Any] | None:
+    def saved_config(self, *, whole: bool = False) -> dict[str, Any] | None:
         """What ``config.json`` holds, or None where there is no run yet.
 
+        Args:
+            whole: everything is needed that a continued run is made from.
+
         Raises:
-            NnsslError: where the file cannot be read.
+            NnsslError: where the file cannot be read, or a field is of a wrong kind.
         """
         if not self.config_file.is_file():
             return None
         try:
-            return json.loads(self.config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise NnsslError(
-                f"{self.config_file} cannot be read ({error}). Move the folder away, or give this run a --name."
-            ) from error
+            content = read_json(self.config_file)
+            check_record(content, str(self.config_file), whole_run=whole)
+        except NnsslError as error:
+            raise NnsslError(f"{error} Move the folder away, or give this run a --name.") from error
+        return content
+
+    def keep_previous(self) -> None:
+        """Let ``checkpoint_previous.pth`` be what ``checkpoint_latest.pth`` is now, before another is written."""
+        if not self.latest.is_file() or (self.previous.is_file() and self.previous.samefile(self.latest)):
+            return
+        beside = self.path / f".{self.previous.name}.link.tmp"
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+            try:
+                os.link(self.latest, beside)
+                os.replace(beside, self.previous)
+            except OSError:  # a file system without hard links: for a moment only the previous one is there
+                os.replace(self.latest, self.previous)
 
     def admit(self, identity: dict[str, Any], *, continue_run: bool) -> bool:
         """Decide whether a run with this identity may work here.
@@ -124,7 +156,7 @@ class RunFolder:
         """
         saved = self.saved_config()
         if saved is None:
-            if self.latest.exists() or self.final.exists():
+            if any(file.exists() for file in (self.latest, self.previous, self.final)):
                 raise NnsslError(
                     f"{self.path} holds a checkpoint but no config.json, so it is not known what it is. "
                     "Give this run a --name."
@@ -144,7 +176,7 @@ class RunFolder:
             raise NnsslError(
                 f"{self.path} holds this very run, finished. Nothing is to be done; --name starts another."
             )
-        if not self.latest.exists():
+        if not self.latest.exists() and not self.previous.exists():
             return False
         if not continue_run:
             raise NnsslError(
@@ -153,7 +185,8 @@ class RunFolder:
         return True
 
 
-def _try_lock(file: IO[str]) -> bool:
+def _try_lock(file: IO[str]) -> bool | None:
+    """Whether the lock is ours; None where the file system has none."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -174,4 +207,5 @@ def _try_lock(file: IO[str]) -> bool:
             file.name,
             error.strerror,
         )
+        return None
     return True

@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from nnssl.files import write_atomic
+
 __all__ = ["RunLog", "add_log_file", "plot_progress"]
 
 log = logging.getLogger("nnssl")
@@ -53,10 +55,13 @@ class RunLog:
                     self._tensorboard.add_scalar(f"{kind}/{key}", value, values["step"])
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Record an epoch's row and redraw ``progress.png``."""
+        """Record an epoch's row."""
         self.history.append({k: _plain(v) for k, v in row.items()})
         self.event("epoch", **row)
-        if self.folder is not None:
+
+    def draw(self) -> None:
+        """Redraw ``progress.png``."""
+        if self.folder is not None and self.history:
             plot_progress(self.history, self.folder / "progress.png", self.panels)
 
     def close(self) -> None:
@@ -131,9 +136,7 @@ def plot_progress(history: list[dict[str, Any]], path: Path, panels: Sequence[Ca
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8)
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=70)
-    temporary.replace(path)
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=70))
 
 
 def _line(ax: Any, x: list[int], y: list[Any], label: str, colour: str | None = None, style: str = "-") -> None:

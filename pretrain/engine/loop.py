@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ from nnssl.pretrain.engine.stepping import Numbers, Stepper, views_in_parts
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import CropRequest, Crops, Progress
 
-__all__ = ["Engine", "NonFiniteError", "Outcome", "RunSpec"]
+__all__ = ["Engine", "NonFiniteError", "Outcome", "RunSpec", "disk_advice"]
 
 log = logging.getLogger("nnssl")
 
@@ -41,6 +43,11 @@ _DISK_ADVICE = {
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable"),
     **dict.fromkeys((errno.EIO, errno.ESTALE), "See to the file system"),
 }
+
+
+def disk_advice(error: OSError) -> str:
+    """What to do about a disk that fails, without a full stop."""
+    return _DISK_ADVICE.get(error.errno or 0, "See to the file system")
 
 
 class NonFiniteError(NnsslError):
@@ -57,6 +64,7 @@ class RunSpec:
         weights: how often the cases of each source are drawn, by its name; None for equally often.
         companion: what is read beside the crops: ``reader(split)`` gives the loader's companion, ``random(crops)`` puts random
             values beside random crops.
+        identity: what makes the run what it is; the checkpoint carries it.
     """
 
     method: type[Method]
@@ -76,6 +84,7 @@ class RunSpec:
     hooks: list[Hook] = field(default_factory=list)
     weights: dict[str, float] | None = None
     companion: Any = None
+    identity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -89,6 +98,7 @@ class Outcome:
 
     Attributes:
         finished: False where a signal ended it early; ``--c`` continues it.
+        signal: its number; 0 where none ended the run.
         learnt: the method's own verdict on held-out crops.
         sentence: the verdict for a person.
         first, last: held-out terms before the first step and at the end (training terms where nothing is held out).
@@ -100,6 +110,7 @@ class Outcome:
     first: dict[str, float]
     last: dict[str, float]
     history: list[dict[str, Any]]
+    signal: int = 0
 
 
 class Engine:
@@ -140,6 +151,7 @@ class Engine:
         self._pending: Numbers | None = None
         self._last: dict[str, float] = {}
         self._stop_agreed = False
+        self._cases: list[str] = []
         self.log = RunLog(spec.folder.path if rank() == 0 else None)
         if state is not None:
             self._restore(state)
@@ -183,28 +195,68 @@ class Engine:
             "hooks": {h.name: h.state_dict() for h in self.spec.hooks},
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.spec.device) if self.spec.device.type == "cuda" else None,
+            "identity": self.spec.identity,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        own = {k: v for k, v in self.method.state_dict().items() if k.startswith("network.")}
-        own.update({f"network.{k}": v for k, v in state["network_weights"].items()})
-        self.method.load_state_dict({**own, **state["method"]})
-        self.stepper.load_state_dict(state["stepper"])
-        self.step = int(state["step"])
-        self.first = dict(state["first"])
-        self.log.history = list(state["history"])
-        self._sums, self._counted = dict(state["sums"]), int(state["counted"])
+        """Take back :meth:`training_state`; NnsslError names the part that is missing or does not fit."""
+        steps: dict[str, Callable[[Any], None]] = {
+            "network_weights": self._restore_network,
+            "method": lambda v: self.method.load_state_dict({**self._network_state(), **v}),
+            "stepper": self.stepper.load_state_dict,
+            "step": lambda v: setattr(self, "step", int(v)),
+            "first": lambda v: setattr(self, "first", dict(v)),
+            "history": lambda v: setattr(self.log, "history", [dict(row) for row in v]),
+            "sums": lambda v: setattr(self, "_sums", dict(v)),
+            "counted": lambda v: setattr(self, "_counted", int(v)),
+            "hooks": self._restore_hooks,
+            "rng": self._restore_rng,
+            "cuda_rng": self._restore_cuda_rng,
+        }
+        for part, take in steps.items():
+            try:
+                take(state[part])
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+                lines = str(error).splitlines() or [""]
+                why = (
+                    "is missing"
+                    if isinstance(error, KeyError) and error.args == (part,)
+                    else f"does not fit ({lines[-1].strip()})"
+                )
+                raise NnsslError(
+                    f"{self.spec.folder.latest} cannot be continued: its part '{part}' {why}. Start anew with a --name, or put "
+                    "the run's own checkpoint back."
+                ) from error
+        if not 0 <= self.step <= self.spec.steps:
+            raise NnsslError(f"{self.spec.folder.latest} is from step {self.step}; this run has {self.spec.steps}.")
+
+    def _network_state(self) -> dict[str, torch.Tensor]:
+        return {k: v for k, v in self.method.state_dict().items() if k.startswith("network.")}
+
+    def _restore_network(self, weights: dict[str, torch.Tensor]) -> None:
+        self.method.load_state_dict({**self.method.state_dict(), **{f"network.{k}": v for k, v in weights.items()}})
+
+    def _restore_hooks(self, states: dict[str, Any]) -> None:
         for hook in self.spec.hooks:
-            hook.load_state_dict(state["hooks"].get(hook.name, {}))
+            hook.load_state_dict(states.get(hook.name, {}))
+
+    def _restore_rng(self, state: torch.Tensor) -> None:
         if rank():  # only rank 0's generators are saved; the others' must differ from them
             torch.manual_seed(self.spec.seed + 7919 * rank() + self.step)
-            return
-        torch.set_rng_state(state["rng"].cpu())
-        if state["cuda_rng"] is not None and self.spec.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.spec.device)
+        else:
+            torch.set_rng_state(state.cpu())
+
+    def _restore_cuda_rng(self, state: torch.Tensor | None) -> None:
+        if not rank() and state is not None and self.spec.device.type == "cuda":
+            torch.cuda.set_rng_state(state.cpu(), self.spec.device)
 
     def save(self, *, final: bool = False) -> None:
-        """Write ``checkpoint_latest.pth`` (and, at the end, ``checkpoint_final.pth`` without the training state)."""
+        """Write ``checkpoint_latest.pth`` (and, at the end, ``checkpoint_final.pth`` without the training state).
+
+        Raises:
+            NonFiniteError: the weights are not finite; what was saved before stays.
+        """
+        self._check_weights()
         if rank() == 0:
             self.spec.save(self, self.spec.folder.latest, self.training_state())
             if final:
@@ -227,9 +279,9 @@ class Engine:
             advice = _DISK_ADVICE.get(error.errno or 0)
             if advice is None:
                 raise
+            whole = "The checkpoint saved last is whole. " if self.spec.folder.latest.is_file() else ""
             raise NnsslError(
-                f"{error.strerror} in {self.spec.folder.path}. The checkpoint saved last is whole. {advice}, then continue "
-                "with --c."
+                f"{error.strerror} in {self.spec.folder.path}. {whole}{advice}, then continue with --c."
             ) from error
 
     def _fit(self) -> Outcome:
@@ -251,11 +303,15 @@ class Engine:
                 if not self._epoch(epoch, batches, signals):
                     finished = False
                     break
-        self.save(final=finished)
-        if not finished:
-            log.info("Stopped by %s after step %d of %d; continue with --c.", signals.name, self.step, spec.steps)
+            self.save(final=finished)
+        if finished:
+            self._draw(self.step // spec.iterations)
+        else:
+            name = signals.name or "a signal to another process"
+            log.info("Stopped by %s after step %d of %d; continue with --c.", name, self.step, spec.steps)
         self.log.close()
-        return self._outcome(finished)
+        outcome = self._outcome(finished)
+        return outcome if finished else replace(outcome, signal=signals.number or int(signal.SIGTERM))
 
     def _epoch(self, epoch: int, batches: Iterator[Crops], signals: StopSignals) -> bool:
         """One epoch, or what is left of it; False where a signal ended it."""
@@ -306,10 +362,11 @@ class Engine:
         if numbers is None:
             return
         values = numbers.read()
-        self._stop_agreed = values.pop("stop") > 0
+        self._stop_agreed, self._cases = values.pop("stop") > 0, numbers.cases
         skipped = self.stepper.scaler is not None and not math.isfinite(values["grad_norm"])
         if not math.isfinite(values["total"]) or (not math.isfinite(values["grad_norm"]) and not skipped):
-            raise NonFiniteError(self._non_finite_advice(numbers, values))
+            bad = ", ".join(k for k, v in values.items() if not math.isfinite(v))
+            raise NonFiniteError(self._non_finite_advice(numbers.step, bad, numbers.cases))
         for key, value in values.items():
             if not (skipped and key == "grad_norm"):
                 self._sums[key] = self._sums.get(key, 0.0) + value
@@ -324,8 +381,17 @@ class Engine:
         bar.set_postfix({**shown, "s/step": f"{seconds:.2f}", "data": f"{wait:.0%}", "left": _duration(left)})
         bar.update()
 
+    def _check_weights(self) -> None:
+        """An update can spoil the weights though the loss before it was finite; a sum of squares sees it on any device."""
+        with torch.no_grad():
+            sums = [p.detach().float().square().sum() for p in self.method.network.parameters()]
+            finite = bool(torch.isfinite(torch.stack(sums)).all())
+        if not finite:
+            raise NonFiniteError(self._non_finite_advice(self.step - 1, "a weight after it", self._cases))
+
     def _end_epoch(self, epoch: int, seconds: float, wait: float) -> None:
         spec = self.spec
+        self._check_weights()
         means = {k: v / max(1, self._counted) for k, v in self._sums.items()}
         self._sums, self._counted = {}, 0
         row: dict[str, Any] = {"epoch": epoch + 1, "step": self.step}
@@ -362,24 +428,36 @@ class Engine:
             _duration(left),
         )
         last = self.step >= spec.steps or self.stop_reason is not None
-        every = spec.engine.picture_every
-        every = max(1, spec.epochs // 10) if every is None else every
-        if every and ((epoch + 1) % every == 0 or last):
-            self._picture(epoch + 1)
-        if (epoch + 1) % spec.engine.save_every == 0 and not last:
+        if last:
+            return  # the final checkpoint comes first, then what is drawn
+        if (epoch + 1) % spec.engine.save_every == 0:
             self.save()
+        self._draw(epoch + 1, last=False)
+
+    def _draw(self, epoch: int, last: bool = True) -> None:
+        """Rank 0 draws the curves and, every few epochs, a picture; what cannot be drawn or written is told, no more."""
+        every = self.spec.engine.picture_every
+        every = max(1, self.spec.epochs // 10) if every is None else every
+        with _only_told("progress.png"):
+            self.log.draw()
+        if every and (last or epoch % every == 0):
+            self._picture(epoch)
 
     def _picture(self, epoch: int) -> None:
         """Rank 0 draws what the network makes of the first held-out batch."""
         if rank() != 0 or not self.held_out or self.spec.engine.picture_every == 0:
             return
+        name = f"views_epoch_{epoch:04d}.png"
         training = self.method.training
         self.method.eval()
-        with torch.no_grad(), self.stepper.autocast():
-            picture = self.method.pictures(self.held_out.batch(self.method, 0))
-        self.method.train(training)
-        if picture is not None:
-            save_picture(picture, self.spec.folder.path / f"views_epoch_{epoch:04d}.png")
+        try:
+            own_rng = torch.random.fork_rng([self.spec.device] if self.spec.device.type == "cuda" else [])
+            with _only_told(name), own_rng, torch.no_grad(), self.stepper.autocast():
+                picture = self.method.pictures(self.held_out.batch(self.method, 0))
+                if picture is not None:
+                    save_picture(picture, self.spec.folder.path / name)
+        finally:
+            self.method.train(training)
 
     # ---- words ---------------------------------------------------------------------------------------------------
 
@@ -398,13 +476,12 @@ class Engine:
         closing = [s for s in (h.finish(self) for h in self.spec.hooks) if s]
         return Outcome(True, learnt, " ".join([sentence, *closing]), first, last, self.log.history)
 
-    def _non_finite_advice(self, numbers: Numbers, values: dict[str, float]) -> str:
-        bad = ", ".join(k for k, v in values.items() if not math.isfinite(v))
-        cases = ", ".join(dict.fromkeys(numbers.cases))
+    def _non_finite_advice(self, step: int, bad: str, cases: list[str]) -> str:
+        before = f" The last checkpoint in {self.spec.folder.path} is from before this step."
         return (
-            f"step {numbers.step}: {bad} is not finite. Cases of the batch: {cases}. Look at these images, or leave them "
-            f"out with --exclude; or lower -o lr or -o grad_clip. The last checkpoint in {self.spec.folder.path} is from "
-            "before this step."
+            f"step {step}: {bad} is not finite. Cases of the batch: {', '.join(dict.fromkeys(cases))}. Look at these images, or "
+            "leave them out with --exclude; or lower -o lr or -o grad_clip."
+            + (before if self.spec.folder.latest.is_file() else "")
         )
 
     def _memory_advice(self) -> str:
@@ -413,6 +490,15 @@ class Engine:
             f"out of memory with {b} crops of {size} voxels a step. Lower -o batch_size (fewest for this method: "
             f"{self.spec.request.min_batch}), choose a smaller --crop, or spread the batch with -num_gpus."
         )
+
+
+@contextmanager
+def _only_told(what: str) -> Iterator[None]:
+    """A picture that fails is worth a warning, never a run of days."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  drawing code, and disks
+        log.warning("%s could not be written (%s: %s); the run goes on.", what, type(error).__name__, error)
 
 
 def _duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nnssl.files import write_atomic
 from nnssl.pretrain.types import Picture
 
 __all__ = ["middle_slice", "save_picture"]
@@ -48,6 +49,4 @@ def save_picture(picture: Picture, path: Path) -> None:
     if picture.title:
         figure.suptitle(picture.title, fontsize=9)
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=90)
-    temporary.replace(path)
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=90))

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C ask the loop to save and end; a second Ctrl-C interrupts at once."""
+"""SIGTERM, SIGHUP and Ctrl-C ask the loop to save and end; a second Ctrl-C interrupts at once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 __all__ = ["StopSignals"]
 
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
+
 
 class StopSignals:
     """While entered, remembers that a signal asked the run to end.
 
     Attributes:
         received: whether one came.
-        name: which one.
+        name, number: which one.
     """
 
     def __init__(self) -> None:
@@ -31,8 +33,13 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._handle)
+            for name in SIGNALS:
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                ignored = (
+                    name == "SIGHUP" and number is not None and signal.getsignal(number) is signal.SIG_IGN
+                )  # nohup
+                if number is not None and not ignored:
+                    self._old[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
