@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import multiprocessing.queues
 import os
+import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +18,7 @@ import blosc2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
@@ -59,6 +64,35 @@ class _Failure:
     message: str
 
 
+NO_SHARED_MEMORY, NO_FILES, NOT_SENT = 81, 82, 83
+"""Exit status of a worker whose batch could not be handed over."""
+
+
+def _not_sent(error: BaseException, batch: Any) -> None:
+    """In a worker, where a batch cannot be handed over: end.
+
+    Python's queues print the error and drop the batch, and the main process would wait for it for ever.
+    """
+    number, text = getattr(error, "errno", None), str(error)
+    if number == errno.ENOSPC or "shared memory" in text or "shm" in text:
+        os._exit(NO_SHARED_MEMORY)
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
+        os._exit(NO_FILES)
+    sys.stderr.write(f"A batch could not be handed over: {error!r}\n")
+    os._exit(NOT_SENT)
+
+
+def shared_memory_advice() -> str:
+    """What to do where processes cannot share memory; names the size where it can be known."""
+    size = ""
+    with contextlib.suppress(OSError):
+        size = f" (/dev/shm has {shutil.disk_usage('/dev/shm').total / 2**20:.0f} MB)"
+    return (
+        f"Shared memory ran out{size}: loader processes hand their batches over in it. In a container start it with --ipc=host or "
+        "a larger --shm-size, for example --shm-size=8g; or read in the main process with -o workers=0."
+    )
+
+
 class _Guarded(Dataset[Any]):
     """Hands a batch's error on as a value; reads what a companion has beside the crops."""
 
@@ -86,7 +120,10 @@ def _start_worker(worker: int) -> None:
     """
     if blosc2.nthreads != 1:  # a forked process must not touch the threads that its parent had
         blosc2.set_nthreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_not_sent)  # type: ignore[method-assign,assignment]
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         parent = os.getppid()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -101,15 +138,18 @@ def _start_worker(worker: int) -> None:
 
 
 def _advice(workers: Sequence[Any]) -> str | None:
-    """Why loader processes ended, from the signals that killed them; None where none was killed."""
+    """Why loader processes ended, from their exit status; None where all of them live or ended as they should."""
     for worker in workers:
         worker.join(0.2)
-    killed = {-worker.exitcode for worker in workers if (worker.exitcode or 0) < 0}
-    if getattr(signal, "SIGBUS", None) in killed:
+    ended = {worker.exitcode for worker in workers if worker.exitcode}
+    if {NO_SHARED_MEMORY, -getattr(signal, "SIGBUS", 0)} & ended:
+        return shared_memory_advice()
+    if NO_FILES in ended:
         return (
-            "A loader process ran out of shared memory (bus error). In docker start the container with --ipc=host or a larger "
-            "--shm-size; else lower -o workers=N or -o batch_size=N."
+            "A loader process has no file handles left. Raise the limit (ulimit -n 65536), lower -o workers=N, or read in the "
+            "main process with -o workers=0."
         )
+    killed = {-code for code in ended if code < 0}
     if not killed:
         return None
     names = ", ".join(signal.Signals(s).name for s in sorted(killed))
@@ -158,7 +198,13 @@ class CropLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         old = signal.getsignal(signal.SIGCHLD) if self.num_workers and hasattr(signal, "SIGCHLD") else None
-        batches = super().__iter__()
+        try:
+            batches = super().__iter__()
+        except OSError as error:  # locks and queues of processes live in shared memory too
+            if error.errno != errno.ENOSPC:
+                raise
+            _MultiProcessingDataLoaderIter._shutdown = True  # else what is half made complains when it is thrown away
+            raise NnsslError(shared_memory_advice()) from error
         if old is not None and threading.current_thread() is threading.main_thread():
             # torch's handler raises wherever the main process happens to be, be it in the middle of saving a checkpoint
             signal.signal(signal.SIGCHLD, old)
@@ -170,6 +216,15 @@ class CropLoader(DataLoader[Any]):
             return {"redrawn": 0, "air": 0}
         redrawn, air = self.crops.counters.sum(0).tolist()
         return {"redrawn": int(redrawn), "air": int(air)}
+
+
+def _counters(workers: int) -> torch.Tensor:
+    """``(workers, 2)`` int64, shared with the workers where there are any."""
+    counters = torch.zeros(max(1, workers), 2, dtype=torch.int64)
+    try:
+        return counters.share_memory_() if workers else counters
+    except RuntimeError as error:
+        raise NnsslError(shared_memory_advice()) from error
 
 
 def make_loader(
@@ -233,7 +288,7 @@ def make_loader(
         batch_size=batch_size,
         stream=TRAIN if split == "train" else HELD_OUT,
         weights=weights,
-        counters=torch.zeros(max(1, num_workers), 2, dtype=torch.int64).share_memory_(),
+        counters=_counters(num_workers),
         bodies={s: body_folder(plan, s) for s in {r.source for r in refs}} if request.body else None,
         orientation=common_orientation(pool.cases, CaseReader(form), plan.spacing) if request.align else None,
     )

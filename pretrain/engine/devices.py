@@ -23,6 +23,7 @@ from nnssl.command import LOST
 from nnssl.distributed import is_distributed, rank
 from nnssl.errors import NnsslError, PeerLostError
 from nnssl.malloc import keep_freed_memory
+from nnssl.pretrain.engine.signals import asked_to_stop
 
 __all__ = ["launch", "pick_device", "process_group", "restarted", "shared_preparation"]
 
@@ -104,7 +105,7 @@ def _lost_peer(error: RuntimeError) -> bool:
 
 
 def _end_with_launcher() -> None:
-    """A killed launcher takes its processes along: each saves as on SIGTERM and ends."""
+    """A killed launcher takes its processes along: they save as on SIGTERM, or end at once where they were saving."""
     launcher = int(os.environ.get(LAUNCHER, "0"))
     if not launcher or os.environ.get("WORLD_SIZE") is None:
         return
@@ -112,7 +113,7 @@ def _end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT if asked_to_stop() else signal.SIGTERM)
         time.sleep(SAVING_SECONDS)
         os._exit(128 + signal.SIGTERM)
 

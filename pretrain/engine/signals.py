@@ -7,9 +7,17 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["StopSignals"]
+__all__ = ["StopSignals", "asked_to_stop"]
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
+
+
+_asked = threading.Event()
+
+
+def asked_to_stop() -> bool:
+    """Whether the loop of this process is ending because of a signal."""
+    return _asked.is_set()
 
 
 class StopSignals:
@@ -30,6 +38,7 @@ class StopSignals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received, self.number, self.name = True, number, signal.Signals(number).name
+        _asked.set()
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -47,3 +56,4 @@ class StopSignals:
     ) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        _asked.clear()
