@@ -88,7 +88,7 @@ def shared_memory_advice() -> str:
     with contextlib.suppress(OSError):
         size = f" (/dev/shm has {shutil.disk_usage('/dev/shm').total / 2**20:.0f} MB)"
     return (
-        f"Shared memory ran out{size}: loader processes hand their batches over in it. In a container start it with --ipc=host or "
+        f"Shared memory ran out{size}: loader processes hand their batches over in it. Start a container with --ipc=host or "
         "a larger --shm-size, for example --shm-size=8g; or read in the main process with -o workers=0."
     )
 
