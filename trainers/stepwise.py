@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
+from nnssl.amp import autocast_for, cpu_bfloat16, float_outputs
 from nnssl.trainers.groups import backbone_groups, build_optimizer, hold_statistics, parameter_groups
 from nnssl.trainers.rates import describe_rates, draw_rates
 from nnssl.trainers.schedule import EpochSchedule, Figures, Rates, StepSchedule
@@ -98,8 +98,9 @@ class StepwiseTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """As nnU-Net, at this step's learning rates and without the gradients of what is frozen."""
+        own = self.clip != CLIP or self._cpu_bfloat16()
         if not isinstance(self.lr_scheduler, StepSchedule):
-            return super().train_step(batch) if self.clip == CLIP else self._step_without((), batch)
+            return self._step_without((), batch) if own else super().train_step(batch)
         before = {name for name, lr in self.lr_scheduler.now().items() if lr == 0}
         self.lr_scheduler.set(self.current_epoch * self.num_iterations_per_epoch + self._iteration)
         self._iteration += 1
@@ -111,7 +112,7 @@ class StepwiseTrainer(nnUNetTrainer):
         if self.rates:
             self.rates[-1]["last"] = now
         held = [p for p in frozen if p.requires_grad]
-        return self._step_without(held, batch) if held or self.clip != CLIP else super().train_step(batch)
+        return self._step_without(held, batch) if held or own else super().train_step(batch)
 
     def _step_without(self, frozen: Iterable[nn.Parameter], batch: dict) -> dict:
         """One optimiser step that leaves the given parameters as they are."""
@@ -120,8 +121,11 @@ class StepwiseTrainer(nnUNetTrainer):
         several = isinstance(target, (list, tuple))
         moved = [t.to(self.device, non_blocking=True) for t in (target if several else [target])]
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
-            loss = self.loss(self.network(data), moved if several else moved[0])
+        with autocast_for(self.device):
+            output = self.network(data)
+            if self.device.type == "cpu":
+                output = float_outputs(output)
+            loss = self.loss(output, moved if several else moved[0])
         scaler = self.grad_scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
         for parameter in frozen:
@@ -135,6 +139,20 @@ class StepwiseTrainer(nnUNetTrainer):
             scaler.step(self.optimizer)
             scaler.update()
         return {"loss": loss.detach().cpu().numpy()}
+
+    def validation_step(self, batch: dict) -> dict:
+        """As nnU-Net, on a CPU in bfloat16 where training steps are; the loss is computed in float32."""
+        if not self._cpu_bfloat16():
+            return super().validation_step(batch)
+        hook = self.network.register_forward_hook(lambda module, inputs, output: float_outputs(output))
+        try:
+            with autocast_for(self.device):
+                return super().validation_step(batch)
+        finally:
+            hook.remove()
+
+    def _cpu_bfloat16(self) -> bool:
+        return self.device.type == "cpu" and cpu_bfloat16()
 
     def on_epoch_end(self) -> None:
         """As nnU-Net; ``progress.png`` gets a panel with the learning rates of all groups."""

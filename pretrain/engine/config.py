@@ -16,7 +16,10 @@ class EngineConfig:
 
     batch_size: int | None = option(None, "crops per step over all GPUs; auto: what the method asks for", low=1)
     grad_clip: float | None = option(None, "largest gradient norm, 0: no clipping; auto: the method's", low=0)
-    amp: bool = option(True, "autocast on CUDA (bfloat16 where the GPU has it, else float16); losses stay float32")
+    amp: bool = option(
+        True,
+        "autocast on CUDA (bfloat16 where the GPU has it, else float16), on a CPU with nnssl_cpu_bf16=1; losses stay float32",
+    )
     accumulate: int | None = option(None, "micro-batches that a step's batch is computed in; auto: 1", low=1)
     compile: bool = option(False, "torch.compile the method's forward")
     checkpointing: bool = option(

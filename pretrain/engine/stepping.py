@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnssl.amp import amp_dtype
 from nnssl.distributed import mean_over_ranks
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.engine.speed import use_kernels
@@ -18,6 +20,8 @@ from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import Batch, Crops
 
 __all__ = ["Numbers", "Stepper", "views_in_parts"]
+
+log = logging.getLogger("nnssl")
 
 
 @dataclass
@@ -71,7 +75,7 @@ class Stepper:
         device: where it runs.
         steps: length of the run.
         grad_clip: largest gradient norm; 0 for none.
-        amp: autocast on CUDA.
+        amp: autocast where the device computes faster in a narrower type, see :func:`nnssl.amp.amp_dtype`.
         kernels: see :func:`~nnssl.pretrain.engine.speed.use_kernels`.
     """
 
@@ -92,12 +96,17 @@ class Stepper:
         for group in self.optimiser.param_groups:
             group["initial_lr"] = float(group["lr"])
         self.parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
-        self.dtype = _amp_dtype(device) if amp else None
+        self.dtype = amp_dtype(device) if amp else None
         self.scaler = torch.amp.GradScaler("cuda") if self.dtype is torch.float16 else None
 
     def autocast(self) -> torch.autocast:
-        """The context that forwards run in; does nothing on a CPU."""
+        """The context that forwards run in; does nothing where all is float32."""
         return torch.autocast(self.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    @property
+    def precision(self) -> str:
+        """``"float32"``, or the narrower type that forward passes run in."""
+        return str(self.dtype or torch.float32).removeprefix("torch.")
 
     def set_lr(self, step: int) -> float:
         """Set every group's learning rate for a step and return the first group's."""
@@ -159,17 +168,16 @@ class Stepper:
 
     def state_dict(self) -> dict:
         """Optimiser and scaler."""
-        return {"optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict() if self.scaler else None}
+        scaler = self.scaler.state_dict() if self.scaler else None
+        return {"optimiser": self.optimiser.state_dict(), "scaler": scaler, "precision": self.precision}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take back what :meth:`state_dict` gave."""
+        """Take back what :meth:`state_dict` gave; on a CPU a run goes on in the precision that it began in."""
+        began = state.get("precision", "float32")  # runs on a CPU were in float32 before this was saved
+        if self.device.type == "cpu" and began != self.precision:
+            log.info("The run goes on in %s, as it began; this process would choose %s.", began, self.precision)
+            self.dtype = None if began == "float32" else getattr(torch, began)
         self.optimiser.load_state_dict(state["optimiser"])
         use_kernels(self.optimiser, self.kernels)
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-
-
-def _amp_dtype(device: torch.device) -> torch.dtype | None:
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

@@ -347,3 +347,31 @@ def test_a_dry_run_takes_the_options_into_account(tiny_preprocessed, caplog):
     options = {"accumulate": 2, "batch_size": 4, "checkpointing": True, "channels_last": True}
     run(901, method="mae", device="cpu", dry_run=True, options=options)
     assert "s/step" in caplog.text
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_in(tiny_preprocessed, monkeypatch, caplog):
+    caplog.set_level("INFO", "nnssl")
+
+    tiny_preprocessed(901, "Tiny", 5)
+    common = {"method": "mae", "device": "cpu", "epochs": 3, "iterations": 2, "robustness_every": 0}
+    options = {"workers": 0, "picture_every": 0, "held_out_batches": 1}
+    monkeypatch.setenv("nnssl_cpu_bf16", "1")
+    straight = run(901, name="straight", options=options, **common)
+
+    from nnssl.pretrain.engine.hooks import Hook
+
+    class Later(Hook):
+        def after_epoch(self, engine, row):
+            if engine.step == 4:
+                raise RuntimeError("after the first epoch was saved")
+
+    with pytest.raises(RuntimeError):
+        run(901, name="broken", options=options, hooks=[Later()], **common)
+    monkeypatch.setenv("nnssl_cpu_bf16", "0")
+    done = run(901, name="broken", options=options, continue_run=True, **common)
+    assert "goes on in bfloat16, as it began; this process would choose float32" in caplog.text
+    a, b = (checkpoint.load(r.checkpoint).weights for r in (straight, done))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    narrow = run(901, name="float32", options=options, **common)
+    assert narrow.metrics != straight.metrics
+    assert narrow.metrics["total"] == pytest.approx(straight.metrics["total"], rel=0.02)

@@ -456,3 +456,30 @@ def test_frozen_gradients_do_not_count_in_the_norm(dataset, pretraining, build, 
     run_epoch(trainer)
     heads = {id(p) for p in trainer.network.decoder.seg_layers.parameters()}
     assert all(with_gradient <= heads and norm == 12 for with_gradient, norm in seen) and len(seen) == 2
+
+
+@pytest.mark.parametrize("family", [None, "sawtooth"])
+def test_on_a_cpu_in_bfloat16_where_told(family, dataset, pretraining, build, start, monkeypatch):
+    pretraining()
+    cls, plans = (
+        (NEW[family], variant(dataset, "x", schedule=family))
+        if family
+        else (trainers.nnUNetTrainerPretrained, "nnUNetPlans")
+    )
+    losses, seen = {}, {}
+    for told in ("0", "1"):
+        monkeypatch.setenv("nnssl_cpu_bf16", told)
+        torch.manual_seed(0)
+        trainer = start(build(cls, plans))
+        conv = next(m for m in trainer.network.modules() if isinstance(m, torch.nn.Conv3d))
+        conv.register_forward_hook(lambda module, x, y, told=told: seen.setdefault(told, set()).add(y.dtype))
+        trainer.on_train_epoch_start()
+        trained = [float(trainer.train_step(a_batch(trainer, i))["loss"]) for i in range(2)]
+        trainer.on_validation_epoch_start()
+        checked = trainer.validation_step(a_batch(trainer, 5))
+        losses[told] = [*trained, float(checked["loss"]), *checked["tp_hard"]]
+        assert {t.dtype for t in trainer.network.parameters()} == {torch.float32}
+        assert not trainer.network._forward_hooks
+    assert seen == {"0": {torch.float32}, "1": {torch.bfloat16}}
+    assert losses["0"][:3] != losses["1"][:3]
+    np.testing.assert_allclose(losses["1"][:3], losses["0"][:3], atol=0.02)

@@ -1,0 +1,75 @@
+"""Which type forward passes run in: by device, processor and environment variable."""
+
+import io
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from nnssl import amp
+from nnssl.errors import NnsslError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv(amp.VARIABLE, raising=False)
+    amp.has_amx_bfloat16.cache_clear()
+    yield
+    amp.has_amx_bfloat16.cache_clear()
+
+
+def processor(monkeypatch, flags):
+    monkeypatch.setattr(amp.sys, "platform", "linux")
+    monkeypatch.setattr(amp.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    text = f"processor : 0\nflags\t\t: fpu {flags}\n"
+    monkeypatch.setattr(amp, "open", lambda *args, **kwargs: io.StringIO(text), raising=False)
+
+
+@pytest.mark.parametrize(("flags", "has"), [("avx512_bf16 amx_bf16 amx_tile", True), ("avx512_bf16", False)])
+def test_the_processor_is_asked_for_amx(monkeypatch, flags, has):
+    processor(monkeypatch, flags)
+    assert amp.has_amx_bfloat16() is has
+    assert amp.cpu_bfloat16() is (has and amp.CPU_DEFAULT)
+
+
+@pytest.mark.parametrize("flags", ["amx_bf16", "avx2"])
+@pytest.mark.parametrize("told", ["0", "1"])
+def test_the_variable_has_the_last_word(monkeypatch, flags, told):
+    processor(monkeypatch, flags)
+    monkeypatch.setenv(amp.VARIABLE, told)
+    assert amp.cpu_bfloat16() is (told == "1")
+
+
+def test_another_value_is_refused(monkeypatch):
+    monkeypatch.setenv(amp.VARIABLE, "yes")
+    with pytest.raises(NnsslError, match="nnssl_cpu_bf16 is 'yes': 0 or 1"):
+        amp.amp_dtype(CPU)
+
+
+def test_the_context_computes_in_bfloat16_where_it_is_wanted(monkeypatch):
+    layer, x = torch.nn.Conv3d(1, 2, 1), torch.randn(1, 1, 2, 3, 4)
+    monkeypatch.setenv(amp.VARIABLE, "1")
+    with amp.autocast_for(CPU):
+        assert layer(x).dtype is torch.bfloat16
+    with amp.autocast_for(CPU, amp=False):
+        assert layer(x).dtype is torch.float32
+    monkeypatch.setenv(amp.VARIABLE, "0")
+    with amp.autocast_for(CPU):
+        assert layer(x).dtype is torch.float32
+
+
+def test_other_devices(monkeypatch):
+    assert isinstance(amp.autocast_for(torch.device("mps")), nullcontext)
+    assert amp.amp_dtype(torch.device("mps")) is None
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert amp.amp_dtype(torch.device("cuda")) is torch.float16
+
+
+def test_outputs_for_the_loss():
+    one = torch.ones(2)
+    assert amp.float_outputs(one) is one
+    several = amp.float_outputs([one, one.bfloat16()])
+    assert isinstance(several, list)
+    assert [t.dtype for t in several] == [torch.float32] * 2
