@@ -281,3 +281,22 @@ def test_spread_of_embeddings():
 
 def test_without_prototypes_the_spread_alone_tells():
     assert diagnose(0.0, 0.0, 0.9, 0) is None and "collapse" in diagnose(0.0, 0.0, 0.01, 0)
+
+
+@pytest.mark.parametrize("k", [12, 1000])
+def test_the_alarm_goes_off_on_one_side_of_each_threshold(k):
+    """Spread 0.05; entropy of the mean 0.1 ln K; of single targets 0.98 ln K; their difference 0.01 ln K."""
+    most = math.log(k)
+
+    def alarm(single=0.5, mean=0.9, spread=1.0):
+        told = diagnose(single * most, mean * most, spread, k)
+        return told and told.split(":")[0]
+
+    assert alarm() is None
+    assert alarm(spread=0.0501) is None and alarm(spread=0.0499) == "collapse"
+    assert alarm(single=0.02, mean=0.1001) is None and alarm(single=0.02, mean=0.0999) == "collapse"
+    assert alarm(single=0.9799, mean=1.0) is None and alarm(single=0.9801, mean=1.0) == "plateau"
+    assert alarm(single=0.8899) is None and alarm(single=0.8901) == "plateau"
+    assert "uniform" in diagnose(0.9801 * most, most, 1.0, k) and "same for every" in diagnose(
+        0.8 * most, 0.8 * most, 1.0, k
+    )

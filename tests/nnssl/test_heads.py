@@ -6,7 +6,11 @@ from torch import nn
 
 from nnssl.errors import NnsslError
 from nnssl.heads import POOLINGS, ImageHead, mlp, norm_of, pixel_projector, pool, standardise
+from nnssl.heads.balanced import voxel_projector
+from nnssl.heads.batch_norm import standardise_rows
+from nnssl.heads.dino import DinoHead, pool_stages
 from nnssl.heads.image import pooled_width
+from nnssl.heads.restoration import restoration_head
 
 SHAPES = {2: (3, 5), 3: (1, 3, 2)}
 
@@ -63,3 +67,53 @@ def test_pixel_projector(dim, norm):
     assert head(x).shape == (2, 6, *SHAPES[dim])
     assert any(isinstance(m, norm) for m in head.modules())
     assert norm_of(nn.Identity(), dim) is getattr(nn, f"InstanceNorm{dim}d")
+
+
+@pytest.mark.parametrize("which", ["image", "rows", "rows that count"])
+def test_gradients_run_through_both_moments(which):
+    """A shift or a scale that all samples share changes nothing, so that no gradient points along either."""
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    weight, rows = torch.randn(7, 3, dtype=torch.float64), torch.ones(7, dtype=torch.bool)
+    out = {
+        "image": lambda: standardise(x, eps=0.0),
+        "rows": lambda: standardise_rows(x, eps=0.0),
+        "rows that count": lambda: standardise_rows(x, rows, eps=0.0),
+    }[which]()
+    (out * weight).sum().backward()
+    assert x.grad.abs().max() > 0.05
+    torch.testing.assert_close(x.grad.sum(0), torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close((x.grad * x.detach()).sum(0), torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_layers_of_the_projectors():
+    """What stands between the linear maps: without it two of them are one."""
+    linear, relu, gelu, norm = nn.Linear, nn.ReLU, nn.GELU, nn.BatchNorm1d
+
+    def layers(module):
+        return [type(m) for m in module]
+
+    assert layers(mlp(7, 3)) == [linear, relu, linear] and layers(mlp(7, 3, layers=1)) == [linear]
+    assert layers(mlp(7, 3, layers=3)) == [linear, relu, linear, relu, linear]
+    assert layers(ImageHead(4, (2, 2), out=6).mlp) == [linear, relu, linear]
+    assert layers(DinoHead(7, 5).mlp) == [linear, gelu, linear, gelu, linear]
+    assert layers(voxel_projector(7, 3)) == [linear, norm, relu, linear, norm, relu, linear]
+    assert [m.out_features for m in voxel_projector(7, 3) if isinstance(m, linear)] == [7, 7, 3]
+    assert [m.out_features for m in DinoHead(7, 5, hidden=6, bottleneck=4).mlp if isinstance(m, linear)] == [6, 6, 4]
+    assert mlp(7)[0].out_features == 128 and mlp(7)[-1].out_features == 128
+    two = restoration_head(8, 3, dim=3, layers=2)
+    assert layers(two) == [nn.InstanceNorm3d, relu, nn.Conv3d, nn.InstanceNorm3d, relu, nn.Conv3d]
+    assert (two[2].out_channels, two[2].kernel_size, two[2].padding) == (4, (3, 3, 3), (1, 1, 1))
+    assert (two[5].out_channels, two[5].kernel_size) == (3, (1, 1, 1))
+
+
+def test_the_masked_maximum_is_over_active_places():
+    x = torch.randn(2, 3, 2, 4, 3)
+    on = torch.rand(2, 1, 2, 4, 3) < 0.5
+    on[:, :, 0, 0, 0] = True
+    seen = torch.where(on, x, 100.0)  # larger than anything that is active
+    mean, most = pool_stages([seen], [on]).split(3, 1)
+    for b in range(2):
+        values = x[b][:, on[b, 0]]
+        torch.testing.assert_close(mean[b], values.mean(1))
+        assert torch.equal(most[b], values.amax(1))
+    assert torch.equal(pool_stages([seen], [on], maximum=False), mean)

@@ -5,7 +5,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from nnssl.losses.info_nce import InfoNCE, chance_level, info_nce, nearest_share
+from nnssl.losses.info_nce import InfoNCE, chance_level, info_nce, nearest_share, similarities
 
 EYE = [[1.0, 0.0], [0.0, 1.0]]
 
@@ -173,3 +173,15 @@ def _big(results):
     loss = InfoNCE(temperature=1.0)(a, b)
     loss.backward()
     results.put((loss.item(), 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)))
+
+
+@pytest.mark.parametrize("n", [2, 7])
+def test_similarities_against_a_double_loop(n):
+    """Positive pairs are rows; the others are all pairs of different rows, within a view and across."""
+    a, b = _unit(n, seed=3)
+    positive, other = similarities(a, b)
+    assert positive.item() == pytest.approx(sum(float(a[i] @ b[i]) for i in range(n)) / n, abs=1e-6)
+    z, row = torch.cat([a, b]), [*range(n), *range(n)]
+    pairs = [float(z[i] @ z[j]) for i in range(2 * n) for j in range(2 * n) if row[i] != row[j]]
+    assert len(pairs) == 2 * n * (2 * n - 2)
+    assert other.item() == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)

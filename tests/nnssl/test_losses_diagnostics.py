@@ -45,3 +45,48 @@ def test_middle_slice():
     x = torch.arange(6.0).view(1, 1, 3, 2, 1).expand(2, 5, 3, 2, 2)
     assert torch.equal(middle_slice(x, (6, 4, 4))[0, :, :, 0], torch.tensor([[2.0], [2.0], [3.0], [3.0]]).expand(4, 4))
     assert middle_slice(torch.zeros(2, 3, 4, 5), (8, 10)).shape == (2, 8, 10, 3)
+
+
+def test_cosines_against_double_loops():
+    g = torch.Generator().manual_seed(2)
+    a, d = torch.randn(5, 3, generator=g), torch.randn(5, 3, generator=g)
+    valid = torch.tensor([True, True, False, True, True])
+    positives = torch.eye(5, dtype=torch.bool)
+    positives[0, 3] = positives[3, 0] = positives[1, 2] = positives[2, 1] = True
+
+    def cosine(x, y):
+        return float(x @ y / x.norm() / y.norm())
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    used = [i for i in range(5) if valid[i]]
+    own = mean([cosine(a[i], a[j]) for i in used for j in used if i != j])
+    assert float(off_diagonal_cosine(a, valid)) == pytest.approx(own, abs=1e-5)
+    same, other = pair_similarity(a, d, positives, valid)
+    assert float(same) == pytest.approx(
+        mean([cosine(a[i], d[j]) for i in used for j in used if positives[i, j]]), abs=1e-5
+    )
+    assert float(other) == pytest.approx(
+        mean([cosine(a[i], d[j]) for i in used for j in used if not positives[i, j]]), abs=1e-5
+    )
+
+
+def test_channel_std_by_hand():
+    """Over samples and places, of the population, then the mean over channels."""
+    x = torch.tensor([[[0.0, 0.0], [1.0, 1.0]], [[2.0, 2.0], [1.0, 5.0]]])  # (samples, channels, places)
+    assert float(channel_std(x)) == pytest.approx((1.0 + 3.0**0.5) / 2)
+
+
+def test_colours_are_the_main_directions_in_order():
+    """Against a singular value decomposition of the centred unit vectors; each colour fills [0, 1]."""
+    spread = torch.tensor([0.1, 0.6, 0.3, 0.05, 0.9]).view(1, 5, 1, 1)
+    x = torch.randn(1, 5, 40, 1, generator=torch.Generator().manual_seed(1)) * spread + torch.tensor(1.0)
+    unit = (x / x.norm(dim=1, keepdim=True))[0, :, :, 0].T
+    _, size, directions = torch.linalg.svd(unit - unit.mean(0))
+    assert size[0] > 1.2 * size[1] and size[1] > 1.2 * size[2]
+    (colours,) = principal_colours(x)
+    for colour, direction in zip(colours[0], directions):
+        along = torch.corrcoef(torch.stack([colour.flatten(), unit @ direction]))[0, 1]
+        assert abs(float(along)) == pytest.approx(1, abs=1e-3)
+        assert float(colour.min()) == 0 and float(colour.max()) == pytest.approx(1)

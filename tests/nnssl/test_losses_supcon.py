@@ -270,3 +270,20 @@ def test_computed_in_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = supcon(a, d, positives)
     assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize("contrast", ["all", "cross"])
+def test_a_vector_counts_from_a_norm_of_1e_4_on(contrast):
+    a, d, positives = (
+        F.normalize(torch.randn(3, 5), dim=1),
+        F.normalize(torch.randn(3, 5), dim=1),
+        near((0.1, 0.15, 0.8)),
+    )
+    two = supcon(a[:2], d[:2], positives[:2, :2], contrast=contrast)
+    for norm, counts in ((1e-5, False), (0.9e-4, False), (1.1e-4, True), (1e-3, True)):
+        for short, whole in ((a, d), (d, a)):  # either view
+            small = torch.cat([short[:2], norm * short[2:]])
+            pair = (small, whole) if short is a else (whole, small)
+            loss, collapse = dense_supcon(*(z[..., None] for z in pair), positives, contrast=contrast)
+            assert float(collapse) == pytest.approx(collapse_value(3 if counts else 2, 0.1, 0.07, contrast), rel=1e-5)
+            assert torch.allclose(loss, two, atol=1e-5) != counts

@@ -167,3 +167,23 @@ def test_guesses_ignore_what_is_hidden():
     other = torch.where(visible, x, torch.inf)
     assert torch.equal(inpaint(x, visible), inpaint(other, visible))
     assert torch.equal(surrounding_means(x, visible, (2, 2, 2)), surrounding_means(other, visible, (2, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("size", "block", "count"),
+    [
+        ((16, 16, 8), (2, 2, 2), 256),
+        ((12, 28, 12), (2, 2, 2), 504),
+        ((16, 16, 16), (4, 4, 4), 64),
+        ((12, 28, 16), (4, 4, 4), 84),
+    ],
+)
+def test_a_stage_has_to_give_64_blocks(size, block, count):
+    """The next coarser stage would give 32, 63, 8 and 10 blocks."""
+    strides = cumulative((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1))
+    assert choose_block(size, strides) == block
+    assert torch.tensor([n // b for n, b in zip(size, block)]).prod() == count
+    assert choose_block((8, 8, 4), strides) == (1, 1, 1) and choose_block((4, 4, 3), strides) == (1, 1, 1)
+    assert choose_block(size, strides, least=1) == max(
+        (s for s in strides if all(n % b == 0 for n, b in zip(size, s)) and s != tuple(size)), key=lambda s: s[0]
+    )

@@ -226,3 +226,41 @@ def test_orthonormal_bases_can_be_predicted_exactly():
     assert float(PositionLoss()(y, similarity(r, q))) == pytest.approx(0, abs=3e-6)
     assert float(orthogonality(q)) == 0
     assert float(F.normalize(r, dim=-1).norm(dim=-1).min()) == pytest.approx(1)
+
+
+def test_masked_pairs_and_targets_that_do_not_add_up():
+    """By hand: the weights of what counts are normalised, and nothing else weighs."""
+    y, s, valid = torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[0.25, 0.0]]]), torch.tensor([[[True, False]]])
+    for weighting in WEIGHTINGS:  # one pair counts: -ln(1 - 0.25)
+        assert float(PositionLoss(weighting=weighting)(y, s, valid)) == pytest.approx(0.28768, abs=1e-5)
+    y, s = torch.tensor([[[0.2, 0.0]]]), torch.tensor([[[0.1, 0.0]]])
+    assert float(PositionLoss()(y, s)) == pytest.approx(0.10536, abs=1e-5)  # -ln(1 - 0.1), whatever y adds up to
+    y, s = torch.tensor([[[0.4, 0.0, 0.0]]]), torch.tensor([[[0.4, 0.5, 0.9]]])
+    valid = torch.tensor([[[True, True, False]]])  # of the cells without overlap only one counts
+    assert float(PositionLoss()(y, s, valid)) == pytest.approx(math.log(2), abs=1e-5)
+    assert float(PositionLoss(negatives="square")(y, s, valid)) == pytest.approx(0.25, abs=1e-5)
+
+
+@pytest.mark.parametrize("switches", list(itertools.product(WEIGHTINGS, NEGATIVES, ("volume", "batch"))))
+def test_what_is_masked_is_as_if_it_were_not_there(switches):
+    weighting, negatives, pool = switches
+    y, s = labels(2, 4)
+    y[:, :, 0] = 0  # so that both kinds of cells are left in each volume
+    valid = torch.ones_like(y, dtype=torch.bool)
+    valid[:, 1] = False
+    loss = PositionLoss(weighting=weighting, negatives=negatives, pool=pool)
+    left = [0, 2, 3]
+    assert float(loss(y, s, valid)) == pytest.approx(float(loss(y[:, left], s[:, left])), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["square", "linear"])
+def test_regularisation_without_a_masked_base(kind):
+    q, valid = torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
+    valid[:, 3] = False
+    left = [0, 1, 2, 4]
+    expected = float(orthogonality(q[:, left], kind=kind))
+    assert float(orthogonality(q, kind=kind, valid=valid)) == pytest.approx(expected, rel=1e-5)
+    valid[0, 1:] = False  # one base is left: no pair, and the volume does not count
+    assert float(orthogonality(q, kind=kind, valid=valid)) == pytest.approx(
+        float(orthogonality(q[1:, left], kind=kind)), rel=1e-5
+    )

@@ -207,3 +207,36 @@ def test_the_choice_does_not_beat_full_pretraining(setups):
         difference.append(chosen - full)
     assert wins == {1: 11, 0: 2, -1: 23}
     assert summarise(difference).mean == pytest.approx(-0.0055, abs=5e-5)
+
+
+def test_quality_that_is_missing_is_never_the_best():
+    nan = math.nan
+    quality = {0: 0.5, 5: nan, 10: 0.8, 20: math.inf}
+    assert tis(quality, 0) == pytest.approx(0.625) and tis(quality, 10) == 1
+    assert math.isnan(tis(quality, 5)) and math.isnan(tis(quality, None))
+    assert math.isnan(tis({0: nan, 5: nan}, 0)) and math.isnan(tis({0: -0.2, 5: 0.0}, 0))
+    assert select_best(quality) == 10 and select_robust({0: nan, 5: 0.4, 10: 0.4, 20: -math.inf}) == 5
+    assert select_robust({0: nan}) is None and select_best({}) is None
+    told = summarise([0.9, nan, 0.7])
+    assert (told.mean, told.minimum, told.n, told.undefined) == (pytest.approx(0.8), 0.7, 2, 1)
+    nothing = summarise([nan])
+    assert math.isnan(nothing.mean) and math.isnan(nothing.minimum) and (nothing.n, nothing.undefined) == (0, 1)
+
+
+def test_baselines_by_hand():
+    told = baselines({0: 0.4, 5: 0.8, 10: 0.6})
+    assert told["no pretraining"] == pytest.approx(0.5) and told["last"] == pytest.approx(0.75)
+    assert told["random pick"] == pytest.approx((0.5 + 1 + 0.75) / 3)
+    assert told["random pick, trained"] == pytest.approx((1 + 0.75) / 2)
+    alone = baselines({5: 0.8})
+    assert math.isnan(alone["no pretraining"]) and alone["last"] == 1
+    assert all(math.isnan(v) for v in baselines({}).values())
+
+
+def test_rank_correlation_by_hand():
+    losses, quality = {0: 0.5, 1: 0.4, 2: 0.3, 3: math.nan, 7: 0.1}, {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.9, 9: 0.5}
+    assert rank_correlation(losses, quality) == pytest.approx(1)  # lower loss, higher quality
+    assert rank_correlation(losses, {e: -q for e, q in quality.items()}) == pytest.approx(-1)
+    assert math.isnan(rank_correlation({0: 0.5, 1: 0.4}, {0: 0.1, 1: 0.2}))
+    assert math.isnan(rank_correlation({0: 0.5, 1: 0.5, 2: 0.5}, quality))
+    assert math.isnan(rank_correlation(losses, dict.fromkeys(quality, 0.7)))

@@ -248,3 +248,32 @@ def test_pooling_keeps_positions_apart():
     assert pool(x.bfloat16(), "gap").dtype == torch.float32
     with pytest.raises(NnsslError, match="Did you mean 'grid'"):
         pool(x, "gridd")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_distances_to_positive_and_negatives_against_a_loop(kind):
+    q, p = random_pair(6)
+    groups = "aabcca"
+    s = separate(q, p, distance=kind, groups=list(groups))
+    for i in range(6):
+        near = slow_distance(q[i], p[i], kind)
+        far = [slow_distance(q[i], p[j], kind) for j in range(6) if groups[i] != groups[j]]
+        assert float(s.positive[i]) == pytest.approx(near, abs=1e-12)
+        assert float(s.negative[i]) == pytest.approx(sum(far) / len(far), abs=1e-12)
+        assert float(hinge(s, 0.3)[i]) == pytest.approx(sum(max(0, near - f + 0.3) for f in far) / len(far), abs=1e-12)
+    mirrored = separate(q, p, distance=kind, negatives="mirror")
+    for i, j in enumerate(mirror_index(6).tolist()):
+        assert float(mirrored.negative[i]) == pytest.approx(slow_distance(q[i], p[j], kind), abs=1e-12)
+
+
+def test_pearson_of_constants_is_that_of_strangers():
+    """Rounding leaves a constant vector a direction; it has no correlation with anything."""
+    x = torch.stack([torch.full((7,), 0.1), torch.full((7,), 1e6 / 3), torch.arange(7.0), torch.zeros(7)])
+    assert degenerate(x, "pearson").tolist() == [True, True, False, True]
+    assert degenerate(x, "cosine").tolist() == [False, False, False, True]
+    assert degenerate(x, "l2").tolist() == [False, False, False, False]
+    assert degenerate(torch.tensor([[1.0, math.nan], [math.inf, 1.0]]), "l2").tolist() == [True, True]
+    exact = torch.tensor([[0.5] * 8, [float(i) for i in range(8)]])
+    assert distance_matrix(exact, exact, "pearson").flatten().tolist() == pytest.approx([1, 1, 1, 0], abs=1e-6)
+    slightly = torch.full((1, 7), 100.0) + 1e-3 * torch.arange(7.0)
+    assert not degenerate(slightly, "pearson").any()

@@ -8,6 +8,7 @@ from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws, nnunet
+from nnssl.pretrain.augment.intensity import gaussian_blur
 from nnssl.pretrain.augment.spatial import warp
 
 SIZE = (10, 14, 12)
@@ -122,3 +123,68 @@ def test_forks_differ_and_are_repeated():
     assert not np.allclose(first, second)
     assert torch.equal(first, b.fork(6).uniform(0, 1, 3))
     assert torch.equal(b.fork(6, 2, 3).uniform(0, 1, 3), second[2:5])
+
+
+class Fixed(Draws):
+    """Draws of which each number lies at three quarters of its range, and of whose chances ``on`` alone comes true.
+
+    Chances of one half are told by ``below`` and are not counted: they choose channels and sides.
+    """
+
+    def __init__(self, on, below, total):
+        super().__init__(0, 0, total)
+        self.on, self.below, self.asked = on, below, 0
+
+    def uniform(self, low, high, *shape):
+        return torch.full((self.count, *shape), low + 0.75 * (high - low))
+
+    def chance(self, p, *shape):
+        if p != 0.5:
+            self.asked += 1
+        true = self.below if p == 0.5 else self.asked - 1 == self.on
+        return torch.full((self.count, *shape), true)
+
+
+def test_each_change_alone():
+    """In nnU-Net's order, by its formula; numbers of the lower and of the upper side of 1."""
+    x, scale = image(2), torch.full((2,), 0.875)
+    low, high = torch.full((2, 2), 0.75 + 0.75 * 0.25), torch.full((2, 2), 1 + 0.75 * 0.25)
+    soft, hard = torch.full((2, 2), 0.7 + 0.75 * 0.3), torch.full((2, 2), 1 + 0.75 * 0.5)
+    column = (..., None, None, None)
+
+    def alone(on, below):
+        return nnunet.alter(x, Fixed(on, below, 2))
+
+    noisy = nnunet.alter(torch.zeros(2, 2, 20, 24, 18), Fixed(0, True, 2))
+    assert float(noisy.std()) == pytest.approx(0.075, rel=0.03)  # three quarters of 0.1
+    expected = {
+        (1, True): gaussian_blur(x, torch.full((2, 3), 0.875), radius=3),
+        (1, False): x,  # no channel is chosen
+        (2, True): x * low[column],
+        (2, False): x * high[column],
+        (3, True): nnunet.limit_contrast(x, low),
+        (3, False): nnunet.limit_contrast(x, high),
+        (4, True): nnunet.low_resolution(x, scale),
+        (5, True): -nnunet.adjust_gamma(-x, soft),
+        (5, False): -nnunet.adjust_gamma(-x, hard),
+        (6, True): nnunet.adjust_gamma(x, soft),
+        (6, False): nnunet.adjust_gamma(x, hard),
+        (7, True): x,
+    }
+    for (on, below), want in expected.items():
+        torch.testing.assert_close(alone(on, below), want, msg=str((on, below)))
+        assert torch.equal(want, x) == ((on, below) in ((1, False), (7, True)))
+    assert not torch.allclose(alone(5, True), alone(6, True))
+
+
+def test_how_often_each_change_happens():
+    """Shares of samples, by nnU-Net's probabilities."""
+    asked = []
+
+    class Counted(Draws):
+        def chance(self, p, *shape):
+            asked.append(p)
+            return super().chance(p, *shape)
+
+    nnunet.alter(image(2), Counted(0, 0, 2))
+    assert [p for p in asked if p != 0.5] == [0.1, 0.2, 0.15, 0.15, 0.25, 0.1, 0.3]

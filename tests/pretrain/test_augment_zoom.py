@@ -143,3 +143,26 @@ def test_ranks_draw_what_one_process_draws():
     rows = torch.arange(2)
     parts = [place_boxes(body[i : i + 2], image[rows + i], extent[:2], Draws(0, 0, 4, i, 2)) for i in (0, 2)]
     assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("least", [0.0, 0.3, 0.99])
+def test_the_first_place_with_enough_body_or_the_one_with_most(least):
+    """The places that are tried come from the draws: which one is taken, against a loop."""
+    window, extent, tries, n = (12, 16, 9), (5, 6, 4), 10, 40
+    body = torch.zeros(n, 1, *window)
+    body[:, :, 2:9, 3:10, 1:6] = (torch.rand(n, 1, 7, 7, 5) < 0.8).float()
+    image = ImageBox(torch.zeros(n, 3).long(), torch.tensor([window] * n), torch.zeros(n, 1))
+    start = place_boxes(body, image, torch.tensor([extent] * n).float(), Draws(0, 0, n), least=least, tries=tries)
+    share = Draws(0, 0, n).uniform(0, 1, tries, 3)
+    places = (share * (torch.tensor(window) - torch.tensor(extent) + 1)).floor().long()
+    later = 0
+    for i in range(n):
+        found = [
+            float(body[i, 0][tuple(slice(a, a + e) for a, e in zip(p, extent))].mean()) for p in places[i].tolist()
+        ]
+        enough = [k for k, f in enumerate(found) if f >= least]
+        expected = enough[0] if enough else found.index(max(found))
+        assert start[i].tolist() == places[i, expected].tolist()
+        later += expected > 0
+        assert least < 0.99 or (not enough and body[i].any())
+    assert (later > 10) == (least > 0)

@@ -521,7 +521,6 @@ def _worker(index, port, folder, arguments, crops):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, tiny_plans, tiny_dataset_json, make_crops, gradients):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -595,3 +594,20 @@ def test_local_views_find_their_volume(tiny_plans, tiny_dataset_json, make_crops
     assert sum(found) / len(found) > 0.21  # 192 views: 3.5 standard errors above chance
     assert terms["embedding_spread"] > 0.2 and terms["teacher_entropy"] < 0.9 * terms["mean_entropy"]
     assert terms["gg"] < 0.95 * math.log(64)
+
+
+@pytest.mark.parametrize(
+    ("size", "median", "views", "window", "local"),
+    [
+        ((8, 12, 16), (20, 40, 35), "auto", (20, 30, 35), (8, 12, 16)),  # wider: both of one size
+        ((8, 12, 16), (8, 12, 16), "auto", (8, 12, 16), (8, 8, 12)),  # nothing is: 0.6 in whole steps of 4
+        ((8, 12, 16), (8, 12, 16), "A", (8, 12, 16), (8, 12, 16)),
+        ((8, 12, 16), (20, 40, 35), "B", (20, 30, 35), (8, 8, 12)),
+        ((8, 20, 16), (8, 24, 16), "auto", (8, 24, 16), (8, 20, 16)),  # 1.2 times as wide on one axis is wider
+        ((8, 20, 16), (8, 23, 16), "auto", (8, 23, 16), (8, 12, 12)),
+        ((8, 12, 16), (5, 6, 50), "B", (8, 12, 40), (8, 8, 12)),  # at least the crop, at most 2.5 of it
+    ],
+)
+def test_windows_and_modes(make, size, median, views, window, local):
+    method = make(median=median, crop=size, views=views)
+    assert (method.request.size, method.request.window, method.local_size) == (size, window, local)

@@ -422,3 +422,26 @@ def test_half_precision_forward(make):
     assert terms["contrast"].dtype == terms["restoration"].dtype == torch.float32
     exact = method(batch)
     assert abs(terms["total"] - exact["total"]) < 0.1 * exact["total"].abs()
+
+
+@pytest.mark.parametrize("corruption", ["local", "window"])
+def test_both_crops_are_corrupted_and_each_by_itself(make, corruption):
+    """Two crops of the same place: what the network sees differs from the target in both, and differently."""
+    batch = make_batch(make(min_overlap=1.0, corruption=corruption), 6)
+    a, b = batch["target"].chunk(2)
+    assert torch.equal(a, b)
+    seen_a, seen_b = to_unit(batch["input"], batch["bounds"]).chunk(2)
+
+    def far(x, y):
+        return ((x - y).abs().flatten(1).amax(1) > 0.01).float().mean().item()
+
+    for x, y in ((seen_a, a), (seen_b, b), (seen_a, seen_b)):
+        assert far(x, y) == 1 if corruption == "local" else far(x, y) > 0.6  # p = 0.001 and 0.05 that nothing happens
+
+
+def test_projected_voxels_have_unit_length(make):
+    method = make()
+    h = 5 * torch.randn(9, method.projector[0].in_features)
+    z = method.project(h)
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(9))
+    torch.testing.assert_close(z, F.normalize(method.projector(h), dim=1))

@@ -398,3 +398,17 @@ def test_under_autocast(make):
         terms = method(batch)
     terms["total"].backward()
     assert terms["total"].dtype == torch.float32 and torch.isfinite(terms["total"])
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_equivariance_shrinks_as_the_option_says(make, align_corners):
+    method = make(align_corners=align_corners)
+    batch = batch_for(method)
+    with torch.no_grad():
+        value = float(method(batch)["equivariance"])
+        bottlenecks = method.dense_maps(batch["i_aux"], batch["i_dominant"])[1]
+        asked, other = (
+            float(losses.equivariance_loss(*bottlenecks, method.branches.shrink, kind))
+            for kind in (align_corners, not align_corners)
+        )
+    assert value == pytest.approx(asked, rel=1e-6) and abs(value - other) > 1e-3 * other

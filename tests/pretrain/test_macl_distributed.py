@@ -56,7 +56,6 @@ def worker(rank, plans, dataset_json, store, out):
         dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_ranks_equal_one(tiny_plans, tiny_dataset_json, tmp_path):
     plans, info = tiny_plans(patch=(16, 24, 16), features=(4, 6, 8)), tiny_dataset_json()
     mp.spawn(worker, (plans, info, str(tmp_path / "store"), str(tmp_path / "rank")), nprocs=2)

@@ -421,3 +421,31 @@ def test_overfits_one_volume(make, mode, make_crops):
     with torch.no_grad():
         terms = method(method.views(crops, Draws(0, 10**6, 2)))
     assert terms["reconstruction"] < 0.5 * terms["surround"]
+
+
+def test_guesses_do_not_see_what_is_hidden(make, make_batch):
+    """If a guess stays as it is while what is hidden moves by +c and -c, its mean squared errors add up to 2 (e + c^2)."""
+    method = make(channels=2).eval()
+    batch = make_batch(method)
+    region, valid, c = batch["mask"] & batch["valid"], batch["valid"], 0.7
+
+    def errors(shift):
+        target = torch.where(region, batch["target"] + shift, batch["target"])
+        return method.errors(torch.zeros_like(target), target, batch["mask"], valid)
+
+    now, up, down = errors(0.0), errors(c), errors(-c)
+    for name in ("surround", "inpainting"):
+        assert float(up[name] + down[name] - 2 * now[name]) == pytest.approx(2 * c * c, rel=1e-4), name
+        assert float(up[name]) != pytest.approx(float(now[name]), rel=1e-3)
+    assert float(up["oracle"]) == pytest.approx(float(now["oracle"]), rel=1e-4)  # it is made of what is hidden
+
+
+def test_the_hidden_share_is_drawn_around_the_ratio(make):
+    """mask_ratio +- mask_spread: the mean of many is the ratio, within four standard errors."""
+    method = make(mask_ratio=0.6, mask_spread=0.15, block="2,2,2")
+    valid = torch.ones(500, 1, *method.request.size, dtype=torch.bool)
+    share = method.draw_mask(valid, Draws(0, 0, 500)).float().flatten(1).mean(1)
+    assert abs(float(share.mean()) - 0.6) < 4 * 0.15 / 3**0.5 / 500**0.5
+    assert 0.44 < float(share.min()) < 0.46 and 0.74 < float(share.max()) < 0.76
+    exact = make(mask_ratio=0.6, block="2,2,2").draw_mask(valid, Draws(0, 0, 500)).float().flatten(1).mean(1)
+    assert exact.unique().tolist() == [pytest.approx(round(0.6 * 192) / 192)]

@@ -8,12 +8,13 @@ import torch
 
 from nnssl.config import make_config
 from nnssl.errors import NnsslError
-from nnssl.networks import build_network
+from nnssl.networks import build_network, walk
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 from nnssl.transferability import distance_matrix, robustness_loss, separate
 from nnssl.transferability.objective import FORMS, separation_loss
+from nnssl.transferability.pooling import pool
 
 STATS = SourceStats(median_shape=(28, 36, 28), n_cases=12)
 
@@ -226,3 +227,73 @@ def test_the_trace_has_views_that_training_does_not_use(make):
     for modality in ("ct", "mr"):
         left = choose_families(modality, exclude=cls.view_families)
         assert len(left) >= 2 and not set(left) & set(cls.view_families)
+
+
+# --- against loops ----------------------------------------------------------------------------------------------------
+
+
+def pair_of(method, n=6):
+    g = torch.Generator().manual_seed(5)
+    a = torch.randn(n, 1, *method.request.size, generator=g)
+    b = 2 * a + torch.randn(a.shape, generator=g) + torch.linspace(0, 1, n).view(-1, 1, 1, 1, 1)
+    return {"a": a, "b": b, "still": a, "case": torch.tensor([4, 4, 1, 2, 3, 0])[:n]}
+
+
+@torch.no_grad()
+def test_the_deepest_stages_are_compared(make):
+    method = make(levels=1)
+    x = pair_of(method)["a"]
+    skips = walk(method.network, x, 0).skips
+    (only,) = method.features(x)
+    assert torch.equal(only, pool(skips[-1], "grid", grid=2))
+    two = make(levels=2).features(x)
+    assert [f.shape[1] for f in two] == [8 * 8, 16 * 8] and torch.equal(two[1], only)
+    torch.testing.assert_close(make(batch_standardise=False).embed({"still": x}), only)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("together", [True, False])
+def test_total_is_the_mean_over_levels_and_both_directions(make, together):
+    """Features standardised over both views at once; each view in turn is the anchor. A loop over pairs of crops."""
+    method = make(levels=2, margin=0.4, temperature=0.2, batch_standardise=together)
+    batch, m, t = pair_of(method), 0.4, 0.2
+    case, directions, same, other, found, hinges = batch["case"].tolist(), [], [], [], [], []
+    for a, b in zip(method.features(batch["a"]), method.features(batch["b"])):
+        if together:
+            both = torch.cat([a, b])
+            both = (both - both.mean(0)) / (both.var(0, unbiased=False) + 1e-5).sqrt()
+            a, b = both[:6], both[6:]
+        for q, p in ((a, b), (b, a)):
+            table = [[1 - float(q[i] @ p[j] / q[i].norm() / p[j].norm()) for j in range(6)] for i in range(6)]
+            total = 0.0
+            for i in range(6):
+                far = [table[i][j] for j in range(6) if case[j] != case[i]]
+                total += t * math.log(1 + sum(math.exp((table[i][i] - f + m) / t) for f in far)) / 6
+                same.append(table[i][i])
+                other.append(sum(far) / len(far))
+                found.append(all(table[i][i] < f for f in far))
+                hinges += [table[i][i] - f + m > 0 for f in far]
+            directions.append(total)
+    assert abs(directions[0] - directions[1]) > 1e-5 and abs(directions[2] - directions[3]) > 1e-5
+    terms = method(batch)
+    assert float(terms["total"]) == pytest.approx(sum(directions) / 4, rel=1e-5)
+    for name, values in (("distance_same", same), ("distance_other", other), ("nearest", found), ("active", hinges)):
+        assert float(terms[name]) == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-6), name
+
+
+def test_gamma_keeps_what_lies_outside_of_the_range_and_noise_is_small(make):
+    class Fixed(Draws):
+        """Each number at three quarters of its range."""
+
+        def uniform(self, low, high, *shape):
+            return torch.full((self.count, *shape), low + 0.75 * (high - low))
+
+    x = torch.tensor([-0.2, 0.0, 0.25, 1.0, 1.3]).view(1, 1, 5, 1, 1).expand(2, 1, 5, 2, 2)
+    unit = torch.tensor([0.0, 1.0]).expand(2, 1, 2)
+    still = {"blur": 0.0, "jitter": 0.0}
+    bent = make(noise=0.0, gamma=0.3, **still)._alter(x, unit, Fixed(0, 0, 2))
+    expected = torch.tensor([-0.2, 0.0, 0.25 ** math.exp(0.15), 1.0, 1.3])
+    torch.testing.assert_close(bent[0, 0, :, 0, 0], expected, atol=1e-5, rtol=0)
+    flat = torch.zeros(2, 1, 16, 20, 18)
+    noisy = make(noise=0.1, gamma=0.0, **still)._alter(flat, unit, Fixed(0, 0, 2))
+    assert float(noisy.std()) == pytest.approx(0.075, rel=0.03)

@@ -481,3 +481,24 @@ def test_views_are_a_function_of_the_sample(make):
     part = method.views(half, Draws(0, 5, 4, 2, 2))
     for key, value in part.items():
         torch.testing.assert_close(value, whole[key][2:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"weighting": "binary"}, {"weighting": "all"}, {"pool": "batch"}], ids=str)
+def test_what_has_no_place_does_not_count(make, options):
+    """A random crop that found no place and a base crop of air may show anything: no term notices."""
+    method = make(**options)
+    batch = batch_of(method, 3)
+    n = batch["base"].shape[1]
+    batch = {**batch, "random": torch.ones_like(batch["random"]), "base": torch.ones_like(batch["base"])}
+    batch["random"][1, 2] = batch["base"][0, 4] = False
+    other = {**batch, "crops": batch["crops"].clone(), "overlap": batch["overlap"].clone()}
+    for sample, crop in ((1, n + 2), (0, 4)):
+        other["crops"][sample, crop] = 3 * torch.randn(other["crops"].shape[2:])
+    other["overlap"][1, 2] = torch.rand(n)
+    other["overlap"][0, :, 4] = torch.rand(other["overlap"].shape[1])
+    with torch.no_grad():
+        before, after = method(batch), method(other)
+        counted = method({**other, "random": torch.ones_like(batch["random"]), "base": torch.ones_like(batch["base"])})
+    for name in ("total", "intra", "inter", "reg", "mae", "base_cosine", "dead", "position_learnt"):
+        torch.testing.assert_close(after[name], before[name], atol=1e-5, rtol=1e-4, msg=name)
+        assert name in ("dead",) or abs(float(counted[name] - before[name])) > 1e-4, name
