@@ -16,7 +16,7 @@ from nnssl.plans import Plan, load_plan
 from nnssl.plans.labels import ALL, case_order, choose_cases, folds_of
 from nnssl.plans.variants import derive
 
-__all__ = ["Draw", "Resolved", "TestCase", "digest", "forbidden_cases", "read_names", "resolve_setting"]
+__all__ = ["Draw", "Resolved", "TestCase", "digest", "forbidden_cases", "resolve_setting"]
 
 ORDER_SEED = 0
 """Of the fixed random orders: which test cases ``max_test_cases`` keeps, which cases draw the training curve."""
@@ -80,19 +80,6 @@ class Resolved:
 def digest(content: Any) -> str:
     """Six hex digits of the sha256 of JSON-able content: the same for the same content on every machine."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:6]
-
-
-def read_names(path: Path, what: str) -> list[str]:
-    """Case names of a text file, one a line, or of a JSON list. Raises :class:`NnsslError` where there are none."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise NnsslError(f"{what}: {path} cannot be read: {error}") from error
-    found = list(dict.fromkeys(str(n).strip() for n in names if str(n).strip() and not str(n).startswith("#")))
-    if not found:
-        raise NnsslError(f"{what}: {path} names no case.")
-    return found
 
 
 def resolve_setting(setting: Setting, prefix: str) -> Resolved:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.errors import NnsslError, raise_problems
-from nnssl.experiments.schema import build, check_keys, key, read_yaml, resolve_path
+from nnssl.experiments.schema import build, check_keys, key, read_names, read_yaml, resolve_path
 from nnssl.plans.figures import check_options, family_name
 from nnssl.plans.variants import check_name
 
@@ -246,8 +246,6 @@ def _test(given: Any, folder: Path) -> tuple[str, ...]:
         return tuple(str(g) for g in given)
     if str(given) == "imagesTs":
         return ("imagesTs",)
-    from nnssl.experiments.cases import read_names
-
     return tuple(read_names(resolve_path(str(given), folder), "test"))
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.errors import NnsslError
-from nnssl.experiments.cases import Draw, Resolved, digest, forbidden_cases, read_names, resolve_setting
+from nnssl.experiments.cases import Draw, Resolved, digest, forbidden_cases, resolve_setting
 from nnssl.experiments.experiment import SCRATCH, Arm, Experiment
+from nnssl.experiments.schema import read_names
 from nnssl.files import sha256_of
 from nnssl.paths import preprocessed_folder, results_folder
 from nnssl.plans import dataset_id, resolve_dataset

@@ -19,7 +19,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "nnssl_pretrain": "nnssl.pretrain.cli:main",
-    "nnssl_plan": "nnssl.plans.cli:main",
+    "nnssl_plan": "nnssl.plan_command:main",
     "nnssl_evaluate": "nnssl.experiments.evaluate:main",
     "nnUNetv2_train": "nnunetv2.run.run_training:run_training_entry",
     "nnUNetv2_predict": "nnunetv2.inference.predict_from_raw_data:predict_entry_point",

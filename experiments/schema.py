@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import types
 import typing
@@ -14,7 +15,7 @@ import yaml
 
 from nnssl.errors import NnsslError, nearest, raise_problems
 
-__all__ = ["build", "check_keys", "key", "number", "read_yaml", "resolve_path"]
+__all__ = ["build", "check_keys", "key", "number", "read_names", "read_yaml", "resolve_path"]
 
 T = TypeVar("T")
 
@@ -174,3 +175,16 @@ def resolve_path(text: str, folder: Path) -> Path:
     if "$" in filled:
         raise NnsslError(f"'{text}' names a variable that is not set.")
     return Path(os.path.normpath(folder / filled))
+
+
+def read_names(path: Path, what: str) -> list[str]:
+    """Case names of a text file, one a line, or of a JSON list. Raises :class:`NnsslError` where there are none."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise NnsslError(f"{what}: {path} cannot be read: {error}") from error
+    found = list(dict.fromkeys(str(n).strip() for n in names if str(n).strip() and not str(n).startswith("#")))
+    if not found:
+        raise NnsslError(f"{what}: {path} names no case.")
+    return found

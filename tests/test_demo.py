@@ -101,7 +101,7 @@ def test_last_lines_show_the_state_of_a_progress_bar(demo, tmp_path):
 
 def test_commands_of_nnssl_are_accepted_by_their_parsers(demo):
     """Quick and full size type the same commands, and our own parsers take them."""
-    from nnssl.plans.cli import _parser
+    from nnssl.plan_command import _parser
     from nnssl.pretrain.cli import parser
 
     parsers = {"nnssl_plan": _parser(), "nnssl_pretrain": parser()}

@@ -27,8 +27,9 @@ from pathlib import Path
 
 from nnssl.errors import NnsslError
 from nnssl.paths import results_folder
-from nnssl.plans import load_plan, resolve_dataset, write_variant
+from nnssl.plans import load_plan, resolve_dataset
 from nnssl.plans.figures import trainer_for
+from nnssl.weights import write_variant
 
 SCRATCH = "nnUNetTrainerPretrainedScratch"
 # kind of plan -> (schedule, its figures)

@@ -2,7 +2,7 @@
 
 from nnssl.plans.datasets import dataset_id, list_datasets, resolve_dataset
 from nnssl.plans.plan import Plan, load_plan
-from nnssl.plans.variants import check_name, derive, list_variants, write_variant
+from nnssl.plans.variants import check_name, derive, list_variants
 
 __all__ = [
     "Plan",
@@ -13,5 +13,10 @@ __all__ = [
     "list_variants",
     "load_plan",
     "resolve_dataset",
-    "write_variant",
 ]
+
+
+def __getattr__(name: str) -> None:
+    if name == "write_variant":
+        raise ImportError("nnssl.plans.write_variant has moved: from nnssl.weights import write_variant")
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.errors import NnsslError
-from nnssl.files import read_json, write_json
+from nnssl.files import read_json
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import resolve_dataset
 from nnssl.plans.figures import DEFAULT_FAMILY, USED, Figures, check_options, family_name, trainer_for
@@ -20,7 +20,7 @@ from nnssl.plans.parts import check_parts
 from nnssl.plans.plan import Plan, plans_in
 from nnssl.plans.primus import check_patch, parse_network
 
-__all__ = ["SCHEMA", "Variant", "check_name", "derive", "list_variants", "write_variant"]
+__all__ = ["SCHEMA", "Variant", "check_name", "derive", "list_variants"]
 
 log = logging.getLogger("nnssl")
 
@@ -217,74 +217,6 @@ def derive(
     if features is not None or patch is not None:
         _check_patch(variant)
     return variant
-
-
-def write_variant(
-    plan: Plan,
-    name: str,
-    *,
-    checkpoint: str | Path | None = None,
-    labels: str | int | None = None,
-    seed: int = 0,
-    validate: str | Path | None = None,
-    **changes: Any,
-) -> Path:
-    """Derive a variant, see :func:`derive`, and write it beside its base.
-
-    Args:
-        plan: what it is derived from; read from ``nnUNet_preprocessed``.
-        name: the variant's name.
-        checkpoint: a checkpoint file. Outside nnU-Net's folders it is copied to
-            ``nnUNet_results/<Dataset>/nnssl_imported/<sha256>_<name>.pth``.
-        labels: how many of each fold's training cases are trained on: a number, ``"25%"`` or a file of case names.
-        seed: which of them (:func:`nnssl.plans.labels.case_order`).
-        validate: a file of the cases that validate in fold ``all``, in place of all that are not trained on.
-        changes: the other arguments of :func:`derive`.
-
-    Returns:
-        ``nnUNet_preprocessed/<Dataset>/<plans>_<name>.json``.
-
-    Raises:
-        NnsslError: as :func:`derive`; also where the variant exists already, or the checkpoint cannot be read or does not
-            fit the variant's network.
-    """
-    from nnssl.plans.labels import choose_cases, choose_validating, folds_of
-    from nnssl.weights.imports import check_fits, import_checkpoint  # networks and transfer depend on this package
-
-    variant = derive(plan, name, **changes)
-    path = preprocessed_folder() / plan.dataset_name / f"{variant.plans_name}.json"
-    taken = NnsslError(f"{path} exists already and is left as it is. Choose another --name.")
-    if path.exists():
-        raise taken
-    if labels is not None:
-        folds = folds_of(plan)
-        chosen = choose_cases(folds, labels, seed)
-        changes["cases"] = {"labels": str(labels), "seed": int(seed), "train_cases": chosen}
-        if validate is not None:
-            changes["cases"]["val_cases"] = choose_validating(folds, Path(validate))
-        variant = derive(plan, name, **changes)
-    if checkpoint is not None:
-        report = check_fits(checkpoint, variant, **(changes.get("place") or {}))
-        if report.adaptations or report.left_out:
-            log.info("%s", report)
-        else:
-            for note in report.notes:
-                log.info("  note      %s", note)
-        changes["backbone"] = [part.part for part in report.parts if part.loaded or part.adapted]
-        if variant.nnssl["schedule"] == "linear_probe" and report.random_decoder:
-            changes["figures"] = {"levels": "encoder", **(changes.get("figures") or {})}
-        encoded, digest = import_checkpoint(checkpoint, variant.dataset_name, name)
-        variant = derive(plan, name, checkpoint=encoded, sha256=digest, **changes)
-    elif {"features", "network"} & {k for k, v in changes.items() if v is not None} and plan.nnssl.get("checkpoint"):
-        raise NnsslError(
-            f"{plan.plans_name} names a checkpoint for its own network; another one cannot use it. "
-            f"Derive from {plan.base_plans} instead (-p {plan.base_plans})."
-        )
-    try:
-        write_json(path, variant.plans, overwrite=False)
-    except FileExistsError:
-        raise taken from None
-    return path
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from nnssl.weights.proof import prove_loadable
 from nnssl.weights.report import PartReport, TransferReport
 from nnssl.weights.save import build_payload, fingerprint_names, package_versions, save
 from nnssl.weights.seen import case_hash, labels_seen
+from nnssl.weights.variants import write_variant
 
 __all__ = [
     "FORMATS",
@@ -36,4 +37,5 @@ __all__ = [
     "prove_loadable",
     "resize_positions",
     "save",
+    "write_variant",
 ]

@@ -7,9 +7,10 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl.errors import NnsslError
-from nnssl.plans import load_plan, write_variant
-from nnssl.plans.cli import main
+from nnssl.plan_command import main
+from nnssl.plans import load_plan
 from nnssl.plans.labels import case_order, choose_cases, folds_of, restrict, small_split
+from nnssl.weights import write_variant
 
 CASES = [f"case_{i:03}" for i in range(25)]
 FOLDS = {str(k): ([c for c in CASES if c not in CASES[k::5]], CASES[k::5]) for k in range(5)} | {"all": (CASES, CASES)}

@@ -9,9 +9,9 @@ from nnssl.errors import NnsslError
 from nnssl.files import sha256_of
 from nnssl.networks import build_network, canonical_state_dict
 from nnssl.paths import decode_path
-from nnssl.plans import Plan, check_name, derive, list_variants, load_plan, write_variant
-from nnssl.plans.cli import main
-from nnssl.weights import build_payload, save
+from nnssl.plan_command import main
+from nnssl.plans import Plan, check_name, derive, list_variants, load_plan
+from nnssl.weights import build_payload, save, write_variant
 
 STRIDES = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2))
 KERNELS = ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))

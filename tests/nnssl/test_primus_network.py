@@ -9,8 +9,8 @@ from nnssl import checkpoint
 from nnssl.errors import NnsslError
 from nnssl.heads.tokens import TokenDecoder
 from nnssl.networks import PrimusEncoder, build_network, encoder_module, walk
+from nnssl.plan_command import main
 from nnssl.plans import Plan, load_plan
-from nnssl.plans.cli import main
 from nnssl.plans.primus import CLASSES, architecture, parse_network
 from nnssl.plans.variants import derive, list_variants
 from nnssl.transferability import RobustnessConfig, RobustnessEvaluator

@@ -309,8 +309,8 @@ def test_refused_unless_asked_for_and_the_message_says_how(make):
 
 
 def test_through_the_plan_variant(nnunet_env, make, tiny_dataset_json, tmp_path, capsys):
+    from nnssl.plan_command import main
     from nnssl.plans import load_plan
-    from nnssl.plans.cli import main
 
     plan, _, _ = make(channels=2)
     folder = nnunet_env.preprocessed / plan.dataset_name

@@ -11,12 +11,12 @@ from nnssl import checkpoint
 from nnssl.config import make_config
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network
-from nnssl.plans import load_plan, write_variant
+from nnssl.plans import load_plan
 from nnssl.pretrain import run
 from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.methods import Progress, SourceStats, get_method, list_methods
-from nnssl.weights import prove_loadable
+from nnssl.weights import prove_loadable, write_variant
 
 SMALL = {"prototypes": 32, "hidden": 16, "bottleneck": 8}
 CASES = [((8, 12, 16), (4, 4, 4)), ((8, 8, 24), (2, 4, 8)), ((16, 8, 8), (4, 2, 4))]

@@ -13,9 +13,10 @@ from nnssl import checkpoint
 from nnssl.errors import NnsslError
 from nnssl.files import sha256_of
 from nnssl.networks import canonical_state_dict
-from nnssl.plans import load_plan, write_variant
+from nnssl.plans import load_plan
 from nnssl.results import output_folder
 from nnssl.trainers import nnUNetTrainerPretrained, nnUNetTrainerPretrainedScratch
+from nnssl.weights import write_variant
 
 
 def same(network, file):

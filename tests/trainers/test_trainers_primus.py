@@ -13,7 +13,7 @@ import torch
 from nnssl import checkpoint
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, canonical_state_dict
-from nnssl.plans import load_plan, write_variant
+from nnssl.plans import load_plan
 from nnssl.plans.figures import PRIMUS_FAMILIES
 from nnssl.results import output_folder
 from nnssl.trainers import (
@@ -23,6 +23,7 @@ from nnssl.trainers import (
     nnUNetTrainerPretrainedPrimusScratch,
     nnUNetTrainerPretrainedScratch,
 )
+from nnssl.weights import write_variant
 
 PLANS = "nnUNetPlans_primus"
 LENGTH = {"epochs": 2, "iterations": 2, "val_iterations": 1}

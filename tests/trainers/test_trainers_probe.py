@@ -123,7 +123,7 @@ def test_continued(dataset, pretraining, build, start):
 
 
 def test_random_stages_are_not_probed(dataset, pretraining, build, start, capsys):
-    from nnssl.plans.cli import main
+    from nnssl.plan_command import main
 
     file = pretraining(decoder_stages=(0,))
     with pytest.raises(NnsslError, match="no weights for decoder stage 1.*--schedule linear-probe -o levels=encoder"):
@@ -137,7 +137,7 @@ def test_random_stages_are_not_probed(dataset, pretraining, build, start, capsys
 
 
 def test_few_labels(dataset, pretraining, build, start):
-    from nnssl.plans import write_variant
+    from nnssl.weights import write_variant
 
     write_variant(load_plan(901), "few", checkpoint=pretraining(), labels=1, schedule="linear_probe")
     trainer = start(build(nnUNetTrainerLinearProbe, "nnUNetPlans_few"))

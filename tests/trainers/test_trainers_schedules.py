@@ -11,13 +11,13 @@ from matplotlib.image import imread
 from nnssl import checkpoint, trainers
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, canonical_state_dict
-from nnssl.plans import Plan, load_plan, write_variant
+from nnssl.plans import Plan, load_plan
 from nnssl.plans.figures import FAMILIES, Figures, check_options, family_name
 from nnssl.trainers import nnUNetTrainerPretrainedScratch
 from nnssl.trainers.groups import backbone_groups, group_of, hold_statistics, parameter_groups
 from nnssl.trainers.rates import describe_rates, draw_rates, merge_names
 from nnssl.trainers.schedule import Rates, StepSchedule, freeze_unfreeze, sawtooth
-from nnssl.weights import part_of
+from nnssl.weights import part_of, write_variant
 
 NEW = {
     "freeze_unfreeze": trainers.nnUNetTrainerPretrainedFreezeUnfreeze,
@@ -403,7 +403,7 @@ def test_one_whole_training_draws_the_rates(dataset, pretraining, build):
 
 
 def test_the_variant_names_the_backbone_and_the_trainer(dataset, pretraining, build, start, capsys):
-    from nnssl.plans.cli import main
+    from nnssl.plan_command import main
 
     file = pretraining(decoder_stages=(0,))
     arguments = ["-d", "901", "--checkpoint", str(file), "--schedule", "freeze-unfreeze", "--name", "fu"]

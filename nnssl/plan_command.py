@@ -15,7 +15,8 @@ from nnssl.plans.datasets import dataset_id, resolve_dataset
 from nnssl.plans.figures import FAMILIES, trainer_for
 from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
-from nnssl.plans.variants import Variant, list_variants, write_variant
+from nnssl.plans.variants import Variant, list_variants
+from nnssl.weights import write_variant
 
 __all__ = ["main"]
 
