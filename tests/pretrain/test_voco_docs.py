@@ -1,5 +1,6 @@
 """The page says what the code does."""
 
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +22,7 @@ def test_presets_and_options_exist():
 
 
 def test_numbers_of_the_table_are_logged():
-    source = (Path(__file__).parents[2] / "pretrain" / "methods" / "voco.py").read_text(encoding="utf-8")
+    source = inspect.getsource(inspect.getmodule(get_method("voco")))
     table = PAGE.split("| number | means |")[1].split("\n\n")[0]
     for name in re.findall(r"^\| (.*?) \|", table, re.MULTILINE):
         assert all(f'"{n}"' in source for n in re.findall(r"`(\w+)`", name)), name
