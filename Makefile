@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.nnssl-installed
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# Test processes: one a core, at most four (each takes about 1 GB); 0 for none beside the first.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); if [ $$n -gt 4 ]; then n=4; elif [ $$n -lt 2 ]; then n=0; fi; echo $$n)
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 PATHS ?= nnssl/losses nnssl/heads nnssl/masking
 MUTANT_ARGS ?=
 
@@ -33,10 +36,10 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo/run_demo.py $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) -m slow $(PYTEST_ARGS)
 
 mutants: $(STAMP)
 	$(BIN)/python tests/tools/mutants.py $(PATHS) $(MUTANT_ARGS)

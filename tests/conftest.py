@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import random
+import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,13 +33,41 @@ STRIDES = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
 RESAMPLING = "resample_data_or_seg_to_shape"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow-part", metavar="I/N", help="of the slow tests only every Nth, from the Ith on; with -m slow"
+    )
+    parser.addoption("--slow-seconds", type=float, help="start no further slow test after this time")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "slow" in config.getoption("-m") or os.environ.get("RUN_SLOW") == "1":
+        part = config.getoption("--slow-part")
+        if part:
+            first, step = map(int, part.split("/"))
+            # By a hash of the name: a test that is added elsewhere does not move the others to another part.
+            other = [i for i in items if zlib.crc32(i.nodeid.encode()) % step != first % step or "long" in i.keywords]
+            config.hook.pytest_deselected(items=other)
+            items[:] = [i for i in items if i not in set(other)]
         return
     skip = pytest.mark.skip(reason="slow; run with -m slow or RUN_SLOW=1")
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if session.config.getoption("--slow-part") and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK  # a part may be empty
+
+
+_STARTED = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--slow-seconds")
+    if limit is not None and "slow" in item.keywords and time.monotonic() - _STARTED > limit:
+        pytest.skip(f"the {limit:.0f} seconds for slow tests are over")
 
 
 @pytest.fixture(autouse=True)

@@ -158,6 +158,7 @@ def test_report_and_pictures(demo, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_quick_demo_from_end_to_end(demo, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["run_demo.py", "--quick", "--folder", str(tmp_path / "demo")])
     assert demo.run_demo.main() == 0
