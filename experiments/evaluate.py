@@ -19,6 +19,7 @@ import numpy as np
 from nnssl.command import run_command
 from nnssl.errors import NnsslError
 from nnssl.files import read_json, write_json
+from nnssl.weights.load import read_file
 
 __all__ = ["drop_unreadable", "evaluate_case", "evaluate_run", "main", "need_surface_library", "surface_metrics"]
 
@@ -148,9 +149,7 @@ def training_curve(checkpoint: Path) -> list[dict[str, Any]]:
 
     ``minutes`` counts the epochs' own time up to the end of each, so an interruption does not enter.
     """
-    import torch
-
-    content = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
+    content = read_file(checkpoint)
     logged, iterations = content["logging"], _iterations(content)
     starts, ends = logged["epoch_start_timestamps"], logged["epoch_end_timestamps"]
     rows, seconds = [], 0.0

@@ -31,6 +31,7 @@ from nnssl.trainers.inspection import content_of, digests
 from nnssl.trainers.schedule import Figures
 from nnssl.trainers.stepwise import StepwiseTrainer
 from nnssl.trainers.weights import find_weights
+from nnssl.weights.load import plain_loading, read_file
 
 __all__ = ["check_network", "nnUNetTrainerPretrained", "nnUNetTrainerPretrainedScratch"]
 
@@ -233,10 +234,11 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """As nnU-Net; the provenance and the learning rates so far come along."""
-        super().load_checkpoint(filename_or_checkpoint)
         content = filename_or_checkpoint
-        if not isinstance(content, dict):
-            content = torch.load(content, map_location="cpu", weights_only=False, mmap=True)
+        if not isinstance(content, dict):  # nnU-Net itself would run whatever the file asks for
+            content = read_file(Path(content))
+        with plain_loading():
+            super().load_checkpoint(filename_or_checkpoint)
         self.provenance = content.get(PROVENANCE, {})
         self.rates = content.get(RATES, [])
         self.set_backbone(self.provenance.get("backbone"))

@@ -8,7 +8,8 @@ import os
 import pickle
 import re
 import struct
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from nnssl.errors import NnsslError
 from nnssl.weights.unpickle import LENIENT, TENSORS_ONLY
 from nnssl.weights.wrappers import OtherNetwork, find_weights_in
 
-__all__ = ["ENTRIES", "Checkpoint", "load", "read_content"]
+__all__ = ["ENTRIES", "Checkpoint", "load", "plain_loading", "read_content", "read_file"]
 
 ENTRIES = ("nnssl", "nnssl_adaptation_plan", "citations", "trainer_name")
 """What a safetensors file holds besides tensors, as JSON."""
@@ -123,6 +124,21 @@ def _numpy_scalars() -> AbstractContextManager[Any]:
     else:
         allowed += [scalar, rebuild]
     return torch.serialization.safe_globals(allowed)
+
+
+@contextmanager
+def plain_loading() -> Iterator[None]:
+    """Within, also ``torch.load(weights_only=False)`` of other packages reads tensors, plain values and numpy's only."""
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with _numpy_scalars():
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
 def _way_out(path: Path) -> str:
@@ -232,20 +248,24 @@ def load(
             global that is not a tensor or a plain value (named in the message).
     """
     path = Path(path)
+    content = read_file(path, map_location, trusted=trusted)
+    return read_content(content, path, key=key, prefix=prefix, any_network=any_network)
+
+
+def read_file(path: Path, map_location: str | torch.device = "cpu", *, trusted: bool = False) -> Any:
+    """What a file of tensors and plain values holds, whatever that is; arguments and errors as those of :func:`load`."""
     if not path.is_file():
         raise NnsslError(f"There is no checkpoint {path}.")
     try:
         if _is_safetensors(path) or path.suffix == ".safetensors":
-            content = _safetensors(path, map_location)
-        elif trusted:
-            content = torch.load(path, map_location=map_location, weights_only=False, pickle_module=LENIENT)
-        else:
-            with _numpy_scalars():
-                content = torch.load(path, map_location=map_location, weights_only=True)
+            return _safetensors(path, map_location)
+        if trusted:
+            return torch.load(path, map_location=map_location, weights_only=False, pickle_module=LENIENT)
+        with _numpy_scalars():
+            return torch.load(path, map_location=map_location, weights_only=True)
     except NnsslError:
         raise
     except _UNREADABLE as error:
         if isinstance(error, torch.cuda.OutOfMemoryError) or _MACHINE.search(str(error)):
             raise  # the machine's fault, not the file's
         raise _refusal(path, error) from error
-    return read_content(content, path, key=key, prefix=prefix, any_network=any_network)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,13 @@ import numpy as np
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
 from nnssl.errors import NnsslError
+from nnssl.paths import set_folders
 from nnssl.plans import Plan
+from nnssl.pretrain.data.folders import beside
 from nnssl.pretrain.data.intensity import air_threshold, body_mask, intensity_range, stored_range
 from nnssl.pretrain.data.orientation import Geometry
 from nnssl.pretrain.data.pool import CaseRef
+from nnssl.properties import read_properties
 
 __all__ = ["CaseFormat", "CaseInfo", "CaseReader", "OpenCase", "damaged"]
 
@@ -125,25 +127,52 @@ class OpenCase:
 def damaged(ref: CaseRef, error: BaseException) -> NnsslError:
     """The error for the user of an image that cannot be read."""
     file = ref.folder / f"{ref.name}.b2nd"
-    return NnsslError(f"Case {ref.name} of {ref.source} cannot be read: {file} is damaged ({error}). {_advice(ref)}")
+    advice = _advice(ref, _set_aside(file, ref, error))
+    return NnsslError(f"Case {ref.name} of {ref.source} cannot be read: {file} is damaged ({error}). {advice}")
 
 
-def _damaged_mask(file: object, ref: CaseRef, error: object) -> NnsslError:
+def _damaged_mask(file: object, ref: CaseRef, error: BaseException | str) -> NnsslError:
+    aside = _set_aside(Path(str(file)), ref, error) if isinstance(error, BaseException) else None
+    what = "Start" if aside else "Delete the file and start"
     return NnsslError(
-        f"The body mask of case {ref.name} of {ref.source} cannot be read: {file} is damaged ({error}). Delete the file and "
-        "start again, and it is made anew."
+        f"The body mask of case {ref.name} of {ref.source} cannot be read: {file} is damaged ({error}). {what} again, and it is "
+        "made anew."
     )
 
 
-def _advice(ref: CaseRef) -> str:
+def _set_aside(file: Path, ref: CaseRef, error: BaseException) -> Path | None:
+    """Move a damaged file that was made here out of the way, so that the next start makes it anew; nothing is lost.
+
+    Returns:
+        Where it is now; None where it stays: it is nnU-Net's, its raw images are not there, or the disk is at fault.
+    """
+    raw = set_folders().get("nnUNet_raw")
+    ours = file.parent.name.startswith("nnssl_") and raw is not None and (raw / ref.source / "imagesTr").is_dir()
+    if not ours or (isinstance(error, OSError) and error.errno is not None):
+        return None
+    folder = beside(file.parent, "damaged")
+    try:
+        folder.mkdir(exist_ok=True)
+        os.replace(file, folder / file.name)
+    except OSError:
+        return None
+    return folder / file.name
+
+
+def _advice(ref: CaseRef, aside: Path | None = None, *, gone: bool = False) -> str:
+    if aside is not None or (gone and ref.folder.name.startswith("nnssl_")):
+        where = f" (what was damaged is now {aside})" if aside else ""
+        return f"Start again, and it is made anew{where}; or leave the case out with --exclude."
     if ref.folder.name.startswith("nnssl_"):
         return "Delete the file and start again, and it is made anew; or leave the case out with --exclude."
     return "Preprocess the dataset again (nnUNetv2_preprocess), or leave the case out with --exclude."
 
 
 def _bad_properties(ref: CaseRef, error: BaseException) -> NnsslError:
-    what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error!r})"
-    return NnsslError(f"Case {ref.name} of {ref.source}: {ref.folder / ref.name}.pkl {what}. {_advice(ref)}")
+    gone, file = isinstance(error, FileNotFoundError), ref.folder / f"{ref.name}.pkl"
+    what = "does not exist" if gone else f"cannot be read ({error!r})"
+    aside = None if gone else _set_aside(file, ref, error)
+    return NnsslError(f"Case {ref.name} of {ref.source}: {file} {what}. {_advice(ref, aside, gone=gone)}")
 
 
 class CaseReader:
@@ -172,7 +201,7 @@ class CaseReader:
             array = blosc2.open(urlpath=str(file), **_OPEN)
         except FileNotFoundError as error:
             raise NnsslError(
-                f"Case {ref.name} of {ref.source} is gone: {file} does not exist. {_advice(ref)}"
+                f"Case {ref.name} of {ref.source} is gone: {file} does not exist. {_advice(ref, gone=True)}"
             ) from error
         except Exception as error:  # blosc2 raises several kinds
             raise damaged(ref, error) from error
@@ -224,8 +253,7 @@ class CaseReader:
 
     def _properties(self, ref: CaseRef) -> dict[str, Any]:
         try:
-            with open(ref.folder / f"{ref.name}.pkl", "rb") as stream:
-                return dict(pickle.load(stream))  # nnU-Net's own file, which it loads the same way
+            return read_properties(ref.folder / f"{ref.name}.pkl")
         except Exception as error:  # unpickling raises anything
             raise _bad_properties(ref, error) from error
 

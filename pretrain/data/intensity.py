@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from nnssl.properties import read_properties
+
 __all__ = ["AIR", "air_threshold", "body_mask", "intensity_range", "store_range", "stored_range"]
 
 AIR = 0.1
@@ -95,7 +97,7 @@ STORED = "nnssl_intensity"
 
 def store_range(properties: Path, values: np.ndarray) -> None:
     """Put what :func:`intensity_range` found into a case's ``.pkl``, so that a run need not look for it in the image."""
-    content = {**pickle.loads(properties.read_bytes()), STORED: values.tolist()}
+    content = {**read_properties(properties), STORED: values.tolist()}
     properties.write_bytes(pickle.dumps(content))
 
 

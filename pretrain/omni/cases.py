@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
 from nnssl.plans.labels import ALL, folds_of
 from nnssl.pretrain.prepare.selection import read_case_list
+from nnssl.properties import read_properties
 from nnssl.weights import case_hash
 
 __all__ = ["LabelledCase", "LabelledSet", "class_locations", "find_labelled", "head_names"]
@@ -82,8 +82,7 @@ def class_locations(folder: Path, name: str) -> dict[Any, Any]:
     """
     file = folder / f"{name}.pkl"
     try:
-        with open(file, "rb") as stream:
-            return pickle.load(stream).get("class_locations") or {}  # nnU-Net's own file, which it loads the same way
+        return read_properties(file).get("class_locations") or {}
     except Exception as error:  # unpickling raises anything
         raise NnsslError(
             f"Labelled case {name}: {file} cannot be read ({error!r}). Preprocess the dataset again."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from nnssl.plans.labels import case_order
 from nnssl.pretrain.data.pool import CaseRef
 from nnssl.pretrain.omni.cases import head_names
 from nnssl.pretrain.omni.loss import to_regions
+from nnssl.properties import read_properties
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import Engine
@@ -76,7 +76,7 @@ def write_volumes(engine: Engine, companion: OmniCompanion, count: int, folder: 
     for ref in choose_volumes(companion, count):
         try:
             data = torch.from_numpy(np.asarray(blosc2.open(str(ref.folder / f"{ref.name}.b2nd"), mode="r")[:]))
-            properties = pickle.loads((ref.folder / f"{ref.name}.pkl").read_bytes())
+            properties = read_properties(ref.folder / f"{ref.name}.pkl")
         except Exception as error:  # blosc2 and pickle raise several kinds
             raise NnsslError(f"Case {ref.name} of {ref.source} cannot be read from {ref.folder}: {error!r}") from error
         logits = predictor.predict_sliding_window_return_logits(data).cpu().float()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
 import random
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,10 +24,10 @@ from nnssl.pretrain.data.orientation import Geometry
 from nnssl.pretrain.data.pool import CaseRef, Pool
 from nnssl.pretrain.prepare.body import body_of_raw, resize_mask
 from nnssl.pretrain.prepare.index import Entry, Index
-from nnssl.pretrain.prepare.preprocess import done_cases, raise_fatal, temporary_folder
-from nnssl.pretrain.prepare.processes import run_jobs
+from nnssl.pretrain.prepare.preprocess import done_cases, in_memory, raise_fatal, temporary_folder
 from nnssl.pretrain.prepare.raw import RawSource, list_raw
 from nnssl.pretrain.prepare.worker import Job, Reply
+from nnssl.properties import read_properties
 
 __all__ = ["BodyWorker", "prepare_bodies"]
 
@@ -99,8 +98,7 @@ class BodyWorker:
     def _mask(self, job: Job) -> np.ndarray:
         name, manager = job.case.name, PlansManager(self.plans)
         shape = blosc2.open(str(self.cases / f"{name}.b2nd"), mode="r").shape[1:]
-        with open(self.cases / f"{name}.pkl", "rb") as stream:
-            properties = pickle.load(stream)  # nnU-Net's own file, which it loads the same way
+        properties = read_properties(self.cases / f"{name}.pkl")
         order = manager.transpose_forward
         place = Geometry.from_properties(properties, shape, order, self.folder.parent.name)
         data, _ = manager.image_reader_writer_class().read_images(list(job.case.files))
@@ -139,11 +137,11 @@ def _make(plan: Plan, source: str, refs: Sequence[CaseRef], raw: RawSource, n_pr
     """Make what is missing of one source; returns the cases that have no mask because their raw image gives none."""
     folder = body_folder(plan, source)
     index = Index(beside(folder, "index.jsonl"))
-    jobs = _jobs(raw, refs, index, done_cases(folder))
+    jobs = _jobs(raw, refs, index, done_cases(folder, image_only=True))
     if jobs:
         with temporary_folder(folder) as temporary, contextlib.closing(index):
             worker = BodyWorker(plan.plans, _is_ct(raw, plan), refs[0].folder, folder, temporary)
-            replies = run_jobs(worker, jobs, n_processes, f"Body masks of {source}")
+            replies = in_memory(worker, jobs, n_processes, f"Body masks of {source}")
             with contextlib.closing(replies):
                 for count, reply in enumerate(replies):
                     if reply.fatal:

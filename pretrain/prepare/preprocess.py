@@ -9,9 +9,12 @@ import random
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+
+import blosc2
 
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
@@ -21,8 +24,9 @@ from nnssl.pretrain.prepare.index import Entry, Index
 from nnssl.pretrain.prepare.processes import run_jobs
 from nnssl.pretrain.prepare.raw import RawCase
 from nnssl.pretrain.prepare.worker import CaseWorker, Job, Reply
+from nnssl.properties import read_properties
 
-__all__ = ["done_cases", "preprocess_source", "raise_fatal", "temporary_folder"]
+__all__ = ["done_cases", "in_memory", "opens", "preprocess_source", "raise_fatal", "temporary_folder"]
 
 log = logging.getLogger("nnssl")
 
@@ -32,17 +36,35 @@ ABANDONED_SECONDS = 24 * 3600.0
 GB = 1e9
 
 
-def done_cases(folder: Path) -> dict[str, tuple[int, int]]:
-    """Cases of a folder of preprocessed cases -> (bytes, modification time in ns); opens nothing."""
+def done_cases(folder: Path, *, image_only: bool = False) -> dict[str, tuple[int, int]]:
+    """Cases of a folder of preprocessed cases -> (bytes, modification time in ns) of the image; opens nothing.
+
+    Args:
+        folder: of the cases.
+        image_only: a case is done where its image is there (body masks); else its other files are needed too, and none is empty.
+    """
     if not folder.is_dir():
         return {}
-    found = {}
+    found, others = {}, set()
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.endswith(".b2nd") and not entry.name.endswith("_seg.b2nd"):
+            name = entry.name
+            if name.endswith(".b2nd") and not name.endswith("_seg.b2nd"):
                 info = entry.stat()
-                found[entry.name[: -len(".b2nd")]] = (info.st_size, info.st_mtime_ns)
-    return found
+                if info.st_size:
+                    found[name[: -len(".b2nd")]] = (info.st_size, info.st_mtime_ns)
+            elif not image_only and name.endswith((".pkl", "_seg.b2nd")) and entry.stat().st_size:
+                others.add(name)
+    return found if image_only else {n: v for n, v in found.items() if {f"{n}.pkl", f"{n}_seg.b2nd"} <= others}
+
+
+def opens(folder: Path, name: str) -> bool:
+    """Whether all files of a preprocessed case can be read; looks at the properties and at the headers of the arrays."""
+    try:
+        read_properties(folder / f"{name}.pkl")
+        return all(len(blosc2.open(str(folder / f"{name}{e}.b2nd"), mode="r").shape) == 4 for e in ("", "_seg"))
+    except Exception:  # blosc2 and pickle raise several kinds
+        return False
 
 
 def _alive(pid: int) -> bool:
@@ -88,7 +110,11 @@ def temporary_folder(folder: Path, variable: str = "nnUNet_preprocessed") -> Ite
 
 
 def _jobs(
-    cases: Mapping[str, RawCase], index: Index, done: Mapping[str, tuple[int, int]], retry_bad: bool
+    cases: Mapping[str, RawCase],
+    index: Index,
+    done: Mapping[str, tuple[int, int]],
+    retry_bad: bool,
+    folder: Path | None,
 ) -> list[Job]:
     """What is left to do. A case is done where its file is there and its line tells the raw files as they are now."""
     jobs = []
@@ -96,6 +122,9 @@ def _jobs(
         entry = index.entries.get(name)
         settled = entry is not None and (not retry_bad if entry.bad else name in done)
         if entry is not None and settled and entry.files == case.stamps:
+            if folder is None or entry.bad or opens(folder, name):
+                continue
+            jobs.append(Job(case, stale=True))  # damaged after it was made
             continue
         trust = ""
         if name in done and entry is None and done[name][1] > max(s[2] for s in case.stamps):
@@ -110,11 +139,6 @@ def _jobs(
 
 def raise_fatal(reply: Reply, folder: Path, left: int) -> None:
     """Say why nothing can be written at the moment. Raises :class:`NnsslError`."""
-    if reply.fatal == "memory":
-        raise NnsslError(
-            f"Memory ran out while {reply.entry.name} was preprocessed. What is done is kept: start again with fewer "
-            "processes (-np)."
-        )
     if reply.fatal == "write":
         raise NnsslError(
             f"{reply.entry.name} could not be written into {folder}: {reply.detail}. What is done is kept."
@@ -128,8 +152,50 @@ def raise_fatal(reply: Reply, folder: Path, left: int) -> None:
     )
 
 
+def in_memory(
+    worker: Callable[[Job], Reply], jobs: Sequence[Job], n_processes: int, description: str
+) -> Iterator[Reply]:
+    """Do all jobs; one for which memory ran out, or whose process was killed, is done again alone in the end.
+
+    What does not fit even then is the image's fault: its entry is bad and says so.
+    """
+    again: list[Job] = []
+    by_name = {job.case.name: job for job in jobs}
+    alone = min(n_processes, len(jobs)) <= 1
+    with contextlib.closing(run_jobs(worker, jobs, n_processes, description, killed=_killed)) as replies:
+        for reply in replies:
+            if reply.fatal == "memory" and not alone:
+                again.append(by_name[reply.entry.name])
+            else:
+                yield _too_large(reply)
+    for job in again:
+        yield _too_large(worker(job))
+
+
+def _killed(job: Job) -> Reply:
+    reason = (
+        "its process was killed, though it worked alone: most likely the image does not fit into this machine's memory"
+    )
+    return Reply(Entry(job.case.name, job.case.stamps, bad=reason, bad_file=job.case.files[0]))
+
+
+def _too_large(reply: Reply) -> Reply:
+    if reply.fatal != "memory":
+        return reply
+    entry = reply.entry
+    file = entry.files[0][0] if entry.files else ""
+    return Reply(replace(entry, bad="it does not fit into this machine's memory, also alone", bad_file=file))
+
+
 def preprocess_source(
-    plan: Plan, source: str, cases: Mapping[str, RawCase], *, n_processes: int, retry_bad: bool, part: str = ""
+    plan: Plan,
+    source: str,
+    cases: Mapping[str, RawCase],
+    *,
+    n_processes: int,
+    retry_bad: bool,
+    part: str = "",
+    thorough: bool = False,
 ) -> tuple[dict[str, Entry], list[BadCase]]:
     """Preprocess those cases that are not done, with nnU-Net's own preprocessor and no labels.
 
@@ -139,22 +205,23 @@ def preprocess_source(
         cases: its raw images.
         n_processes: processes.
         retry_bad: look again at images that were bad the last time and have not changed since.
+        thorough: open the files of cases that are done; what is damaged is made anew.
         part: label of the part of the preprocessing that these cases are, see :class:`nnssl.pretrain.prepare.parts.Part`.
 
     Returns:
         The index entries of the good cases, and the bad ones.
 
     Raises:
-        NnsslError: no space, no permission, no memory, or a killed process; a second start continues.
+        NnsslError: no space or no permission; a second start continues.
     """
     folder = own_folder(plan, source)
     index = Index(beside(folder, "index.jsonl"), part)
-    jobs = _jobs(cases, index, done_cases(folder), retry_bad)
+    jobs = _jobs(cases, index, done_cases(folder), retry_bad, folder if thorough else None)
     if jobs:
         log.info("Preprocessing %d of %d images of %s into %s", len(jobs), len(cases), source, folder)
         with temporary_folder(folder) as temporary, contextlib.closing(index):
             worker = CaseWorker(plan.plans, plan.configuration, plan.dataset_json, plan.n_channels, folder, temporary)
-            replies = run_jobs(worker, jobs, n_processes, f"Preprocessing {source}")
+            replies = in_memory(worker, jobs, n_processes, f"Preprocessing {source}")
             with contextlib.closing(replies):
                 for count, reply in enumerate(replies):
                     if reply.fatal:

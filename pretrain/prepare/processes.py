@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import multiprocessing
 import os
 import signal
@@ -20,6 +22,8 @@ from nnssl.errors import NnsslError
 
 __all__ = ["run_jobs"]
 
+log = logging.getLogger("nnssl")
+
 IN_FLIGHT = 3
 """Jobs handed out per process: few, so that 100,000 cases are not queued at once."""
 
@@ -33,7 +37,9 @@ def _start(worker: Callable[[Any], Any]) -> None:
     """First thing in a process: leave Ctrl-C to the main process, and end with it even if it is killed."""
     global _worker
     _worker = worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -51,7 +57,14 @@ def _do(job: Any) -> Any:
     return _worker(job)
 
 
-def run_jobs(worker: Callable[[J], R], jobs: Sequence[J], n_processes: int, description: str) -> Iterator[R]:
+def run_jobs(
+    worker: Callable[[J], R],
+    jobs: Sequence[J],
+    n_processes: int,
+    description: str,
+    *,
+    killed: Callable[[J], R] | None = None,
+) -> Iterator[R]:
     """Do all jobs and yield replies as they come, with a progress bar.
 
     Args:
@@ -59,39 +72,87 @@ def run_jobs(worker: Callable[[J], R], jobs: Sequence[J], n_processes: int, desc
         jobs: in any order.
         n_processes: spawned processes; 0 and 1 work in this process.
         description: of the progress bar.
+        killed: the reply of a job whose process was killed even when it was the only one; None raises.
+
+    Where a process is killed (most often because memory ran out), what was at work is done again, one job at a time, and the
+    rest goes on with half as many processes.
 
     Raises:
-        NnsslError: a process was killed.
+        NnsslError: no processes can be started, or a job's process was killed though it was the only one.
     """
     with tqdm(total=len(jobs), desc=description, disable=None if jobs else True, dynamic_ncols=True) as bar:
         if min(n_processes, len(jobs)) <= 1:
             replies: Iterator[R] = map(worker, jobs)
         else:
-            replies = _in_processes(worker, jobs, min(n_processes, len(jobs)))
+            replies = _in_processes(worker, jobs, min(n_processes, len(jobs)), killed)
         for reply in replies:
             bar.update()
             yield reply
 
 
-def _in_processes(worker: Callable[[J], R], jobs: Sequence[J], n: int) -> Iterator[R]:
-    executor = ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), _start, (worker,))
-    running: set[Future[R]] = set()
+def _in_processes(worker: Callable[[J], R], jobs: Sequence[J], n: int, killed: Callable[[J], R] | None) -> Iterator[R]:
     waiting = iter(jobs)
+    while True:
+        broken: list[J] = []
+        yield from _pool(worker, waiting, n, broken)
+        if not broken:
+            return
+        n = max(1, n // 2)
+        log.warning(
+            "A process was killed, most likely because memory ran out. What was at work is done again, one by one; then the rest "
+            "with %d process(es).",
+            n,
+        )
+        while broken:
+            todo, lost = iter(broken), []
+            yield from _pool(worker, todo, 1, lost)
+            if lost:  # a single process works in order: the first of them is to blame
+                first = min(lost, key=lambda job: next(i for i, known in enumerate(broken) if known is job))
+                if killed is None:
+                    raise NnsslError(
+                        "A process was killed though it was the only one, most likely because memory ran out. What is done is "
+                        "kept: make memory free and start again."
+                    )
+                yield killed(first)
+                lost = [job for job in lost if job is not first]
+            broken = [*lost, *todo]
+
+
+def _pool(worker: Callable[[J], R], waiting: Iterator[J], n: int, broken: list[J]) -> Iterator[R]:
+    """Do jobs in ``n`` processes until all are done or one of the processes is killed; ``broken`` gets those at work then."""
+    try:
+        executor = ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), _start, (worker,))
+    except OSError as error:  # locks of processes live in shared memory
+        if error.errno != errno.ENOSPC:
+            raise
+        raise NnsslError(
+            "Shared memory ran out, which processes need. Start the container with --ipc=host or a larger --shm-size, or work in "
+            "one process (-np 1)."
+        ) from error
+    running: dict[Future[R], J] = {}
     try:
         while True:
             while len(running) < IN_FLIGHT * n and (job := next(waiting, None)) is not None:
-                running.add(executor.submit(_do, job))
+                try:
+                    running[executor.submit(_do, job)] = job
+                except BrokenProcessPool:
+                    broken.append(job)
+                    break
             if not running:
                 break
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
+            for future in wait(running, return_when=FIRST_COMPLETED)[0]:
+                job = running.pop(future)
+                try:
+                    reply = future.result()
+                except BrokenProcessPool:
+                    broken.append(job)
+                else:
+                    yield reply
+            if broken:
+                broken += running.values()
+                executor.shutdown()
+                return
         executor.shutdown()
-    except BrokenProcessPool as error:
-        raise NnsslError(
-            "A preprocessing process was killed, most likely because memory ran out. What is done is kept: start again "
-            f"with fewer processes than {n} (-np) and it goes on from there."
-        ) from error
     except BaseException:
         _end(executor)
         raise

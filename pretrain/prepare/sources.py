@@ -179,6 +179,7 @@ def _use(
     n_processes: int,
     skip_bad: bool,
     part: Part | None = None,
+    thorough: bool = False,
 ) -> None:
     """Reduce a source to the chosen cases and preprocess what is missing of them."""
     source.bad = [b for b in source.bad if b.case in chosen]
@@ -201,6 +202,7 @@ def _use(
         n_processes=n_processes,
         retry_bad=not skip_bad,
         part=part.label if part is not None else "",
+        thorough=thorough,
     )
     source.bad += bad
     source.names = set(source.entries)
@@ -305,7 +307,7 @@ def prepare_sources(
     for i, source in enumerate(found):
         if source.unsettled & chosen[source.name]:
             found[i] = source = _own(plan, source.name, allow_mismatch)
-        _use(source, plan, chosen[source.name], preprocess, n_processes, skip_bad, part)
+        _use(source, plan, chosen[source.name], preprocess, n_processes, skip_bad, part, thorough)
         if preprocess and part is None:
             _remember(source)
     bad, reports = _settle_bad(found, skip_bad, preprocess, part)

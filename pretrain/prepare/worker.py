@@ -22,6 +22,7 @@ from nnssl.pretrain.data.intensity import intensity_range, store_range
 from nnssl.pretrain.prepare.index import Entry
 from nnssl.pretrain.prepare.raw import RawCase
 from nnssl.pretrain.prepare.whole import check_whole
+from nnssl.properties import read_properties
 
 __all__ = ["CaseWorker", "Job", "Reply", "voxel_hash"]
 
@@ -86,10 +87,12 @@ class _State:
         return tuple(int(i) for i in blosc2.open(str(self.final), mode="r").shape[1:])
 
     def readable(self) -> bool:
-        """Whether the preprocessed case opens."""
+        """Whether all files of the preprocessed case open."""
         try:
-            return len(self.shape()) == 3
-        except Exception:  # blosc2 raises several kinds
+            read_properties(self.final.with_suffix(".pkl"))
+            seg = blosc2.open(str(self.final.with_name(f"{self.final.stem}_seg.b2nd")), mode="r")
+            return len(self.shape()) == 3 == len(seg.shape) - 1
+        except Exception:  # blosc2 and pickle raise several kinds
             return False
 
 

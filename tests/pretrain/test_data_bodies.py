@@ -302,7 +302,7 @@ def test_a_damaged_mask_is_named(target):
     with pytest.raises(NnsslError, match=f"{ref.name}.b2nd is damaged.*Delete the file"):
         reader.open(ref)
     (folder / f"{ref.name}.b2nd").write_bytes(b"nothing")
-    with pytest.raises(NnsslError, match="Delete the file"):
+    with pytest.raises(NnsslError, match="Start again, and it is made anew"):
         reader.open(ref)
 
 

@@ -629,13 +629,21 @@ def test_stopping_early_ends_the_processes(forked):
             os.kill(process.pid, 0)
 
 
-def test_killed_process_tells_what_to_do(target, tiny_raw_dataset, monkeypatch, forked):
-    processes = forked
+def test_an_image_whose_process_is_killed_is_named_and_can_be_skipped(
+    target, tiny_raw_dataset, monkeypatch, forked, caplog
+):
+    """As the kernel kills what takes too much memory: the others are done, and the one is bad."""
     plan = target()
-    tiny_raw_dataset(902, "Free", 4, labelled=False, **RAW)
-    submit = processes.ProcessPoolExecutor.submit
-    monkeypatch.setattr(processes.ProcessPoolExecutor, "submit", lambda self, do, job: submit(self, os._exit, 9))
-    with pytest.raises(NnsslError, match=r"process was killed.*start again with fewer processes than 2 \(-np\)"):
+    tiny_raw_dataset(902, "Free", 9, labelled=False, **RAW)
+    submit = forked.ProcessPoolExecutor.submit
+
+    def kill_one(self, do, job):
+        return submit(self, os._exit, 9) if job.case.name == "case_004" else submit(self, do, job)
+
+    monkeypatch.setattr(forked.ProcessPoolExecutor, "submit", kill_one)
+    with pytest.raises(NnsslError, match=r"1 of 9 images.*\n.*case_004.*does not fit into this machine's memory"):
         prepare_sources(plan, ["Dataset902_Free"], n_processes=2)
-    monkeypatch.setattr(processes.ProcessPoolExecutor, "submit", submit)
-    assert len(prepare(plan, "Dataset902_Free").cases) == 4
+    assert "one by one" in caplog.text and "-np" not in caplog.text
+    assert len(prepare_sources(plan, ["Dataset902_Free"], n_processes=2, skip_bad=True).cases) == 8
+    monkeypatch.setattr(forked.ProcessPoolExecutor, "submit", submit)
+    assert len(prepare(plan, "Dataset902_Free").cases) == 9
