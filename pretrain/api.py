@@ -17,7 +17,6 @@ from nnssl.distributed import rank, world_size
 from nnssl.errors import NnsslError
 from nnssl.files import write_json
 from nnssl.plans import resolve_dataset
-from nnssl.plans.figures import DEFAULT_FAMILY, trainer_for
 from nnssl.pretrain.data.weights import Sources, parse_sources, relative
 from nnssl.pretrain.engine.devices import pick_device, process_group, restarted, shared_preparation
 from nnssl.pretrain.engine.estimate import estimate
@@ -29,6 +28,7 @@ from nnssl.pretrain.engine.resume import load_state
 from nnssl.pretrain.engine.watch import RobustnessHook
 from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.omni import FOLDER, prepare_omni, take_omni
+from nnssl.pretrain.onwards import finished_before, keep_first_end, next_lines, start_from
 from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
 from nnssl.pretrain.prepare.planning import planned
 from nnssl.pretrain.resolve import batch_size, identity, method_folder, resolve
@@ -90,6 +90,11 @@ def run(
     labelled_cases: str | Path | None = None,
     planner: str | None = None,
     gpu_memory_target: float | None = None,
+    init: str | Path | None = None,
+    adapt: Mapping[str, Any] | None = None,
+    coverage: float | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
     hooks: Sequence[Hook] = (),
 ) -> RunResult:
     """Pretrain the network of a dataset's plans on unlabelled images.
@@ -109,7 +114,8 @@ def run(
         cases, exclude: files that list the cases to use, or to leave out.
         skip_bad: go on without the images that cannot be used.
         allow_mismatch: accept that channels or modality differ between source and target.
-        continue_run: resume the run in the output folder with its saved configuration. ``"auto"``: resume this very run where it
+        continue_run: resume the run in the output folder with its saved configuration; with more ``epochs`` than it had, a
+            finished run is lengthened. ``"auto"``: resume this very run where it
             has a checkpoint, else start it; so it is where torch's elastic launcher has started the processes again.
         dry_run: only tell crop, batch, memory and time.
         processes: for preprocessing; nnU-Net's default unless given.
@@ -122,6 +128,9 @@ def run(
         planner: ``"default"``, ``"resenc_m"``, ``"resenc_l"`` or ``"resenc_xl"``: which of nnU-Net's planners makes the plans of
             a dataset that has neither labels nor plans; see :func:`nnssl.pretrain.prepare.planning.planned`.
         gpu_memory_target: GB that this planner fills.
+        init: weights to start from: a checkpoint of this package, of MIC-DKFZ's nnssl, of nnU-Net or of others with its network.
+        adapt, coverage: what may be adapted where they come from another network (:class:`nnssl.transfer.Adaptation`).
+        key, prefix: where they lie in a file of others (:func:`nnssl.checkpoint.load`).
         hooks: more watchers of the run.
 
     Returns:
@@ -137,6 +146,7 @@ def run(
     options, omni_options = take_omni(options)
     target = _labelled_target(labelled, target, omni_options, labelled_cases)
     names, weights = _source_names(sources)
+    start = start_from(init, adapt, coverage, key, prefix)
     planning = {"planner": planner, "gpu_memory_target": gpu_memory_target, "n_processes": processes}
     plan = planned(names, target, configuration, plans, write=not dry_run, **planning)
     cls.check_network(plan)
@@ -192,6 +202,7 @@ def run(
             save=_saver(names),
             weights=_weights(weights, saved),
             hooks=[watch, *hooks],
+            start=start,
         )
         if omni is not None:
             spec.companion = omni.companion(pool, choice.seed, spec.steps, spec.weights)
@@ -204,6 +215,7 @@ def run(
             return RunResult(path, None, False, False, "Only estimated.", {})
         who = identity(cls, plan, pool, request, names, choice, batch, spec.weights)
         who["omni"] = None if omni is None else omni.identity()
+        who["init"] = start.identity() if start is not None else ((saved or {}).get("identity") or {}).get("init")
         spec.identity = who
         return _execute(spec, who, auto or bool(continue_run), accepted)
 
@@ -251,15 +263,23 @@ def _execute(spec: RunSpec, who: dict[str, Any], continue_run: bool, accepted: d
     """Admit, record, train, judge."""
     folder, path = spec.folder, spec.folder.path
     resuming = folder.admit(who, continue_run=continue_run)
-    if resuming and folder.final.exists():
+    before = finished_before(folder.final, spec.steps) if resuming else None
+    if before is not None:
         log.info("This run is finished: %s", folder.final)
-        return RunResult(path, folder.final, True, True, "The run was finished before.", {})
+        learnt, sentence = before.verdict or (True, "The run was finished before.")
+        return RunResult(path, folder.final, True, learnt, sentence, {})
     state = load_state(folder, who) if resuming else None
     handler = add_log_file(path) if rank() == 0 else None
     try:
         engine = Engine(spec, state)
         if rank() == 0:
+            if resuming and folder.final.exists():
+                saved_epochs = (folder.saved_config() or {}).get("identity", {}).get("epochs", spec.epochs)
+                if saved_epochs < spec.epochs:
+                    keep_first_end(folder.final, saved_epochs, spec.epochs)
             write_json(folder.config_file, {**_record(spec, who), "accepted": accepted})
+            if engine.start is not None:
+                engine.start.save_report(path)
             prove_loadable(_payload(engine, who["sources"]), spec.plan)
             if state is not None:
                 log.info("Continuing after step %d of %d.", engine.step, spec.steps)
@@ -296,6 +316,10 @@ def _payload(engine: Engine, sources: list[str], training: dict[str, Any] | None
     extra: dict[str, Any] = {}
     for hook in spec.hooks:
         extra.update(hook.checkpoint_info())
+    if engine.verdict is not None:
+        extra["verdict"] = engine.verdict
+    if engine.started_from is not None:
+        extra["started_from"] = engine.started_from
     return checkpoint.build_payload(
         engine.method.network,
         spec.plan,
@@ -363,8 +387,5 @@ def _tell(spec: RunSpec, outcome: Outcome) -> None:
         return
     log.info("%s", outcome.sentence)
     log.info("Weights: %s", spec.folder.final)
-    plan = spec.plan
-    number = int(plan.dataset_name[7:10])
-    option = "" if plan.plans_name == "nnUNetPlans" else f" -p {plan.plans_name}"
-    trainer = trainer_for(plan.nnssl.get("schedule") or DEFAULT_FAMILY, plan.is_primus)
-    log.info("Next: nnUNetv2_train %d %s 0 -tr %s%s", number, plan.configuration, trainer, option)
+    for line in next_lines(spec.plan, spec.folder.final):
+        log.info("%s", line)

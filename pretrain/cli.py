@@ -50,11 +50,33 @@ def parser() -> argparse.ArgumentParser:
         "--c",
         dest="go_on",
         action="store_true",
-        help="continue the run in the output folder, with its saved configuration",
+        help="continue the run in the output folder, with its saved configuration; with more --epochs than it had, lengthen it",
     )
     p.add_argument("--epochs", type=int, help="length of the run (default: 200)")
     p.add_argument("--iterations", type=int, help="optimiser steps per epoch (default: 250)")
     p.add_argument("--seed", type=int, help="of initialisation, sampling and views (default: 0)")
+    p.add_argument(
+        "--init",
+        metavar="FILE",
+        help="start from these weights: of a pretraining, of MIC-DKFZ's nnssl, of nnU-Net, or of its network in files of others",
+    )
+    p.add_argument(
+        "--adapt",
+        nargs="+",
+        action="extend",
+        metavar="KIND=HOW",
+        help="let --init come from another network: channels=repeat|first|skip, kernels=average|centre, depth=match",
+    )
+    p.add_argument(
+        "--coverage",
+        type=float,
+        metavar="SHARE",
+        help="with --adapt: least share of the encoder to be filled (default: 0.5)",
+    )
+    p.add_argument("--key", metavar="ENTRY", help="with --init: entry that holds the weights, such as teacher")
+    p.add_argument(
+        "--prefix", metavar="TEXT", help="with --init: what stands before nnU-Net's names in a file of others"
+    )
     p.add_argument("--name", help="tells this run from others that would share its folder")
     p.add_argument("--crop", metavar="Z,Y,X", help="pretraining crop in voxels, in place of the method's choice")
     p.add_argument("--cases", metavar="FILE", help="text file of the cases to learn from, one a line")
@@ -164,6 +186,11 @@ def _body(args: argparse.Namespace, arguments: list[str]) -> int:
         gpu_memory_target=args.gpu_memory_target,
         labelled=args.labelled,
         labelled_cases=args.labelled_cases,
+        init=args.init,
+        adapt=parse_assignments(args.adapt),
+        coverage=args.coverage,
+        key=args.key,
+        prefix=args.prefix,
     )
     return 0 if result.finished or args.dry_run else 128 + (result.signal or signal.SIGTERM)
 

@@ -66,6 +66,9 @@ def _named(plan: Plan, text: str) -> Source:
         )
     digest, expected = sha256_of(path), plan.nnssl.get("sha256")
     if expected and digest != expected:
+        for kept in sorted(path.parent.glob("checkpoint_final_*epochs.pth")):  # the run was lengthened since
+            if sha256_of(kept) == expected:
+                return Source(kept, expected, f"named by plans '{plan.plans_name}' before the run was lengthened")
         raise NnsslError(
             f"{where} {path}, whose content has changed since (sha256 {digest[:12]}... instead of {expected[:12]}...). "
             f"Restore it, or name what is there now: {_plan_command(plan, str(path))}"

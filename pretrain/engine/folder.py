@@ -145,7 +145,8 @@ class RunFolder:
         """Decide whether a run with this identity may work here.
 
         Args:
-            identity: what makes the run what it is (method, options, seed, cases, plans).
+            identity: what makes the run what it is (method, options, seed, cases, plans). A continued one may have more epochs
+                than it had.
             continue_run: whether the user gave ``--c``.
 
         Returns:
@@ -162,7 +163,10 @@ class RunFolder:
                     "Give this run a --name."
                 )
             return False
-        changed = differences(saved.get("identity", {}), identity)
+        old = dict(saved.get("identity", {}))
+        if continue_run and _lengthens(old, identity):
+            old["epochs"] = identity["epochs"]
+        changed = differences(old, identity)
         if changed:
             what = "continue it with" if continue_run else "start"
             lines = "\n".join(f"  - {c}" for c in changed)
@@ -183,6 +187,27 @@ class RunFolder:
                 f"{self.path} holds this very run, unfinished. Continue it with --c, or start another with --name."
             )
         return True
+
+
+def _lengthens(saved: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a continued run is to be longer than it was.
+
+    Raises:
+        NnsslError: it is to be shorter, or its stages are shares of the length.
+    """
+    old, new = saved.get("epochs"), wanted.get("epochs")
+    if not isinstance(old, int) or not isinstance(new, int) or old == new:
+        return False
+    if new < old:
+        raise NnsslError(
+            f"--epochs {new}: this run has {old}. With --c a run is only ever lengthened, to more epochs in all than it had."
+        )
+    if saved.get("omni"):
+        raise NnsslError(
+            f"--epochs {new}: a run with --labelled cannot be lengthened, since its stages are shares of its {old} epochs. Start "
+            "a longer one with --name, from this one's weights with --init."
+        )
+    return True
 
 
 def _try_lock(file: IO[str]) -> bool | None:

@@ -62,6 +62,7 @@ class RunSpec:
         save: writes a checkpoint: ``save(engine, path, training_state)``; rank 0 only.
         seed: of network initialisation, sampling and views.
         weights: how often the cases of each source are drawn, by its name; None for equally often.
+        start: weights to start from, :class:`nnssl.pretrain.onwards.Start`; None for random ones.
         companion: what is read beside the crops: ``reader(split)`` gives the loader's companion, ``random(crops)`` puts random
             values beside random crops.
         identity: what makes the run what it is; the checkpoint carries it.
@@ -85,6 +86,7 @@ class RunSpec:
     weights: dict[str, float] | None = None
     companion: Any = None
     identity: dict[str, Any] = field(default_factory=dict)
+    start: Any = None
 
     @property
     def steps(self) -> int:
@@ -122,12 +124,18 @@ class Engine:
 
     Attributes:
         stop_reason: set by a hook to end the run after the current epoch.
+        verdict: ``{"learnt": bool, "sentence": str}`` once the run has ended.
+        start: what it starts from, with the report of the transfer; None where it starts from random weights or is continued.
+        started_from: what its checkpoints say about that.
     """
 
     def __init__(self, spec: RunSpec, state: dict[str, Any] | None = None) -> None:
         self.spec = spec
         torch.manual_seed(spec.seed)
         network = build_network(spec.plan)
+        self.start = spec.start.fill(network, spec.plan) if spec.start is not None and state is None else None
+        self.started_from: dict[str, Any] | None = None if self.start is None else self.start.told()
+        self.verdict: dict[str, Any] | None = None
         self.method = spec.method(network, spec.plan, spec.request, spec.config).to(spec.device)
         self.parts = spec.engine.accumulate or 1
         if self.parts > 1 and spec.companion is not None:
@@ -193,6 +201,7 @@ class Engine:
             "sums": self._sums,
             "counted": self._counted,
             "hooks": {h.name: h.state_dict() for h in self.spec.hooks},
+            "started_from": self.started_from,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.spec.device) if self.spec.device.type == "cuda" else None,
             "identity": self.spec.identity,
@@ -227,6 +236,7 @@ class Engine:
                     f"{self.spec.folder.latest} cannot be continued: its part '{part}' {why}. Start anew with a --name, or put "
                     "the run's own checkpoint back."
                 ) from error
+        self.started_from = state.get("started_from")
         if not 0 <= self.step <= self.spec.steps:
             raise NnsslError(f"{self.spec.folder.latest} is from step {self.step}; this run has {self.spec.steps}.")
 
@@ -303,6 +313,8 @@ class Engine:
                 if not self._epoch(epoch, batches, signals):
                     finished = False
                     break
+            judged = self._judge() if finished else None
+            self.verdict = None if judged is None else dict(zip(("learnt", "sentence"), judged))
             self.save(final=finished)
         if finished:
             self._draw(self.step // spec.iterations)
@@ -461,18 +473,31 @@ class Engine:
 
     # ---- words ---------------------------------------------------------------------------------------------------
 
-    def _outcome(self, finished: bool) -> Outcome:
+    def _ends(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Held-out terms before the first step and now; training terms where nothing is held out."""
         row = self.log.history[-1] if self.log.history else {}
         prefix = "held_out/" if self.held_out else "train/"
         last = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
         first = self.first
         if not self.held_out and self.log.history:
             first = {k.removeprefix(prefix): v for k, v in self.log.history[0].items() if k.startswith(prefix)}
-        if not finished or not last:
-            return Outcome(finished, False, "The run has not ended yet.", first, last, self.log.history)
+        return first, last
+
+    def _judge(self) -> tuple[bool, str] | None:
+        """Whether the method learnt, by its own judgement; None where no epoch has ended."""
+        first, last = self._ends()
+        if not last:
+            return None
         learnt, sentence = self.method.verdict(first, last)
-        if not self.held_out:
-            sentence += " (No case is held out: these are training losses.)"
+        return bool(
+            learnt
+        ), sentence if self.held_out else f"{sentence} (No case is held out: these are training losses.)"
+
+    def _outcome(self, finished: bool) -> Outcome:
+        first, last = self._ends()
+        if not finished or self.verdict is None:
+            return Outcome(finished, False, "The run has not ended yet.", first, last, self.log.history)
+        learnt, sentence = self.verdict["learnt"], self.verdict["sentence"]
         closing = [s for s in (h.finish(self) for h in self.spec.hooks) if s]
         return Outcome(True, learnt, " ".join([sentence, *closing]), first, last, self.log.history)
 
