@@ -1,0 +1,129 @@
+"""The table on the terminal, and what a probe writes: JSON, CSV, picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nnssl.files import write_atomic, write_json
+from nnssl.paths import encode_path
+from nnssl.probe.picture import draw
+from nnssl.probe.run import Probe
+from nnssl.probe.verdict import Row
+from nnssl.weights import package_versions
+
+__all__ = ["as_json", "table", "write_all"]
+
+SCHEMA = 1
+
+
+def _number(value: float, sign: bool = False) -> str:
+    return f"{value:{'+' if sign else ''}.1f}" if math.isfinite(value) else "-"
+
+
+def _cells(row: Row, several: bool) -> list[str]:
+    d, spread = row.difference, ""
+    if row.inits:
+        spread = f"{min(row.inits):.1f} to {max(row.inits):.1f}" if len(row.inits) > 1 else ""
+    against = [_number(d.mean, True), f"{_number(d.low, True)} to {_number(d.high, True)}"] if d else ["", spread]
+    each = [_number(v) for v in row.classes] if several else []
+    return [row.name, row.stages, _number(row.mean), _number(row.sd), *against, *each]
+
+
+def table(found: Probe) -> str:
+    """One line for each network and kind of stages: Dice in points, SD over cases, and the difference to random weights."""
+    names = found.setup.classes.names
+    several = len(names) > 1
+    head = ["weights", "linear layer on", "Dice", "SD", "vs random", "95 % over cases", *(names if several else ())]
+    lines = [head, *(_cells(row, several) for row in found.rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = "\n".join(
+        "  ".join(
+            [*(c.ljust(w) for c, w in zip(line[:2], widths)), *(c.rjust(w) for c, w in zip(line[2:], widths[2:]))]
+        )
+        for line in lines
+    )
+    return f"{_cases_text(found)}\n\n{text}\n(of random weights: lowest to highest initialisation in place of the interval)"
+
+
+def _cases_text(found: Probe) -> str:
+    setup = found.setup
+    plan, n, folds = setup.plan, len(setup.scored), setup.folds
+    where = f"{plan.dataset_name}, {plan.plans_name}, {plan.configuration}"
+    if len(folds) == 1:
+        return f"{where}: fitted on {len(folds[0].fit)} labelled cases, scored on {n} others."
+    if len(folds) == n:
+        return f"{where}: {n} labelled cases, each scored by a layer that was fitted on the {n - 1} others."
+    return f"{where}: {n} labelled cases, scored in {len(folds)} parts by layers that were fitted on the others."
+
+
+def as_json(found: Probe) -> dict[str, Any]:
+    """Everything as plain values; Dice in points."""
+    setup, names = found.setup, found.setup.classes.names
+    rows = []
+    for row in found.rows:
+        entry: dict[str, Any] = {"name": row.name, "stages": row.stages, "decoder_stages": row.n_decoder}
+        entry |= {"dice": _plain(row.mean), "sd": _plain(row.sd), "inits": [_plain(v) for v in row.inits]}
+        if row.difference is not None:
+            entry["difference"] = {k: _plain(v) for k, v in row.difference._asdict().items()}
+        entry["cases"] = {case: _plain(v) for case, v in zip(setup.scored, row.cases)}
+        entry["classes"] = {name: _plain(v) for name, v in zip(names, row.classes)}
+        rows.append(entry)
+    checkpoints = [
+        {
+            "name": s.name,
+            "path": encode_path(s.path),
+            "sha256": s.sha256,
+            "method": s.method,
+            "labels_seen": len(s.seen),
+            "report": s.report.to_dict(),
+        }
+        for s in found.sources
+    ]
+    return {
+        "schema": SCHEMA,
+        "dataset": setup.plan.dataset_name,
+        "plans": setup.plan.plans_name,
+        "configuration": setup.plan.configuration,
+        "seed": setup.seed,
+        "step": setup.step,
+        "device": str(setup.device),
+        "folds": [{"fit": list(f.fit), "score": list(f.score)} for f in setup.folds],
+        "voxels_per_label_and_case": setup.per_label,
+        "rows": rows,
+        "checkpoints": checkpoints,
+        "sentences": found.sentences,
+        "warnings": found.warnings,
+        "seconds": round(found.seconds, 1),
+        "versions": package_versions(),
+    }
+
+
+def _plain(value: float) -> float | int | None:
+    if isinstance(value, int):
+        return value
+    return round(float(value), 3) if math.isfinite(value) else None
+
+
+def _lines(found: Probe) -> list[Sequence[object]]:
+    lines: list[Sequence[object]] = [("weights", "stages", "case", "dice")]
+    for row in found.rows:
+        lines += [(row.name, row.stages, case, _plain(v)) for case, v in zip(found.setup.scored, row.cases)]
+    return lines
+
+
+def write_all(folder: Path, found: Probe) -> list[Path]:
+    """Write ``probe.json``, ``probe.csv`` (a line per case) and ``probe.png``; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / name for name in ("probe.json", "probe.csv", "probe.png")]
+    write_json(files[0], as_json(found))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(_lines(found))
+    write_atomic(files[1], lambda file: file.write(text.getvalue().encode("utf-8")))
+    picture = draw(found)
+    write_atomic(files[2], lambda file: file.write(picture))
+    return files

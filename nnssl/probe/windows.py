@@ -1,0 +1,92 @@
+"""How a case is cut into pieces that the network takes: each voxel is computed by the one piece whose middle is nearest."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nnssl.plans import Plan
+
+__all__ = ["Window", "read_window", "tile", "window_size"]
+
+SLICES = 16
+"""Slices that a 2d network computes at once."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """One piece of a case; three axes, voxels.
+
+    Attributes:
+        start: first voxel, negative where the case is smaller than the piece.
+        size: of the piece.
+        own: ``(first, end)`` per axis: the voxels that this piece answers for. Those of all pieces tile the case.
+    """
+
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    own: tuple[tuple[int, int], ...]
+
+    @property
+    def box(self) -> tuple[slice, ...]:
+        """The own voxels in the case."""
+        return tuple(slice(a, b) for a, b in self.own)
+
+    @property
+    def inner(self) -> tuple[slice, ...]:
+        """The own voxels in the piece."""
+        return tuple(slice(a - s, b - s) for s, (a, b) in zip(self.start, self.own))
+
+
+def window_size(plan: Plan, shape: Sequence[int]) -> tuple[int, ...]:
+    """Size of the pieces of a case: the plan's patch, along axes where the case is smaller just what the strides ask for.
+
+    Args:
+        plan: whose network is run; a Primus takes its patch only.
+        shape: of the case, three axes.
+
+    Returns:
+        Three axes; of 2d plans a few slices, which are computed one by one.
+    """
+    patch, stride, inside = plan.patch_size, plan.total_stride, tuple(shape)[-plan.dim :]
+    if not plan.is_primus:
+        fitted = [min(p, math.ceil(n / s) * s) for p, n, s in zip(patch, inside, stride)]
+        # InstanceNorm refuses a single voxel at the bottleneck
+        several = math.prod(f // s for f, s in zip(fitted, stride)) > 1
+        patch = tuple(fitted) if several else patch
+    return patch if plan.dim == 3 else (min(SLICES, shape[0]), *patch)
+
+
+def _along(n: int, size: int, step: float, slices: bool) -> list[tuple[int, int, int, int]]:
+    """``(start, size, first, end)`` of the pieces along one axis of ``n`` voxels."""
+    if slices:
+        return [(a, min(size, n - a), a, min(a + size, n)) for a in range(0, n, size)]
+    if n <= size:
+        return [(-((size - n) // 2), size, 0, n)]
+    count = math.ceil((n - size) / (step * size)) + 1
+    starts = [round(i * (n - size) / (count - 1)) for i in range(count)]
+    cuts = [0, *((a + b + size) // 2 for a, b in itertools.pairwise(starts)), n]
+    return [(s, size, a, b) for s, a, b in zip(starts, cuts, cuts[1:])]
+
+
+def tile(plan: Plan, shape: Sequence[int], step: float = 0.75) -> list[Window]:
+    """Cut a case of ``shape`` into pieces at most ``step`` of their size apart, evenly spread."""
+    size = window_size(plan, shape)
+    axes = [_along(n, w, step, plan.dim == 2 and i == 0) for i, (n, w) in enumerate(zip(shape, size))]
+    return [
+        Window(tuple(a[0] for a in found), tuple(a[1] for a in found), tuple((a[2], a[3]) for a in found))
+        for found in itertools.product(*axes)
+    ]
+
+
+def read_window(image: object, window: Window) -> np.ndarray:
+    """``(C, *size)`` float32 of an image ``(C, Z, Y, X)`` on disk or in memory; 0 outside of it, as nnU-Net pads."""
+    shape = image.shape[1:]  # type: ignore[attr-defined]
+    inside = [(max(0, s), min(n, s + w)) for s, w, n in zip(window.start, window.size, shape)]
+    found = np.asarray(image[(slice(None), *(slice(a, b) for a, b in inside))], dtype=np.float32)  # type: ignore[index]
+    pad = [(a - s, s + w - b) for s, w, (a, b) in zip(window.start, window.size, inside)]
+    return np.pad(found, [(0, 0), *pad])
