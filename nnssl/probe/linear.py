@@ -18,7 +18,7 @@ from nnssl.probe.cases import Classes
 
 __all__ = ["Linear", "Samples", "fit"]
 
-DECAY = 1e-3
+DECAY = 0.3
 """Weight of half the squared weights (of standardised features) beside the mean cross entropy."""
 STEPS = 100
 MOVES = 11
