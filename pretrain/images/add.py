@@ -16,10 +16,13 @@ from nnunetv2.configuration import default_num_processes
 
 from nnssl.errors import NnsslError
 from nnssl.files import write_atomic
-from nnssl.pretrain.images.convert import LINKS, Converter, Reply
+from nnssl.pretrain.images.choice import Channels, choose_channels
+from nnssl.pretrain.images.convert import LEAST_SPACING, LINKS, Converter, Reply
 from nnssl.pretrain.images.dataset import Dataset, Line, find_dataset
-from nnssl.pretrain.images.dicom import Header, read_headers, volumes_of
+from nnssl.pretrain.images.dicom import volumes_of
+from nnssl.pretrain.images.headers import Header, read_headers, require_dicom
 from nnssl.pretrain.images.items import FOUR_D, Item, Job, Rejected, group_channels, single_channels
+from nnssl.pretrain.images.kinds import KEEP
 from nnssl.pretrain.images.scan import scan
 from nnssl.pretrain.prepare.preprocess import temporary_folder
 from nnssl.pretrain.prepare.processes import run_jobs
@@ -30,11 +33,6 @@ log = logging.getLogger("nnssl")
 
 HEADERS_PER_JOB = 64
 LEAST_SLICES = 8
-NAMES = {"CT": "CT", "MR": "MR", "PT": "PET"}
-"""DICOM's modality -> channel name."""
-
-KNOWN = {"ct": "CT", "mr": "MR", "mri": "MR", "pet": "PT", "pt": "PT"}
-"""Channel name -> DICOM's modality; others are not compared."""
 
 
 @dataclass
@@ -47,7 +45,8 @@ class Summary:
         linked: of their files, those that are links.
         known: cases that were there before.
         rejected: every file or series that is not used.
-        report: the table of these.
+        files: that the cases, new and known, are made of.
+        report: the table of what is not used; None where all is.
     """
 
     dataset: str
@@ -55,6 +54,7 @@ class Summary:
     linked: int = 0
     known: int = 0
     rejected: list[Rejected] = field(default_factory=list)
+    files: int = 0
     report: Path | None = None
 
 
@@ -63,10 +63,13 @@ def add_images(
     folders: Sequence[str | os.PathLike[str]],
     *,
     name: str | None = None,
+    target: int | str | None = None,
     modality: str | None = None,
     channels: Mapping[str, str] | None = None,
     four_d: str = "reject",
     least_slices: int = LEAST_SLICES,
+    least_spacing: float = LEAST_SPACING,
+    keep: Sequence[str] = (),
     link: str = "auto",
     report: str | os.PathLike[str] | None = None,
     mapping: str | os.PathLike[str] | None = None,
@@ -80,61 +83,67 @@ def add_images(
 
     Args:
         dataset: id or full name.
-        folders: looked through recursively, for NIfTI, NRRD, MetaImage and DICOM.
+        folders: looked through recursively, for DICOM, NIfTI, NRRD, MetaImage, GIPL, MGH and TIFF stacks.
         name: of a new dataset.
-        modality: name of the only channel, such as ``"CT"`` or ``"MR"``; DICOM's own where all agree.
+        target: dataset that will be fine-tuned: its channel names are taken.
+        modality: name of the only channel, such as ``"CT"`` or ``"MR"``; unless given, what the target, the dataset itself or the
+            files tell.
         channels: channel name -> regular expression, for cases of several images, see
             :func:`nnssl.pretrain.images.items.group_channels`.
         four_d: ``"reject"``, ``"split"`` (a case of each volume) or ``"first"``.
         least_slices: fewer voxels along any axis are no volume.
+        least_spacing: mm; smaller voxel sizes are taken for a damaged header.
+        keep: what is not left out, of :data:`nnssl.pretrain.images.kinds.KEEP`.
         link: ``"auto"``, ``"symbolic"`` (to the files as they are, whatever their headers and paths tell) or ``"never"``.
-        report: CSV of everything that is not used and why; ``<Dataset>_not_added.csv`` in the current folder unless given.
+        report: CSV of everything that is not used and why; ``<Dataset>_not_added.csv`` in the current folder unless given. None
+            is left where everything is used.
         mapping: CSV of the cases and the files that they come from; none unless given.
         n_processes: nnU-Net's default unless given; 0 and 1 work in this process.
 
     Raises:
-        NnsslError: wrong options, a dataset with labels, unclear modality, no space.
+        NnsslError: wrong options, a dataset with labels, unclear modality, DICOM without dcm2niix, no space.
     """
-    if four_d not in FOUR_D or link not in LINKS or least_slices < 2:
-        raise NnsslError(
-            f"--four-d is one of {', '.join(FOUR_D)}; --link one of {', '.join(LINKS)}; --least-slices 2 or more."
-        )
-    if channels and modality:
-        raise NnsslError("--channels names the channels; leave out --modality.")
+    _check_options(four_d, link, least_slices, least_spacing, keep)
     n_processes = default_num_processes if n_processes is None else n_processes
-    target = Dataset(find_dataset(dataset, name))
-    target.open()
-    items, rejected = _find(folders, four_d, least_slices, n_processes)
-    if channels:
-        names: tuple[str, ...] = tuple(channels)
-        jobs, odd = group_channels(items, channels)
-    else:
-        names, items, odd = _one_modality(
-            items, modality or (target.channels[0] if len(target.channels) == 1 else None)
-        )
-        jobs = single_channels(items)
-    rejected += odd
-    if target.channels and names != target.channels:
-        raise NnsslError(f"{target.name} has the channel(s) {', '.join(target.channels)}, not {', '.join(names)}.")
-    if not jobs and not target.images.is_dir():
-        target_report = _write_report(report, target.name, rejected)
-        raise NnsslError(
-            f"Nothing that can be added was found; {len(rejected)} file(s) or series are told in {target_report}."
-        )
-    target.channels = names
-    summary = Summary(target.name, rejected=rejected)
-    sources = _add(target, jobs, summary, Converter(Path(), four_d, least_slices, link), n_processes)
-    summary.report = _write_report(report, target.name, summary.rejected)
+    own = Dataset(find_dataset(dataset, name))
+    own.open()
+    items, rejected = _find(folders, keep, four_d, least_slices, n_processes)
+    chosen = choose_channels(items, own.name, own.channels, target=target, modality=modality, patterns=channels)
+    jobs, odd = _jobs(chosen)
+    rejected += [*chosen.rejected, *odd]
+    if not jobs and not own.images.is_dir():
+        file = _write_report(report, own.name, rejected)
+        told = "the folders hold no file" if file is None else f"why is told in {file}"
+        raise NnsslError(f"Nothing that can be added was found; {told}. {_counts(rejected)}".strip())
+    own.channels = chosen.names
+    summary = Summary(own.name, rejected=rejected)
+    options = Converter(Path(), four_d, least_slices, link, least_spacing, "label-maps" in keep)
+    try:
+        sources = _add(own, jobs, summary, options, n_processes)
+    finally:
+        summary.report = _write_report(report, own.name, summary.rejected)
+    summary.files = len({f for job in sources.values() for item in job.items for f in item.files})
     if mapping is not None:
-        _write_mapping(Path(mapping), sources, names)
+        _write_mapping(Path(mapping), sources, chosen.names)
     _tell(summary)
     return summary
 
 
+def _check_options(four_d: str, link: str, least_slices: int, least_spacing: float, keep: Sequence[str]) -> None:
+    if four_d not in FOUR_D or link not in LINKS or least_slices < 2:
+        raise NnsslError(
+            f"--four-d is one of {', '.join(FOUR_D)}; --link one of {', '.join(LINKS)}; --least-slices 2 or more."
+        )
+    if not 0 < least_spacing < 1 or not set(keep) <= set(KEEP):
+        raise NnsslError(f"--least-spacing is in mm, above 0 and below 1; --keep takes {' and '.join(KEEP)}.")
+
+
 def _find(
-    folders: Sequence[str | os.PathLike[str]], four_d: str, least: int, n_processes: int
+    folders: Sequence[str | os.PathLike[str]], keep: Sequence[str], four_d: str, least: int, n_processes: int
 ) -> tuple[list[Item], list[Rejected]]:
-    found = scan(folders)
+    found = scan(folders, keep)
+    if found.dicom:
+        require_dicom(len(found.dicom))
     parts = [found.dicom[i : i + HEADERS_PER_JOB] for i in range(0, len(found.dicom), HEADERS_PER_JOB)]
     headers: list[Header] = []
     rejected = found.rejected
@@ -147,36 +156,22 @@ def _find(
     return [*found.images, *volumes], [*rejected, *bad]
 
 
-def _one_modality(items: Sequence[Item], asked: str | None) -> tuple[tuple[str, ...], list[Item], list[Rejected]]:
-    """The channel's name, the images of that kind, and the others."""
-    counts = Counter(i.modality for i in items if i.modality)
-    if asked is None:
-        if len(counts) > 1:
-            shown = ", ".join(f"{n} {m}" for m, n in counts.most_common())
-            raise NnsslError(
-                f"The images are of several kinds ({shown} series): choose one with --modality; others are left out."
-            )
-        if not counts:
-            if not items:
-                return ("MR",), [], []
-            raise NnsslError(
-                "The files do not tell what kind of images they are: say it, for example --modality CT or --modality MR."
-            )
-        found = next(iter(counts))
-        return (NAMES.get(found, found),), list(items), []
-    wanted = KNOWN.get(asked.strip().lower())
-    kept, rejected = [], []
-    for item in items:
-        if wanted and item.modality and item.modality != wanted:
-            rejected.append(Rejected(item.files[0], "another modality", item.modality))
-        else:
-            kept.append(item)
-    return (asked,), kept, rejected
+def _jobs(chosen: Channels) -> tuple[list[Job], list[Rejected]]:
+    """The cases to be. An image that went away meanwhile is one line of the table."""
+    items, gone = [], []
+    for item in chosen.items:
+        there = all(map(os.path.exists, item.files))
+        (items if there else gone).append(item)
+    rejected = [Rejected(i.files[0], "it is gone", "", len(i.files)) for i in gone]
+    if chosen.patterns is None:
+        return single_channels(items), rejected
+    jobs, odd = group_channels(items, chosen.patterns)
+    return jobs, [*rejected, *odd]
 
 
 def _add(target: Dataset, jobs: list[Job], summary: Summary, options: Converter, n_processes: int) -> dict[str, Job]:
     """Convert and place what is new; returns the job of every case that these images are."""
-    told = f"{options.four_d} {options.least}"
+    told = options.options
     sources: dict[str, Job] = {}
     todo = []
     for job in sorted(jobs, key=lambda j: j.key):
@@ -185,11 +180,11 @@ def _add(target: Dataset, jobs: list[Job], summary: Summary, options: Converter,
             summary.known += len(line.cases)
             sources.update(dict.fromkeys(line.cases, job))
         elif line is not None and line.reason and line.options == told and line.reason != "duplicate":
-            summary.rejected.append(Rejected(job.items[0].files[0], line.reason, "as before"))
+            summary.rejected.append(Rejected(job.items[0].files[0], line.reason, "as before", _count(job)))
         else:
             todo.append(job)
     with temporary_folder(target.images, "nnUNet_raw") as temporary:
-        worker = Converter(temporary, options.four_d, options.least, options.link)
+        worker = replace(options, temporary=temporary)
         try:
             with contextlib.closing(run_jobs(worker, todo, n_processes, f"Adding to {target.name}")) as replies:
                 for reply in replies:
@@ -207,7 +202,8 @@ def _settle(reply: Reply, target: Dataset, summary: Summary, sources: dict[str, 
     file = reply.job.items[0].files[0]
     for made in reply.made:
         if made.sha256 in target.hashes:
-            summary.rejected.append(Rejected(file, "duplicate", f"of {target.hashes[made.sha256]}"))
+            detail = f"of {target.hashes[made.sha256]}"
+            summary.rejected.append(Rejected(file, "duplicate", detail, 0 if cases else _count(reply.job)))
             for draft in made.drafts:
                 os.unlink(draft)
             continue
@@ -218,11 +214,15 @@ def _settle(reply: Reply, target: Dataset, summary: Summary, sources: dict[str, 
         hashes.append(made.sha256)
         summary.linked += made.linked
     if reply.reason:
-        summary.rejected.append(Rejected(file, reply.reason, reply.detail))
+        summary.rejected.append(Rejected(file, reply.reason, reply.detail, _count(reply.job)))
     if not cases:
         target.append(Line(reply.job.key, reason=reply.reason or "duplicate", options=told))
     summary.added += cases
     sources.update(dict.fromkeys(cases, reply.job))
+
+
+def _count(job: Job) -> int:
+    return sum(len(item.files) for item in job.items)
 
 
 def _fatal(reply: Reply, target: Dataset) -> str:
@@ -243,10 +243,17 @@ def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
         raise NnsslError(f"{path} cannot be written: {error.strerror}.") from error
 
 
-def _write_report(path: str | os.PathLike[str] | None, dataset: str, rejected: Sequence[Rejected]) -> Path:
+def _write_report(path: str | os.PathLike[str] | None, dataset: str, rejected: Sequence[Rejected]) -> Path | None:
+    """The table of what is not used; where all is, none is left, also not that of an earlier call."""
     file = Path(path if path is not None else f"{dataset}_not_added.csv").absolute()
+    if not rejected:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+        return None
     ordered = sorted(rejected, key=lambda r: (r.file, r.reason))
-    _write_csv(file, [("file", "reason", "detail"), *((r.file, r.reason, r.detail) for r in ordered)])
+    _write_csv(
+        file, [("file", "reason", "detail", "files"), *((r.file, r.reason, r.detail, str(r.count)) for r in ordered)]
+    )
     return file
 
 
@@ -265,19 +272,23 @@ def _write_mapping(path: Path, sources: Mapping[str, Job], channels: Sequence[st
     _write_csv(path.absolute(), [head, *sorted([*map(tuple, kept), *new])])
 
 
+def _counts(rejected: Sequence[Rejected]) -> str:
+    """Files that are not used, by reason; which is which stands in the table only."""
+    counts: Counter[str] = Counter()
+    for one in rejected:
+        counts[one.reason] += one.count
+    lines = "".join(f"\n  {n:6d}  {reason}" for reason, n in counts.most_common())
+    return f"{sum(counts.values())} file(s) are not used:{lines}" if counts else ""
+
+
 def _tell(summary: Summary) -> None:
-    """Counts and reasons; which file is which stands in the report only."""
-    new = f"{summary.added[0]} to {summary.added[-1]}" if len(summary.added) > 1 else "".join(summary.added) or "none"
-    log.info(
-        "%s: %d case(s) added (%s), %d file(s) of them linked.",
-        summary.dataset,
-        len(summary.added),
-        new,
-        summary.linked,
-    )
+    """What the call did, in numbers; it names no file."""
+    names = f" ({summary.added[0]} to {summary.added[-1]})" if len(summary.added) > 1 else ""
+    names = f" ({summary.added[0]})" if len(summary.added) == 1 else names
+    links = f"; {summary.linked} of their images are links to your files" if summary.linked else ""
+    log.info("%s: %d case(s) added%s%s.", summary.dataset, len(summary.added), names, links)
     if summary.known:
-        log.info("%d case(s) were there before.", summary.known)
+        log.info("%d case(s) had been added before and are as they were.", summary.known)
+    log.info("%d file(s) are in these cases.", summary.files)
     if summary.rejected:
-        counts = Counter(r.reason for r in summary.rejected).most_common()
-        lines = "".join(f"\n  {n:6d}  {reason}" for reason, n in counts)
-        log.info("%d file(s) or series are not used:%s\nOne by one: %s", len(summary.rejected), lines, summary.report)
+        log.info("%s\nOne by one: %s", _counts(summary.rejected), summary.report)

@@ -22,22 +22,27 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="nnssl_add_images",
         allow_abbrev=False,
-        description="Make an nnU-Net raw dataset without labels from folders of NIfTI, NRRD, MetaImage and DICOM files, or add "
-        "to one. Cases get neutral names; what is not used is listed with the reason. The same command again adds what is new.",
+        description="Make an nnU-Net raw dataset without labels from folders of DICOM, NIfTI, NRRD, MetaImage, GIPL, MGH and "
+        "TIFF files, or add to one. Cases get neutral names; what is not used is listed with the reason. The same command again "
+        "adds what is new. DICOM needs dcm2niix and pydicom: pip install 'nnssl[dicom]' (or dcm2niix pydicom).",
         epilog="Example: nnssl_add_images -d 500 -n PelvisScans /data/export, then: nnssl_pretrain -d 500 -t 501 -m macl",
     )
     p.add_argument("folders", nargs="+", metavar="FOLDER", help="looked through recursively")
     p.add_argument("-d", required=True, metavar="DATASET", help="id of the dataset, such as 500")
     p.add_argument("-n", metavar="NAME", help="name of a new dataset: Dataset500_NAME with the cases NAME_0001, ...")
+    p.add_argument("-t", metavar="DATASET", help="dataset that will be fine-tuned: its channel names are taken")
     p.add_argument(
-        "--modality", metavar="NAME", help="CT, MR or another name of the channel (default: what DICOM says)"
+        "--modality",
+        metavar="NAME",
+        help="CT, MR or another name of the channel (default: what -t, the dataset, DICOM or the files' names tell)",
     )
     p.add_argument(
         "--channels",
         nargs="+",
         type=_channel,
         metavar="NAME=PATTERN",
-        help="cases of several images: a name and a regular expression for each channel, for example T1=_t1 T2=_t2",
+        help="cases of several images: a name and a regular expression for each channel, for example T1=_t1 T1CE=_t1ce; the "
+        "longest match counts",
     )
     p.add_argument(
         "--four-d",
@@ -46,6 +51,20 @@ def parser() -> argparse.ArgumentParser:
         help="images of several volumes: leave out (default), make a case of each, or take the first",
     )
     p.add_argument("--least-slices", type=int, default=8, metavar="N", help="fewer are no volume (default: 8)")
+    p.add_argument(
+        "--least-spacing",
+        type=float,
+        default=0.04,
+        metavar="MM",
+        help="smaller voxel sizes are taken for a damaged header (default: 0.04; micro-CT: 0.001)",
+    )
+    p.add_argument(
+        "--keep",
+        nargs="+",
+        choices=("label-maps", "test-images"),
+        default=[],
+        help="do not leave out what looks like a label map, or the test images (imagesTs) of nnU-Net datasets",
+    )
     p.add_argument(
         "--link",
         choices=("auto", "symbolic", "never"),
@@ -73,10 +92,13 @@ def _body(args: argparse.Namespace) -> None:
         args.d,
         args.folders,
         name=args.n,
+        target=args.t,
         modality=args.modality,
         channels=dict(args.channels) if args.channels else None,
         four_d=args.four_d,
         least_slices=args.least_slices,
+        least_spacing=args.least_spacing,
+        keep=args.keep,
         link=args.link,
         report=args.report,
         mapping=args.mapping,

@@ -1,4 +1,4 @@
-"""One image in its own format -> checked, and as NIfTI without a header's stories; linked where the file is that already."""
+"""One image in its own format -> checked, and as NIfTI with voxels and geometry only; linked where the file is that already."""
 
 from __future__ import annotations
 
@@ -13,22 +13,38 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
+from nnssl.pretrain.images.dcm2niix import Unconverted, convert, joined
 from nnssl.pretrain.images.items import Item, Job
-from nnssl.pretrain.prepare.whole import check_whole
+from nnssl.pretrain.images.kinds import LABEL_MAP, looks_like_labels
+from nnssl.pretrain.images.other import read_nibabel, read_tiff
+from nnssl.pretrain.prepare.whole import check_header, check_spacing, check_voxels, check_whole, is_nifti2
 from nnssl.pretrain.prepare.worker import voxel_hash
 
-__all__ = ["LINKS", "Converter", "Made", "Reply", "tells_nothing"]
+__all__ = ["LARGEST_SPACING", "LEAST_SPACING", "LINKS", "Converter", "Made", "Reply", "tells_nothing"]
 
 LINKS = ("auto", "symbolic", "never")
 """Whether NIfTI files are linked: by hard link where their header tells nothing of a patient, as they are, or not at all."""
 
-SPACING = (0.04, 20.0)
-"""Voxel sizes in mm that a scanner makes."""
+LEAST_SPACING, LARGEST_SPACING = 0.04, 20.0
+"""Voxel sizes in mm that a clinical scanner makes."""
 
 HARMLESS = ("", "fsl", "itk", "spm", "nifti")
 """Beginnings of the description in a NIfTI header that name software and no patient."""
 
 SAME_GEOMETRY = 1e-3
+
+REASONS = {
+    "sheared": "its matrix is sheared",
+    "too large for 32-bit": "voxels are too large for 32-bit floating point",
+    "is constant": "the image is constant",
+    "it is empty": "all but a few voxels have one value",
+    "complex": "its voxels are complex numbers",
+    "colour": "colour (RGB)",
+    "its header tells": "its header tells more voxels than the file holds",
+    "its orientation": "its orientation is damaged",
+    "a TIFF tells": "a TIFF without a voxel size",
+}
+"""What checks say -> the reason under which it is counted."""
 
 
 class _No(Exception):
@@ -109,19 +125,21 @@ def _volumes(image: sitk.Image, four_d: str) -> list[sitk.Image]:
     return [image[..., i] for i in range(size[3] if four_d == "split" else 1)]
 
 
-def _check(image: sitk.Image, least: int) -> None:
+def _check(image: sitk.Image, least: int, limits: tuple[float, float], keep_labels: bool) -> None:
     size, spacing = image.GetSize(), image.GetSpacing()
     if min(size) == 1:
         raise _No("a single slice")
     if min(size) < least:
         raise _No(f"fewer than {least} slices", "x".join(map(str, size)))
-    if not all(np.isfinite(s) and SPACING[0] <= s <= SPACING[1] for s in spacing):
-        raise _No("absurd voxel size", " x ".join(f"{s:.3g}" for s in spacing) + " mm")
     voxels = sitk.GetArrayViewFromImage(image)
-    if not np.isfinite(voxels).all():
-        raise _No("voxels are NaN or infinite")
-    if voxels.min() == voxels.max():
-        raise _No("the image is constant")
+    try:
+        check_spacing(spacing, size, limits)
+        check_voxels([voxels])
+    except ValueError as error:
+        raise _No(*_unreadable(str(error))) from None
+    labels = "" if keep_labels else looks_like_labels(voxels)
+    if labels:
+        raise _No(LABEL_MAP, labels)
 
 
 def _same_place(images: Sequence[sitk.Image]) -> None:
@@ -144,12 +162,25 @@ class Converter:
         four_d: see :data:`nnssl.pretrain.images.items.FOUR_D`.
         least: slices that make a volume.
         link: see :data:`LINKS`.
+        least_spacing: mm; smaller voxel sizes are taken for a damaged header.
+        keep_labels: keep what looks like a label map.
     """
 
     temporary: Path
     four_d: str
     least: int
     link: str
+    least_spacing: float = LEAST_SPACING
+    keep_labels: bool = False
+
+    @property
+    def options(self) -> str:
+        """What decides whether an image is used: one that was not is looked at again only under other options."""
+        return f"2 {self.four_d} {self.least} {self.least_spacing:g} {self.keep_labels}"
+
+    @property
+    def _limits(self) -> tuple[float, float]:
+        return self.least_spacing, LARGEST_SPACING
 
     def __call__(self, job: Job) -> Reply:
         """Do one job; never raises but for Ctrl-C."""
@@ -174,7 +205,7 @@ class Converter:
         return "disk" if full else f"{type(error).__name__}: {error}".strip().splitlines()[-1]
 
     def _cases(self, job: Job) -> list[Made]:
-        read = [self._read(item) for item in job.items]
+        read, pure = zip(*(self._read(item) for item in job.items))
         channels = [_volumes(image, self.four_d) for image in read]
         dimensions = [image.GetDimension() for image in read]
         if len(channels) > 1 and any(len(volumes) > 1 for volumes in channels):
@@ -183,7 +214,7 @@ class Converter:
         for i in range(len(channels[0])):
             images = [volumes[i] for volumes in channels]
             for image in images:
-                _check(image, self.least)
+                _check(image, self.least, self._limits, self.keep_labels)
             _same_place(images)
             voxels = np.stack([sitk.GetArrayViewFromImage(image).astype(np.float32) for image in images])
             drafts, linked = [], 0
@@ -191,7 +222,7 @@ class Converter:
                 draft = str(self.temporary / f"{job.key[:32]}_{i:04d}_{c:04d}.nii.gz")
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(draft)
-                if image.GetDimension() == dimensions[c] and self._linked(item, draft):
+                if image.GetDimension() == dimensions[c] and self._linked(item, draft, pure[c]):
                     linked += 1
                 else:
                     sitk.WriteImage(_plain(image), draft, useCompression=True)
@@ -201,15 +232,15 @@ class Converter:
             made.append(Made(voxel_hash(voxels), tuple(drafts), linked))
         return made
 
-    def _linked(self, item: Item, draft: str) -> bool:
+    def _linked(self, item: Item, draft: str, pure: bool) -> bool:
         """Link a file that nnU-Net reads as it is; False where it has to be written anew."""
         file = item.files[0]
-        if len(item.files) > 1 or not file.lower().endswith(".nii.gz") or self.link == "never":
+        if item.dicom or not file.lower().endswith(".nii.gz") or self.link == "never" or is_nifti2(file):
             return False
         if self.link == "symbolic":
             os.symlink(file, draft)
             return True
-        if not tells_nothing(file):
+        if not (pure and tells_nothing(file)):
             return False
         try:
             os.link(os.path.realpath(file), draft)
@@ -217,25 +248,38 @@ class Converter:
             return False
         return True
 
-    def _read(self, item: Item) -> sitk.Image:
+    def _read(self, item: Item) -> tuple[sitk.Image, bool]:
+        """The image, and whether its file holds nothing beside it."""
+        file = item.files[0]
         try:
-            if len(item.files) == 1:
-                check_whole(item.files[0])
-                return sitk.ReadImage(item.files[0])
-            reader = sitk.ImageSeriesReader()
-            reader.SetFileNames(item.files)
-            image = reader.Execute()
-            image.SetSpacing((*image.GetSpacing()[:2], item.step))
-            return image
-        except (RuntimeError, ValueError, OSError) as error:
+            if item.dicom:
+                return joined(convert(item, self.temporary)), False
+            if file.lower().endswith((".tif", ".tiff")):
+                return read_tiff(file), False
+            if file.lower().endswith((".mgz", ".mgh")):
+                return read_nibabel(file), False
+            check_header(file, self._limits, nnunet=False)
+            extra = check_whole(file)
+            return (read_nibabel(file) if is_nifti2(file) else sitk.ReadImage(file)), not extra
+        except Unconverted as error:
+            raise _No("dcm2niix does not convert it as its headers tell", str(error)) from None
+        except (RuntimeError, ValueError, OSError, nibabel.filebasedimages.ImageFileError) as error:
+            if isinstance(error, OSError) and item.dicom and shutil.disk_usage(self.temporary).free < 1 << 24:
+                raise
             text = str(error).strip().splitlines() or [""]
             raise _No(*_unreadable(text[-1])) from None
 
 
 def _unreadable(text: str) -> tuple[str, str]:
-    """Reason and detail of a file that a reader refused."""
+    """Reason and detail of a file that a reader or a check refused."""
     if "truncated" in text:
         return "it is truncated", text
-    if "NaN or infinite" in text:
+    if "NaN or infinite" in text and "voxels" in text:
         return "voxels are NaN or infinite", text
+    if "absurd voxel size" in text:
+        hint = " (see --least-spacing)" if "taken for possible" in text else ""
+        return "absurd voxel size", text.partition(": ")[2] + hint
+    for known, reason in REASONS.items():
+        if known in text:
+            return reason, text
     return "it cannot be read", text

@@ -1,6 +1,8 @@
-"""Sorts DICOM files into volumes: by series, size and orientation, and along the patient by position.
+"""Sorts DICOM files into volumes, and accounts for every file that is in none; :mod:`nnssl.pretrain.images.dcm2niix` converts.
 
-Nothing of a header is kept but what this takes; names, dates and numbers of patients are never read out.
+dcm2niix alone takes a gap of six slices without a word, makes several stacks of one whose orientation varies in the fourth digit,
+and drops a second patient under the same identifiers for duplicates. So a volume's files are chosen here, by place and content
+and not by identifiers alone, and given to it one volume at a time.
 """
 
 from __future__ import annotations
@@ -10,17 +12,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import SimpleITK as sitk
 
+from nnssl.pretrain.images.headers import Frame, Header
 from nnssl.pretrain.images.items import Item, Rejected
 
-__all__ = ["Header", "read_headers", "volumes_of"]
+__all__ = ["volumes_of"]
 
 NO_FILMS = frozenset({"US", "XA", "RF", "ES", "IVUS", "OCT", "OP", "GM", "SM", "MG", "DX", "CR", "NM"})
 """Modalities whose multi-frame files are films or stacks of other things than slices."""
 
+NO_IMAGES = {"SEG": "a DICOM segmentation", "RTDOSE": "a dose distribution"}
+
 SAME_PLACE = 0.01
-"""Slices this near to each other, in mm, lie at one place: of several volumes."""
+"""Slices this near to each other, in mm, lie at one place: of several volumes, or twice the same."""
+
+SAME_ORIENTATION = 0.01
+"""Largest difference of direction cosines within a volume (0.6 degrees): slices of one scan are written with rounded numbers."""
+
+SAME_SPACING = 0.01
+"""Largest difference of pixel spacings within a volume, as a share."""
 
 UNEVEN = 0.1
 """Largest difference of a slice distance from the median, as a share of it: more means that slices are missing."""
@@ -28,181 +38,247 @@ UNEVEN = 0.1
 TILT_DEGREES = 1.0
 """Largest angle between the slices' normal and the line that their positions lie on; more is a tilted gantry."""
 
-TAGS = {
-    "series": "0020|000e",
-    "study": "0020|000d",
-    "instance": "0008|0018",
-    "description": "0008|103e",
-    "modality": "0008|0060",
-    "kind": "0008|0008",
-    "position": "0020|0032",
-    "orientation": "0020|0037",
-    "frames": "0028|0008",
-    "samples": "0028|0002",
-    "acquisition": "0020|0012",
-    "time_point": "0020|0100",
-    "number": "0020|0013",
-}
 
+@dataclass(frozen=True, eq=False)
+class _Slice:
+    """One slice: a file, or a frame of one."""
 
-@dataclass(frozen=True)
-class Header:
-    """What sorting takes of a file.
+    header: Header
+    place: Header | Frame
+    frame: int = 0
 
-    Attributes:
-        size: columns and rows.
-        orientation: six numbers, or none.
-        position: three numbers in mm, or none.
-        order: acquisition, time point and number of the instance: tells slices at one place apart.
-    """
-
-    file: str
-    root: str
-    series: str
-    study: str
-    instance: str
-    description: str
-    modality: str
-    kind: str
-    frames: int
-    samples: int
-    size: tuple[int, int]
-    orientation: tuple[float, ...]
-    position: tuple[float, ...]
-    order: tuple[float, ...]
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split("\\")) if text else ()
-    except ValueError:
-        return ()
-
-
-def _read(root: str, file: str) -> Header | Rejected:
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(file)
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:
-        return Rejected(file, "DICOM without a readable image (a report, a plan, or damaged)")
-    text = {k: reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else "" for k, tag in TAGS.items()}
-    first = {k: int((_numbers(text[k]) or (1,))[0]) for k in ("frames", "samples")}
-    order = [(_numbers(text[k]) or (0.0,))[0] for k in ("acquisition", "time_point", "number")]
-    place = {"orientation": _numbers(text.pop("orientation")), "position": _numbers(text.pop("position"))}
-    if text["modality"] == "OT":  # other: says nothing
-        text["modality"] = ""
-    kept = {k: text[k] for k in ("series", "study", "instance", "description", "modality", "kind")}
-    width, height = reader.GetSize()[:2]
-    return Header(file, root, **kept, **first, size=(width, height), **place, order=tuple(order))  # type: ignore[arg-type]
-
-
-def read_headers(files: Sequence[tuple[str, str]]) -> list[Header | Rejected]:
-    """Headers of (root, path) pairs; pickles as a job of :func:`nnssl.pretrain.prepare.processes.run_jobs`."""
-    loud = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        return [_read(root, file) for root, file in files]
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(loud)
+    @property
+    def order(self) -> tuple:
+        return (*self.place.order, self.header.file, self.frame)
 
 
 def _all(headers: Sequence[Header], reason: str, detail: str = "") -> Rejected:
-    more = f"{len(headers)} files of the series" if len(headers) > 1 else ""
-    return Rejected(headers[0].file, reason, "; ".join(t for t in (detail, more) if t))
+    files = sorted({h.file for h in headers})
+    more = f"{len(files)} files of the series" if len(files) > 1 else ""
+    return Rejected(files[0], reason, "; ".join(t for t in (detail, more) if t), len(files))
 
 
-def _item(headers: Sequence[Header], step: float = 0.0) -> Item:
+def _item(slices: Sequence[Sequence[_Slice]], step: float) -> Item:
+    """An image of one or more volumes, each a list of slices from bottom to top."""
+    headers = list(dict.fromkeys(s.header for volume in slices for s in volume))
     one = headers[0]
-    text = os.path.relpath(one.file if len(headers) == 1 else os.path.dirname(one.file), one.root)
+    text = os.path.relpath(one.file if len(headers) == 1 else one.folder, one.root)
+    part = one.n_frames > 1 and one.n_frames != len(slices[0])
+    volumes = tuple(tuple(s.frame for s in volume) for volume in slices) if part else ()
     return Item(
-        tuple(h.file for h in headers), one.root, os.path.join(text, one.description), one.study, one.modality, step
+        tuple(h.file for h in headers),
+        one.root,
+        os.path.join(text, one.description),
+        one.study,
+        one.modality,
+        dicom=True,
+        size=(*one.size, len(slices[0])),
+        step=step,
+        volumes=volumes,
     )
 
 
-def _spaced(stack: Sequence[Header], places: np.ndarray) -> Rejected | float:
+def _mosaic(header: Header) -> Item:
+    """A file whose one picture holds all slices side by side; dcm2niix knows how many."""
+    text = os.path.join(os.path.relpath(header.file, header.root), header.description)
+    return Item((header.file,), header.root, text, header.study, header.modality, dicom=True)
+
+
+def _gap(steps: np.ndarray, middle: float) -> str:
+    """What is missing, in numbers."""
+    missing = int(sum(max(0, round(float(s) / middle) - 1) for s in steps)) if middle > 0 else 0
+    at = int(np.argmax(np.abs(steps - middle)))
+    told = f"{steps[at]:.4g} mm from slice {at + 1} to the next, {middle:.4g} mm elsewhere"
+    return f"{missing} of {len(steps) + 1 + missing} slices are missing: {told}" if missing else told
+
+
+def _spaced(stack: Sequence[_Slice], places: np.ndarray) -> Rejected | float:
     """Distance of the slices of one volume, in order, or why they are none."""
-    steps = np.diff(places)
+    headers, steps = [s.header for s in stack], np.diff(places)
     middle = float(np.median(steps))
     if np.abs(steps - middle).max() > UNEVEN * middle:
-        return _all(stack, "slices are missing or unevenly spaced", f"{steps.min():.3g} to {steps.max():.3g} mm")
-    line = np.subtract(stack[-1].position, stack[0].position)
+        return _all(headers, "slices are missing or unevenly spaced", _gap(steps, middle))
+    line = np.subtract(stack[-1].place.position, stack[0].place.position)
     across = float(np.sqrt(max(0.0, line @ line - (places[-1] - places[0]) ** 2)))
     angle = np.degrees(np.arctan2(across, places[-1] - places[0]))
     if angle > TILT_DEGREES:
-        return _all(stack, "its gantry is tilted", f"{angle:.1f} degrees")
+        return _all(headers, "its gantry is tilted", f"{angle:.1f} degrees")
     return float(places[-1] - places[0]) / (len(stack) - 1)
 
 
-def _stack(headers: list[Header], four_d: str, least: int) -> tuple[list[Item], list[Rejected]]:
-    """Volumes of single slices with one series, size and orientation."""
-    if len(headers) == 1:
-        return [], [_all(headers, "a single slice")]
-    if any(len(h.position) != 3 or len(h.orientation) != 6 for h in headers):
-        return [], [_all(headers, "its slices have no positions")]
-    right, down = np.reshape(headers[0].orientation, (2, 3))
+def _levels(slices: Sequence[_Slice]) -> tuple[list[list[_Slice]], dict[_Slice, float]]:
+    """Slices by place along their normal, from bottom to top; those at one place in the order in which they were taken."""
+    right, down = np.reshape(slices[0].place.orientation, (2, 3))
     normal = np.cross(right, down)
-    at = {h.file: float(np.dot(normal, h.position)) for h in headers}
-    ordered = sorted(headers, key=lambda h: at[h.file])
-    levels: list[list[Header]] = []
-    for header in ordered:
-        if not levels or at[header.file] - at[levels[-1][0].file] > SAME_PLACE:
+    at = {s: float(np.dot(normal, s.place.position)) for s in slices}
+    levels: list[list[_Slice]] = []
+    for one in sorted(slices, key=lambda s: at[s]):
+        if not levels or at[one] - at[levels[-1][0]] > SAME_PLACE:
             levels.append([])
-        levels[-1].append(header)
-    levels = [sorted(level, key=lambda h: (h.order, h.file)) for level in levels]
+        levels[-1].append(one)
+    return [sorted(level, key=lambda s: s.order) for level in levels], at
+
+
+def _volumes(slices: Sequence[_Slice], four_d: str, least: int) -> tuple[list[list[_Slice]], float] | Rejected:
+    """The volumes of slices with one series, size and orientation, and the distance of their slices."""
+    headers = [s.header for s in slices]
+    if any(len(s.place.position) != 3 or len(s.place.orientation) != 6 for s in slices):
+        return _all(headers, "its slices have no positions" if len(slices) > 1 else "a single slice")
+    levels, at = _levels(slices)
     if len(levels) < least:
         few = "a single slice" if len(levels) == 1 else f"fewer than {least} slices"
-        return [], [_all(ordered, few, f"{len(levels)} positions")]
-    volumes = {len(level) for level in levels}
-    if len(volumes) > 1:
-        return [], [_all(ordered, "some positions have more slices than others")]
-    count = volumes.pop()
-    if count > 1 and four_d == "reject":
-        return [], [_all(ordered, "4D (see --four-d)", f"{count} volumes")]
-    items: list[Item] = []
-    rejected: list[Rejected] = []
-    for i in range(count if four_d == "split" else 1):
-        stack = [level[i] for level in levels]
-        step = _spaced(stack, np.array([at[h.file] for h in stack]))
-        if isinstance(step, Rejected):
-            rejected.append(step)
+        return _all(headers, few, f"{len(levels)} positions")
+    counts = sorted({len(level) for level in levels})
+    if len(counts) > 1:
+        return _all(headers, "some positions have more slices than others", f"{counts[0]} to {counts[-1]} slices")
+    if counts[0] > 1 and four_d == "reject":
+        return _all(headers, "4D (see --four-d)", f"{counts[0]} volumes")
+    volumes = [[level[i] for level in levels] for i in range(counts[0] if four_d == "split" else 1)]
+    steps = [_spaced(v, np.array([at[s] for s in v])) for v in volumes]
+    bad = next((s for s in steps if isinstance(s, Rejected)), None)
+    return bad or (volumes, float(np.mean([s for s in steps if isinstance(s, float)])))
+
+
+def _stack(headers: Sequence[Header], four_d: str, least: int) -> tuple[list[Item], list[Rejected]]:
+    """Volumes of single-slice files."""
+    found = _volumes([_Slice(h, h) for h in headers], four_d, least)
+    if isinstance(found, Rejected):
+        return [], [found]
+    volumes, step = found
+    items = [_item([volume], step) for volume in volumes]
+    unused = sorted({h.file for h in headers} - {f for i in items for f in i.files})
+    over = [Rejected(unused[0], "a later volume of 4D (see --four-d)", "", len(unused))] if unused else []
+    return items, over
+
+
+def _multi_frame(header: Header, four_d: str, least: int) -> Item | Rejected:
+    """The image of a multi-frame file."""
+    if header.modality in NO_FILMS:
+        return Rejected(header.file, "a film, or frames that are no slices", header.modality)
+    if len(header.frames) != header.n_frames or not all(f.position and f.orientation for f in header.frames):
+        return Rejected(header.file, "its frames have no positions", f"{header.n_frames} frames")
+    if any(_differs(header.frames[0].orientation, f.orientation) for f in header.frames):
+        return Rejected(header.file, "its frames have several orientations")
+    slices = [_Slice(header, frame, i) for i, frame in enumerate(header.frames)]
+    found = _volumes(slices, four_d, least)
+    if not isinstance(found, Rejected):
+        return _item(*found)
+    return found
+
+
+def _differs(one: Sequence[float], other: Sequence[float]) -> bool:
+    return len(one) != len(other) or any(abs(a - b) > SAME_ORIENTATION for a, b in zip(one, other))
+
+
+def _alike(one: Header, other: Header) -> bool:
+    """Whether two slices can be of one volume."""
+    spacings = len(one.spacing) == len(other.spacing) and np.allclose(one.spacing, other.spacing, rtol=SAME_SPACING)
+    return one.size == other.size and bool(spacings) and not _differs(one.orientation, other.orientation)
+
+
+def _clusters(headers: Iterable[Header]) -> list[list[Header]]:
+    """Files of one series by size, pixel spacing and orientation."""
+    clusters: list[list[Header]] = []
+    for header in headers:
+        home = next((c for c in clusters if _alike(c[0], header)), None)
+        if home is None:
+            clusters.append([header])
         else:
-            items.append(_item(stack, step))
-    return items, rejected
+            home.append(header)
+    return clusters
+
+
+def _place_key(header: Header) -> tuple:
+    return (header.instance, *(round(p, 2) for p in header.position))
+
+
+def _without_copies(headers: Sequence[Header]) -> tuple[list[Header], list[Rejected]]:
+    """Files of one folder without those that are there twice: the same identifier, place and voxels."""
+    by_key: dict[tuple, list[Header]] = {}
+    for header in headers:
+        by_key.setdefault(_place_key(header), []).append(header)
+    kept, copies = [], []
+    for several in by_key.values():
+        seen: set[bytes] = set()
+        for header in several:
+            content = header.voxel_hash() if len(several) > 1 else b""
+            if content and content in seen:
+                copies.append(Rejected(header.file, "duplicate", "the same slice twice"))
+            else:
+                kept.append(header)
+            seen.add(content)
+    return kept, copies
+
+
+def _is_copy(folder: Sequence[Header], others: Iterable[Header]) -> bool:
+    """Whether each file of a folder is in the others too."""
+    known: dict[tuple, list[Header]] = {}
+    for header in others:
+        known.setdefault(_place_key(header), []).append(header)
+    return all(any(h.voxel_hash() == o.voxel_hash() for o in known.get(_place_key(h), ())) for h in folder)
+
+
+def _of_folders(headers: Sequence[Header], four_d: str, least: int) -> tuple[list[Item], list[Rejected]]:
+    """One series: a volume spread over folders is one, folders with a volume each (two patients under one identifier) are two."""
+    folders: dict[str, list[Header]] = {}
+    for header in headers:
+        folders.setdefault(header.folder, []).append(header)
+    rejected: list[Rejected] = []
+    for name in folders:
+        folders[name], copies = _without_copies(folders[name])
+        rejected += copies
+    for name in sorted(folders, key=lambda n: (len(folders[n]), n)) if len(folders) > 1 else ():
+        others = [h for other, several in folders.items() if other != name for h in several]
+        if others and _is_copy(folders[name], others):
+            rejected.append(_all(folders.pop(name), "duplicate", "the same slices in another folder"))
+    together = [h for several in folders.values() for h in several]
+    items, bad = _stack(together, four_d, least)
+    several_times = len({h.order[1] for h in together}) > 1
+    if len(folders) > 1 and (not items or len(items) > 1) and not several_times:
+        apart = [_stack(several, four_d, least) for several in folders.values()]
+        if all(good for good, _ in apart):
+            items, bad = [i for good, _ in apart for i in good], [b for _, more in apart for b in more]
+    return items, [*rejected, *bad]
 
 
 def volumes_of(headers: Iterable[Header], *, four_d: str, least: int) -> tuple[list[Item], list[Rejected]]:
     """Sort files into volumes.
 
     Args:
-        headers: of all files, in any order and of any number of studies and series.
+        headers: of all files, in any order and of any number of patients, studies and series.
         four_d: see :data:`nnssl.pretrain.images.items.FOUR_D`.
         least: slices that make a volume.
     """
     items: list[Item] = []
     rejected: list[Rejected] = []
-    seen: set[str] = set()
     series: dict[tuple, list[Header]] = {}
     for h in headers:
-        if h.instance and h.instance in seen:
-            rejected.append(Rejected(h.file, "duplicate", "the same DICOM instance"))
-            continue
-        seen.add(h.instance)
-        if "LOCALIZER" in h.kind.upper():
+        if h.modality in NO_IMAGES:
+            rejected.append(Rejected(h.file, NO_IMAGES[h.modality], h.modality))
+        elif "LOCALIZER" in h.kind:
             rejected.append(Rejected(h.file, "a scout"))
         elif h.samples > 1:
             rejected.append(Rejected(h.file, "colour (RGB)"))
-        elif h.frames > 1 and h.modality in NO_FILMS:
-            rejected.append(Rejected(h.file, "a film, or frames that are no slices", h.modality))
-        elif h.frames > 1:
-            items.append(_item([h]))
+        elif h.n_frames > 1:
+            found = _multi_frame(h, four_d, least)
+            (items if isinstance(found, Item) else rejected).append(found)  # type: ignore[arg-type]
         else:
-            where = h.series or os.path.dirname(h.file)  # some anonymisers wipe identifiers out
-            key = (h.root, h.study, where, h.size, tuple(round(o, 3) for o in h.orientation))
-            series.setdefault(key, []).append(h)
-    for several in series.values():
-        good, bad = _stack(several, four_d, least)
+            where = h.series or h.folder  # some anonymisers wipe identifiers out
+            series.setdefault((h.patient, h.study, where, "MOSAIC" in h.kind), []).append(h)
+    for (*_, mosaic), several in series.items():
+        if mosaic:
+            good, bad = _mosaics(several, four_d)
+        else:
+            parts = [_of_folders(cluster, four_d, least) for cluster in _clusters(several)]
+            good, bad = [i for g, _ in parts for i in g], [r for _, b in parts for r in b]
         items += good
         rejected += bad
     return items, rejected
+
+
+def _mosaics(headers: Sequence[Header], four_d: str) -> tuple[list[Item], list[Rejected]]:
+    ordered = sorted(headers, key=lambda h: (h.order, h.file))
+    if len(ordered) > 1 and four_d == "reject":
+        return [], [_all(ordered, "4D (see --four-d)", f"{len(ordered)} volumes")]
+    used, rest = (ordered, []) if four_d == "split" else (ordered[:1], ordered[1:])
+    return [_mosaic(h) for h in used], [_all(rest, "a later volume of 4D (see --four-d)")] if rest else []

@@ -12,7 +12,7 @@ from nnssl.errors import NnsslError
 
 __all__ = ["FOUR_D", "Item", "Job", "Rejected", "group_channels", "single_channels"]
 
-ENDINGS = re.compile(r"\.?(nii\.gz|nii|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
+ENDINGS = re.compile(r"\.?(nii\.gz|nii|nrrd|nhdr|mha|mhd|gipl|gipl\.gz|mgz|mgh|hdr|tif|tiff)$", re.IGNORECASE)
 
 FOUR_D = ("reject", "split", "first")
 """What becomes of an image with several volumes: nothing, a case of each, or a case of the first."""
@@ -27,8 +27,11 @@ class Item:
         root: the folder that it was found under, as given.
         text: path below that folder, for DICOM with the series' description: what ``--channels`` is matched with.
         study: DICOM's study identifier; empty for other formats.
-        modality: DICOM's, for example ``"CT"``; empty where unknown.
-        step: mm from slice to slice of a series; 0 for a single file.
+        modality: DICOM's, for example ``"CT"``, or a channel's name; empty where unknown.
+        dicom: whether it is DICOM.
+        size: voxels (x, y, z) that DICOM's headers tell of each volume; empty where they do not.
+        step: mm from slice to slice that they tell.
+        volumes: of a multi-frame file with more frames than those of one volume: the frames of each, from bottom to top.
     """
 
     files: tuple[str, ...]
@@ -36,16 +39,27 @@ class Item:
     text: str
     study: str = ""
     modality: str = ""
+    dicom: bool = False
+    size: tuple[int, ...] = ()
     step: float = 0.0
+    volumes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """What is not used. ``reason`` is the same for all of a kind and names nobody; ``detail`` may hold paths."""
+    """What is not used.
+
+    Attributes:
+        file: it, or the first of several.
+        reason: the same for all of a kind; it names nobody.
+        detail: what is special here; it may hold paths.
+        count: files.
+    """
 
     file: str
     reason: str
     detail: str = ""
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,8 +99,8 @@ def group_channels(items: Sequence[Item], patterns: Mapping[str, str]) -> tuple[
     Args:
         items: all of them.
         patterns: channel name -> regular expression, upper and lower case alike, that is looked for in :attr:`Item.text`.
-            DICOM series belong together where their study is the same, other files where their path is but for the match and
-            the ending.
+            Of several that match, the one with the longest match counts (``_t1ce`` and not ``_t1``). DICOM series belong together
+            where their study is the same, other files where their path is but for the match and the ending.
 
     Returns:
         The cases, and the images of which no case can be made.
@@ -99,9 +113,11 @@ def group_channels(items: Sequence[Item], patterns: Mapping[str, str]) -> tuple[
     rejected = []
     for item in items:
         found = {name: match for name, p in compiled.items() if (match := p.search(item.text))}
+        longest = max((len(match[0]) for match in found.values()), default=0)
+        found = {name: match for name, match in found.items() if len(match[0]) == longest}
         if len(found) != 1:
             reason = "it matches several channels" if found else "it matches no channel"
-            rejected.append(Rejected(item.files[0], reason, ", ".join(found)))
+            rejected.append(Rejected(item.files[0], reason, ", ".join(found), len(item.files)))
             continue
         (name, match), *_ = found.items()
         rest = item.study or item.text[: match.start()] + "\0" + ENDINGS.sub("", item.text[match.end() :])
@@ -113,7 +129,7 @@ def group_channels(items: Sequence[Item], patterns: Mapping[str, str]) -> tuple[
         if missing or twice:
             reason = "a channel of its case is missing" if missing else "its case has several images for a channel"
             members = [i for several in channels.values() for i in several]
-            rejected += [Rejected(i.files[0], reason, ", ".join(missing or twice)) for i in members]
+            rejected += [Rejected(i.files[0], reason, ", ".join(missing or twice), len(i.files)) for i in members]
         else:
             jobs.append(Job.of([channels[name][0] for name in compiled]))
     return jobs, rejected

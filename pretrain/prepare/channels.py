@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
@@ -10,9 +11,44 @@ from nnssl.errors import NnsslError, raise_problems
 from nnssl.plans import Plan
 from nnssl.pretrain.prepare.raw import RawSource
 
-__all__ = ["match_channels"]
+__all__ = ["match_channels", "modality_of", "same_name"]
 
 log = logging.getLogger("nnssl")
+
+SPELLINGS = {
+    "CT": "ct computedtomography cect ncct cta",
+    "MR": "mr mri nmr magneticresonance magneticresonanceimaging",
+    "PT": "pt pet positronemissiontomography fdgpet",
+    "T1": "t1 t1w t1n t1weighted t1wi t1native mrt1 mrit1",
+    "T1CE": "t1ce t1c t1gd t1cew t1wce t1post t1contrast t1contrastenhanced mrt1ce t1wgd",
+    "T2": "t2 t2w t2weighted t2wi mrt2 mrit2",
+    "FLAIR": "flair t2flair t2f flairw mrflair",
+    "PD": "pd pdw protondensity",
+    "DWI": "dwi diffusion diffusionweighted",
+    "ADC": "adc adcmap",
+    "US": "us ultrasound",
+}
+"""Name -> the usual spellings, in small letters and without signs between them."""
+
+_NAMES = {spelling: name for name, spellings in SPELLINGS.items() for spelling in spellings.split()}
+_MR = ("MR", "T1", "T1CE", "T2", "FLAIR", "PD", "DWI", "ADC")
+
+
+def _name(text: str) -> str:
+    """One spelling for each of a channel's usual names; others are left but for case and signs."""
+    plain = re.sub(r"[\W_]+", "", text.casefold())
+    return _NAMES.get(plain, plain or text.strip().casefold())
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two channel names mean the same: ``MR`` and ``MRI``, ``T1w`` and ``t1``, ``T1ce`` and ``T1Gd``."""
+    return _name(one) == _name(other)
+
+
+def modality_of(text: str) -> str:
+    """DICOM's code of the modality that a channel name means (``MRI`` and ``FLAIR``: ``"MR"``); empty where it is not known."""
+    name = _name(text)
+    return "MR" if name in _MR else name if name in SPELLINGS else ""
 
 
 def match_channels(raw: RawSource, source: str, plan: Plan, *, allow_mismatch: bool) -> tuple[int, ...] | None:
@@ -31,8 +67,8 @@ def match_channels(raw: RawSource, source: str, plan: Plan, *, allow_mismatch: b
         NnsslError: names, order, count or modality differ and ``allow_mismatch`` is False, or nothing can be matched.
     """
     target, names = plan.channel_names, raw.channel_names
-    clean = {c: n.strip().casefold() for c, n in names.items()}
-    wanted = [target[c].strip().casefold() for c in sorted(target)]
+    clean = {c: _name(n) for c, n in names.items()}
+    wanted = [_name(target[c]) for c in sorted(target)]
     if not names:
         log.warning(
             "%s has no dataset.json with channel names: its channels are taken for %s.",

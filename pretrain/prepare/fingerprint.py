@@ -26,6 +26,7 @@ from nnssl.pretrain.data.orientation import direction_matrix, patient_axes
 from nnssl.pretrain.prepare.body import AIR_HU, body_of_raw
 from nnssl.pretrain.prepare.processes import run_jobs
 from nnssl.pretrain.prepare.raw import RawCase
+from nnssl.pretrain.prepare.whole import check_header, check_voxels, check_whole
 
 __all__ = ["MOST_IMAGES", "CaseFigures", "FigureWorker", "combine", "looks_like_ct", "measure", "sample_cases"]
 
@@ -96,21 +97,23 @@ class FigureWorker:
         try:
             with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                for file in case.files:
+                    check_header(file)
+                    check_whole(file)
                 reader = recursive_find_reader_writer_by_name(self.reader)()
                 data, properties = reader.read_images(list(case.files))
                 return self._figures(name, case, data, properties)
         except MemoryError:
             raise
+        except ValueError as error:  # of the checks
+            return CaseFigures(name, case.stamps, bad=str(error)[:300])
         except Exception as error:  # readers raise anything on broken files
             return CaseFigures(name, case.stamps, bad=f"{type(error).__name__}: {error}"[:300])
         finally:
             sitk.ProcessObject.SetGlobalWarningDisplay(loud)
 
     def _figures(self, name: str, case: RawCase, data: np.ndarray, properties: Mapping[str, Any]) -> CaseFigures:
-        if not np.isfinite(data).all():
-            raise ValueError("voxels are NaN or infinite")
-        if all(channel.min() == channel.max() for channel in data):
-            raise ValueError("the image is constant")
+        check_voxels(data)
         low = tuple(float(channel.min()) for channel in data)
         is_ct = self.is_ct or tuple(value <= AIR_HU for value in low)
         matrix = direction_matrix(properties)

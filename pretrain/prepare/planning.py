@@ -24,6 +24,7 @@ from nnssl.errors import NnsslError
 from nnssl.files import read_json, write_json
 from nnssl.paths import preprocessed_folder, set_folders
 from nnssl.plans import Plan, dataset_id, load_plan, resolve_dataset
+from nnssl.pretrain.prepare.channels import same_name
 from nnssl.pretrain.prepare.fingerprint import MOST_IMAGES, FigureWorker, combine, looks_like_ct, measure, sample_cases
 from nnssl.pretrain.prepare.planner import PLANNERS, plans_name, run_planner
 from nnssl.pretrain.prepare.raw import RawCase, RawSource, describe, list_unplanned
@@ -140,7 +141,7 @@ def _list(sources: Sequence[str]) -> tuple[dict[str, RawCase], RawSource]:
             raise NnsslError(f"{source} has no usable images in nnUNet_raw/{source}/imagesTr.")
         first = first or raw
         ours, theirs = list(first.channel_names.values()), list(raw.channel_names.values())
-        if raw.n_channels != first.n_channels or (ours and theirs and ours != theirs):
+        if raw.n_channels != first.n_channels or (ours and theirs and not _same_channels(ours, theirs)):
             raise NnsslError(
                 f"{sources[0]} and {source} differ in their channels ({', '.join(ours) or first.n_channels} and "
                 f"{', '.join(theirs) or raw.n_channels}), so they cannot be planned together. Name one with -t."
@@ -149,6 +150,12 @@ def _list(sources: Sequence[str]) -> tuple[dict[str, RawCase], RawSource]:
     if first is None:
         raise NnsslError("There is no dataset to plan.")
     return cases, first
+
+
+def _same_channels(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether names mean the same and are normalised in the same way."""
+    schemes = [[get_normalization_scheme(n) for n in names] for names in (ours, theirs)]
+    return len(ours) == len(theirs) and all(map(same_name, ours, theirs)) and schemes[0] == schemes[1]
 
 
 def _reader(cases: Mapping[str, RawCase], description: Mapping[str, Any], ending: str) -> str:

@@ -21,7 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnssl.pretrain.data.intensity import intensity_range, store_range
 from nnssl.pretrain.prepare.index import Entry
 from nnssl.pretrain.prepare.raw import RawCase
-from nnssl.pretrain.prepare.whole import check_whole
+from nnssl.pretrain.prepare.whole import check_header, check_voxels, check_whole
 from nnssl.properties import read_properties
 
 __all__ = ["CaseWorker", "Job", "Reply", "voxel_hash"]
@@ -180,6 +180,7 @@ class CaseWorker:
     @staticmethod
     def _whole(file: str) -> None:
         try:
+            check_header(file)
             check_whole(file)
         except (ValueError, OSError) as error:
             raise _Bad(file, str(error)) from None
@@ -190,11 +191,12 @@ class CaseWorker:
         if not state.hash_only:
             if data.shape[0] != self.n_channels:
                 raise _Bad("", f"it has {data.shape[0]} channel(s), the plans have {self.n_channels}")
-            wrong = sum(int(channel.size - np.count_nonzero(np.isfinite(channel))) for channel in data)
-            if wrong:
-                raise _Bad("", f"{wrong} of {data.size} voxels are NaN or infinite")
-            if all(channel.min() == channel.max() for channel in data):
-                raise _Bad("", "the image is constant")
+            if min(data.shape[1:]) == 1 and len(self._config.patch_size) == 3:
+                raise _Bad("", f"a single slice, of which {self.configuration} can learn nothing; -c 2d takes slices")
+            try:
+                check_voxels(data)
+            except ValueError as error:
+                raise _Bad("", str(error)) from None
         state.sha256 = voxel_hash(data)
         if state.hash_only or (state.trust in ("any", state.sha256) and state.readable()):
             raise _Known

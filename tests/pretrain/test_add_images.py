@@ -89,7 +89,8 @@ def place(nnunet_env, tmp_path, monkeypatch) -> SimpleNamespace:
         return sorted(p.name for p in (dataset / "imagesTr").iterdir())
 
     def read(case, channel=0):
-        return sitk.ReadImage(str(dataset / "imagesTr" / f"{case}_{channel:04d}.nii.gz"))
+        image = sitk.ReadImage(str(dataset / "imagesTr" / f"{case}_{channel:04d}.nii.gz"))
+        return sitk.DICOMOrient(image, "LPS")  # dcm2niix stores rows from the back to the front
 
     return SimpleNamespace(
         export=export, dataset=dataset, add=add, cases=cases, read=read, env=nnunet_env, tmp=tmp_path
@@ -215,7 +216,7 @@ def test_every_reject_is_named_and_the_rest_goes_on(place):
     }
     with open(summary.report, newline="") as file:
         table = list(csv.reader(file))
-    assert table[0] == ["file", "reason", "detail"]
+    assert table[0] == ["file", "reason", "detail", "files"]
     assert {(row[0], row[1]) for row in table[1:]} == {(r.file, r.reason) for r in summary.rejected}
     assert summary.report == place.tmp / "Dataset500_Scans_not_added.csv"
     assert sorted(p.name for p in place.dataset.iterdir()) == ["dataset.json", "imagesTr", "nnssl_images.jsonl"]
@@ -324,13 +325,13 @@ def test_channels_of_dicom_studies_by_description(place):
 def test_modality(place):
     write_series(place.export / "ct", volume(1), uid="1", modality="CT")
     write_series(place.export / "mr", volume(2), uid="2", modality="MR")
-    with pytest.raises(NnsslError, match=r"several kinds \(1 CT, 1 MR series\): choose one with --modality"):
+    with pytest.raises(NnsslError, match=r"several kinds \(1 CT, 1 MR images\): choose one with --modality"):
         place.add(modality=None)
     assert not place.dataset.exists()
     summary = place.add(modality="MRI")
     assert len(summary.added) == 1 and [r.reason for r in summary.rejected] == ["another modality"]
     assert json.loads((place.dataset / "dataset.json").read_text())["channel_names"] == {"0": "MRI"}
-    with pytest.raises(NnsslError, match="has the channel.s. MRI, not CT"):
+    with pytest.raises(NnsslError, match="has the channel MRI, not CT"):
         place.add(modality="CT")
     assert place.add(modality=None).known == 1
 
@@ -599,7 +600,9 @@ def test_datasets_that_cannot_take_images(place, tiny_raw_dataset):
 
 def test_nothing_usable_makes_no_dataset(place):
     (place.export / "a.txt").write_text("x")
-    with pytest.raises(NnsslError, match="Nothing that can be added was found; 1 file"):
+    with pytest.raises(
+        NnsslError, match=r"(?s)Nothing that can be added was found; why is told in .*csv.*1 file\(s\) are not used"
+    ):
         place.add()
     assert not place.dataset.exists()
     assert "no image format that is read" in (place.tmp / "Dataset500_Scans_not_added.csv").read_text()
@@ -643,7 +646,7 @@ def test_the_command(place, capsys):
     write(place.export / "a_t2.nrrd", volume(2))
     arguments = ["-d", "500", "-n", "Scans", str(place.export), "--channels", "T1=_t1", "T2=_t2", "-np", "1"]
     assert command.main([*arguments, "--report", str(place.tmp / "r.csv")]) == 0
-    assert "1 case(s) added (Scans_0001)" in capsys.readouterr().out and (place.tmp / "r.csv").is_file()
+    assert "1 case(s) added (Scans_0001)" in capsys.readouterr().out and not (place.tmp / "r.csv").exists()
     assert command.main(["-d", "500", str(place.tmp / "nowhere")]) == 1
     assert "does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -1,0 +1,286 @@
+"""Headers of DICOM files: what sorting them into volumes takes, and whether their voxels are all there.
+
+Who the patient is enters a digest that tells two patients apart within one call; it is not kept, and no name, number or date is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from nnssl.errors import NnsslError
+from nnssl.pretrain.images.items import Rejected
+
+__all__ = ["Frame", "Header", "dcm2niix_program", "is_dicom", "read_headers", "require_dicom"]
+
+GROUPS = (0x0002, 0x0008)
+"""What a DICOM file without preamble begins with."""
+
+ELEMENTS = (
+    "SpecificCharacterSet", "TransferSyntaxUID", "ImageType", "SOPInstanceUID", "Modality", "SeriesDescription",
+    "PatientName", "PatientID", "PatientBirthDate", "StudyInstanceUID", "SeriesInstanceUID", "AcquisitionNumber",
+    "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "TemporalPositionIdentifier", "SamplesPerPixel",
+    "NumberOfFrames", "Rows", "Columns", "PixelSpacing", "BitsAllocated", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+)  # fmt: skip
+
+UNREADABLE = "DICOM without a readable image (a report, a plan, or damaged)"
+DEFLATED = "1.2.840.10008.1.2.1.99"
+BIG_ENDIAN = "1.2.840.10008.1.2.2"
+UNDEFINED = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Place of one slice of a multi-frame file; its order among frames at the same place."""
+
+    position: tuple[float, ...]
+    orientation: tuple[float, ...]
+    order: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Header:
+    """What sorting takes of a file.
+
+    Attributes:
+        file, root: its path, and the folder that it was found under.
+        patient: digest of who it is.
+        kind: DICOM's ImageType, upper case.
+        size: columns and rows.
+        spacing: between rows and between columns in mm, or none.
+        orientation: six numbers, or none.
+        position: three numbers in mm, or none.
+        order: acquisition, time point and number of the instance: tells slices at one place apart.
+        frames: of a multi-frame file.
+        n_frames: of a multi-frame file, also where nothing is told of each.
+        voxels_at: where the voxels begin in the file.
+    """
+
+    file: str
+    root: str
+    patient: str
+    series: str
+    study: str
+    instance: str
+    description: str
+    modality: str
+    kind: str
+    samples: int
+    size: tuple[int, int]
+    spacing: tuple[float, ...]
+    orientation: tuple[float, ...]
+    position: tuple[float, ...]
+    order: tuple[float, float, float]
+    frames: tuple[Frame, ...]
+    n_frames: int
+    voxels_at: int
+
+    @property
+    def folder(self) -> str:
+        """Where the file lies."""
+        return os.path.dirname(self.file)
+
+    def voxel_hash(self) -> bytes:
+        """Of the voxels as the file holds them. Raises ``OSError``."""
+        digest = hashlib.sha256()
+        with open(self.file, "rb") as stream:
+            stream.seek(self.voxels_at)
+            while piece := stream.read(1 << 20):
+                digest.update(piece)
+        return digest.digest()
+
+
+def dcm2niix_program() -> str | None:
+    """Path of dcm2niix: PyPI's package, else one that is installed otherwise; None where there is neither."""
+    with contextlib.suppress(ImportError):
+        import dcm2niix
+
+        if os.path.exists(dcm2niix.bin):
+            return str(dcm2niix.bin)
+    return shutil.which("dcm2niix")
+
+
+def require_dicom(n_files: int) -> None:
+    """Raises :class:`NnsslError` where what reads DICOM is not installed."""
+    missing = [] if dcm2niix_program() else ["dcm2niix"]
+    try:
+        import pydicom  # noqa: F401
+    except ImportError:
+        missing.append("pydicom")
+    if missing:
+        raise NnsslError(
+            f"{n_files} of the files are DICOM, which is read with dcm2niix and pydicom. They are the extra [dicom] of this "
+            f"package: pip install {' '.join(missing)}"
+        )
+
+
+def is_dicom(start: bytes) -> bool:
+    """Whether a file's first 132 bytes are those of DICOM, with or without the preamble."""
+    if start[128:132] == b"DICM":
+        return True
+    if len(start) < 132:
+        return False
+    group, element, kind, length = struct.unpack("<HH2sH", start[:8])
+    if group not in GROUPS or element > 0x0070:
+        return False
+    explicit = kind.isalpha() and kind.isupper()
+    return explicit or struct.unpack("<I", start[4:8])[0] <= 256
+
+
+def _numbers(data: Any, name: str, count: int) -> tuple[float, ...]:
+    """The numbers of an element; none where it is missing, damaged, or of another length."""
+    try:
+        value = data.get(name)
+        found = tuple(float(v) for v in value) if value is not None else ()
+    except (TypeError, ValueError, OverflowError):
+        return ()
+    return found if len(found) == count else ()
+
+
+def _number(data: Any, name: str, default: float) -> float:
+    try:
+        value = data.get(name)
+        return default if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        return default
+
+
+def _text(data: Any, name: str) -> str:
+    value = data.get(name)
+    return "" if value is None else str(value).strip()
+
+
+def _first(data: Any, *names: str) -> Any:
+    """Items of nested sequences, the first of each; an empty mapping where one is missing."""
+    for name in names:
+        sequence = data.get(name)
+        if not sequence:
+            return {}
+        data = sequence[0]
+    return data
+
+
+def _frames(data: Any) -> tuple[Frame, ...]:
+    """Place of each frame where the file tells it, from the groups of each frame or those that all share."""
+    shared = _first(data, "SharedFunctionalGroupsSequence")
+    found = []
+    for group in data.get("PerFrameFunctionalGroupsSequence") or ():
+        place, plane, content = (
+            _first(group, name) or _first(shared, name)
+            for name in ("PlanePositionSequence", "PlaneOrientationSequence", "FrameContentSequence")
+        )
+        index = content.get("DimensionIndexValues")
+        index = () if index is None else tuple(map(float, index)) if hasattr(index, "__iter__") else (float(index),)
+        found.append(
+            Frame(
+                _numbers(place, "ImagePositionPatient", 3),
+                _numbers(plane, "ImageOrientationPatient", 6),
+                (_number(content, "TemporalPositionIndex", 0.0), *index),
+            )
+        )
+    return tuple(found)
+
+
+def _voxels(stream: BinaryIO, data: Any, n_frames: int, samples: int) -> int | str:
+    """Where the voxels begin, or why they are not all there. The stream stands before them."""
+    syntax = str(getattr(data.file_meta, "TransferSyntaxUID", ""))
+    if syntax == DEFLATED:
+        return 0
+    begin, size = stream.tell(), os.fstat(stream.fileno()).st_size
+    head = stream.read(12)
+    if len(head) < 12:
+        return UNREADABLE
+    order = ">" if syntax == BIG_ENDIAN else "<"
+    group, element = struct.unpack(f"{order}HH", head[:4])
+    if (group, element) not in ((0x7FE0, 0x0010), (0x7FE0, 0x0008), (0x7FE0, 0x0009)):
+        return UNREADABLE
+    explicit = head[4:6].isalpha()
+    length = struct.unpack(f"{order}I", head[8:12] if explicit else head[4:8])[0]
+    stream.seek(begin + (12 if explicit else 8))
+    if length == UNDEFINED:
+        return begin if _ends(stream, size) else "it is truncated"
+    bits = int(_number(data, "BitsAllocated", 16))
+    expected = int(data.Rows) * int(data.Columns) * n_frames * samples * bits // 8
+    return begin if min(length, size - stream.tell()) >= expected else "it is truncated"
+
+
+def _ends(stream: BinaryIO, size: int) -> bool:
+    """Whether the fragments of compressed voxels go on to their end."""
+    while len(head := stream.read(8)) == 8:
+        group, element, length = struct.unpack("<HHI", head)
+        if (group, element) == (0xFFFE, 0xE0DD):
+            return True
+        if (group, element) != (0xFFFE, 0xE000) or stream.tell() + length > size:
+            return False
+        stream.seek(length, os.SEEK_CUR)
+    return False
+
+
+def _read(root: str, file: str) -> Header | Rejected:
+    import pydicom
+
+    with open(file, "rb") as stream:
+        if not is_dicom(stream.read(132)):
+            return Rejected(file, UNREADABLE, "it does not begin like DICOM")
+        stream.seek(0)
+        data = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=list(ELEMENTS))
+        if not (data.get("Rows") and data.get("Columns")):
+            return Rejected(file, UNREADABLE)
+        n_frames, samples = int(_number(data, "NumberOfFrames", 1)), int(_number(data, "SamplesPerPixel", 1))
+        voxels = _voxels(stream, data, n_frames, samples)
+    if isinstance(voxels, str):
+        return Rejected(file, voxels)
+    who = "\0".join(_text(data, name) for name in ("PatientName", "PatientID", "PatientBirthDate"))
+    measures = _first(data, "SharedFunctionalGroupsSequence", "PixelMeasuresSequence")
+    order = [_number(data, n, 0.0) for n in ("AcquisitionNumber", "TemporalPositionIdentifier", "InstanceNumber")]
+    kind, modality = data.get("ImageType") or "", _text(data, "Modality")
+    return Header(
+        file,
+        root,
+        hashlib.sha256(who.encode("utf-8", "surrogateescape")).hexdigest(),
+        *(_text(data, n) for n in ("SeriesInstanceUID", "StudyInstanceUID", "SOPInstanceUID", "SeriesDescription")),
+        modality="" if modality == "OT" else modality,  # other: says nothing
+        kind=(kind if isinstance(kind, str) else "\\".join(map(str, kind))).upper(),
+        samples=samples,
+        size=(int(data.Columns), int(data.Rows)),
+        spacing=_numbers(data, "PixelSpacing", 2) or _numbers(measures, "PixelSpacing", 2),
+        orientation=_numbers(data, "ImageOrientationPatient", 6),
+        position=_numbers(data, "ImagePositionPatient", 3),
+        order=(order[0], order[1], order[2]),
+        frames=_frames(data) if n_frames > 1 else (),
+        n_frames=n_frames,
+        voxels_at=voxels,
+    )
+
+
+def read_headers(files: Sequence[tuple[str, str]]) -> list[Header | Rejected]:
+    """Headers of (root, path) pairs; pickles as a job of :func:`nnssl.pretrain.prepare.processes.run_jobs`."""
+    import logging
+    import warnings
+
+    import pydicom
+
+    logger, settings = logging.getLogger("pydicom"), pydicom.config.settings
+    quiet, mode = logger.disabled, settings.reading_validation_mode
+    found: list[Header | Rejected] = []
+    try:
+        logger.disabled, settings.reading_validation_mode = True, pydicom.config.IGNORE
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for root, file in files:
+                try:
+                    found.append(_read(root, file))
+                except OSError as error:
+                    found.append(Rejected(file, "it cannot be opened", str(error.strerror)))
+                except Exception as error:  # pydicom raises many kinds on damaged files
+                    found.append(Rejected(file, UNREADABLE, type(error).__name__))
+    finally:
+        logger.disabled, settings.reading_validation_mode = quiet, mode
+    return found
