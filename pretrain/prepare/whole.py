@@ -123,13 +123,13 @@ def nifti_header(stream: NiftiStream) -> nibabel.Nifti1Header:
     if not start:
         raise ValueError("the file is empty")
     if len(start) < 348:
-        raise ValueError("the file is truncated")
+        raise ValueError(f"the file is {'truncated' if stream.packed else 'damaged: it has no NIfTI header'}")
     sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}  # type: ignore[arg-type]
     if 348 in sizes:
         return nibabel.Nifti1Header(start, check=False)
     if 540 in sizes:
         return nibabel.Nifti2Header(start + stream.read(540 - 348), check=False)
-    raise ValueError("it does not begin with a NIfTI header")
+    raise ValueError("the file is damaged: it does not begin with a NIfTI header")
 
 
 def _nifti(stream: NiftiStream) -> _Nifti:
@@ -179,7 +179,7 @@ def check_whole(path: str) -> bool:
         raise ValueError("the file is truncated") from None
     except Exception as error:  # nibabel and zlib raise many kinds on damaged files
         text = str(error)
-        raise ValueError(text if "truncated" in text else f"the file is damaged: {text}") from None
+        raise ValueError(text if "the file is" in text else f"the file is damaged: {text}") from None
     if size < told.nbytes:
         raise ValueError(f"the file is truncated: it holds {size} of {told.nbytes} bytes")
     count = (told.nbytes - told.offset) // told.kind.itemsize
