@@ -16,6 +16,7 @@ FORBIDDEN = {
     "nnssl.losses": ["nnssl.plans", "nnssl.networks", "nnssl.pretrain"],
     "nnssl.heads": ["nnssl.plans", "nnssl.pretrain"],
     "nnssl.masking": ["nnssl.plans", "nnssl.pretrain"],
+    "nnssl.probe": ["nnssl.trainers", "nnssl.pretrain"],
     "nnssl.transferability": ["nnssl.trainers", "nnssl.pretrain.engine", "nnssl.pretrain.omni"],
     "nnssl.trainers": ["nnssl.pretrain.engine", "nnssl.pretrain.omni", "nnssl.pretrain.methods"],
     "nnssl.pretrain.types": ["nnssl.pretrain.data", "nnssl.pretrain.methods"],

@@ -4,7 +4,8 @@ from nnssl.probe.cases import Case, Classes, Fold, choose_folds, read_case
 from nnssl.probe.features import Extractor, Stages
 from nnssl.probe.linear import Linear, Samples, fit
 from nnssl.probe.measure import Scores, Setup, measure
-from nnssl.probe.run import Probe, probe
+from nnssl.probe.result import Probe
+from nnssl.probe.run import probe
 from nnssl.probe.verdict import Difference, Row
 
 __all__ = [

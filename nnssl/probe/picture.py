@@ -10,7 +10,7 @@ import numpy as np
 
 from nnssl.probe.cases import Case
 from nnssl.probe.measure import best_slice
-from nnssl.probe.run import Probe
+from nnssl.probe.result import Probe
 from nnssl.probe.verdict import Row
 
 __all__ = ["choose_cases", "draw"]

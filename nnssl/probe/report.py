@@ -12,7 +12,7 @@ from typing import Any
 from nnssl.files import write_atomic, write_json
 from nnssl.paths import encode_path
 from nnssl.probe.picture import draw
-from nnssl.probe.run import Probe
+from nnssl.probe.result import Probe
 from nnssl.probe.verdict import Row
 from nnssl.weights import package_versions
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,40 +15,17 @@ from nnssl.networks import build_network
 from nnssl.plans import Plan, load_plan, resolve_dataset
 from nnssl.probe.cases import Classes, check_foreground, choose_folds, read_case
 from nnssl.probe.measure import Scores, Setup, measure
+from nnssl.probe.report import write_all
+from nnssl.probe.result import Probe
 from nnssl.probe.sources import Source, discover, examine, name_checkpoints
 from nnssl.probe.verdict import RANDOM, Row, choose_sentence, compare, mean_dice, sentence
 from nnssl.weights import Adaptation, apply, load
 
-__all__ = ["Probe", "probe"]
+__all__ = ["probe"]
 
 log = logging.getLogger("nnssl")
 
 RANDOM_INITS = 3
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """What :func:`probe` found.
-
-    Attributes:
-        setup: cases, classes and folds.
-        sources: the checkpoints.
-        rows: the table: random weights first; encoder stages alone, then with decoder stages.
-        sentences: one for each checkpoint and kind of stages, and which checkpoint is ahead.
-        warnings: what makes a figure worth less.
-        slices: row name -> case -> ``(classes, Y, X)`` bool, of layers on encoder stages.
-        seconds: what it took.
-        files: what was written.
-    """
-
-    setup: Setup
-    sources: list[Source]
-    rows: list[Row]
-    sentences: list[str]
-    warnings: list[str]
-    slices: dict[str, dict[str, np.ndarray]]
-    seconds: float
-    files: list[Path] = field(default_factory=list)
 
 
 def probe(
@@ -124,8 +100,6 @@ def probe(
         time.monotonic() - began,
     )
     if output is not None:
-        from nnssl.probe.report import write_all
-
         found.files.extend(write_all(Path(output), found))
     return found
 

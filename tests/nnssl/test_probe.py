@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network
-from nnssl.plans import Plan, derive, load_plan, write_variant
+from nnssl.plans import Plan, derive, load_plan
 from nnssl.probe import Case, Classes, Difference, Extractor, Fold, Linear, Row, Samples, choose_folds, fit, probe
 from nnssl.probe import linear as linear_module
 from nnssl.probe.cli import main
@@ -21,7 +21,7 @@ from nnssl.probe.measure import dice_of
 from nnssl.probe.sources import name_checkpoints
 from nnssl.probe.verdict import choose_sentence, compare, sentence
 from nnssl.probe.windows import read_window, tile
-from nnssl.weights import build_payload, save
+from nnssl.weights import build_payload, save, write_variant
 
 CPU = torch.device("cpu")
 ONE = Classes(("organ",), ((1,),), False, None)
