@@ -152,3 +152,63 @@ def test_branches_line_up(plan, strides, blocks, down, shrink, aux_stage, dense,
 def test_branches_that_cannot_line_up(plan, blocks, down, message):
     with pytest.raises(NnsslError, match=message):
         asymmetry(plan(ISO), blocks, down)
+
+
+@pytest.mark.parametrize(
+    ("patch", "median", "multiple", "compare", "expected"),
+    [
+        ((64, 128), (60, 100), (64, 32), False, (64, 128)),  # one multiple fills an axis exactly
+        ((64, 128, 64), (80, 100, 80), (64, 64, 64), True, (64, 128, 64)),  # an axis may grow to all that there is
+        ((64, 160, 140), (60, 90, 90), (64, 64, 64), True, (64, 128, 64)),  # the one with most room grows
+        ((64, 140, 160), (60, 90, 90), (64, 64, 64), True, (64, 64, 128)),
+        ((64, 96), (100, 100), (32, 32), True, (64, 64)),
+        ((64, 96), (100, 100), (32, 32), False, (64, 96)),
+        ((32, 32), (20, 60), (32, 16), True, (32, 32)),  # never less than one multiple
+    ],
+)
+def test_edges_of_the_choice(patch, median, multiple, compare, expected):
+    size, why = choose_crop(patch, median, multiple, compare=compare)
+    assert size == expected
+    assert ("two thirds" in why) == compare and size_text(patch) in why
+
+
+def test_more_voxels_at_the_bottleneck_on_request():
+    assert choose_crop((64, 64), (64, 64), (16, 16), min_voxels=4)[0] == (32, 32)
+    assert choose_crop((64, 64), (64, 64), (32, 32), min_voxels=4)[0] == (64, 64)
+    with pytest.raises(NnsslError, match="at least 5 voxels.*axis 0 would need 96.*patch has 64.*image 64"):
+        choose_crop((64, 100), (64, 64), (32, 64), min_voxels=5)
+    with pytest.raises(NnsslError, match="at least 5"):
+        choose_crop((64, 64), (64, 64), (32, 32), size=(64, 64), min_voxels=5)
+    assert choose_crop((64, 64), (64, 64), (32, 32), size=(64, 64), min_voxels=4)[0] == (64, 64)
+
+
+def test_thick_means_more_than_three_times():
+    assert rotation_degrees((3.0, 1.0, 1.0), 30) == (30, 30, 30)
+    assert rotation_degrees((1.0, 3.01, 1.0), 30) == (0, 30, 0)
+    assert rotation_degrees((4.0, 2.0, 2.0), 30, threshold=1.9) == (30, 0, 0)
+
+
+def test_a_turn_about_an_axis_widens_the_other_two():
+    for axis in range(3):
+        rotation = tuple(45.0 if a == axis else 0.0 for a in range(3))
+        expected = tuple(20 if a == axis else 30 for a in range(3))
+        assert window_for((20, 20, 20), (1.0, 1.0, 1.0), rotation=rotation) == expected
+        assert window_for((20, 20, 20), (1.0, 1.0, 1.0), rotation=tuple(-r for r in rotation)) == expected
+    # 40 by 10: the far corner of the long side comes nearest to its axis at atan(1/4), and 45 degrees give 25 of 2 sqrt(2).
+    assert window_for((10, 40), (1.0, 1.0), rotation=(45.0,)) == (20, 42)
+    assert window_for((10, 40), (1.0, 1.0), rotation=(45.0,), most=4.0) == (36, 42)
+    assert window_for((20, 20), (1.0, 1.0), rotation=(10.0,)) == (24, 24)  # 20 (cos + sin) 10 degrees = 23.2
+    assert window_for((20, 20), (1.0, 1.0), min_scale=1.5) == (20, 20)  # larger views need no more
+    assert window_for((20, 20), (1.0, 1.0), min_scale=0.8, shift=0.1) == (30, 30)
+    assert window_for((20, 20), (1.0, 1.0), min_scale=0.5, median=(20, 32)) == (20, 24)
+    assert window_for((20, 20), (1.0, 1.0), min_scale=0.5, median=(10, 500)) == (20, 40)
+
+
+def test_as_many_blocks_as_there_are_stages(plan):
+    p = plan(ISO)
+    a = asymmetry(p, 3, 3)
+    assert (a.blocks, a.shrink, a.aux_stage, a.dense_stride, a.multiple) == (3, (8, 8, 8), 3, (8, 8, 8), (64, 64, 64))
+    assert asymmetry(p, 3, 1).shrink == (2, 2, 2) and asymmetry(p, 3, 1).aux_stage == 1
+    for blocks, down in ((-1, 0), (-1, -1), (0, 1)):
+        with pytest.raises(NnsslError):
+            asymmetry(p, blocks, down)

@@ -219,15 +219,14 @@ def record(copy: Path, file: str, target: Path) -> int:
 
 
 def measure(copy: Path, wanted: list[str]) -> dict[str, dict]:
-    """What :func:`record` tells of all test files, those that did not change from the last time."""
+    """What :func:`record` tells of all test files; of those that did not change, from the last time."""
     store = ROOT / ".mutants"
     store.mkdir(exist_ok=True)
-    shared = b"".join(p.read_bytes() for p in sorted((ROOT / "tests").rglob("conftest.py")))
     known: dict[str, dict] = {}
     files = [f for w in wanted for f in (sorted((ROOT / w).rglob("test_*.py")) if (ROOT / w).is_dir() else [ROOT / w])]
     for file in files:
         name = str(file.relative_to(ROOT))
-        key = hashlib.sha256(name.encode() + file.read_bytes() + shared).hexdigest()[:16]
+        key = hashlib.sha256(name.encode() + (copy / name).read_bytes()).hexdigest()[:16]
         kept = store / f"{file.stem}.{key}.json"
         if not kept.exists():
             for old in store.glob(f"{file.stem}.*.json"):
@@ -248,6 +247,8 @@ def tests_for(file: str, where: str, known: dict[str, dict], seconds: float) -> 
     """Tests that run a function (or, outside of any, its file), quickest first, as far as the time goes; and that time."""
     key = f"{file}:{where}"
     at = [t for t, k in known.items() if key in k["functions"]]
+    if not at:  # measured before the function was moved to another file
+        at = [t for t, k in known.items() if where and any(f.partition(":")[2] == where for f in k["functions"])]
     if not at:
         at = [t for t, k in known.items() if any(f.startswith((f"{key}.", f"{file}:")) for f in k["functions"])]
     at.sort(key=lambda t: known[t]["seconds"])
