@@ -1,7 +1,7 @@
 # make demo    everything that is needed, then the main job on phantom volumes on a CPU (about 10 minutes)
 # make test    the test suite without its slow part; make test-slow runs the slow part
 # make mutants changes the code in PATHS, one small thing at a time, and prints what no test notices
-# make lint    ruff
+# make lint    ruff and mypy
 # make venv    only the environment; PYTHON=python3.12 chooses the Python, VENV=folder the place
 PYTHON ?= python3
 VENV ?= .venv
@@ -47,6 +47,7 @@ mutants: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .

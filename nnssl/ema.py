@@ -61,9 +61,9 @@ class EMA(nn.Module):
                 raise ValueError(f"the source does not fit: {sorted(mine.keys() ^ theirs.keys())[:3]} are not in both")
         for name, buffer in source.named_buffers():
             self.module.get_buffer(name).copy_(buffer)
-        mine = list(self.module.parameters())
-        theirs = [t.detach().to(m) for m, t in zip(mine, source.parameters())]
-        torch._foreach_lerp_(mine, theirs, 1.0 - momentum)
+        averaged: list[torch.Tensor] = list(self.module.parameters())
+        current = [t.detach().to(a) for a, t in zip(averaged, source.parameters())]
+        torch._foreach_lerp_(averaged, current, 1.0 - momentum)
 
     def train(self, mode: bool = True) -> EMA:
         """Stays in eval mode."""

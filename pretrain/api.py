@@ -147,7 +147,7 @@ def run(
     target = _labelled_target(labelled, target, omni_options, labelled_cases)
     names, weights = _source_names(sources)
     start = start_from(init, adapt, coverage, key, prefix)
-    planning = {"planner": planner, "gpu_memory_target": gpu_memory_target, "n_processes": processes}
+    planning: dict[str, Any] = {"planner": planner, "gpu_memory_target": gpu_memory_target, "n_processes": processes}
     plan = planned(names, target, configuration, plans, write=not dry_run, **planning)
     cls.check_network(plan)
     path = output_folder(plan, method_folder(cls) + (FOLDER if labelled is not None else ""), names, name)

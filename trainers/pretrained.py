@@ -179,7 +179,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
     def _load_found(self) -> None:
         plan = self.plan()
         source = find_weights(plan)
-        loaded = checkpoints.load(source.path, **source.place)
+        loaded = checkpoints.load(source.path, key=source.place.get("key"), prefix=source.place.get("prefix"))
         if loaded.verdict is not None and not loaded.verdict[0]:
             self.print_to_log_file(
                 f"nnssl: WARNING: {source.path} says of itself that it did not learn: {loaded.verdict[1]}"

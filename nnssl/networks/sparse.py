@@ -96,7 +96,7 @@ def _hooked(encoder: nn.Module, empty: Callable, normalise: Callable) -> Iterato
             yield module, normalise
 
 
-def masked_instance_norm(norm: _InstanceNorm | nn.Module, x: Tensor, active: Tensor) -> Tensor:
+def masked_instance_norm(norm: Any, x: Tensor, active: Tensor) -> Tensor:
     """InstanceNorm over active places, 0 elsewhere.
 
     Args:

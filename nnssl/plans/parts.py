@@ -59,7 +59,10 @@ def select_parts(promised: Mapping[str, Any], choice: str | Mapping[str, Any], d
     """
     stages = sorted(int(i) for i in promised.get("decoder_stages", ()))
     if isinstance(choice, Mapping):
-        wanted = {"encoder": bool(choice.get("encoder")), "decoder_stages": sorted(choice.get("decoder_stages", ()))}
+        wanted: dict[str, Any] = {
+            "encoder": bool(choice.get("encoder")),
+            "decoder_stages": sorted(choice.get("decoder_stages", ())),
+        }
     else:
         word = check_parts(default if check_parts(choice) == "default" else choice)
         if word in ("all", "default"):

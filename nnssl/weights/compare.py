@@ -71,7 +71,8 @@ def trained_on(checkpoint: Checkpoint) -> dict[str, Any]:
         patch, channels = values.get("patch_size"), _names(told[2].get("channel_names", told[2].get("modality")))
     else:
         plan = dict((checkpoint.adaptation_plan or {}).get("pretrain_plan") or {})
-        name, values = next(iter((plan.get("configurations") or {}).items()), (None, {}))
+        configurations: dict[str, dict[str, Any]] = plan.get("configurations") or {}
+        name, values = next(iter(configurations.items()), (None, {}))
         plan["configuration"] = name
         patch, channels = values.get("patch_size"), None
     found = {

@@ -176,8 +176,8 @@ def random_affine(
     view = cut_out(data, size, body=body, box=box, affine=affine)
     if len(turned):
         some = Affine(affine.matrix[turned], affine.shift[turned])
-        rows = (None if x is None else x[turned] for x in (body, box))
-        new = _resample(data[turned], some, size, *rows)
+        bodies, boxes = None if body is None else body[turned], None if box is None else box[turned]
+        new = _resample(data[turned], some, size, bodies, boxes)
         view.data[turned] = new.data
         if view.body is not None and new.body is not None:
             view.body[turned] = new.body

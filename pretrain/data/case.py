@@ -86,7 +86,9 @@ class OpenCase:
     masked: bool
     mask: Any = None
 
-    def read(self, start: Sequence[int], window: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def read(
+        self, start: Sequence[int] | np.ndarray, window: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Read a window; only the compressed blocks that it touches are unpacked.
 
         Body is what the mask says; without one, what lies in the image and is no air, see

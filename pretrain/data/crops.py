@@ -176,12 +176,13 @@ class CropDataset(Dataset[Sample]):
         """One place; None where voxels are not finite."""
         geometry = case.info.geometry
         turn = Turn() if self.orientation is None else self.orientation.turn(geometry)
+        extent: Sequence[int] | np.ndarray
         if self.resampled:
             data, at, extent = self._whole(case, turn, rng)
             body = body_mask(data, case.info.threshold, case.masked)
-            start, shape = np.zeros(3, dtype=np.int64), self.window
+            start, shape = np.zeros(3, dtype=np.int64), tuple(self.window)
         else:
-            shape = turn.shape(geometry.shape)
+            shape = tuple(turn.shape(geometry.shape))
             start = draw_start(rng, shape, self.window, self.inner)
             at, extent = turn.box(start, self.window, geometry.shape)
             data, body = case.read(at, extent)

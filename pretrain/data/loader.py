@@ -120,7 +120,7 @@ def _start_worker(worker: int) -> None:
     """
     if blosc2.nthreads != 1:  # a forked process must not touch the threads that its parent had
         blosc2.set_nthreads(1)
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_not_sent)  # type: ignore[method-assign,assignment]
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_not_sent)  # type: ignore[attr-defined]
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

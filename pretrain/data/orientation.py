@@ -121,7 +121,7 @@ class Geometry:
             flips=flips,
         )
 
-    def axis_position(self, start: Sequence[int], window: Sequence[int]) -> np.ndarray:
+    def axis_position(self, start: Sequence[int] | np.ndarray, window: Sequence[int] | np.ndarray) -> np.ndarray:
         """Centre of a window as a share of the uncropped image, ``(3,)`` in (0, 1), along the array's axes.
 
         nnU-Net resamples edge to edge, so edges, not voxel centres, scale. The centre of the first of N voxels is 0.5 / N.

@@ -116,7 +116,7 @@ def _held_out_keys(refs: Sequence[CaseRef], share: float) -> set[str]:
 
 def make_pool(
     refs: Iterable[CaseRef],
-    shapes: Sequence[Sequence[int]],
+    shapes: Sequence[Sequence[int]] | np.ndarray,
     *,
     data_hash: str,
     held_out: float,

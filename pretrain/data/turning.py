@@ -43,7 +43,9 @@ class Turn:
         """Numbers per axis of the turned array, in the order of the case's."""
         return [int(window[self.axes.index(a)]) for a in range(3)]
 
-    def box(self, start: Sequence[int], window: Sequence[int], shape: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    def box(
+        self, start: Sequence[int] | np.ndarray, window: Sequence[int], shape: Sequence[int]
+    ) -> tuple[np.ndarray, list[int]]:
         """Where a box of the turned array lies in the case's array of ``shape``: its first voxel and its extent."""
         first, extent = np.zeros(3, dtype=np.int64), [0, 0, 0]
         for i, (axis, flip) in enumerate(zip(self.axes, self.flips)):

@@ -32,7 +32,7 @@ def load_state(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any]:
     Raises:
         NnsslError: no checkpoint is whole, or it is of a run with another seed or other options, or holds no training state.
     """
-    damages = []
+    damages: list[str] = []
     for file in (folder.latest, folder.previous):
         if not file.exists() and (file != folder.previous or damages):
             continue

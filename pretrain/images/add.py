@@ -147,7 +147,7 @@ def _find(
     parts = [found.dicom[i : i + HEADERS_PER_JOB] for i in range(0, len(found.dicom), HEADERS_PER_JOB)]
     headers: list[Header] = []
     rejected = found.rejected
-    with contextlib.closing(run_jobs(read_headers, parts, n_processes, "Reading DICOM headers")) as replies:  # type: ignore[type-var]
+    with contextlib.closing(run_jobs(read_headers, parts, n_processes, "Reading DICOM headers")) as replies:
         for part in replies:
             headers += [h for h in part if isinstance(h, Header)]
             rejected += [h for h in part if isinstance(h, Rejected)]

@@ -178,7 +178,9 @@ class Catalogue:
             entry = self.entries[names[i]]
             if not entry.bad and not (self.folder / f"{entry.name}.b2nd").is_file():
                 raise ValueError(f"the preprocessed {entry.name} is gone")
-            for file, size, time in entry.files if images is not None else ():
+            if images is None:
+                continue
+            for file, size, time in entry.files:
                 with contextlib.suppress(FileNotFoundError):  # named in dataset.json and elsewhere
                     info = os.stat(images / file)
                     if (info.st_size, info.st_mtime_ns) != (size, time):

@@ -173,7 +173,7 @@ def measure(
         file = stack.enter_context(open(notes, "a", encoding="utf-8", errors="replace")) if notes and jobs else None
         if file is not None:
             file.write("\n")  # ends a line that a killed process left unfinished
-        replies = stack.enter_context(contextlib.closing(run_jobs(worker, jobs, n_processes, description)))  # type: ignore[type-var]
+        replies = stack.enter_context(contextlib.closing(run_jobs(worker, jobs, n_processes, description)))
         for figures in replies:
             known[figures.name] = figures
             if file is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.configuration import default_num_processes
 
@@ -77,7 +78,7 @@ def preprocess(
     names = list(parse_sources(sources)[0])
     share = Part.parse(part) if isinstance(part, str) else part
     n_processes = processes or default_num_processes
-    planning = {"planner": planner, "gpu_memory_target": gpu_memory_target, "n_processes": n_processes}
+    planning: dict[str, Any] = {"planner": planner, "gpu_memory_target": gpu_memory_target, "n_processes": n_processes}
     plan = planned(names, target, configuration, plans, **planning)
     pool = prepare_sources(
         plan,

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
@@ -64,7 +64,7 @@ def run_jobs(
     description: str,
     *,
     killed: Callable[[J], R] | None = None,
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """Do all jobs and yield replies as they come, with a progress bar.
 
     Args:

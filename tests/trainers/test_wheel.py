@@ -143,6 +143,21 @@ def test_an_editable_install_is_discovered_too(checkout, tmp_path):
     assert where == str(checkout / "nnssl" / "trainers" / "__init__.py")
 
 
+@pytest.mark.slow
+def test_pythonpath_decides_which_checkout_is_imported(checkout, tmp_path):
+    """A copy that is being changed is what is tested, also where another checkout is installed."""
+    environment = Environment(tmp_path / "venv", checkout, share=True, editable=True)
+    copy = tmp_path / "copy"
+    shutil.copytree(checkout, copy, symlinks=True)
+    names = ("pretrain", "trainers", "experiments", "weights")
+    code = f"import importlib as i; print([i.import_module('nnssl.' + n).__file__ for n in {names[:2]}])"
+    light = [str(checkout / "nnssl" / n / "__init__.py") for n in names[:2]]
+    assert environment("-c", code, cwd=tmp_path) == str(light)
+    code = f"import importlib.util as u; print([u.find_spec('nnssl.' + n).origin for n in {names}])"
+    wanted = [str(copy / "nnssl" / n / "__init__.py") for n in names]
+    assert environment("-c", code, cwd=tmp_path, PYTHONPATH=str(copy)) == str(wanted)
+
+
 def test_the_checkout_as_working_directory_does_not_break_the_wheel(bare, checkout):
     code = "import nnssl.trainers, nnssl.pretrain; print(nnssl.trainers.__file__)"
     assert bare("-c", code, cwd=checkout) == str(checkout / "nnssl" / "trainers" / "__init__.py")
