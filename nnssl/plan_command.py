@@ -171,7 +171,7 @@ def _run(args: argparse.Namespace) -> None:
         return
     if not args.name:
         raise NnsslError("--name is missing: the variant is written as <plans>_<name>.json.")
-    plan = load_plan(args.d, args.c, args.p)
+    plan = load_plan(args.d, args.c, args.p, second_stage=True)
     keys = (
         "network",
         "features",
@@ -211,7 +211,7 @@ def _run(args: argparse.Namespace) -> None:
         )
     path = write_variant(plan, args.name, checkpoint=args.checkpoint, **changes)
     log.info(f"Wrote {encode_path(path)}")
-    log.info(_summary(load_plan(args.d, args.c, path.stem)))
+    log.info(_summary(load_plan(args.d, args.c, path.stem, second_stage=True)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -103,7 +103,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
 
     def plan(self) -> Plan:
         """The plan of the network that is pretrained."""
-        return Plan.from_dicts(self.plans_manager.plans, self.configuration_name, self.dataset_json)
+        return Plan.from_dicts(self.plans_manager.plans, self.configuration_name, self.dataset_json, second_stage=True)
 
     def pretrained_network(self) -> torch.nn.Module:
         """The network that pretrained weights go into."""

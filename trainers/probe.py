@@ -18,6 +18,12 @@ from nnssl.trainers.pretrained import check_network, nnUNetTrainerPretrained
 __all__ = ["nnUNetTrainerLinearProbe"]
 
 
+_ONLY_HERE = (
+    "nnssl: NOTE: a linear probe predicts only where nnssl is installed. That goes for this folder and for a zip that "
+    "nnUNetv2_export_model_to_zip makes of it: whoever installs it needs pip install of nnssl too."
+)
+
+
 class nnUNetTrainerLinearProbe(nnUNetTrainerPretrained):
     """Trains one 1x1(x1) convolution per resolution on the plan's network, frozen as it was pretrained.
 
@@ -38,14 +44,24 @@ class nnUNetTrainerLinearProbe(nnUNetTrainerPretrained):
     ) -> None:
         check_network(type(self), plans, configuration, primus=False)
         levels = Figures.from_plans(plans, self.schedule, type(self).__name__).levels
-        plan = Plan.from_dicts(from_probe(plans, configuration), configuration, dataset_json)
+        plan = Plan.from_dicts(from_probe(plans, configuration), configuration, dataset_json, second_stage=True)
         super().__init__(to_probe(plan, levels), configuration, fold, dataset_json, device)
         self.enable_deep_supervision = False
+
+    def on_train_start(self) -> None:
+        """As the other trainers; says what the model is good for."""
+        self.print_to_log_file(_ONLY_HERE)
+        super().on_train_start()
+
+    def on_train_end(self) -> None:
+        """As nnU-Net; says again what an exported zip needs."""
+        super().on_train_end()
+        self.print_to_log_file(_ONLY_HERE)
 
     def plan(self) -> Plan:
         """The plan of the frozen network."""
         plans = from_probe(self.plans_manager.plans, self.configuration_name)
-        return Plan.from_dicts(plans, self.configuration_name, self.dataset_json)
+        return Plan.from_dicts(plans, self.configuration_name, self.dataset_json, second_stage=True)
 
     def pretrained_network(self) -> torch.nn.Module:
         """The frozen network."""

@@ -99,6 +99,8 @@ def _several(plan: Plan, runs: list[PretrainingRun]) -> str:
 
 def _none(plan: Plan) -> str:
     number = dataset_id(plan.dataset_name)
+    if plan.is_second_stage:
+        return _second_stage(plan)
     options = f"-c {plan.configuration} -p {plan.plans_name}"
     text = [f"No finished pretraining fits plans '{plan.plans_name}' ({plan.configuration}) of {plan.dataset_name}."]
     here, others = list_pretrainings(plan.dataset_name), find_pretrainings_elsewhere(plan)
@@ -119,6 +121,25 @@ def _none(plan: Plan) -> str:
         )
     else:
         text.append(f"Type: nnssl_pretrain -d {number} {options}   (from other images: -d SOURCE -t {number})")
+    text.append(f"To train without pretraining: -tr {PRIMUS[1] if plan.is_primus else SCRATCH}")
+    return "\n".join(text)
+
+
+def _second_stage(plan: Plan) -> str:
+    """A cascade's second stage is not pretrained itself: it takes the weights for the same network on the image alone."""
+    fitting = [
+        run for run in list_pretrainings(plan.dataset_name) if run.finished and run.base_plans == plan.base_plans
+    ]
+    text = [
+        f"{plan.configuration} of plans '{plan.plans_name}' is the second stage of a cascade. It takes the image channels' "
+        "weights of a pretraining for 3d_fullres, which has the same network; name one:",
+        f"  {_plan_command(plan, str(fitting[0].checkpoint) if fitting else 'FILE')}",
+    ]
+    if fitting:
+        text += ["There are:", *(f"  - {_describe(run)}" for run in fitting)]
+    else:
+        number = dataset_id(plan.dataset_name)
+        text.append(f"There is none yet. Type: nnssl_pretrain -d {number} -c 3d_fullres -p {plan.plans_name} -m METHOD")
     text.append(f"To train without pretraining: -tr {PRIMUS[1] if plan.is_primus else SCRATCH}")
     return "\n".join(text)
 

@@ -40,8 +40,13 @@ class Plan:
     dataset_json: dict[str, Any]
 
     @classmethod
-    def from_dicts(cls, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> Plan:
+    def from_dicts(
+        cls, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], *, second_stage: bool = False
+    ) -> Plan:
         """Check the dicts and make a plan of them; they are kept, not copied.
+
+        Args:
+            second_stage: accept the second stage of a cascade: it can be fine-tuned, not pretrained.
 
         Raises:
             NnsslError: no nnU-Net plans, an unknown configuration, a cascade stage, or a network that is neither a U-Net of
@@ -61,7 +66,7 @@ class Plan:
             previous = plan.config.previous_stage_name
         except (KeyError, RuntimeError, ValueError) as error:
             raise NnsslError(f"Configuration '{configuration}' of plans '{name}' cannot be read: {error}") from error
-        if previous is not None:
+        if previous is not None and not second_stage:
             raise NnsslError(
                 f"Configuration '{configuration}' is the second stage of a cascade: its network takes a segmentation as "
                 f"an extra input, which pretraining does not have. Use '{previous}' or 3d_fullres (-c)."
@@ -202,9 +207,21 @@ class Plan:
         return {int(k): str(v) for k, v in sorted(names.items(), key=lambda item: int(item[0]))}
 
     @property
+    def is_second_stage(self) -> bool:
+        """Whether it is the second stage of a cascade, whose network also sees the segmentation of the first."""
+        return self.config.previous_stage_name is not None
+
+    @property
+    def segmentation_channels(self) -> int:
+        """Input channels after the image's that hold the first stage's segmentation, one-hot; 0 outside of cascades."""
+        if not self.is_second_stage:
+            return 0
+        return len(self.manager.get_label_manager(self.dataset_json).foreground_labels)
+
+    @property
     def n_channels(self) -> int:
-        """Number of image channels, which is the network's number of input channels."""
-        return len(self.channel_names)
+        """The network's number of input channels: the image's, and in the second stage of a cascade the segmentation's."""
+        return len(self.channel_names) + self.segmentation_channels
 
     @property
     def n_classes(self) -> int:
@@ -271,13 +288,20 @@ def plans_in(folder: Path) -> list[str]:
     return found
 
 
-def load_plan(dataset: int | str, configuration: str = "3d_fullres", plans_name: str = "nnUNetPlans") -> Plan:
+def load_plan(
+    dataset: int | str,
+    configuration: str = "3d_fullres",
+    plans_name: str = "nnUNetPlans",
+    *,
+    second_stage: bool = False,
+) -> Plan:
     """Read a plan from ``nnUNet_preprocessed/<Dataset>/<plans_name>.json``.
 
     Args:
         dataset: number or name of the dataset.
         configuration: nnU-Net's configuration.
         plans_name: the plans identifier, also that of a variant.
+        second_stage: accept the second stage of a cascade.
 
     Raises:
         NnsslError: dataset, plans or configuration missing or unreadable; says what to type.
@@ -304,4 +328,4 @@ def load_plan(dataset: int | str, configuration: str = "3d_fullres", plans_name:
     raw = set_folders().get("nnUNet_raw")
     if not description.is_file() and raw is not None:
         description = raw / name / "dataset.json"
-    return Plan.from_dicts(read_json(path), configuration, read_json(description))
+    return Plan.from_dicts(read_json(path), configuration, read_json(description), second_stage=second_stage)

@@ -212,7 +212,7 @@ def derive(
     if backbone is not None and told["schedule"] == "freeze_unfreeze":
         told["backbone"] = list(backbone)
     plans["nnssl"] = told
-    variant = Plan.from_dicts(plans, plan.configuration, plan.dataset_json)
+    variant = Plan.from_dicts(plans, plan.configuration, plan.dataset_json, second_stage=True)
     Figures.from_plans(plans, told["schedule"], trainer_for(told["schedule"], variant.is_primus))
     if features is not None or patch is not None:
         _check_patch(variant)
@@ -242,7 +242,7 @@ def list_variants(dataset: int | str) -> list[Variant]:
             continue
         configuration = told.get("configuration", "3d_fullres")
         try:
-            plan = Plan.from_dicts(plans, configuration, {})
+            plan = Plan.from_dicts(plans, configuration, {}, second_stage=True)
             found.append(Variant(name, path, told, plan.patch_size, plan.features))
         except (NnsslError, KeyError, TypeError):
             log.warning("%s is left out: its configuration '%s' cannot be read.", path, configuration)

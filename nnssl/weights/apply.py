@@ -15,7 +15,7 @@ from nnssl.errors import NnsslError, raise_problems
 from nnssl.networks import alias_map, canonical_state_dict, unwrap
 from nnssl.plans import Plan
 from nnssl.plans.parts import parts_for, select_parts
-from nnssl.weights.adapt import Adaptation
+from nnssl.weights.adapt import Adaptation, adapt_channels
 from nnssl.weights.compare import differences, image_channels, second_stage
 from nnssl.weights.layout import (
     describe,
@@ -65,7 +65,12 @@ def _left_out(checkpoint: Checkpoint, held: dict[str, Any], taken: dict[str, Any
 
 
 def _check_channels(
-    target: Mapping[str, Tensor], source: Mapping[str, Tensor], how: Adaptation, checkpoint: Checkpoint, where: str
+    target: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+    how: Adaptation,
+    checkpoint: Checkpoint,
+    plan: Plan | None,
+    where: str,
 ) -> None:
     here, there = stem_channels(target), stem_channels(source)
     if here is None or there is None or here == there or describe(target).split()[0] != describe(source).split()[0]:
@@ -76,6 +81,12 @@ def _check_channels(
         raise NnsslError(
             f"{where} is the second stage of a cascade: {of} the image's, the others a segmentation's, which must not be mixed "
             "with them. To take the image's weights type nnssl_plan --checkpoint FILE --adapt channels=first --name NAME"
+        )
+    if plan is not None and plan.segmentation_channels and how.channels in (None, "repeat"):
+        raise NnsslError(
+            f"{where} was trained on {there} input channel{'s' * (there > 1)}; {plan.configuration}, second stage of a cascade, "
+            f"takes {here - plan.segmentation_channels} of the image and {plan.segmentation_channels} of a segmentation, which "
+            "must not be mixed. To take channel by channel type nnssl_plan --checkpoint FILE --adapt channels=first --name NAME"
         )
     if how.channels is None and describe(target) == describe(source):
         raise NnsslError(
@@ -95,6 +106,18 @@ def _image_alone(source: dict[str, Tensor], checkpoint: Checkpoint) -> str | Non
         if tensor.shape == stem.shape and (tensor is stem or torch.equal(tensor, stem)):
             source[name] = tensor[:, :n]
     return f"second stage of a cascade: the image's {n} of {there} input channels taken, the segmentation's left out"
+
+
+def _with_segmentation(source: dict[str, Tensor], target: Mapping[str, Tensor], plan: Plan | None) -> str | None:
+    """Widen the first convolution for the second stage of a cascade, in place: the image's weights, 0 for the segmentation."""
+    here, there = stem_channels(target), stem_channels(source)
+    if plan is None or not plan.segmentation_channels or here is None or there != here - plan.segmentation_channels:
+        return None
+    stem = source[str(stem_name(source))]
+    for name, tensor in source.items():
+        if tensor.shape == stem.shape and (tensor is stem or torch.equal(tensor, stem)):
+            source[name] = adapt_channels(tensor, here, "first")[0]
+    return f"second stage of a cascade: the image's {there} input channels taken, the segmentation's {here - there} begin at 0"
 
 
 def _check_bridgeable(target: Mapping[str, Tensor], source: Mapping[str, Tensor], how: Adaptation, where: str) -> None:
@@ -297,8 +320,10 @@ def apply(
     for alias, canonical in aliases.items():
         if alias != canonical:
             names[canonical].append(alias)
-    _check_channels(target, source, how, checkpoint, where)
-    cut = _image_alone(source, checkpoint) if how.channels == "first" else None
+    cut = _with_segmentation(source, target, plan)
+    if cut is None and how.channels == "first":
+        cut = _image_alone(source, checkpoint)
+    _check_channels(target, source, how, checkpoint, plan, where)
     choice = parts_for(plan.nnssl if plan is not None else {}) if parts is None else parts
     held, lines = _held_parts(checkpoint, list(target)), [cut] if cut else []
     taken = select_parts(held, choice, str(checkpoint.transfer.get("parts") or "all"))

@@ -10,11 +10,12 @@ import torch
 from nnssl import checkpoint
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, canonical_state_dict
-from nnssl.plans import load_plan, write_variant
-from nnssl.plans.cli import main as plan_main
+from nnssl.plan_command import main as plan_main
+from nnssl.plans import load_plan
 from nnssl.pretrain.api import run
 from nnssl.pretrain.engine.folder import RunFolder
 from nnssl.trainers import nnUNetTrainerPretrained
+from nnssl.weights import write_variant
 from nnssl.weights.cli import info_main
 
 TINY = {"workers": 0, "picture_every": 0, "held_out_batches": 1}
