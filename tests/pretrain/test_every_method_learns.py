@@ -23,7 +23,7 @@ RUNS = {
     "mae": (150, 4, {"optimiser": "adamw", "lr": 3e-3}),
     "glmae": (100, 4, {"prototypes": 64, "hidden": 128, "bottleneck": 32, "lr": 3e-3, "teacher_momentum": 0.98}),
     "voco": (120, 4, {"lr": 3e-3, "proj_dim": 128, "random_crops": 6, "mirror": 0.0, "rot90": 0.0, "intensity": 0.0}),
-    "hdense": (80, 4, {"lr": 2e-3, "n_voxels": 64, "pairs_per_volume": 1, "proj_dim": 32}),
+    "hdense": (200, 4, {"lr": 3e-3, "n_voxels": 64, "pairs_per_volume": 1, "proj_dim": 32}),
     "robust": (80, 8, {"lr": 3e-3}),
 }
 
