@@ -277,6 +277,7 @@ def test_spread_of_embeddings():
     z = torch.nn.functional.normalize(torch.randn(2000, 16), dim=1)
     assert embedding_spread(z).item() == pytest.approx(1, abs=0.05)
     assert embedding_spread(z[:1].expand(7, 16)) == 0
+    assert embedding_spread(torch.eye(2)).item() == pytest.approx(0.5 * 2**0.5)  # of the population
 
 
 def test_without_prototypes_the_spread_alone_tells():

@@ -185,3 +185,12 @@ def test_similarities_against_a_double_loop(n):
     pairs = [float(z[i] @ z[j]) for i in range(2 * n) for j in range(2 * n) if row[i] != row[j]]
     assert len(pairs) == 2 * n * (2 * n - 2)
     assert other.item() == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+
+
+def test_rows_count_as_equally_similar_within_rounding_only():
+    """Two rows of b that differ in similarity by 5e-5, and by 5e-8."""
+    for angle, share in ((0.01, 1.0), (3e-4, 0.5)):
+        b = torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]])
+        a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        assert nearest_share(a[:1], b).item() == pytest.approx(share)
+        assert nearest_share(a[:1], b.flip(0)).item() == pytest.approx(0.0 if share == 1 else 0.5)

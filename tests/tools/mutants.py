@@ -243,8 +243,9 @@ def measure(copy: Path, wanted: list[str]) -> dict[str, dict]:
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-def tests_for(file: str, where: str, known: dict[str, dict], seconds: float) -> tuple[list[str], float]:
-    """Tests that run a function (or, outside of any, its file), quickest first, as far as the time goes; and that time."""
+def tests_for(file: str, where: str, known: dict[str, dict], seconds: float) -> tuple[list[str], float, int]:
+    """Tests that run a function (or, outside of any, its file), quickest first, as far as the time goes; that time; how many
+    were left out."""
     key = f"{file}:{where}"
     at = [t for t, k in known.items() if key in k["functions"]]
     if not at:  # measured before the function was moved to another file
@@ -258,13 +259,13 @@ def tests_for(file: str, where: str, known: dict[str, dict], seconds: float) -> 
         if kept and total > seconds:
             break
         kept.append(test)
-    return kept, total
+    return kept, total, len(at) - len(kept)
 
 
 def judge(copy: Path, file: str, mutation: object, known: dict[str, dict], seconds: float) -> dict:
     """Whether a mutation is caught, and by what."""
-    tests, cost = tests_for(file, mutation.where, known, seconds)
-    row = {"file": file, "line": mutation.line, "label": mutation.label, "tests": len(tests)}
+    tests, cost, cut = tests_for(file, mutation.where, known, seconds)
+    row = {"file": file, "line": mutation.line, "label": mutation.label, "tests": len(tests), "cut": cut}
     if not tests:
         return {**row, "result": UNTESTED}
     target = copy / file
@@ -312,7 +313,8 @@ def _all(copy: Path, chosen: list, known: dict, seconds: float, deadline: float)
             break
         rows.append(judge(copy, file, mutation, known, seconds))
         if rows[-1]["result"] != CAUGHT:
-            print(f"{rows[-1]['result']}: {file}:{mutation.line} {mutation.label}", flush=True)
+            cut = f" ({rows[-1]['cut']} slower tests were not run, see --seconds)" if rows[-1]["cut"] else ""
+            print(f"{rows[-1]['result']}: {file}:{mutation.line} {mutation.label}{cut}", flush=True)
     return rows
 
 

@@ -185,7 +185,7 @@ def _constants(node: ast.Constant) -> Iterator[ast.AST]:
     elif isinstance(value, int):
         yield ast.Constant(value + 1)
     elif isinstance(value, float):
-        yield ast.Constant(1.0 if value == 0 else value * (100 if abs(value) < 1e-3 else 1.5))
+        yield ast.Constant(1.0 if value == 0 else float(f"{value * (100 if abs(value) < 1e-3 else 1.5):.3g}"))
 
 
 def _calls(node: ast.Call) -> Iterator[ast.AST]:
