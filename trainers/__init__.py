@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         nnUNetTrainerPretrainedHeadOnly,
         nnUNetTrainerPretrainedSawtooth,
     )
+    from nnssl.trainers.mean_teacher import nnUNetTrainerMeanTeacher, nnUNetTrainerPretrainedMeanTeacher
     from nnssl.trainers.pretrained import nnUNetTrainerPretrained, nnUNetTrainerPretrainedScratch
     from nnssl.trainers.primus import nnUNetTrainerPretrainedPrimus, nnUNetTrainerPretrainedPrimusScratch
     from nnssl.trainers.probe import nnUNetTrainerLinearProbe
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 __all__ = [
     "TRAINERS",
     "nnUNetTrainerLinearProbe",
+    "nnUNetTrainerMeanTeacher",
     "nnUNetTrainerPretrained",
     "nnUNetTrainerPretrainedFreezeUnfreeze",
     "nnUNetTrainerPretrainedFrozen",
     "nnUNetTrainerPretrainedHeadOnly",
+    "nnUNetTrainerPretrainedMeanTeacher",
     "nnUNetTrainerPretrainedPrimus",
     "nnUNetTrainerPretrainedPrimusScratch",
     "nnUNetTrainerPretrainedSawtooth",
@@ -54,6 +57,14 @@ TRAINERS: dict[str, tuple[str, str]] = {
     "nnUNetTrainerPretrainedHeadOnly": (
         "nnssl.trainers.families",
         "only the segmentation heads are trained",
+    ),
+    "nnUNetTrainerPretrainedMeanTeacher": (
+        "nnssl.trainers.mean_teacher",
+        "for few labels: also learns from images without labels, by an averaged teacher's pseudo-labels",
+    ),
+    "nnUNetTrainerMeanTeacher": (
+        "nnssl.trainers.mean_teacher",
+        "the same from random weights",
     ),
     "nnUNetTrainerPretrainedPrimus": (
         "nnssl.trainers.primus",

@@ -7,6 +7,7 @@ under the name of nnU-Net's trainer, so that any nnU-Net predicts with them. Oth
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from nnssl.malloc import keep_freed_memory
 from nnssl.networks import canonical_state_dict
 from nnssl.paths import encode_path
 from nnssl.plans import Plan
-from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, PRIMUS, SCRATCH, trainer_for
+from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, MEAN_TEACHER, PRIMUS, SCRATCH, trainer_for
 from nnssl.plans.labels import folds_of, restrict
 from nnssl.plans.parts import parts_for
 from nnssl.plans.primus import CLASSES
@@ -92,6 +93,8 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
             keep_freed_memory()
         self.family = self.schedule_of(plans)
         figures = Figures.from_plans(plans, self.family, type(self).__name__)
+        if self.family == MEAN_TEACHER and self.schedule != MEAN_TEACHER:
+            figures = replace(figures, labelled_first=1.0)  # the control: labels only, one schedule over as many steps
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.figures = figures
         self.num_epochs = figures.epochs
@@ -187,6 +190,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         parts = parts_for(plan.nnssl, self.family)
         report = transfer.apply(self.pretrained_network(), loaded, plan=plan, parts=parts)
         self.check_transfer(report, source.path)
+        self.note_source(loaded)
         self.set_backbone(part.part for part in report.parts if part.loaded or part.adapted)
         self.provenance.update(weights="pretrained", sha256=source.sha256, method=loaded.method, parts=parts)
         text = f"nnssl: weights from {source.path}, {source.why}\n{report}"
@@ -210,6 +214,9 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
     def check_transfer(self, report: transfer.TransferReport, path: Path) -> None:
         """Raise where this trainer needs more than was transferred."""
 
+    def note_source(self, loaded: checkpoints.Checkpoint) -> None:
+        """Called with the pretrained file once its weights are in the network."""
+
     def _write_report(self, text: str, content: dict[str, Any]) -> None:
         self.print_to_log_file(text)
         if self.local_rank == 0:
@@ -230,7 +237,15 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         content[PROVENANCE] = self.provenance
         if self.rates:
             content[RATES] = list(self.rates)
+        content.update(self.extra_content(final=Path(filename).name == "checkpoint_final.pth"))
         checkpoints.save(filename, content)
+
+    def extra_content(self, final: bool) -> dict[str, Any]:
+        """More entries of a checkpoint: tensors and plain values; ``final`` of the last one of a training."""
+        return {}
+
+    def take_extra_content(self, content: dict[str, Any]) -> None:
+        """Take back :meth:`extra_content` from a loaded checkpoint."""
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """As nnU-Net; the provenance and the learning rates so far come along."""
@@ -242,6 +257,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         self.provenance = content.get(PROVENANCE, {})
         self.rates = content.get(RATES, [])
         self.set_backbone(self.provenance.get("backbone"))
+        self.take_extra_content(content)
 
 
 class nnUNetTrainerPretrainedScratch(nnUNetTrainerPretrained):

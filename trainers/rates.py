@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_rates", "draw_rates", "merge_names"]
+__all__ = ["describe_rates", "draw_below", "draw_rates", "merge_names"]
 
 Row = Mapping[str, Any]
 
@@ -46,6 +46,16 @@ def draw_rates(rows: Sequence[Row], path: Path) -> None:
         rows: one per epoch: ``{"epoch": int, "first": {group: lr}, "last": {group: lr}}``, the rates of its first and last step.
         path: the figure that nnU-Net has just drawn.
     """
+    draw_below(path, lambda ax: _draw(rows, ax))
+
+
+def draw_below(path: Path, draw: Callable[[Any], None]) -> None:
+    """Add a panel to the bottom of a figure that has been written.
+
+    Args:
+        path: a PNG.
+        draw: draws into matplotlib's axes.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image
@@ -55,6 +65,19 @@ def draw_rates(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(above.width / dpi, 14), dpi=dpi)
     canvas = FigureCanvasAgg(figure)
     ax = figure.subplots()
+    draw(ax)
+    figure.tight_layout()
+    canvas.draw()
+    below = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+    whole = Image.new("RGB", (above.width, above.height + below.height), "white")
+    whole.paste(above, (0, 0))
+    whole.paste(below, (0, above.height))
+    temporary = path.with_name(f".{path.name}.tmp")
+    whole.save(temporary, format="png", compress_level=2)
+    temporary.replace(path)
+
+
+def _draw(rows: Sequence[Row], ax: Any) -> None:
     x = [row["epoch"] + part for row in rows for part in (0.0, 0.99)]
     curves = {name: tuple(row[part][name] for row in rows for part in ("first", "last")) for name in rows[-1]["last"]}
     for name, values in merge_names(curves).items():
@@ -65,12 +88,3 @@ def draw_rates(rows: Sequence[Row], path: Path) -> None:
     ax.yaxis.get_offset_text().set_fontsize(28)
     ax.grid(alpha=0.4)
     ax.legend(fontsize=26)
-    figure.tight_layout()
-    canvas.draw()
-    below = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
-    whole = Image.new("RGB", (above.width, above.height + below.height), "white")
-    whole.paste(above, (0, 0))
-    whole.paste(below, (0, above.height))
-    temporary = path.with_name(f".{path.name}.tmp")
-    whole.save(temporary, format="png", compress_level=2)
-    temporary.replace(path)

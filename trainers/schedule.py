@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nnssl.plans.figures import FAMILIES, Figures
+from nnssl.plans.figures import FAMILIES, MEAN_TEACHER, Figures
+from nnssl.teacher.stages import Stages
 from nnssl.weights import is_head
 
 __all__ = [
@@ -97,6 +98,9 @@ class Rates:
             return freeze_unfreeze(step, f.steps, f.frozen, f.ramp, f.ramp_start)
         if self.family == "sawtooth":
             return sawtooth(epoch, f.epochs, f.decoder_epochs, f.warmup_epochs)[0 if encoder else 1]
+        if self.family == MEAN_TEACHER:
+            stages = Stages(f.stages.first * f.iterations, f.steps)
+            return stages.factor(step, f.warmup)
         if self.always_frozen(group):
             return 0.0
         if f.warmup == 0 and self.family == "linear_probe":

@@ -98,34 +98,51 @@ class StepwiseTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """As nnU-Net, at this step's learning rates and without the gradients of what is frozen."""
-        own = self.clip != CLIP or self._cpu_bfloat16()
-        if not isinstance(self.lr_scheduler, StepSchedule):
-            return self._step_without((), batch) if own else super().train_step(batch)
-        before = {name for name, lr in self.lr_scheduler.now().items() if lr == 0}
-        self.lr_scheduler.set(self.current_epoch * self.num_iterations_per_epoch + self._iteration)
+        held: list[nn.Parameter] = []
+        if isinstance(self.lr_scheduler, StepSchedule):
+            held = [p for p in self._set_rates(self.lr_scheduler) if p.requires_grad]
+        if held or self.clip != CLIP or self.own_loss(batch) or self._cpu_bfloat16():
+            return self._optimise(batch, held)
+        return super().train_step(batch)
+
+    def _set_rates(self, schedule: StepSchedule) -> list[nn.Parameter]:
+        """Set the learning rates of this step; returns the parameters that it does not train."""
+        before = {name for name, lr in schedule.now().items() if lr == 0}
+        schedule.set(self.current_epoch * self.num_iterations_per_epoch + self._iteration)
         self._iteration += 1
-        now = self.lr_scheduler.now()
-        frozen = self.lr_scheduler.frozen()
+        now = schedule.now()
+        frozen = schedule.frozen()
         if before != {name for name, lr in now.items() if lr == 0}:
             hold_statistics(self.network, frozen)
             self.print_to_log_file(f"nnssl: step {self._iteration} of the epoch: {describe_rates(now)}")
         if self.rates:
             self.rates[-1]["last"] = now
-        held = [p for p in frozen if p.requires_grad]
-        return self._step_without(held, batch) if held or own else super().train_step(batch)
+        return frozen
 
-    def _step_without(self, frozen: Iterable[nn.Parameter], batch: dict) -> dict:
-        """One optimiser step that leaves the given parameters as they are."""
-        data = batch["data"].to(self.device, non_blocking=True)
-        target = batch["target"]
-        several = isinstance(target, (list, tuple))
-        moved = [t.to(self.device, non_blocking=True) for t in (target if several else [target])]
+    def own_loss(self, batch: dict) -> bool:
+        """Whether :meth:`batch_loss` differs from nnU-Net's loss for this batch."""
+        return False
+
+    def batch_loss(self, batch: dict) -> torch.Tensor:
+        """The loss of a batch, with gradients; called under autocast."""
+        return self.loss(self.outputs(self.moved(batch["data"])), self.moved(batch["target"]))
+
+    def outputs(self, data: torch.Tensor) -> Any:
+        """What the network makes of a batch on the device; on a CPU float32 for the loss, whatever it computes in."""
+        made = self.network(data)
+        return float_outputs(made) if self.device.type == "cpu" else made
+
+    def moved(self, tensors: Any) -> Any:
+        """A tensor, or a list of them, on the device."""
+        if isinstance(tensors, (list, tuple)):
+            return [t.to(self.device, non_blocking=True) for t in tensors]
+        return tensors.to(self.device, non_blocking=True)
+
+    def _optimise(self, batch: dict, frozen: Iterable[nn.Parameter]) -> dict:
+        """One optimiser step on :meth:`batch_loss` that leaves the given parameters as they are."""
         self.optimizer.zero_grad(set_to_none=True)
         with autocast_for(self.device):
-            output = self.network(data)
-            if self.device.type == "cpu":
-                output = float_outputs(output)
-            loss = self.loss(output, moved if several else moved[0])
+            loss = self.batch_loss(batch)
         scaler = self.grad_scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
         for parameter in frozen:
@@ -133,26 +150,20 @@ class StepwiseTrainer(nnUNetTrainer):
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
+        taken = True
         if scaler is None:
             self.optimizer.step()
         else:
+            scale = scaler.get_scale()
             scaler.step(self.optimizer)
             scaler.update()
+            taken = scaler.get_scale() >= scale  # a smaller scale tells of a step that was skipped
+        if taken:
+            self.after_step()
         return {"loss": loss.detach().cpu().numpy()}
 
-    def validation_step(self, batch: dict) -> dict:
-        """As nnU-Net, on a CPU in bfloat16 where training steps are; the loss is computed in float32."""
-        if not self._cpu_bfloat16():
-            return super().validation_step(batch)
-        hook = self.network.register_forward_hook(lambda module, inputs, output: float_outputs(output))
-        try:
-            with autocast_for(self.device):
-                return super().validation_step(batch)
-        finally:
-            hook.remove()
-
-    def _cpu_bfloat16(self) -> bool:
-        return self.device.type == "cpu" and cpu_bfloat16()
+    def after_step(self) -> None:
+        """Called after each optimiser step of :meth:`batch_loss`, and not where that was skipped."""
 
     def on_epoch_end(self) -> None:
         """As nnU-Net; ``progress.png`` gets a panel with the learning rates of all groups."""

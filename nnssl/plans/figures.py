@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nnssl.errors import NnsslError, nearest, raise_problems
+from nnssl.teacher.stages import Stages
 
 __all__ = [
     "DEFAULT_FAMILY",
     "FAMILIES",
+    "MEAN_TEACHER",
     "PRIMUS",
     "PRIMUS_FAMILIES",
     "USED",
@@ -26,6 +28,8 @@ __all__ = [
 
 DEFAULT_FAMILY = "warmup_poly"
 SCRATCH = "nnUNetTrainerPretrainedScratch"
+MEAN_TEACHER = "mean_teacher"
+"""The family of two stages: the labels, then also the pool without labels."""
 PRIMUS = ("nnUNetTrainerPretrainedPrimus", "nnUNetTrainerPretrainedPrimusScratch")
 """The trainers for Primus; both follow whatever family of :data:`PRIMUS_FAMILIES` the plan names."""
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -34,10 +38,11 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "sawtooth": ("nnUNetTrainerPretrainedSawtooth", SCRATCH),
     "encoder_frozen": ("nnUNetTrainerPretrainedFrozen", SCRATCH),
     "head_only": ("nnUNetTrainerPretrainedHeadOnly", SCRATCH),
+    MEAN_TEACHER: ("nnUNetTrainerPretrainedMeanTeacher", "nnUNetTrainerMeanTeacher", SCRATCH),
     "linear_probe": ("nnUNetTrainerLinearProbe",),
 }
 """Family of schedule -> the trainers of U-Nets that follow it. The control without pretraining follows any but the probe's."""
-PRIMUS_FAMILIES = tuple(family for family in FAMILIES if family != "linear_probe")
+PRIMUS_FAMILIES = tuple(family for family in FAMILIES if family not in (MEAN_TEACHER, "linear_probe"))
 
 SCHEMA = 1
 LENGTHS = ("epochs", "iterations", "val_iterations")
@@ -48,6 +53,7 @@ USED: dict[str, tuple[str, ...]] = {
     "sawtooth": (*_COMMON, "warmup", "layer_decay", "decoder_first"),
     "encoder_frozen": (*_COMMON, "warmup", "layer_decay"),
     "head_only": (*_COMMON, "warmup"),
+    MEAN_TEACHER: (*_COMMON, "warmup", "labelled_first", "momentum", "strength", "largest"),
     "linear_probe": (*_COMMON, "warmup", "levels"),
 }
 """Family -> the figures, besides the lengths, that decide anything there."""
@@ -57,7 +63,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {"freeze_unfreeze": _ADAM, "linear_probe"
 _PRIMUS = {"optimizer": "adamw", "peak_lr": 1e-4}
 SHORT_RUN, SHORT_PEAK_LR = 25_000, 1e-2
 """Below so many optimiser steps nnU-Net's SGD gets its own learning rate as peak, unless the plan names one."""
-_CHOICES = {"optimizer": ("sgd", "adam", "adamw"), "levels": ("decoder", "encoder")}
+ADAM_PEAK_LR = 2e-3
+"""Adam's with two stages: runs of less than :data:`SHORT_RUN` steps are trained with it, longer ones with nnU-Net's SGD."""
+_CHOICES = {
+    "optimizer": ("sgd", "adam", "adamw"),
+    "levels": ("decoder", "encoder"),
+    "largest": ("auto", "always", "never"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,12 @@ class Figures:
         ramp_start: what the ramp starts from, as a share of the peak in (0, 1].
         decoder_first: share of the epochs in (0, 1) for which the decoder is trained alone.
         levels: what a linear probe looks at: the bottleneck and the ``"decoder"`` stages, or the ``"encoder"`` stages.
+        labelled_first: share of the epochs in [0, 1) that ``mean_teacher`` learns from the labels alone.
+        momentum: largest momentum of its teacher, in [0, 1).
+        strength: factor of at least 0 on the probability of the student's intensity changes of images without labels and on the
+            amount of noise; 1 is nnU-Net's augmentation.
+        largest: whether pseudo-labels keep only the largest component of each class: ``"auto"`` where all labelled cases say that
+            it is one piece, ``"always"`` or ``"never"``.
     """
 
     epochs: int = 1000
@@ -99,6 +117,15 @@ class Figures:
     ramp_start: float = 0.1
     decoder_first: float = 0.05
     levels: str = "decoder"
+    labelled_first: float = 1 / 3
+    momentum: float = 0.99
+    strength: float = 1.0
+    largest: str = "auto"
+
+    @property
+    def stages(self) -> Stages:
+        """The epochs of ``mean_teacher``: with the labels alone, then with the pool too."""
+        return Stages.split(self.epochs, self.labelled_first)
 
     @property
     def steps(self) -> int:
@@ -148,6 +175,7 @@ class Figures:
         if ours.get("schema", SCHEMA) != SCHEMA:
             problems.append(f"their schema is {ours['schema']!r}, this version of nnssl reads {SCHEMA}; update nnssl")
         problems += _check_cases(ours.get("train_cases"))
+        problems += _check_unlabelled(ours.get("unlabelled"))
         values = {
             **_DEFAULTS.get(family, {}),
             **(_PRIMUS if primus else {}),
@@ -157,9 +185,19 @@ class Figures:
             problems += _check(key, value)
         raise_problems(problems, where)
         figures = cls(**values)
-        if "peak_lr" not in values and figures.optimizer == "sgd" and figures.steps < SHORT_RUN:
-            figures = replace(figures, peak_lr=SHORT_PEAK_LR)
+        if family == MEAN_TEACHER and "optimizer" not in values and figures.steps < SHORT_RUN:
+            figures = replace(figures, optimizer="adam")
+        if "peak_lr" not in values:
+            figures = replace(figures, peak_lr=_peak(family, figures))
         return figures
+
+
+def _peak(family: str, figures: Figures) -> float:
+    """The largest learning rate where the plan names none."""
+    if family == MEAN_TEACHER:
+        return SHORT_PEAK_LR if figures.optimizer == "sgd" else ADAM_PEAK_LR
+    short = figures.optimizer == "sgd" and figures.steps < SHORT_RUN
+    return SHORT_PEAK_LR if short else figures.peak_lr
 
 
 def _check_cases(cases: Any) -> list[str]:
@@ -173,6 +211,13 @@ def _check_cases(cases: Any) -> list[str]:
     return [] if legal else ["nnssl.train_cases must be a non-empty list of case names for each fold"]
 
 
+def _check_unlabelled(sources: Any) -> list[str]:
+    legal = sources is None or (
+        isinstance(sources, list) and sources and all(isinstance(s, str) and s for s in sources)
+    )
+    return [] if legal else ["nnssl.unlabelled must be a non-empty list of dataset names"]
+
+
 def _check(key: str, value: Any) -> list[str]:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if key in _CHOICES:
@@ -181,6 +226,8 @@ def _check(key: str, value: Any) -> list[str]:
         legal, text = number and isinstance(value, int) and value >= 1, "a whole number of at least 1"
     elif key == "peak_lr":
         legal, text = number and value > 0, "a positive number"
+    elif key == "strength":
+        legal, text = number and value >= 0, "a number of at least 0"
     elif key in ("layer_decay", "ramp_start"):
         legal, text = number and 0 < value <= 1, "a share in (0, 1]"
     elif key in ("ramp", "decoder_first"):

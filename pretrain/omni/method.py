@@ -28,8 +28,8 @@ from nnssl.pretrain.omni.config import OmniConfig
 from nnssl.pretrain.omni.loss import SegmentationLoss, deep_weights, ignore_value, segment
 from nnssl.pretrain.omni.patches import Patches
 from nnssl.pretrain.omni.pictures import omni_columns
-from nnssl.pretrain.omni.pseudo import confidence, labels_of, pseudo_label
 from nnssl.pretrain.types import Batch, CropRequest, Picture, Progress
+from nnssl.teacher.pseudo_labels import confidence, labels_of, pseudo_label
 
 __all__ = ["OmniMixin", "make_omni", "teacher_momentum"]
 

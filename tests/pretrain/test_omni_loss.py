@@ -12,7 +12,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnssl.networks import build_network
 from nnssl.plans import Plan
 from nnssl.pretrain.omni.loss import SegmentationLoss, deep_weights, ignore_value, restrict_logits, segment, to_regions
-from nnssl.pretrain.omni.pseudo import confidence, labels_of, pseudo_label
+from nnssl.teacher.pseudo_labels import confidence, labels_of, pseudo_label
 
 SIZE = (8, 12, 16)
 STRIDES = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 1, 2))

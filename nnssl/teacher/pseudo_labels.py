@@ -1,4 +1,4 @@
-"""From a teacher's logits to label maps, with the doubtful voxels ignored."""
+"""From a teacher's logits to label maps, with the doubtful voxels ignored where a threshold is asked for."""
 
 from __future__ import annotations
 

@@ -1,0 +1,187 @@
+"""Preprocessed images without labels that a training may learn from: which, where they lie, and which are held back.
+
+A case is never taken from the fold's validation part, from the labelled training cases, or from the images that were found to be
+the target's test images, unless the plan says so (``transductive``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnssl.errors import NnsslError
+from nnssl.paths import preprocessed_folder
+from nnssl.plans.datasets import dataset_id
+from nnssl.plans.plan import Plan
+
+__all__ = [
+    "UnlabelledCase",
+    "UnlabelledPool",
+    "case_key_hash",
+    "find_unlabelled",
+    "list_cases",
+    "prepared_folder",
+    "source_folder",
+]
+
+
+@dataclass(frozen=True, order=True)
+class UnlabelledCase:
+    """One preprocessed image: ``<folder>/<name>.b2nd``.
+
+    Attributes:
+        source: name of the dataset that it comes from.
+        name: nnU-Net's case identifier.
+        folder: of preprocessed cases.
+    """
+
+    source: str
+    name: str
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        """``"<source>/<name>"``, unique in a pool."""
+        return f"{self.source}/{self.name}"
+
+
+@dataclass(frozen=True)
+class UnlabelledPool:
+    """The images without labels of one training.
+
+    Attributes:
+        cases: sorted.
+        why: one line for each place that they come from.
+        held_back: what was left out and why -> how many.
+    """
+
+    cases: list[UnlabelledCase]
+    why: list[str]
+    held_back: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.cases)} images without labels", *(f"  {line}" for line in self.why)]
+        lines += [f"  left out: {n} that are {reason}" for reason, n in self.held_back.items() if n]
+        return "\n".join(lines)
+
+
+def case_key_hash(key: str) -> str:
+    """A short hash of ``"<source>/<case>"``: how a checkpoint names the images it has seen."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def prepared_folder(plan: Plan, source: str) -> Path:
+    """``nnUNet_preprocessed/<source>/nnssl_<target>_<data identifier>_<data hash>``: images that we preprocess with the plan."""
+    return preprocessed_folder() / source / f"nnssl_{plan.dataset_name}_{plan.data_identifier}_{plan.data_hash}"
+
+
+def source_folder(plan: Plan, source: str) -> Path:
+    """Where a dataset's images lie that were preprocessed with the plan: of its own dataset nnU-Net's folder, if there is one."""
+    own = preprocessed_folder() / plan.dataset_name / plan.data_identifier
+    return own if source == plan.dataset_name and own.is_dir() else prepared_folder(plan, source)
+
+
+def list_cases(plan: Plan, source: str) -> list[UnlabelledCase]:
+    """The preprocessed images of a dataset, sorted; empty where it is not preprocessed. Nothing is opened."""
+    folder = source_folder(plan, source)
+    if not folder.is_dir():
+        return []
+    names = sorted(
+        entry.name[: -len(".b2nd")]
+        for entry in os.scandir(folder)
+        if entry.name.endswith(".b2nd") and not entry.name.endswith("_seg.b2nd")
+    )
+    return [UnlabelledCase(source, name, folder) for name in names]
+
+
+def _named(plan: Plan, sources: Iterable[str]) -> tuple[list[UnlabelledCase], list[str]]:
+    cases, why = [], []
+    for source in sources:
+        found = list_cases(plan, source)
+        if not found:
+            number, target = dataset_id(source), dataset_id(plan.dataset_name)
+            raise NnsslError(
+                f"Plans '{plan.plans_name}' name {source} as images without labels, and it is not preprocessed for them "
+                f"({source_folder(plan, source)} holds no case). Type: nnssl_pretrain -d {number} -t {target} "
+                f"-c {plan.configuration} -p {plan.plans_name} -m mae --preprocess-only"
+            )
+        cases += found
+        why.append(f"{len(found)} of {source}, named by the plans")
+    return cases, why
+
+
+def _pretrained_on(plan: Plan, data: Mapping[str, Any]) -> tuple[list[UnlabelledCase], list[str]]:
+    """The pool of a pretraining: the images of its datasets whose hashes the checkpoint holds, or all where it holds none."""
+    cases, why = [], []
+    hashes = set(data.get("case_hashes") or ())
+    for source in data.get("sources") or ():
+        there = list_cases(plan, str(source))
+        found = [c for c in there if not hashes or case_key_hash(c.key) in hashes]
+        if found:
+            cases += found
+            why.append(f"{len(found)} of {source}, which the weights were pretrained on")
+    return cases, why
+
+
+def _leaks(plan: Plan) -> set[str]:
+    """Cases that earlier runs have found to be test images of the dataset, as ``"<source>/<case>"``."""
+    found: set[str] = set()
+    for file in (preprocessed_folder() / plan.dataset_name).glob("nnssl_leaks_*.txt"):
+        found |= {line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()}
+    return found
+
+
+def find_unlabelled(
+    plan: Plan,
+    train: Collection[str],
+    val: Collection[str],
+    *,
+    rest: Sequence[str] = (),
+    pretrained_on: Mapping[str, Any] | None = None,
+) -> UnlabelledPool:
+    """The images without labels of a training.
+
+    Those of the datasets that ``plans["nnssl"]["unlabelled"]`` names; where it names none, the training cases that a few-label
+    variant leaves out together with the images that the weights were pretrained on.
+
+    Args:
+        plan: of the training.
+        train: its labelled cases.
+        val: its validation cases.
+        rest: the fold's training cases that are not among ``train``.
+        pretrained_on: ``Checkpoint.nnssl["data"]`` of the weights that it starts from.
+
+    Raises:
+        NnsslError: a named dataset that is not preprocessed, or no image is left; the message says how to name some.
+    """
+    named = plan.nnssl.get("unlabelled")
+    if named:
+        cases, why = _named(plan, named)
+    else:
+        own = {c.name: c for c in list_cases(plan, plan.dataset_name)} if rest else {}
+        cases = [own[name] for name in rest if name in own]
+        why = [f"{len(cases)} of {plan.dataset_name}, whose labels the plans leave out"] if cases else []
+        more, told = _pretrained_on(plan, pretrained_on or {})
+        cases, why = cases + more, why + told
+    unique = sorted({c.key: c for c in cases}.values())
+    mine = {f"{plan.dataset_name}/{name}" for name in train}
+    held = {"labelled training cases": mine}
+    if not plan.nnssl.get("transductive"):
+        held["validation cases"] = {f"{plan.dataset_name}/{name}" for name in val} - mine
+        held["test images of the dataset"] = _leaks(plan)
+    counts = {reason: sum(c.key in keys for c in unique) for reason, keys in held.items()}
+    left = [c for c in unique if not any(c.key in keys for keys in held.values())]
+    if not left:
+        number = dataset_id(plan.dataset_name)
+        raise NnsslError(
+            f"There are no images without labels to learn from for plans '{plan.plans_name}' of {plan.dataset_name}"
+            + "".join(f"; {n} are {reason}" for reason, n in counts.items() if n)
+            + f". Name a dataset of images: nnssl_plan -d {number} -c {plan.configuration} -p {plan.plans_name} --unlabelled DATASET "
+            f"--name NAME (it must be preprocessed for these plans: nnssl_pretrain -d DATASET -t {number} -m mae --preprocess-only), "
+            "or start from weights that were pretrained on some."
+        )
+    return UnlabelledPool(left, why, counts)

@@ -1,0 +1,77 @@
+"""The largest component of each class: a check on pseudo-labels that needs no labels, where a class is known to be one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from nnunetv2.evaluation.evaluate_predictions import region_or_label_to_mask
+from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
+from torch import Tensor
+
+__all__ = ["Class", "keep_largest", "one_piece", "share_of_largest"]
+
+Class = int | tuple[int, ...]
+"""A label, or a region: the labels that it is made of."""
+
+WHOLE = 0.99
+"""Share of a class that its largest component must hold in a label map; resampling leaves stray voxels."""
+
+
+def share_of_largest(label: np.ndarray, what: Class) -> float | None:
+    """Share of a class's voxels that its largest component holds, in (0, 1]; None where the class is absent.
+
+    Args:
+        label: ``(*size)`` integers.
+        what: the label or region.
+    """
+    mask = region_or_label_to_mask(label, what)
+    total = int(mask.sum())
+    if not total:
+        return None
+    only = mask.astype(np.uint8)
+    return float(remove_all_but_largest_component_from_segmentation(only, 1).sum() / total)
+
+
+def one_piece(labels: Iterable[np.ndarray], classes: Sequence[Class], whole: float = WHOLE) -> list[Class]:
+    """The classes of which all label maps say that they are one piece, as nnU-Net asks before it postprocesses.
+
+    Args:
+        labels: label maps ``(*size)`` of labelled cases, or of patches of them.
+        classes: labels or regions, without the background.
+        whole: least share of a class in its largest component, in each map that shows it.
+
+    Returns:
+        Those of ``classes`` that occur and are one piece wherever they occur.
+    """
+    seen: set[Class] = set()
+    left = list(classes)
+    for label in labels:
+        shares = {c: share_of_largest(label, c) for c in left}
+        seen |= {c for c, share in shares.items() if share is not None}
+        left = [c for c in left if shares[c] is None or shares[c] >= whole]  # type: ignore[operator]
+    return [c for c in left if c in seen]
+
+
+def keep_largest(labels: Tensor, classes: Sequence[Class]) -> Tensor:
+    """Turn all but the largest component of each class into background; nnU-Net's own postprocessing does it.
+
+    Args:
+        labels: ``(B, 1, *size)`` integers on any device.
+        classes: labels or regions; others stay as they are.
+
+    Returns:
+        The same shape, type and device. A map without a class stays as it is.
+    """
+    if not classes:
+        return labels
+    maps = labels.cpu().numpy()
+    kept = np.stack([_cleaned(one[0], classes) for one in maps])[:, None]
+    return torch.from_numpy(kept).to(labels.device, labels.dtype)
+
+
+def _cleaned(label: np.ndarray, classes: Sequence[Class]) -> np.ndarray:
+    for what in classes:
+        label = remove_all_but_largest_component_from_segmentation(label, what)
+    return label

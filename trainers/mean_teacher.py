@@ -1,0 +1,419 @@
+"""Few labels and many images without: nnU-Net's training in two stages, the second with an averaged teacher's pseudo-labels.
+
+Stage 1 learns from the labelled cases to convergence, with a warm-up and a decay of its own. Stage 2 starts a teacher as a copy
+of the network and a new schedule; half of each batch are labelled patches, half patches of the pool: the teacher labels a patch as
+it has been turned, scaled and mirrored, the student learns that label on the same patch after its intensities have changed, with
+nnU-Net's own augmentation, loss and deep supervision. The teacher follows the student after each step. The network that is kept
+and predicts is the student.
+
+Sources: :mod:`nnssl.teacher`. Tarvainen and Valpola 2017, arXiv:1703.01780. Hard labels without a threshold: nearly all voxels pass
+one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import Tensor
+
+from nnssl import checkpoint as checkpoints
+from nnssl.ema import EMA
+from nnssl.errors import NnsslError
+from nnssl.plans.figures import MEAN_TEACHER
+from nnssl.plans.labels import case_order
+from nnssl.plans.unlabelled import UnlabelledPool, find_unlabelled
+from nnssl.teacher.averaging import averaging_momentum
+from nnssl.teacher.components import keep_largest, one_piece
+from nnssl.teacher.pseudo_labels import labels_of
+from nnssl.trainers.groups import build_optimizer
+from nnssl.trainers.pool import Halves, UnlabelledDataset, UnlabelledLoader, split_transforms
+from nnssl.trainers.pretrained import nnUNetTrainerPretrained
+from nnssl.trainers.rates import Row, draw_below
+from nnssl.trainers.schedule import Rates, StepSchedule
+
+__all__ = ["nnUNetTrainerMeanTeacher", "nnUNetTrainerPretrainedMeanTeacher"]
+
+TEACHER = "nnssl_mean_teacher"
+"""Key of a fine-tuned checkpoint: the teacher, the steps that it has followed, and what was measured after each epoch."""
+COLLAPSE = 0.1
+"""Pseudo-labels with less than this share of the labelled patches' foreground are called collapsed."""
+LABEL_MAPS, CUTS = 64, 4
+"""Labelled cases that are asked whether a class is one piece, at most, and patches of each."""
+
+
+class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
+    """Two stages: the labels, then the labels and the images without labels, from pretrained weights.
+
+    The images are those that the plan names (``nnssl_plan --unlabelled``), else those whose labels a few-label variant leaves out
+    and those that the weights were pretrained on; see :func:`nnssl.plans.unlabelled.find_unlabelled`. Figures:
+    :class:`nnssl.plans.figures.Figures`.
+
+    Raises:
+        NnsslError: as the parent; also where there is no image without labels, or the configuration is a cascade's second stage.
+    """
+
+    schedule: ClassVar[str] = MEAN_TEACHER
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net reads this very signature
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_cascaded:
+            raise NnsslError(
+                f"{type(self).__name__} cannot train {configuration}, which takes segmentations of "
+                f"{self.configuration_manager.previous_stage_name}: images without labels have none. Train that stage with it."
+            )
+        self.teacher: EMA | None = None
+        self.pool: UnlabelledPool | None = None
+        self.trace: list[Row] = []
+        self._followed = 0
+        self._largest: list[Any] = []
+        self._pretrained_on: dict[str, Any] = {}
+        self._targets: Any = None
+        self._labelled_loader: Any = None
+        self._unlabelled_loader: Any = None
+        self._sums: Tensor | None = None
+
+    # ---- schedule -------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, StepSchedule]:
+        """One group; the rate rises and falls once in each stage."""
+        figures = replace(self.figures, epochs=self.num_epochs, iterations=self.num_iterations_per_epoch)
+        groups = [{"name": "network", "params": list(self.network.parameters())}]
+        optimizer = build_optimizer(groups, figures.optimizer, self.initial_lr, self.weight_decay)
+        schedule = StepSchedule(optimizer, Rates(self.family, figures, ("network",)))
+        schedule.step(0)
+        return optimizer, schedule
+
+    @property
+    def first_epochs(self) -> int:
+        """Epochs of the first stage."""
+        return replace(self.figures, epochs=self.num_epochs).stages.first
+
+    # ---- the pool -------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """As the parent; then find the images without labels, so that nothing is missing when the second stage begins."""
+        super().on_train_start()
+        train, val = self.do_split()
+        rest = self._left_out(train, val)
+        self.pool = find_unlabelled(self.plan(), train, val, rest=rest, pretrained_on=self._pretrained_on)
+        self._largest = self._one_piece_classes(train)
+        self.print_to_log_file(f"nnssl: mean teacher: {self._introduction(len(train))}")
+
+    def _left_out(self, train: list[str], val: list[str]) -> list[str]:
+        """The fold's training cases whose labels the plan leaves out."""
+        told = self.plans_manager.plans.get("nnssl") or {}
+        if not told.get("train_cases"):
+            return []
+        whole, _ = super(nnUNetTrainerPretrained, self).do_split()
+        named = (told.get("val_cases") or {}).get(str(self.fold), ())
+        held = set(train) | (set(named) if self.fold == "all" else set(val))
+        return [case for case in whole if case not in held]
+
+    def _introduction(self, labelled: int) -> str:
+        one = ", ".join(map(str, self._largest)) or "none"
+        why = "all labelled cases show it as one piece" if self.figures.largest == "auto" else "as the plan asks"
+        return (
+            f"{labelled} labelled cases, {self.pool}\n"
+            f"  epochs 0 to {self.first_epochs - 1} learn from the labels, epochs {self.first_epochs} to {self.num_epochs - 1} from the "
+            f"pool too\n  largest component kept of: {one}{f' ({why})' if self._largest else ''}"
+        )
+
+    def _classes(self) -> list[Any]:
+        manager = self.label_manager
+        if manager.has_regions:
+            return [r if isinstance(r, int) else tuple(int(i) for i in r) for r in manager.foreground_regions]
+        return [int(label) for label in manager.foreground_labels]
+
+    def _one_piece_classes(self, train: Iterable[str]) -> list[Any]:
+        """The classes of which pseudo-labels keep the largest component."""
+        if self.figures.largest != "auto":
+            return self._classes() if self.figures.largest == "always" else []
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, list(train))
+        chosen = case_order(dataset.identifiers, 0)[:LABEL_MAPS]
+        generator = np.random.default_rng(0)
+        maps = (cut for case in chosen for cut in self._label_maps(dataset, case, generator))
+        return one_piece(maps, self._classes())
+
+    def _label_maps(self, dataset: Any, case: str, generator: np.random.Generator) -> Iterable[np.ndarray]:
+        """A case's label map, and patches around voxels of its classes: a patch may cut what is one piece into several."""
+        label = np.asarray(dataset.load_case(case)[1][0])
+        patch = [1] * (label.ndim - len(self.configuration_manager.patch_size)) + list(
+            self.configuration_manager.patch_size
+        )
+        if len(self.configuration_manager.patch_size) == label.ndim:
+            yield label
+        places = np.argwhere(label > 0)
+        for place in generator.permutation(len(places))[:CUTS]:
+            start = [max(0, min(int(c) - p // 2, s - p)) for c, p, s in zip(places[place], patch, label.shape)]
+            yield label[tuple(slice(a, a + p) for a, p in zip(start, patch))]
+
+    # ---- the second stage -----------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        """As the parent; the first epoch of the second stage starts the teacher, the pool's loader and a new optimiser state."""
+        if self.current_epoch >= self.first_epochs and self._unlabelled_loader is None:
+            self._start_second_stage()
+        self._sums = None
+        super().on_train_epoch_start()
+
+    def _start_second_stage(self) -> None:
+        if self.teacher is None:
+            self._make_teacher()
+            if self.current_epoch == self.first_epochs:
+                self.optimizer.state = defaultdict(dict)
+                self.print_to_log_file("nnssl: stage 2 begins: teacher, schedule and optimiser start anew")
+            else:
+                self.print_to_log_file("nnssl: WARNING: the checkpoint held no teacher; it starts again as the network")
+        self._labelled_loader = self.dataloader_train
+        self._unlabelled_loader = self._load_pool()
+        self.dataloader_train = Halves(self._labelled_loader, self._unlabelled_loader, self.labelled_share)
+
+    def _make_teacher(self) -> EMA:
+        self.teacher = EMA(self.network).to(self.device)
+        self.teacher.module.decoder.deep_supervision = False
+        self._followed = 0
+        return self.teacher
+
+    @property
+    def labelled_share(self) -> int:
+        """Labelled patches of a batch of the second stage on this rank."""
+        return max(1, (self.batch_size + 1) // 2)
+
+    @property
+    def unlabelled_share(self) -> int:
+        """Patches without labels of such a batch; at least one, also where a rank has a batch of one."""
+        return max(1, self.batch_size // 2)
+
+    def _load_pool(self) -> Any:
+        """Processes that read and augment patches of the pool, as many as nnU-Net has for its validation."""
+        rotation, dummy_2d, initial_patch, mirror = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        manager, config = self.label_manager, self.configuration_manager
+        views, self._targets = split_transforms(
+            self.get_training_transforms(
+                config.patch_size,
+                rotation,
+                self._get_deep_supervision_scales(),
+                mirror,
+                dummy_2d,
+                use_mask_for_norm=config.use_mask_for_norm,
+                is_cascaded=False,
+                foreground_labels=manager.foreground_labels,
+                regions=manager.foreground_regions if manager.has_regions else None,
+                ignore_label=manager.ignore_label,
+            ),
+            self.figures.strength,
+        )
+        if self.pool is None:
+            raise RuntimeError("the second stage starts after on_train_start")
+        loader = UnlabelledLoader(
+            UnlabelledDataset(self.pool.cases),
+            self.unlabelled_share,
+            initial_patch,
+            config.patch_size,
+            manager,
+            views,
+        )
+        processes = get_allowed_n_proc_DA()
+        if processes == 0:
+            return SingleThreadedAugmenter(loader, None)
+        processes = max(1, processes // 2)
+        seeds = [
+            int(s) for s in np.random.randint(0, 2**31 - 1, processes)
+        ]  # without seeds torch's are equal in all of them
+        return NonDetMultiThreadedAugmenter(
+            loader,
+            None,
+            processes,
+            num_cached=max(3, processes // 2),
+            seeds=seeds,
+            pin_memory=self.device.type == "cuda",
+            wait_time=0.002,
+        )
+
+    def own_loss(self, batch: dict) -> bool:
+        """Batches of the second stage."""
+        return "views" in batch
+
+    def batch_loss(self, batch: dict) -> Tensor:
+        """Half nnU-Net's loss on labels, half the same loss against the teacher's labels."""
+        if "views" not in batch:
+            return super().batch_loss(batch)
+        data, target = self.moved(batch["data"]), self.moved(batch["target"])
+        seen, changed = self.moved(batch["views"]).chunk(2, dim=1)
+        made = self.pseudo_labels(seen, self.moved(batch["outside"]))
+        outputs = self.network(torch.cat([data, changed]))
+        n, levels = len(data), isinstance(outputs, (list, tuple))
+        labelled = [o[:n] for o in outputs] if levels else outputs[:n]
+        other = [o[n:] for o in outputs] if levels else outputs[n:]
+        self._measure(made, (other[0] if levels else other).detach(), target[0] if levels else target)
+        return 0.5 * self.loss(labelled, target) + 0.5 * self.loss(other, self.targets_of(made))
+
+    @torch.no_grad()
+    def pseudo_labels(self, seen: Tensor, outside: Tensor) -> Tensor:
+        """The teacher's label map of patches as it sees them.
+
+        Args:
+            seen: ``(B, C, *size)``.
+            outside: ``(B, 1, *size)``, below 0 where there is no image; there it is background, as nnU-Net's labels are.
+
+        Returns:
+            ``(B, 1, *size)`` int16.
+        """
+        teacher = self.teacher or self._make_teacher()
+        made = labels_of(teacher(seen).float(), self._order())
+        made = torch.where(outside < 0, 0, made).to(torch.int16)
+        return keep_largest(made, self._largest)
+
+    def _order(self) -> list[int] | None:
+        manager = self.label_manager
+        return [int(c) for c in manager.regions_class_order] if manager.has_regions else None
+
+    def targets_of(self, made: Tensor) -> Any:
+        """Label maps -> what nnU-Net's loss takes: regions, and one target a level where there is deep supervision."""
+        each = [self._targets(segmentation=one)["segmentation"] for one in made]
+        if isinstance(each[0], list):
+            return [torch.stack(level) for level in zip(*each)]
+        return torch.stack(each)
+
+    def after_step(self) -> None:
+        """The teacher follows the student."""
+        super().after_step()
+        if self.teacher is not None:
+            self.teacher.update(self.network, averaging_momentum(self._followed, self.figures.momentum))
+            self._followed += 1
+
+    # ---- what a person should see ---------------------------------------------------------------------------------
+
+    def _measure(self, made: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Add to this epoch's sums: overlap and sizes of the teacher's and the student's foreground, and voxels of both halves."""
+        own = labels_of(logits.float(), self._order())
+        ignore = self.label_manager.ignore_label
+        if self.label_manager.has_regions:
+            known = target[:, : len(self.label_manager.foreground_regions)]
+            truth = known.bool().any(1)
+        else:
+            truth = (target > 0) if ignore is None else (target > 0) & (target != ignore)
+        same = ((made == own) & (made > 0)).sum()
+        sums = torch.stack([2 * same, (made > 0).sum() + (own > 0).sum(), (made > 0).sum(), truth.sum()]).double()
+        sizes = torch.tensor([made.numel(), truth.numel()], dtype=torch.float64, device=sums.device)
+        sums = torch.cat([sums, sizes])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """As nnU-Net; then what teacher and student make of the pool."""
+        super().on_train_epoch_end(train_outputs)
+        if self._sums is None:
+            return
+        sums = self._sums
+        if self.is_ddp:
+            dist.all_reduce(sums)
+        same, both, made, truth, voxels, labelled = sums.tolist()
+        row = {
+            "epoch": self.current_epoch,
+            "agreement": same / both if both else 1.0,
+            "foreground": made / voxels,
+            "labelled_foreground": truth / max(1.0, labelled),
+        }
+        self.trace = [*(r for r in self.trace if r["epoch"] < self.current_epoch), row]
+        self.print_to_log_file(
+            f"nnssl: teacher and student agree on the pool by Dice {row['agreement']:.3f}; foreground {100 * row['foreground']:.2f} % of "
+            f"the pool's patches, {100 * row['labelled_foreground']:.2f} % of the labelled ones"
+        )
+        if row["foreground"] < COLLAPSE * row["labelled_foreground"]:
+            self.print_to_log_file(
+                "nnssl: WARNING: the teacher gives almost no foreground: pseudo-labels have collapsed. The first stage may have been too "
+                "short, or the pool may show something else than the labelled cases."
+            )
+
+    def on_epoch_end(self) -> None:
+        """As the parent; ``progress.png`` gets a panel on the pseudo-labels."""
+        super().on_epoch_end()
+        if self.local_rank == 0 and self.trace:
+            draw_below(Path(self.output_folder) / "progress.png", self._draw)
+
+    def _draw(self, ax: Any) -> None:
+        epochs = [row["epoch"] for row in self.trace]
+        ax.plot(
+            epochs,
+            [row["agreement"] for row in self.trace],
+            "b",
+            linewidth=4,
+            label="teacher and student agree on the pool",
+        )
+        ax.set_ylim(0, 1)
+        ax.set_xlabel("epoch", fontsize=30)
+        ax.set_ylabel("Dice between them", fontsize=30)
+        right = ax.twinx()
+        right.plot(
+            epochs, [100 * r["foreground"] for r in self.trace], "g", linewidth=4, label="pseudo-labels of the pool"
+        )
+        right.plot(
+            epochs, [100 * r["labelled_foreground"] for r in self.trace], "g--", linewidth=4, label="true labels"
+        )
+        right.set_ylim(bottom=0)
+        right.set_ylabel("foreground [% of voxels]", fontsize=30)
+        for axis in (ax, right):
+            axis.tick_params(labelsize=28)
+        ax.legend(fontsize=26, loc="lower left")
+        right.legend(fontsize=26, loc="lower right")
+
+    # ---- files ----------------------------------------------------------------------------------------------------
+
+    def note_source(self, loaded: checkpoints.Checkpoint) -> None:
+        """Remember which images the weights were pretrained on."""
+        data = loaded.nnssl.get("data") or {}
+        self._pretrained_on = {k: data[k] for k in ("sources", "case_hashes") if k in data}
+
+    def extra_content(self, final: bool) -> dict[str, Any]:
+        """The teacher, which a finished training no longer needs, and what was measured."""
+        content = {**super().extra_content(final)}
+        own: dict[str, Any] = {
+            "followed": self._followed,
+            "trace": list(self.trace),
+            "pretrained_on": dict(self._pretrained_on),
+        }
+        if self.teacher is not None and not final:
+            own["teacher"] = self.teacher.module.state_dict()
+        content[TEACHER] = own
+        return content
+
+    def take_extra_content(self, content: dict[str, Any]) -> None:
+        """The teacher, its step, and what was measured come back with ``--c``."""
+        super().take_extra_content(content)
+        own = content.get(TEACHER) or {}
+        self.trace, self._pretrained_on = list(own.get("trace", [])), dict(own.get("pretrained_on", {}))
+        if "teacher" in own:
+            self._make_teacher().module.load_state_dict(own["teacher"])
+            self._followed = int(own["followed"])
+
+    def on_train_end(self) -> None:
+        """As nnU-Net; the pool's processes end too."""
+        if self._labelled_loader is not None:
+            self.dataloader_train = self._labelled_loader
+        super().on_train_end()
+        if isinstance(self._unlabelled_loader, NonDetMultiThreadedAugmenter):
+            self._unlabelled_loader._finish()
+        self._unlabelled_loader = self.teacher = None
+
+
+class nnUNetTrainerMeanTeacher(nnUNetTrainerPretrainedMeanTeacher):
+    """The same two stages from random weights."""
+
+    pretrained: ClassVar[bool] = False

@@ -1,0 +1,197 @@
+"""Patches of images without labels for a training: nnU-Net's loader and augmentation, cut where a teacher looks.
+
+The teacher sees a patch as it has been turned, scaled and mirrored, the student the same patch after its intensities have changed
+too. One image tensor carries both, one behind the other along the channels, through nnU-Net's own loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import Any
+
+import blosc2
+import numpy as np
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
+from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from torch import Tensor
+
+from nnssl.errors import NnsslError
+from nnssl.plans.unlabelled import UnlabelledCase
+
+__all__ = ["Halves", "TwoViews", "UnlabelledDataset", "UnlabelledLoader", "split_transforms"]
+
+
+class UnlabelledDataset:
+    """Preprocessed images of any folders, as nnU-Net's loader reads them. Labels that lie beside an image are not read.
+
+    Args:
+        cases: the images.
+    """
+
+    def __init__(self, cases: Sequence[UnlabelledCase]) -> None:
+        self._cases = {case.key: case for case in cases}
+        self.identifiers = list(self._cases)
+
+    def load_case(self, key: str) -> tuple[Any, Any, None, dict[str, Any]]:
+        """``(image (C, *size), segmentation (1, *size), None, properties)``; both are read where they are cut.
+
+        Raises:
+            NnsslError: a file is missing or damaged.
+        """
+        case = self._cases[key]
+        file = case.folder / f"{case.name}.b2nd"
+        beside = case.folder / f"{case.name}_seg.b2nd"
+        try:
+            data = blosc2.open(str(file), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+            seg: Any = np.broadcast_to(np.int16(0), (1, *data.shape[1:]))
+            if beside.is_file():
+                seg = blosc2.open(str(beside), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+        except Exception as error:  # blosc2 raises several kinds
+            raise NnsslError(f"{file} cannot be read ({error!r}); preprocess {case.source} again.") from error
+        return data, seg, None, {"class_locations": {}}
+
+
+class TwoViews(BasicTransform):
+    """One patch, seen by the teacher and by the student.
+
+    Args:
+        spatial: what moves voxels.
+        intensity: what changes intensities.
+        mask: sets what lies outside of the non-zero image to zero, in both.
+    """
+
+    def __init__(
+        self, spatial: Sequence[BasicTransform], intensity: Sequence[BasicTransform], mask: Sequence[BasicTransform]
+    ) -> None:
+        super().__init__()
+        self.spatial, self.intensity, self.mask = list(spatial), list(intensity), list(mask)
+
+    def apply(self, data_dict: dict[str, Any], **params: Any) -> dict[str, Any]:
+        """Image ``(C, *size)`` and segmentation -> image ``(2 C, *size)``, the teacher's first, and -1 outside, 0 inside."""
+        outside = torch.where(data_dict["segmentation"][:1] < 0, -1, 0).to(torch.int16)
+        seen = {"image": data_dict["image"], "segmentation": outside}
+        for transform in self.spatial:
+            seen = transform(**seen)
+        views = []
+        for transforms in ((), self.intensity):
+            view = {"image": seen["image"].clone(), "segmentation": seen["segmentation"]}
+            for transform in (*transforms, *self.mask):
+                view = transform(**view)
+            views.append(view["image"])
+        return {"image": torch.cat(views), "segmentation": seen["segmentation"]}
+
+
+def _inner(transform: BasicTransform) -> BasicTransform:
+    return transform.transform if isinstance(transform, RandomTransform) else transform
+
+
+def _stronger(transform: BasicTransform, factor: float) -> BasicTransform:
+    """A copy that is applied ``factor`` times as often; noise is also that much stronger."""
+    copy = deepcopy(transform)
+    if isinstance(copy, RandomTransform):
+        copy.apply_probability = min(1.0, copy.apply_probability * factor)
+    inner = _inner(copy)
+    if isinstance(inner, GaussianNoiseTransform) and isinstance(inner.noise_variance, (tuple, list)):
+        inner.noise_variance = tuple(v * factor for v in inner.noise_variance)
+    return copy
+
+
+def split_transforms(transforms: BasicTransform, strength: float = 1.0) -> tuple[TwoViews, ComposeTransforms]:
+    """Cut nnU-Net's training augmentation where the teacher looks.
+
+    What changes images only is the student's; what changes segmentations only makes targets of label maps; the rest moves voxels.
+    Mirroring comes before the intensities here, behind them in nnU-Net: it commutes with each of them.
+
+    Args:
+        transforms: from ``nnUNetTrainer.get_training_transforms``.
+        strength: factor on the probability of the student's intensity changes (at most 1) and on the amount of noise.
+
+    Returns:
+        what makes the two views of an image, and what makes targets of a label map ``(1, *size)``: regions, deep supervision.
+
+    Raises:
+        NnsslError: the augmentation is not a sequence of transforms.
+    """
+    if not isinstance(transforms, ComposeTransforms):
+        raise NnsslError(
+            f"The trainer's augmentation is a {type(transforms).__name__}; a sequence of transforms is wanted."
+        )
+    spatial, intensity, mask, targets = [], [], [], []
+    for transform in transforms.transforms:
+        kind = _inner(transform)
+        if isinstance(kind, MaskImageTransform):
+            mask.append(transform)
+        elif isinstance(kind, SegOnlyTransform):
+            targets.append(transform)
+        elif isinstance(kind, ImageOnlyTransform):
+            intensity.append(_stronger(transform, strength))
+        else:
+            spatial.append(transform)
+    return TwoViews(spatial, intensity, mask), ComposeTransforms(targets)
+
+
+class UnlabelledLoader(nnUNetDataLoader):
+    """nnU-Net's loader for images without labels: patches anywhere, none around a class.
+
+    ``next`` gives ``data`` ``(B, 2 C, *size)`` and ``target`` ``(B, 1, *size)``, see :class:`TwoViews`.
+    """
+
+    def __init__(
+        self,
+        dataset: UnlabelledDataset,
+        batch_size: int,
+        patch_size: Sequence[int],
+        final_patch_size: Sequence[int],
+        label_manager: Any,
+        views: TwoViews,
+    ) -> None:
+        super().__init__(dataset, batch_size, patch_size, final_patch_size, label_manager, 0.0, transforms=views)
+        self.has_ignore = False  # nnU-Net would look for annotated voxels
+
+
+class Halves:
+    """Batches of the second stage: half of them labelled, half not.
+
+    A batch of nnU-Net's labelled loader is used up over several steps, so that nothing is augmented in vain, and each of its
+    places (random, around a class) takes its turn.
+
+    Args:
+        labelled: gives ``data``, ``target`` (one tensor, or one a level) and ``keys``.
+        unlabelled: from :class:`UnlabelledLoader`.
+        share: labelled patches of a batch.
+    """
+
+    def __init__(self, labelled: Iterator[dict[str, Any]], unlabelled: Iterator[dict[str, Any]], share: int) -> None:
+        self.labelled, self.unlabelled, self.share = labelled, unlabelled, share
+        self._left: list[tuple[Tensor, Any, Any]] = []
+
+    def __iter__(self) -> Halves:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """``data``, ``target`` and ``keys`` of the labelled patches; ``views`` and ``outside`` of the others."""
+        while len(self._left) < self.share:
+            batch = next(self.labelled)
+            target = batch["target"]
+            levels = target if isinstance(target, (list, tuple)) else None
+            for i, key in enumerate(batch["keys"]):
+                one = [level[i] for level in levels] if levels is not None else target[i]
+                self._left.append((batch["data"][i], one, key))
+        taken, self._left = self._left[: self.share], self._left[self.share :]
+        data, targets, keys = zip(*taken)
+        several = isinstance(targets[0], list)
+        target = [torch.stack(level) for level in zip(*targets)] if several else torch.stack(targets)
+        other = next(self.unlabelled)
+        return {
+            "data": torch.stack(data),
+            "target": target,
+            "keys": list(keys),
+            "views": other["data"],
+            "outside": other["target"],
+        }
