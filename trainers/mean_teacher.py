@@ -1,13 +1,11 @@
 """Few labels and many images without: nnU-Net's training in two stages, the second with an averaged teacher's pseudo-labels.
 
 Stage 1 learns from the labelled cases to convergence, with a warm-up and a decay of its own. Stage 2 starts a teacher as a copy
-of the network and a new schedule; half of each batch are labelled patches, half patches of the pool: the teacher labels a patch as
-it has been turned, scaled and mirrored, the student learns that label on the same patch after its intensities have changed, with
-nnU-Net's own augmentation, loss and deep supervision. The teacher follows the student after each step. The network that is kept
-and predicts is the student.
+of the network and a new schedule. Half of each batch are labelled patches, half patches of the pool: the teacher labels a patch
+that has been turned, scaled and mirrored; the student learns that label on the same patch after its intensities have changed.
+Augmentation, loss and deep supervision are nnU-Net's own. The teacher follows the student after each step; the student is kept.
 
-Sources: :mod:`nnssl.teacher`. Tarvainen and Valpola 2017, arXiv:1703.01780. Hard labels without a threshold: nearly all voxels pass
-one.
+Sources: :mod:`nnssl.teacher`. Labels are hard, without a threshold: nearly all voxels would pass one.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor
 
-from nnssl import checkpoint as checkpoints
 from nnssl.ema import EMA
 from nnssl.errors import NnsslError
 from nnssl.plans.figures import MEAN_TEACHER
@@ -40,6 +37,7 @@ from nnssl.trainers.pool import Halves, UnlabelledDataset, UnlabelledLoader, spl
 from nnssl.trainers.pretrained import nnUNetTrainerPretrained
 from nnssl.trainers.rates import Row, draw_below
 from nnssl.trainers.schedule import Rates, StepSchedule
+from nnssl.weights import Checkpoint
 
 __all__ = ["nnUNetTrainerMeanTeacher", "nnUNetTrainerPretrainedMeanTeacher"]
 
@@ -107,9 +105,8 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
 
     # ---- the pool -------------------------------------------------------------------------------------------------
 
-    def on_train_start(self) -> None:
-        """As the parent; then find the images without labels, so that nothing is missing when the second stage begins."""
-        super().on_train_start()
+    def before_loading(self) -> None:
+        """Find the images without labels, so that nothing is missing when the second stage begins."""
         train, val = self.do_split()
         rest = self._left_out(train, val)
         self.pool = find_unlabelled(self.plan(), train, val, rest=rest, pretrained_on=self._pretrained_on)
@@ -131,8 +128,9 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         why = "all labelled cases show it as one piece" if self.figures.largest == "auto" else "as the plan asks"
         return (
             f"{labelled} labelled cases, {self.pool}\n"
-            f"  epochs 0 to {self.first_epochs - 1} learn from the labels, epochs {self.first_epochs} to {self.num_epochs - 1} from the "
-            f"pool too\n  largest component kept of: {one}{f' ({why})' if self._largest else ''}"
+            f"  epochs 0 to {self.first_epochs - 1} learn from the labels, {self.first_epochs} to {self.num_epochs - 1} from the "
+            "pool too\n"
+            f"  largest component kept of: {one}{f' ({why})' if self._largest else ''}"
         )
 
     def _classes(self) -> list[Any]:
@@ -302,7 +300,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
     # ---- what a person should see ---------------------------------------------------------------------------------
 
     def _measure(self, made: Tensor, logits: Tensor, target: Tensor) -> None:
-        """Add to this epoch's sums: overlap and sizes of the teacher's and the student's foreground, and voxels of both halves."""
+        """Add to this epoch's sums: overlap and sizes of teacher's and student's foreground, and voxels of both halves."""
         own = labels_of(logits.float(), self._order())
         ignore = self.label_manager.ignore_label
         if self.label_manager.has_regions:
@@ -333,13 +331,13 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         }
         self.trace = [*(r for r in self.trace if r["epoch"] < self.current_epoch), row]
         self.print_to_log_file(
-            f"nnssl: teacher and student agree on the pool by Dice {row['agreement']:.3f}; foreground {100 * row['foreground']:.2f} % of "
-            f"the pool's patches, {100 * row['labelled_foreground']:.2f} % of the labelled ones"
+            f"nnssl: teacher and student agree on the pool by Dice {row['agreement']:.3f}; foreground "
+            f"{100 * row['foreground']:.2f} % of the pool's patches, {100 * row['labelled_foreground']:.2f} % of the labelled ones"
         )
         if row["foreground"] < COLLAPSE * row["labelled_foreground"]:
             self.print_to_log_file(
-                "nnssl: WARNING: the teacher gives almost no foreground: pseudo-labels have collapsed. The first stage may have been too "
-                "short, or the pool may show something else than the labelled cases."
+                "nnssl: WARNING: the teacher gives almost no foreground: pseudo-labels have collapsed. The first stage may "
+                "have been too short, or the pool may show something else than the labelled cases."
             )
 
     def on_epoch_end(self) -> None:
@@ -376,7 +374,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
-    def note_source(self, loaded: checkpoints.Checkpoint) -> None:
+    def note_source(self, loaded: Checkpoint) -> None:
         """Remember which images the weights were pretrained on."""
         data = loaded.nnssl.get("data") or {}
         self._pretrained_on = {k: data[k] for k in ("sources", "case_hashes") if k in data}

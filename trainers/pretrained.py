@@ -141,13 +141,17 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         """Put the pretrained weights into the network of a new training, then go on as nnU-Net (data loading)."""
         if not self.was_initialized:
             self.initialize()
-        if self.current_epoch == 0:
-            try:
+        try:
+            if self.current_epoch == 0:
                 self._start_weights()
-            except NnsslError as error:
-                self.print_to_log_file(f"nnssl: {error}", also_print_to_console=False)
-                raise
+            self.before_loading()
+        except NnsslError as error:
+            self.print_to_log_file(f"nnssl: {error}", also_print_to_console=False)
+            raise
         super().on_train_start()
+
+    def before_loading(self) -> None:
+        """Called once the weights are there, before any data is loaded."""
 
     def _start_weights(self) -> None:
         changed = [name for name, digest in digests(self.network).items() if self._digests[name] != digest]

@@ -180,8 +180,9 @@ def find_unlabelled(
         raise NnsslError(
             f"There are no images without labels to learn from for plans '{plan.plans_name}' of {plan.dataset_name}"
             + "".join(f"; {n} are {reason}" for reason, n in counts.items() if n)
-            + f". Name a dataset of images: nnssl_plan -d {number} -c {plan.configuration} -p {plan.plans_name} --unlabelled DATASET "
-            f"--name NAME (it must be preprocessed for these plans: nnssl_pretrain -d DATASET -t {number} -m mae --preprocess-only), "
-            "or start from weights that were pretrained on some."
+            + f". Name a dataset of images: nnssl_plan -d {number} -c {plan.configuration} -p {plan.plans_name} "
+            f"--unlabelled DATASET --name NAME (preprocessed before by: nnssl_pretrain -d DATASET -t {number} -c "
+            f"{plan.configuration} -p {plan.plans_name} -m mae --preprocess-only), or start from weights that were pretrained on "
+            "some."
         )
     return UnlabelledPool(left, why, counts)

@@ -1,6 +1,7 @@
 """Two stages of a training, each with a warm-up and a decay of its own: labels alone until they are learnt, then the pool too.
 
-With one schedule over both, the network enters the second stage half trained, and the rate is already low when pseudo-labels begin.
+With one schedule over both, the network enters the second stage half trained, and the rate is low when
+pseudo-labels begin.
 """
 
 from __future__ import annotations
