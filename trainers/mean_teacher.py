@@ -332,7 +332,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         self.trace = [*(r for r in self.trace if r["epoch"] < self.current_epoch), row]
         self.print_to_log_file(
             f"nnssl: teacher and student agree on the pool by Dice {row['agreement']:.3f}; foreground "
-            f"{100 * row['foreground']:.2f} % of the pool's patches, {100 * row['labelled_foreground']:.2f} % of the labelled ones"
+            f"{100 * row['foreground']:.2f} % of the pool, {100 * row['labelled_foreground']:.2f} % of the labelled patches"
         )
         if row["foreground"] < COLLAPSE * row["labelled_foreground"]:
             self.print_to_log_file(
