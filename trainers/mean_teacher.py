@@ -27,7 +27,7 @@ from torch import Tensor
 from nnssl.ema import EMA
 from nnssl.errors import NnsslError
 from nnssl.plans.figures import MEAN_TEACHER
-from nnssl.plans.labels import case_order
+from nnssl.plans.labels import ALL, case_order, folds_of
 from nnssl.plans.unlabelled import UnlabelledPool, find_unlabelled
 from nnssl.teacher.averaging import averaging_momentum
 from nnssl.teacher.components import keep_largest, one_piece
@@ -108,20 +108,15 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
     def before_loading(self) -> None:
         """Find the images without labels, so that nothing is missing when the second stage begins."""
         train, val = self.do_split()
-        rest = self._left_out(train, val)
+        told = self.plans_manager.plans.get("nnssl") or {}
+        if self.fold == ALL:  # validates on what it does not train on: only cases that the plan names are held back
+            val = list((told.get("val_cases") or {}).get(ALL, ()))
+        rest: list[str] = []
+        if told.get("train_cases"):
+            rest = sorted(set(folds_of(self.plan())[str(self.fold)][0]) - {*train, *val})
         self.pool = find_unlabelled(self.plan(), train, val, rest=rest, pretrained_on=self._pretrained_on)
         self._largest = self._one_piece_classes(train)
         self.print_to_log_file(f"nnssl: mean teacher: {self._introduction(len(train))}")
-
-    def _left_out(self, train: list[str], val: list[str]) -> list[str]:
-        """The fold's training cases whose labels the plan leaves out."""
-        told = self.plans_manager.plans.get("nnssl") or {}
-        if not told.get("train_cases"):
-            return []
-        whole, _ = super(nnUNetTrainerPretrained, self).do_split()
-        named = (told.get("val_cases") or {}).get(str(self.fold), ())
-        held = set(train) | (set(named) if self.fold == "all" else set(val))
-        return [case for case in whole if case not in held]
 
     def _introduction(self, labelled: int) -> str:
         one = ", ".join(map(str, self._largest)) or "none"
