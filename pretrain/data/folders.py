@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan
+from nnssl.plans.unlabelled import prepared_folder
 
 __all__ = ["beside", "body_folder", "own_folder"]
 
 
 def own_folder(plan: Plan, source: str) -> Path:
     """``nnUNet_preprocessed/<source>/nnssl_<target>_<data identifier>_<data hash>``."""
-    return preprocessed_folder() / source / f"nnssl_{plan.dataset_name}_{plan.data_identifier}_{plan.data_hash}"
+    return prepared_folder(plan, source)
 
 
 def beside(folder: Path, what: str) -> Path:
