@@ -19,13 +19,28 @@ from typing import Any
 
 from nnssl.errors import NnsslError, raise_problems
 from nnssl.experiments.schema import build, check_keys, key, read_names, read_yaml, resolve_path
-from nnssl.plans.figures import check_options, family_name
+from nnssl.plans.figures import MEAN_TEACHER, check_options, family_name
 from nnssl.plans.variants import check_name
 
-__all__ = ["SCRATCH", "Arm", "Experiment", "Network", "Pretraining", "Setting", "Training", "load_experiment"]
+__all__ = [
+    "FROM_RANDOM",
+    "SCRATCH",
+    "TEACHER",
+    "Arm",
+    "Experiment",
+    "Network",
+    "Pretraining",
+    "Setting",
+    "Training",
+    "load_experiment",
+]
 
 SCRATCH = "scratch"
-"""The method without pretraining, which all others are compared with."""
+"""The method without pretraining, which all others are compared with: labels only, whatever the schedule."""
+TEACHER = "mean-teacher"
+"""The method that learns from the pool while it is trained, from random weights. From pretrained weights: any method whose
+``training`` has the schedule ``mean-teacher``."""
+FROM_RANDOM = (SCRATCH, TEACHER)
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ class Arm:
 
     Attributes:
         name: in tables and file names.
-        method: ``"scratch"``, an objective of ``nnssl_pretrain``, or empty where there is a checkpoint.
+        method: ``"scratch"``, ``"mean-teacher"``, an objective of ``nnssl_pretrain``, or empty where there is a checkpoint.
         checkpoint: a file that exists already, in place of a pretraining.
         adapt, coverage: as for ``nnssl_plan``, where the checkpoint comes from another network.
         training, pretraining: with this method's own keys filled in.
@@ -266,10 +281,13 @@ def _arm(given: Any, training: Training, pretraining: Pretraining, folder: Path,
         problems.append(f"{where}methods: a method with a checkpoint needs a 'name'")
     if file is None and (given.get("adapt") or given.get("coverage") is not None):
         problems.append(f"{at}adapt and coverage belong to a checkpoint")
-    if method == SCRATCH and (given.get("options") or given.get("pretraining")):
+    if method in FROM_RANDOM and (given.get("options") or given.get("pretraining")):
         problems.append(f"{at}there is no pretraining, so it has no options")
     raise_problems(problems, "the experiment")
     own = dict(given.get("pretraining") or {})
+    fitted = dict(given.get("training") or {})
+    if method == TEACHER:
+        fitted.setdefault("schedule", MEAN_TEACHER)
     options = {**pretraining.options, **(own.pop("options", None) or {}), **(given.get("options") or {})}
     told = build(_ArmKeys, {k: given[k] for k in ("adapt", "coverage") if k in given}, at)
     learnt = replace(_merged(pretraining, own, f"{at}pretraining: "), options=options)
@@ -281,7 +299,7 @@ def _arm(given: Any, training: Training, pretraining: Pretraining, folder: Path,
         checkpoint=_checkpoint(file, folder),
         adapt=told.adapt,
         coverage=told.coverage,
-        training=_merged(training, given.get("training"), f"{at}training: "),
+        training=_merged(training, fitted, f"{at}training: "),
         pretraining=learnt,
     )
     _check_arm(arm, at)
@@ -321,7 +339,11 @@ def _check_arm(arm: Arm, where: str) -> None:
         check_options(arm.training.figures, family)
         if arm.method == SCRATCH and family == "linear_probe":
             raise NnsslError("a linear probe has no control without pretraining; give scratch a 'training' of its own.")
-        if arm.method not in ("", SCRATCH):
+        if arm.method == TEACHER and family != MEAN_TEACHER:
+            raise NnsslError(
+                f"it has the schedule mean-teacher; give scratch and the others '{arm.training.schedule}'."
+            )
+        if arm.method not in ("", *FROM_RANDOM):
             from nnssl.pretrain.methods import get_method
             from nnssl.pretrain.resolve import resolve
 

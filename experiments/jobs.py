@@ -16,13 +16,14 @@ from typing import Any
 
 from nnssl.errors import NnsslError
 from nnssl.experiments.cases import Draw, Resolved, digest, forbidden_cases, resolve_setting
-from nnssl.experiments.experiment import SCRATCH, Arm, Experiment
+from nnssl.experiments.experiment import FROM_RANDOM, SCRATCH, TEACHER, Arm, Experiment
 from nnssl.experiments.schema import read_names
 from nnssl.files import sha256_of
 from nnssl.paths import preprocessed_folder, results_folder
 from nnssl.plans import dataset_id, resolve_dataset
 from nnssl.plans.figures import PRIMUS, Figures, family_name, trainer_for
 from nnssl.plans.figures import SCRATCH as SCRATCH_TRAINER
+from nnssl.plans.figures import TEACHER as TEACHER_TRAINER
 
 __all__ = ["PHASES", "Graph", "Job", "Run", "build_graph"]
 
@@ -177,8 +178,11 @@ class _Builder:
         name = f"{self.prefix}-{arm.name}-n{draw.count}-s{draw.seed}{fold}-{digest(content)}"
         plans = f"{self.plan.plans_name}_{name}"
         primus = self.plan.is_primus
-        scratch = PRIMUS[1] if primus else SCRATCH_TRAINER
-        trainer = scratch if arm.method == SCRATCH else trainer_for(family, primus)
+        trainer = trainer_for(family, primus)
+        if arm.method == TEACHER:
+            trainer = TEACHER_TRAINER
+        elif arm.method == SCRATCH:
+            trainer = PRIMUS[1] if primus else SCRATCH_TRAINER
         model = results_folder() / self.plan.dataset_name / f"{trainer}__{plans}__{self.plan.configuration}"
         steps = Figures.from_plans(
             {"nnssl": {"schedule": family, **figures, **arm.training.lengths}}, family, trainer
@@ -217,8 +221,8 @@ class _Builder:
 
     def _checkpoint(self, arm: Arm, draw: Draw, needs: list[str]) -> tuple[str | None, Any]:
         """The file that the fine-tuning starts from, and what identifies it."""
-        if arm.method == SCRATCH:
-            return None, SCRATCH
+        if arm.method in FROM_RANDOM:
+            return None, arm.method
         if arm.checkpoint is not None:
             if not arm.checkpoint.is_file():
                 raise NnsslError(f"method {arm.name}: the checkpoint {arm.checkpoint} does not exist.")

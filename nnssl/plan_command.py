@@ -12,7 +12,7 @@ from nnssl.command import run_command
 from nnssl.errors import NnsslError
 from nnssl.paths import encode_path
 from nnssl.plans.datasets import dataset_id, resolve_dataset
-from nnssl.plans.figures import FAMILIES, trainer_for
+from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, trainer_for
 from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
 from nnssl.plans.variants import Variant, list_variants
@@ -109,6 +109,31 @@ def _parser() -> argparse.ArgumentParser:
         help="with --labels: the cases that validate in fold all, one a line (default: all that are not trained on)",
     )
     parser.add_argument(
+        "--unlabelled",
+        nargs="+",
+        metavar="DATASET",
+        help="with the schedule mean-teacher: datasets whose images are learnt from without labels, preprocessed for these plans "
+        "(default: what --labels leaves out, and the images that the checkpoint was pretrained on)",
+    )
+    parser.add_argument(
+        "--transductive",
+        action="store_true",
+        help="let these images include the fold's validation cases and known test images",
+    )
+    parser.add_argument(
+        "--unlabelled",
+        nargs="+",
+        metavar="DATASET",
+        help="with the schedule mean-teacher: datasets whose images are learnt from without labels, preprocessed for these plans "
+        "(default: what --labels leaves out, and the images that the checkpoint was pretrained on)",
+    )
+    parser.add_argument(
+        "--transductive",
+        action="store_true",
+        default=None,
+        help="let these images include the fold's validation cases and known test images",
+    )
+    parser.add_argument(
         "--adapt",
         type=_pair,
         nargs="+",
@@ -156,7 +181,7 @@ def _summary(plan: Plan) -> str:
             f"  trainer   {', '.join(f'{k} {v}' for k, v in told.items())}",
             *(f"  fold {fold:<4} trains on {len(names)}: {', '.join(names)}" for fold, names in cases.items()),
             f"Next: nnUNetv2_train {number} {plan.configuration} 0 -p {plan.plans_name} "
-            f"-tr {trainer_for(plan.nnssl['schedule'], plan.is_primus)}",
+            f"-tr {trainer_for(plan.nnssl.get('schedule') or DEFAULT_FAMILY, plan.is_primus)}",
         ]
     )
 
@@ -184,6 +209,8 @@ def _run(args: argparse.Namespace) -> None:
         "labels",
         "validate",
         "coverage",
+        "unlabelled",
+        "transductive",
         "parts",
     )
     changes = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}

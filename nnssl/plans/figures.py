@@ -30,6 +30,8 @@ DEFAULT_FAMILY = "warmup_poly"
 SCRATCH = "nnUNetTrainerPretrainedScratch"
 MEAN_TEACHER = "mean_teacher"
 """The family of two stages: the labels, then also the pool without labels."""
+TEACHER = "nnUNetTrainerMeanTeacher"
+"""Its trainer from random weights."""
 PRIMUS = ("nnUNetTrainerPretrainedPrimus", "nnUNetTrainerPretrainedPrimusScratch")
 """The trainers for Primus; both follow whatever family of :data:`PRIMUS_FAMILIES` the plan names."""
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -38,7 +40,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "sawtooth": ("nnUNetTrainerPretrainedSawtooth", SCRATCH),
     "encoder_frozen": ("nnUNetTrainerPretrainedFrozen", SCRATCH),
     "head_only": ("nnUNetTrainerPretrainedHeadOnly", SCRATCH),
-    MEAN_TEACHER: ("nnUNetTrainerPretrainedMeanTeacher", "nnUNetTrainerMeanTeacher", SCRATCH),
+    MEAN_TEACHER: ("nnUNetTrainerPretrainedMeanTeacher", TEACHER, SCRATCH),
     "linear_probe": ("nnUNetTrainerLinearProbe",),
 }
 """Family of schedule -> the trainers of U-Nets that follow it. The control without pretraining follows any but the probe's."""

@@ -15,7 +15,7 @@ from nnssl.errors import NnsslError
 from nnssl.files import read_json
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import resolve_dataset
-from nnssl.plans.figures import DEFAULT_FAMILY, USED, Figures, check_options, family_name, trainer_for
+from nnssl.plans.figures import DEFAULT_FAMILY, MEAN_TEACHER, USED, Figures, check_options, family_name, trainer_for
 from nnssl.plans.parts import check_parts
 from nnssl.plans.plan import Plan, plans_in
 from nnssl.plans.primus import check_patch, parse_network
@@ -110,13 +110,28 @@ def free_children(plans: dict[str, Any], base: Plan) -> None:
 
 def _tell_schedule(told: dict[str, Any], schedule: str | None, figures: Mapping[str, Any]) -> None:
     """Put family and figures into the entry for the trainer; the figures of another family leave."""
-    family = told["schedule"] if schedule is None else family_name(schedule)
-    if family != told["schedule"]:
+    before = told.get("schedule") or DEFAULT_FAMILY
+    family = before if schedule is None else family_name(schedule)
+    if family != before:
         for key in {*(key for used in USED.values() for key in used), "backbone"}:
             told.pop(key, None)
+    if schedule is not None or figures:  # a plan that asks for none can be trained with any trainer
         told["schedule"] = family
     check_options(figures, family)
     told.update(figures)
+
+
+def _tell_pool(told: dict[str, Any], unlabelled: Sequence[int | str] | None, transductive: bool | None) -> None:
+    """Put the images without labels into the entry for the trainer; only one schedule learns from any."""
+    if (unlabelled or transductive) and told.get("schedule", MEAN_TEACHER) != MEAN_TEACHER:
+        raise NnsslError(
+            f"--unlabelled and --transductive are for the schedule mean-teacher, not {told['schedule'].replace('_', '-')}; "
+            "add --schedule mean-teacher."
+        )
+    if unlabelled:
+        told["unlabelled"] = [resolve_dataset(source) for source in unlabelled]
+    if transductive:
+        told["transductive"] = True
 
 
 def derive(
@@ -137,6 +152,8 @@ def derive(
     cases: Mapping[str, Any] | None = None,
     adapt: Mapping[str, str] | None = None,
     coverage: float | None = None,
+    unlabelled: Sequence[int | str] | None = None,
+    transductive: bool | None = None,
     parts: str | None = None,
     place: Mapping[str, str] | None = None,
     backbone: Sequence[str] | None = None,
@@ -158,6 +175,8 @@ def derive(
         cases: ``train_cases`` (fold -> case names), and ``labels`` and ``seed`` that they came from.
         adapt, coverage: what may be adapted where the weights come from another network, and the least share of the encoder that
             must then be filled (:class:`nnssl.weights.Adaptation`).
+        unlabelled: datasets whose images ``mean_teacher`` learns from without labels, see :mod:`nnssl.plans.unlabelled`.
+        transductive: whether these may include the fold's validation cases and known test images.
         parts: which of the pretrained parts the network gets, one of :data:`nnssl.plans.parts.CHOICES`.
         place: where the weights lie in a file of others (``key``, ``prefix``), see :func:`nnssl.checkpoint.load`.
         backbone: the parts that ``freeze_unfreeze`` freezes first.
@@ -195,7 +214,6 @@ def derive(
         if batch_size is not None:
             config["batch_size"] = int(batch_size)
     told = {**plan.nnssl, "schema": SCHEMA, "base_plans": plan.base_plans, "configuration": plan.configuration}
-    told.setdefault("schedule", DEFAULT_FAMILY)
     _tell_schedule(told, schedule, figures or {})
     told.update(lengths)
     if checkpoint is not None:
@@ -209,11 +227,13 @@ def derive(
         told["parts"] = check_parts(parts)
     if cases is not None:
         told.update(cases)
-    if backbone is not None and told["schedule"] == "freeze_unfreeze":
+    _tell_pool(told, unlabelled, transductive)
+    if backbone is not None and told.get("schedule") == "freeze_unfreeze":
         told["backbone"] = list(backbone)
     plans["nnssl"] = told
     variant = Plan.from_dicts(plans, plan.configuration, plan.dataset_json, second_stage=True)
-    Figures.from_plans(plans, told["schedule"], trainer_for(told["schedule"], variant.is_primus))
+    family = told.get("schedule") or DEFAULT_FAMILY
+    Figures.from_plans(plans, family, trainer_for(family, variant.is_primus))
     if features is not None or patch is not None:
         _check_patch(variant)
     return variant

@@ -68,7 +68,7 @@ def write_variant(
             for note in report.notes:
                 log.info("  note      %s", note)
         changes["backbone"] = [part.part for part in report.parts if part.loaded or part.adapted]
-        if variant.nnssl["schedule"] == "linear_probe" and report.random_decoder:
+        if variant.nnssl.get("schedule") == "linear_probe" and report.random_decoder:
             changes["figures"] = {"levels": "encoder", **(changes.get("figures") or {})}
         encoded, digest = import_checkpoint(checkpoint, variant.dataset_name, name)
         variant = derive(plan, name, checkpoint=encoded, sha256=digest, **changes)
