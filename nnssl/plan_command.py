@@ -118,18 +118,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--transductive",
         action="store_true",
-        help="let these images include the fold's validation cases and known test images",
-    )
-    parser.add_argument(
-        "--unlabelled",
-        nargs="+",
-        metavar="DATASET",
-        help="with the schedule mean-teacher: datasets whose images are learnt from without labels, preprocessed for these plans "
-        "(default: what --labels leaves out, and the images that the checkpoint was pretrained on)",
-    )
-    parser.add_argument(
-        "--transductive",
-        action="store_true",
         default=None,
         help="let these images include the fold's validation cases and known test images",
     )

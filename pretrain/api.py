@@ -17,6 +17,7 @@ from nnssl.distributed import rank, world_size
 from nnssl.errors import NnsslError
 from nnssl.files import write_json
 from nnssl.plans import resolve_dataset
+from nnssl.plans.unlabelled import case_key_hash
 from nnssl.pretrain.data.weights import Sources, parse_sources, relative
 from nnssl.pretrain.engine.devices import pick_device, process_group, restarted, shared_preparation
 from nnssl.pretrain.engine.estimate import estimate
@@ -328,7 +329,12 @@ def _payload(engine: Engine, sources: list[str], training: dict[str, Any] | None
         crop_size=spec.request.size,
         pretrained_parts=engine.method.pretrained_parts(),
         transfer={"parts": engine.method.default_transfer, "why": engine.method.transfer_reason},
-        data={"sources": sources, "cases": len(spec.pool.cases), "fingerprint": spec.pool.fingerprint_hash},
+        data={
+            "sources": sources,
+            "cases": len(spec.pool.cases),
+            "fingerprint": spec.pool.fingerprint_hash,
+            "case_hashes": sorted(case_key_hash(ref.key) for ref in spec.pool.cases),
+        },
         citations=spec.method.citation,
         training=training,
         step=engine.step,

@@ -84,7 +84,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         self._pretrained_on: dict[str, Any] = {}
         self._targets: Any = None
         self._labelled_loader: Any = None
-        self._unlabelled_loader: Any = None
+        self.dataloader_unlabelled: Any = None
         self._sums: Tensor | None = None
 
     # ---- schedule -------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
 
     def on_train_epoch_start(self) -> None:
         """As the parent; the first epoch of the second stage starts the teacher, the pool's loader and a new optimiser state."""
-        if self.current_epoch >= self.first_epochs and self._unlabelled_loader is None:
+        if self.current_epoch >= self.first_epochs and self.dataloader_unlabelled is None:
             self._start_second_stage()
         self._sums = None
         super().on_train_epoch_start()
@@ -175,8 +175,8 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
             else:
                 self.print_to_log_file("nnssl: WARNING: the checkpoint held no teacher; it starts again as the network")
         self._labelled_loader = self.dataloader_train
-        self._unlabelled_loader = self._load_pool()
-        self.dataloader_train = Halves(self._labelled_loader, self._unlabelled_loader, self.labelled_share)
+        self.dataloader_unlabelled = self._load_pool()
+        self.dataloader_train = Halves(self._labelled_loader, self.dataloader_unlabelled, self.labelled_share)
 
     def _make_teacher(self) -> EMA:
         self.teacher = EMA(self.network).to(self.device)
@@ -401,9 +401,9 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         if self._labelled_loader is not None:
             self.dataloader_train = self._labelled_loader
         super().on_train_end()
-        if isinstance(self._unlabelled_loader, NonDetMultiThreadedAugmenter):
-            self._unlabelled_loader._finish()
-        self._unlabelled_loader = self.teacher = None
+        if isinstance(self.dataloader_unlabelled, NonDetMultiThreadedAugmenter):
+            self.dataloader_unlabelled._finish()
+        self.dataloader_unlabelled = self.teacher = None
 
 
 class nnUNetTrainerMeanTeacher(nnUNetTrainerPretrainedMeanTeacher):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from acvl_utils.morphology.morphology_helper import label_with_component_sizes
 from nnunetv2.evaluation.evaluate_predictions import region_or_label_to_mask
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from torch import Tensor
@@ -26,12 +27,8 @@ def share_of_largest(label: np.ndarray, what: Class) -> float | None:
         label: ``(*size)`` integers.
         what: the label or region.
     """
-    mask = region_or_label_to_mask(label, what)
-    total = int(mask.sum())
-    if not total:
-        return None
-    only = mask.astype(np.uint8)
-    return float(remove_all_but_largest_component_from_segmentation(only, 1).sum() / total)
+    _, sizes = label_with_component_sizes(region_or_label_to_mask(label, what))
+    return max(sizes.values()) / sum(sizes.values()) if sizes else None
 
 
 def one_piece(labels: Iterable[np.ndarray], classes: Sequence[Class], whole: float = WHOLE) -> list[Class]:

@@ -77,7 +77,6 @@ def test_only_the_chosen_configuration_and_two_keys_change(folder):
         "schema": 1,
         "base_plans": "nnUNetPlans",
         "configuration": "3d_fullres",
-        "schedule": "warmup_poly",
         "epochs": 5,
     }
     assert (folder / "nnUNetPlans.json").read_bytes() == before
@@ -292,8 +291,8 @@ def test_command_writes_and_says_what_is_next(folder, capsys):
     assert "nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlans_cpu -tr nnUNetTrainerPretrained" in out
     plan = load_plan(4, plans_name="nnUNetPlans_cpu")
     assert (plan.features, plan.patch_size, plan.batch_size) == ((8, 16, 32), (16, 20, 16), 3)
-    told = [plan.nnssl[k] for k in ("iterations", "epochs", "val_iterations", "schedule", "schema")]
-    assert told == [50, 5, 7, "warmup_poly", 1]
+    told = [plan.nnssl[k] for k in ("iterations", "epochs", "val_iterations", "schema")]
+    assert told == [50, 5, 7, 1] and "schedule" not in plan.nnssl
 
 
 def test_command_2d(folder):

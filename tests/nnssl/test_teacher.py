@@ -88,6 +88,9 @@ def test_one_piece_is_what_every_label_map_says():
     assert one_piece([whole, split], [1, 2]) == [2]
     assert one_piece([split], [1], whole=0.5) == [1]
     assert one_piece([], [1]) == []
+    twins = np.zeros((1, 1, 5), np.int16)
+    twins[0, 0, [0, 4]] = 1
+    assert share_of_largest(twins, 1) == 0.5 and one_piece([twins], [1]) == []
 
 
 def test_labels_of_regions_are_painted_in_order():
