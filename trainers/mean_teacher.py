@@ -251,7 +251,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         data, target = self.moved(batch["data"]), self.moved(batch["target"])
         seen, changed = self.moved(batch["views"]).chunk(2, dim=1)
         made = self.pseudo_labels(seen, self.moved(batch["outside"]))
-        outputs = self.network(torch.cat([data, changed]))
+        outputs = self.outputs(torch.cat([data, changed]))
         n, levels = len(data), isinstance(outputs, (list, tuple))
         labelled = [o[:n] for o in outputs] if levels else outputs[:n]
         other = [o[n:] for o in outputs] if levels else outputs[n:]

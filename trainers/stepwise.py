@@ -165,6 +165,20 @@ class StepwiseTrainer(nnUNetTrainer):
     def after_step(self) -> None:
         """Called after each optimiser step of :meth:`batch_loss`, and not where that was skipped."""
 
+    def validation_step(self, batch: dict) -> dict:
+        """As nnU-Net, on a CPU in bfloat16 where training steps are; the loss is computed in float32."""
+        if not self._cpu_bfloat16():
+            return super().validation_step(batch)
+        hook = self.network.register_forward_hook(lambda module, inputs, output: float_outputs(output))
+        try:
+            with autocast_for(self.device):
+                return super().validation_step(batch)
+        finally:
+            hook.remove()
+
+    def _cpu_bfloat16(self) -> bool:
+        return self.device.type == "cpu" and cpu_bfloat16()
+
     def on_epoch_end(self) -> None:
         """As nnU-Net; ``progress.png`` gets a panel with the learning rates of all groups."""
         super().on_epoch_end()

@@ -11,7 +11,7 @@ import torch
 from nnssl import checkpoint
 from nnssl.errors import NnsslError
 from nnssl.networks import canonical_state_dict
-from nnssl.plans import load_plan, write_variant
+from nnssl.plans import load_plan
 from nnssl.plans.figures import Figures
 from nnssl.plans.unlabelled import case_key_hash, find_unlabelled, prepared_folder
 from nnssl.teacher.averaging import averaging_momentum
@@ -23,6 +23,7 @@ from nnssl.trainers import (
 )
 from nnssl.trainers.mean_teacher import TEACHER
 from nnssl.trainers.pool import Halves, UnlabelledDataset, split_transforms
+from nnssl.weights import write_variant
 
 OWN = "Dataset901_Tiny"
 
