@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from copy import deepcopy
 from typing import Any
 
@@ -35,6 +36,7 @@ class EMA(nn.Module):
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
+        self._followed: weakref.ref[nn.Module] | None = None
         self.module = deepcopy(unwrap(source)).requires_grad_(False).eval()
         for tensor in [*self.module.parameters(), *self.module.buffers()]:
             if tensor.dtype in (torch.float16, torch.bfloat16):
@@ -53,17 +55,22 @@ class EMA(nn.Module):
             ValueError: the source has other parameters or buffers than the copy.
         """
         source = unwrap(source)
+        if self._followed is None or self._followed() is not source:
+            self._check(source)
+            self._followed = weakref.ref(source)
+        for name, buffer in source.named_buffers():
+            self.module.get_buffer(name).copy_(buffer)
+        averaged: list[torch.Tensor] = list(self.module.parameters())
+        current = [t.detach().to(a) for a, t in zip(averaged, source.parameters())]
+        torch._foreach_lerp_(averaged, current, 1.0 - momentum)
+
+    def _check(self, source: nn.Module) -> None:
         for mine, theirs in (
             (dict(self.module.named_parameters()), dict(source.named_parameters())),
             (dict(self.module.named_buffers()), dict(source.named_buffers())),
         ):
             if mine.keys() != theirs.keys():
                 raise ValueError(f"the source does not fit: {sorted(mine.keys() ^ theirs.keys())[:3]} are not in both")
-        for name, buffer in source.named_buffers():
-            self.module.get_buffer(name).copy_(buffer)
-        averaged: list[torch.Tensor] = list(self.module.parameters())
-        current = [t.detach().to(a) for a, t in zip(averaged, source.parameters())]
-        torch._foreach_lerp_(averaged, current, 1.0 - momentum)
 
     def train(self, mode: bool = True) -> EMA:
         """Stays in eval mode."""

@@ -100,6 +100,11 @@ def test_labels_of_regions_are_painted_in_order():
     assert labels_of(logits)[0, 0, 0, 0].tolist() == [0, 0]
 
 
+def test_labels_of_classes_are_the_argmax_first_among_equals():
+    logits = torch.randn(2, 4, 3, 5, 7).round()  # with ties
+    assert torch.equal(labels_of(logits), logits.argmax(1, keepdim=True))
+
+
 def test_rate_within_a_stage():
     assert warmup_cosine(0, 100, 0.05) == pytest.approx(0.2)
     assert warmup_cosine(4, 100, 0.05) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.04)))
