@@ -10,7 +10,14 @@ from torch import Tensor
 
 from nnssl.losses.supcon import safe_normalise
 
-__all__ = ["channel_std", "middle_slice", "off_diagonal_cosine", "pair_similarity", "principal_colours"]
+__all__ = [
+    "channel_std",
+    "middle_slice",
+    "off_diagonal_cosine",
+    "pair_similarity",
+    "place_share",
+    "principal_colours",
+]
 
 
 @torch.no_grad()
@@ -54,6 +61,40 @@ def pair_similarity(
 def channel_std(x: Tensor) -> Tensor:
     """Mean over channels of the standard deviation over samples and places of ``(B, C, *s)``: 0 where features died."""
     return x.float().transpose(0, 1).flatten(1).std(1, unbiased=False).mean()
+
+
+@torch.no_grad()
+def place_share(maps: Tensor) -> Tensor:
+    """Share of the variance of features that the place in the crop explains, whatever the crop shows.
+
+    A convolutional network knows the place from its zero padding. An objective that compares the same sites of crops can be
+    solved by it without looking at the image; on crops of pure noise the share then rises far above that of random weights.
+
+    With ``m_s`` the mean over crops at site s and sums over channels, the two variance components of a one-way layout::
+
+        MSB = N sum_s (m_s - m)^2 / (S - 1),    MSW = sum_s,n (f_ns - m_s)^2 / (S (N - 1)),    V = (MSB - MSW) / N
+        share = max(0, V) / (max(0, V) + MSW)
+
+    so that it does not depend on the number of crops (the plain ratio of variances is 1/N for features without any place).
+
+    Args:
+        maps: ``(N, C, *s)`` features of N crops, at least two, with at least two sites.
+
+    Returns:
+        ``()`` in [0, 1]; 0 where features are constant.
+
+    Raises:
+        ValueError: fewer than two crops or sites.
+    """
+    f = maps.double().flatten(2)
+    n, _, sites = f.shape
+    if n < 2 or sites < 2:
+        raise ValueError(f"{n} crops of {sites} sites: the share of the place needs two of each")
+    means = f.mean(0)
+    between = n * (means - means.mean(1, keepdim=True)).square().sum() / (sites - 1)
+    within = (f - means).square().sum() / (sites * (n - 1))
+    place = ((between - within) / n).clamp_min(0)
+    return torch.where(place + within > 0, place / (place + within).clamp_min(1e-300), 0.0).float()
 
 
 @torch.no_grad()

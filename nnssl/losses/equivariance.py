@@ -46,21 +46,41 @@ def shrink(x: Tensor, factor: Sequence[int], align_corners: bool = False) -> Ten
     return _POOL[len(size)](x, tuple(factor))
 
 
-def equivariance_loss(dominant: Tensor, aux: Tensor, factor: Sequence[int], align_corners: bool = False) -> Tensor:
+def equivariance_loss(
+    dominant: Tensor,
+    aux: Tensor,
+    factor: Sequence[int],
+    align_corners: bool = False,
+    seen: Tensor | None = None,
+    both: Tensor | None = None,
+) -> Tensor:
     """``mean |Y - shrink(Y~)|`` over all elements; both sides receive the gradient.
+
+    With ``seen`` and ``both`` the mean is over the cells that both branches saw: a cell of ``Y`` is compared with the mean of
+    those cells of ``Y~`` in it that were seen, and counts by their share.
 
     Args:
         dominant: ``Y``, ``(B, C, *s)``, bottleneck of the shrunken image.
         aux: ``Y~``, ``(B, C, *(s * factor))``, bottleneck of the image.
         factor: shrink per axis.
         align_corners: see :func:`shrink`.
+        seen: ``(B, *(s * factor))`` bool, cells of ``Y~`` that hold features; elsewhere it is 0.
+        both: ``(B, *s)`` bool, cells of ``Y`` that hold features.
 
     Raises:
-        NnsslError: where the shapes do not fit.
+        NnsslError: where the shapes do not fit, or masks meet aligned corners.
     """
+    if seen is not None and align_corners:
+        raise NnsslError("features of shifted crops cannot be shrunk with corners aligned.")
     with torch.autocast(dominant.device.type, enabled=False):
         y, target = (t if t.dtype == torch.float64 else t.float() for t in (dominant, aux))
         target = shrink(target, factor, align_corners)
         if y.shape != target.shape:
             raise NnsslError(f"the bottlenecks differ: {tuple(y.shape)} and, shrunk, {tuple(target.shape)}.")
-        return (y - target).abs().mean()
+        if seen is None or both is None:
+            return (y - target).abs().mean()
+        share = shrink(seen[:, None].to(y.dtype), factor)
+        weight = share * both[:, None]
+        error = (y - target / share.clamp_min(1e-6)).abs().mean(1, keepdim=True)
+        each = (weight * error).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1e-6)
+        return each.mean()

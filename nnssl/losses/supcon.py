@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnssl.errors import NnsslError
 
-__all__ = ["collapse_value", "dense_supcon", "position_positives", "safe_normalise", "supcon"]
+__all__ = ["collapse_value", "dense_supcon", "position_positives", "safe_normalise", "site_contrast", "supcon"]
 
 _NORM_EPS = 1e-6  # added under the root: a zero vector keeps a bounded gradient
 _MIN_NORM = 1e-4  # shorter vectors (an empty patch under InstanceNorm) are neither anchors nor contrasts
@@ -125,6 +125,41 @@ def dense_supcon(
     n_sites = used.sum().clamp(min=1)
     floor = collapse_value(count.clamp(min=1), temperature, base_temperature, contrast)
     return torch.where(used, loss, 0.0 * loss).sum() / n_sites, torch.where(used, floor, 0.0).sum() / n_sites
+
+
+def site_contrast(
+    aux: Tensor,
+    dominant: Tensor,
+    *,
+    temperature: float = 0.1,
+    base_temperature: float = 0.07,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`supcon` among the sites of each crop, averaged over crops: a site's other view against the crop's other sites.
+
+    Only across the branches (``contrast="cross"``): where these see the crop at different offsets, equal sites lie at different
+    places and different sites at equal ones, so that the place helps nobody.
+
+    Args:
+        aux, dominant: ``(B, C, *sites)`` aligned maps of the two branches, the same shape, at least two sites.
+        temperature, base_temperature: as in :func:`supcon`.
+        valid: ``(B, *sites)`` bool; False drops this site of this crop. Crops with fewer than two valid sites are left out.
+
+    Returns:
+        ``()`` loss (0, connected to the graph, where no crop is left) and ``()`` its value at collapse.
+
+    Raises:
+        NnsslError: maps of different shapes, or of one site.
+    """
+    if aux.shape != dominant.shape or aux[0, 0].numel() < 2:
+        raise NnsslError(
+            f"contrast among sites needs aligned maps of two: {tuple(aux.shape)}, {tuple(dominant.shape)}."
+        )
+    a, d = (x.flatten(2).permute(2, 1, 0) for x in (aux, dominant))  # sites take the place of samples
+    mask = None if valid is None else valid.flatten(1).T
+    own = torch.eye(len(a), dtype=torch.bool, device=a.device)
+    tau, base = temperature, base_temperature
+    return dense_supcon(a, d, own, temperature=tau, base_temperature=base, contrast="cross", valid=mask)
 
 
 def _sites(

@@ -31,6 +31,9 @@ class EngineConfig:
     )
     workers: int | None = option(None, "loader processes per GPU; auto: nnU-Net's nnUNet_n_proc_DA", low=0)
     held_out_batches: int = option(4, "batches of held-out cases that each epoch's held-out loss averages", low=0)
+    place_crops: int = option(
+        8, "crops, and as much noise, on which each epoch measures what the place in the crop explains; 0: none", low=0
+    )
     save_every: int = option(1, "epochs between two checkpoints", low=1)
     picture_every: int | None = option(None, "epochs between two pictures, 0: none; auto: ten in a run", low=0)
     log_every: int = option(10, "steps between two step lines in metrics.jsonl, 0: none", low=0)
@@ -46,6 +49,7 @@ RUNTIME_OPTIONS = frozenset(
         "save_every",
         "picture_every",
         "log_every",
+        "place_crops",
     }
 )
 """Options that do not change what is learnt: they may differ when a run is continued."""

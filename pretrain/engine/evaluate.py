@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nnssl.distributed import gather_with_grad, mean_over_ranks, rank
 from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.engine.place import place_shares
 from nnssl.pretrain.engine.stepping import Stepper
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import Batch, Crops
@@ -28,11 +29,14 @@ class HeldOut:
         seed: the run's seed.
         device: where the method runs.
         total: crops per batch over all ranks.
+        place_crops: crops on which the share of the place is measured; 0: none.
     """
 
-    def __init__(self, batches: Iterable[Crops], seed: int, device: torch.device, total: int) -> None:
+    def __init__(
+        self, batches: Iterable[Crops], seed: int, device: torch.device, total: int, place_crops: int = 0
+    ) -> None:
         self.crops = list(batches)
-        self.seed, self.device, self.total = seed, device, total
+        self.seed, self.device, self.total, self.place_crops = seed, device, total, place_crops
 
     def __bool__(self) -> bool:
         return bool(self.crops)
@@ -44,9 +48,18 @@ class HeldOut:
         draws = Draws(self.seed, HELD_OUT_STREAM + index, self.total, first, len(crops), self.device)
         return method.views(crops, draws)
 
+    def images(self, method: Method) -> Tensor:
+        """The first ``place_crops`` crops as they are."""
+        found: list[Tensor] = []
+        for crops in self.crops:
+            if sum(map(len, found)) >= self.place_crops:
+                break
+            found.append(method.images(crops).to(self.device, dtype=torch.float32))
+        return torch.cat(found)[: self.place_crops] if found else torch.zeros(0)
+
     @torch.no_grad()
     def evaluate(self, method: Method, stepper: Stepper) -> dict[str, float]:
-        """Mean of each term over the batches, and the embedding's SD and effective rank where there is an embedding."""
+        """Mean of each term over the batches, the place's shares, and the embedding's SD and effective rank, if there is one."""
         training = method.training
         method.eval()
         sums: dict[str, Tensor] = {}
@@ -62,6 +75,8 @@ class HeldOut:
                     sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value / len(self.crops)
                 if embedded is not None:
                     embeddings.append(gather_with_grad(embedded.float()))
+            shares = place_shares(method, self.images(method), seed=self.seed, autocast=stepper.autocast())
+            sums |= {key: torch.tensor(value, device=self.device) for key, value in shares.items()}
         finally:
             method.train(training)
         values = mean_over_ranks(torch.stack(list(sums.values()))).tolist()

@@ -28,6 +28,7 @@ from nnssl.pretrain.engine.folder import RunFolder
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.engine.logs import RunLog
 from nnssl.pretrain.engine.pictures import save_picture
+from nnssl.pretrain.engine.place import place_sentence
 from nnssl.pretrain.engine.signals import StopSignals
 from nnssl.pretrain.engine.speed import Transfers, apply_options
 from nnssl.pretrain.engine.stepping import Numbers, Stepper, views_in_parts
@@ -163,7 +164,8 @@ class Engine:
         self.log = RunLog(spec.folder.path if rank() == 0 else None)
         if state is not None:
             self._restore(state)
-        self.held_out = HeldOut(self._loader("held_out", 0), spec.seed, spec.device, spec.batch_size // self.parts)
+        total, place = spec.batch_size // self.parts, spec.engine.place_crops
+        self.held_out = HeldOut(self._loader("held_out", 0), spec.seed, spec.device, total, place)
 
     def _loader(self, split: str, start: int) -> Any:
         spec = self.spec
@@ -498,6 +500,10 @@ class Engine:
         if not finished or self.verdict is None:
             return Outcome(finished, False, "The run has not ended yet.", first, last, self.log.history)
         learnt, sentence = self.verdict["learnt"], self.verdict["sentence"]
+        place, risen = place_sentence(first, last)
+        sentence += f" {place}" if place else ""
+        if risen:
+            log.warning("%s See docs/methods/README.md.", place)
         closing = [s for s in (h.finish(self) for h in self.spec.hooks) if s]
         return Outcome(True, learnt, " ".join([sentence, *closing]), first, last, self.log.history)
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nnssl.errors import NnsslError
+from nnssl.networks import walk
+from nnssl.pretrain.augment.spatial import central_crop
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, Progress, SourceStats
 
 if TYPE_CHECKING:
@@ -128,6 +130,22 @@ class Method(nn.Module, ABC):
     def embed(self, batch: Batch) -> Tensor | None:
         """Image-level embedding ``(N, D)`` of a batch for the engine's SD and effective rank, or None."""
         return None
+
+    def images(self, crops: Crops) -> Tensor:
+        """The middle of each window as it is, ``(B, C, *size)``, for the engine's diagnostics."""
+        return central_crop(crops.data, self.request.size)
+
+    def dense_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps by name that the place in the crop may not explain; empty where there are none.
+
+        Of a U-Net the bottleneck and the finest decoder stage that is pretrained; of a Primus nothing, since its tokens have
+        learned places.
+        """
+        if self.plan.is_primus:
+            return {}
+        stages = [int(i) for i in self.pretrained_parts().get("decoder_stages", ())]
+        levels = walk(self.network, images, max(stages) + 1 if stages else 0).levels
+        return {"bottleneck": levels[0]} | ({f"decoder stage {max(stages)}": levels[-1]} if stages else {})
 
     def pictures(self, batch: Batch) -> Picture | None:
         """What a person should see of a held-out batch. Called without gradients every few epochs."""

@@ -10,10 +10,12 @@ What differs from the paper, and why: docs/methods/macl.md. Presets ``paper`` an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnssl import losses
@@ -25,11 +27,14 @@ from nnssl.networks import decoder_channels, encoder_channels, unwrap, walk
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
 from nnssl.pretrain.augment import Draws, central_crop, random_affine, random_jitter
+from nnssl.pretrain.augment.offsets import OffsetGrid
+from nnssl.pretrain.augment.pairs import cut
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, SourceStats
 
 _AXES = ("right-left", "anterior-posterior", "inferior-superior")  # of Crops.position
+_SITES = ("crops", "places", "both")
 _DENSE = ("position_all_axes", "position_axial", "self")
 
 
@@ -42,6 +47,12 @@ class MACLConfig:
     threshold: float = option(0.1, "crops nearer than this share of the image are positives", low=0.0, high=1.0)
     position_axis: str = option("inferior-superior", "patient axis of the image-level positions", choices=_AXES)
     dense_positives: str = option("position_all_axes", "which other crops are positives at a site", choices=_DENSE)
+    offset: int = option(
+        1, "bottleneck cells that the branches' still crops are shifted by at most; 0: one crop", low=0, high=8
+    )
+    sites: str = option(
+        "both", "L_d compares a site with other crops' at its place, with other sites, or both", choices=_SITES
+    )
     contrast: str = option("all", "compare all vectors, or only across the branches", choices=("all", "cross"))
     negatives: str = option("global", "contrast over all GPUs, or on each alone", choices=("global", "local"))
     temperature: float = option(0.1, "tau of the contrast", low=0.01, high=10.0)
@@ -67,6 +78,7 @@ class MACLConfig:
 
 
 _PUBLISHED: dict[str, Any] = {
+    "offset": 0, "sites": "crops",
     "decoder_blocks": 2, "pooling": "gap", "batch_standardise": False, "align_corners": True, "negatives": "local",
     "dense_positives": "position_axial", "rotation": 180.0, "min_scale": 0.7, "max_scale": 1.3, "mirror": True,
     "optimiser": "sgd", "lr": 0.01, "weight_decay": 1e-5, "warmup": 0.0,
@@ -96,6 +108,8 @@ class MACL(Method):
         if c.dense_weight > 0:
             norm = norm_of(network, plan.dim)
             self.pixel_aux = pixel_projector(encoder[branches.aux_stage], decoded, dim=plan.dim, norm=norm)
+        most = _most_offset(plan, config, request.size, request.window)
+        self.offsets = OffsetGrid(most, plan.total_stride, branches.shrink, tuple(request.size))
         self.branches, self.rotation = branches, geometry.rotation_degrees(plan.spacing, c.rotation)
         inner = unwrap(network).requires_grad_(False)
         inner.encoder.requires_grad_(True)
@@ -110,6 +124,8 @@ class MACL(Method):
         """Crops of about two thirds of the image in 3d, slices as large as the patch in 2d, where the slices differ."""
         if config.image_weight + config.dense_weight + config.equivariance_weight == 0:
             raise NnsslError("image_weight, dense_weight and equivariance_weight are all 0: nothing would be learnt.")
+        if config.align_corners and config.offset > 0:
+            raise NnsslError("align_corners=true compares the cells of one crop: add offset=0, as preset=code has it.")
         branches, volume = _branches(plan, config), plan.dim == 3
         strides = geometry.size_text(plan.total_stride), geometry.size_text(branches.shrink)
         need = "MACL (total stride {} times its shrink {})".format(*strides)
@@ -120,6 +136,12 @@ class MACL(Method):
         rotation = geometry.rotation_degrees(plan.spacing, config.rotation)
         views = {"rotation": rotation, "min_scale": config.min_scale, "shift": config.shift}
         window = geometry.window_for(size, plan.spacing, **views, median=median if volume else None)
+        if config.dense_weight + config.equivariance_weight > 0 and config.offset > 0:
+            most = _most_offset(plan, config, size, median)
+            window = tuple(max(w, n + 2 * -(-m * s // 2)) for w, n, m, s in zip(window, size, most, plan.total_stride))
+            why += (
+                f" The branches' still crops are shifted against each other by up to {geometry.size_text(most)} cells."
+            )
         return CropRequest(size=size, window=window, batch_size=8, min_batch=8, explanation=why)
 
     def views(self, crops: Crops, draws: Draws) -> Batch:
@@ -128,18 +150,27 @@ class MACL(Method):
         if c.jitter:  # factors near 0 leave no image: not the authors' U(0, 1)
             ranges = {"brightness": (0.2, 1.0), "contrast": (0.8, 1.2), "sigma": (1.0, 3.0)}
             data = [random_jitter(d, crops.intensity, draws, **ranges) for d in data]
-        still = [central_crop(d, size) for d in data]
+        grid, still = self.offsets, [central_crop(d, self.offsets.voxels) for d in data]
+        first = grid.draw(draws) if grid.active else None
+        if first is not None:
+            still = [cut(d, f * torch.tensor(grid.stride, device=f.device), size) for d, f in zip(still, first[::-1])]
         spatial = {"rotation": self.rotation, "scale": (c.min_scale, c.max_scale), "shift": c.shift}
         spatial |= {"mirror_axes": tuple(range(len(size))) if c.mirror else ()}
         moved = [random_affine(d, draws, size, self.plan.spacing, **spatial).data for d in data]
-        body = central_crop(crops.body, size).to(crops.data.dtype)
+        body = central_crop(crops.body, grid.voxels).to(crops.data.dtype)
+        room = [c * s - v for c, s, v in zip(grid.cells, grid.stride, grid.voxels)]
+        sites = (
+            losses.shrink(F.pad(body, [n for r in reversed(room) for n in (0, r)]), self.branches.dense_stride)[:, 0]
+            > 0
+        )
         return {
+            **({} if first is None else {"aux_cell": first[0], "dominant_cell": first[1]}),
             "i_aux": still[1].contiguous(),
             "i_dominant": losses.shrink(still[0], self.branches.shrink, c.align_corners).contiguous(),
             "v_aux": moved[1],
             "v_dominant": losses.shrink(moved[0], self.branches.shrink, c.align_corners),
-            "sites": losses.shrink(body, self.branches.dense_stride)[:, 0] > 0,
-            "valid": body.flatten(1).any(1),
+            "sites": sites,
+            "valid": central_crop(crops.body, size).flatten(1).any(1),
             "position": crops.position,
         }
 
@@ -167,20 +198,42 @@ class MACL(Method):
             terms["min_norm"] = torch.cat([aux, dominant]).detach().float().norm(dim=1).min()
         if c.dense_weight > 0 or c.equivariance_weight > 0:
             maps, bottlenecks = self.dense_maps(batch["i_aux"], batch["i_dominant"])
+            terms["bottleneck_std"] = losses.channel_std(bottlenecks[1])
             if c.dense_weight > 0:
                 near = {"position_all_axes": position, "position_axial": axial}.get(c.dense_positives)
                 own = torch.eye(len(position), dtype=torch.bool, device=position.device)
-                positives = own if near is None else self._positives(near)
-                aux, dominant = (self._everyone(z) for z in maps)
-                sites = self._everyone(batch["sites"])
-                dense = losses.dense_supcon(aux, dominant, positives, valid=sites, **kernel)
-                terms["dense"], terms["dense_collapse"] = dense
+                terms |= self._dense(maps, batch, own if near is None else self._positives(near), kernel)
             if c.equivariance_weight > 0:
-                shrink = self.branches.shrink, c.align_corners
-                terms["equivariance"] = losses.equivariance_loss(*bottlenecks, *shrink)
-            terms["bottleneck_std"] = losses.channel_std(bottlenecks[1])
+                terms["equivariance"] = self._equivariance(bottlenecks, batch)
         weights = {"image": c.image_weight, "dense": c.dense_weight, "equivariance": c.equivariance_weight}
         return {"total": sum(w * terms[k] for k, w in weights.items() if k in terms), **terms}
+
+    def _dense(self, maps: Any, batch: Batch, positives: Tensor, kernel: dict[str, Any]) -> dict[str, Tensor]:
+        """L_d: each site against the same site of other crops, against the other sites of its crop, or the mean of both."""
+        aux, dominant, sites = *maps, batch["sites"]
+        if self.offsets.active:
+            stride = self.branches.dense_stride
+            aux, seen = self.offsets.map(aux, batch["aux_cell"], stride)
+            dominant, both = self.offsets.map(dominant, batch["dominant_cell"], stride)
+            sites = sites & seen & both
+        aux, dominant, sites = (self._everyone(x) for x in (aux, dominant, sites))
+        found = []
+        if self.config.sites != "places":
+            found.append(losses.dense_supcon(aux, dominant, positives, valid=sites, **kernel))
+        if self.config.sites != "crops":
+            scale = {k: kernel[k] for k in ("temperature", "base_temperature")}
+            found.append(losses.site_contrast(aux, dominant, valid=sites, **scale))
+        loss, collapse = (sum(part) / len(found) for part in zip(*found))
+        return {"dense": loss, "dense_collapse": collapse}
+
+    def _equivariance(self, bottlenecks: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        """L_ER, where both branches saw the image."""
+        (dominant, aux), shrink, align = bottlenecks, self.branches.shrink, self.config.align_corners
+        if not self.offsets.active:
+            return losses.equivariance_loss(dominant, aux, shrink, align)
+        aux, seen = self.offsets.map(aux, batch["aux_cell"], self.plan.total_stride)
+        dominant, both = self.offsets.map(dominant, batch["dominant_cell"], self.branches.multiple)
+        return losses.equivariance_loss(dominant, aux, shrink, align, seen, both)
 
     def image_vectors(self, aux: Tensor, dominant: Tensor) -> tuple[Tensor, Tensor]:
         """Projected vectors ``(B, proj_dim)`` of the variance pair: auxiliary, dominant."""
@@ -229,7 +282,8 @@ class MACL(Method):
         shown = {"I": "i_aux", "V auxiliary": "v_aux", "V dominant (shrunk)": "v_dominant"}
         images = {title: batch[key][rows, :1] for title, key in shown.items()}
         if self.config.dense_weight > 0:
-            maps, _ = self.dense_maps(batch["i_aux"][rows], batch["i_dominant"][rows])
+            same = losses.shrink(batch["i_aux"][rows], self.branches.shrink, self.config.align_corners)  # not shifted
+            maps, _ = self.dense_maps(batch["i_aux"][rows], same)
             images |= zip(("auxiliary features", "dominant features"), losses.principal_colours(*maps))
         columns = {t: losses.middle_slice(i, size).squeeze(-1).cpu().numpy() for t, i in images.items()}
         return Picture(columns, "MACL: equal colours are equal features; both branches should colour a place alike")
@@ -245,6 +299,13 @@ class MACL(Method):
             f"{last['image']:.3g}, {'' if below else 'not '}clearly below the {last['image_collapse']:.3g} of equal vectors, "
             f"and crops at one position are {'' if alike else 'not '}more alike (cosine {pos:.2f}) than others ({neg:.2f})."
         )
+
+
+def _most_offset(plan: Plan, config: MACLConfig, size: Sequence[int], room: Sequence[int]) -> tuple[int, ...]:
+    """Largest offset per axis, in cells of the bottleneck: within ``room`` voxels, and so that crops share a cell."""
+    if config.offset == 0 or config.dense_weight + config.equivariance_weight == 0:
+        return (0,) * plan.dim
+    return tuple(min(config.offset, n // s - 1, max(0, r - n) // s) for n, s, r in zip(size, plan.total_stride, room))
 
 
 def _branches(plan: Plan, config: MACLConfig) -> geometry.Asymmetry:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nnssl.config import option
-from nnssl.pretrain.methods.hdense.method import HDense, HDenseConfig
+from nnssl.pretrain.methods.hdense.method import CPU, HDense, HDenseConfig
 from nnssl.pretrain.methods.registry import register
 
 __all__ = ["Vox2Vec", "Vox2VecConfig"]
@@ -33,4 +33,4 @@ class Vox2Vec(HDense):
 
     title = "voxel contrast over the raw pyramid, the baseline of hdense (encoder + decoder)"
     citation = ("Goncharov et al., vox2vec, arXiv:2307.14725",)
-    presets = {"paper": {"gather": False}, "no_corruption": {"corruption": "none"}}
+    presets = {"paper": {"gather": False}, "no_corruption": {"corruption": "none"}, "cpu": CPU}

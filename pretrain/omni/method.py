@@ -88,6 +88,11 @@ class OmniMixin(Method):
             batch["semi"] = self._semi(found.unlabelled, draws)
         return batch
 
+    def images(self, crops: Any) -> Tensor:
+        """Those of the method's own crops."""
+        found: OmniCrops = crops
+        return super().images(found.ssl)
+
     def _labelled(self, patches: Patches, draws: Draws) -> Batch:
         how = self.omni_augmentation
         if patches.label is None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnssl.losses import channel_std, middle_slice, off_diagonal_cosine, pair_similarity, principal_colours
+from nnssl.losses import channel_std, middle_slice, off_diagonal_cosine, pair_similarity, place_share, principal_colours
 
 
 def test_off_diagonal_cosine():
@@ -90,3 +90,46 @@ def test_colours_are_the_main_directions_in_order():
         along = torch.corrcoef(torch.stack([colour.flatten(), unit @ direction]))[0, 1]
         assert abs(float(along)) == pytest.approx(1, abs=1e-3)
         assert float(colour.min()) == 0 and float(colour.max()) == pytest.approx(1)
+
+
+def test_place_share_by_hand():
+    # two crops, two sites, one channel: means 0 and 2, each +-1: MSB = 2 (1 + 1) / 1 = 4, MSW = 4 / 2 = 2, V = 1
+    f = torch.tensor([[[-1.0, 1.0]], [[1.0, 3.0]]])
+    assert float(place_share(f)) == pytest.approx(1 / 3)
+    # the same values, but nothing common to a site: MSB = 0
+    assert float(place_share(torch.tensor([[[-1.0, 1.0]], [[1.0, -1.0]]]))) == 0
+    # equal crops: the place explains all, however the channels differ from each other
+    ramp = torch.arange(24.0).view(1, 2, 3, 4).expand(3, 2, 3, 4)
+    assert float(place_share(ramp)) == pytest.approx(1)
+    assert float(place_share(torch.full((3, 2, 3, 4), 7.0))) == 0
+    # channels add their variances: one of place alone (MSB 4, MSW 0), one without (MSB 0, MSW 2) -> V = (4 - 2) / 2
+    both = torch.tensor([[[0.0, 2.0], [-1.0, 1.0]], [[0.0, 2.0], [1.0, -1.0]]])
+    assert float(place_share(both)) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.8])
+@pytest.mark.parametrize("n", [4, 40])
+def test_place_share_does_not_depend_on_the_number_of_crops(share, n):
+    g = torch.Generator().manual_seed(n)
+    place, rest = torch.randn(1, 16, 4, 5, 6, generator=g), torch.randn(n, 16, 4, 5, 6, generator=g)
+    f = share**0.5 * place + (1 - share) ** 0.5 * rest
+    assert float(place_share(f)) == pytest.approx(share, abs=0.04)
+    assert float(place_share(5 * f + 3)) == pytest.approx(float(place_share(f)), abs=1e-5)
+    assert float(place_share(f.flip(0).flip(3))) == pytest.approx(float(place_share(f)), abs=1e-6)
+    if share == 0:
+        plain = f.flatten(2).mean(0).var(1).sum() / f.flatten(2).transpose(0, 1).flatten(1).var(1).sum()
+        assert float(plain) > 0.8 / n, "the plain ratio has a share where there is none"
+
+
+def test_place_share_sees_the_padding_and_refuses_one_crop():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv3d(1, 8, 3, padding=1)
+    x = torch.randn(24, 1, 4, 5, 6)
+    with torch.no_grad():
+        padded = place_share(conv(x + 4))
+        inside = place_share(torch.nn.functional.conv3d(x + 4, conv.weight, conv.bias))
+    assert float(padded) > 0.5 > 0.1 > float(inside)
+    with pytest.raises(ValueError, match="1 crops of 4 sites"):
+        place_share(torch.zeros(1, 2, 4))
+    with pytest.raises(ValueError, match="3 crops of 1 sites"):
+        place_share(torch.zeros(3, 2, 1))

@@ -87,3 +87,24 @@ def test_alignment_per_axis():  # T12, three sizes and factors
     dense = F.avg_pool3d(small, stride) - F.avg_pool3d(ramp, tuple(s * f for s, f in zip(stride, factor)))
     er = F.avg_pool3d(small, stride) - shrink(F.avg_pool3d(ramp, stride), factor)
     assert dense.abs().max() < 1e-4 and er.abs().max() < 1e-4
+
+
+def test_only_what_both_branches_saw_counts():
+    big, y = torch.randn(2, 3, 4, 6), torch.randn(2, 3, 2, 3)
+    all_seen, all_both = torch.ones(2, 4, 6, dtype=torch.bool), torch.ones(2, 2, 3, dtype=torch.bool)
+    whole = equivariance_loss(y, big, (2, 2))
+    assert torch.allclose(equivariance_loss(y, big, (2, 2), seen=all_seen, both=all_both), whole)
+    seen, both = all_seen.clone(), all_both.clone()
+    seen[0, :, 3:] = False  # of sample 0 the first column of cells is seen, and half of the second
+    both[1, 0] = False
+    masked = torch.where(seen[:, None], big, 0.0)
+    half = (y[0, :, :, 1] - big[0, :, :, 2].unflatten(1, (2, 2)).mean(2)).abs().mean(0)
+    full = (y[0, :, :, 0] - shrink(big, (2, 2))[0, :, :, 0]).abs().mean(0)
+    first = (full.sum() + 0.5 * half.sum()) / 3
+    second = (y[1, :, 1] - shrink(big, (2, 2))[1, :, 1]).abs().mean()
+    assert torch.allclose(equivariance_loss(y, masked, (2, 2), seen=seen, both=both), (first + second) / 2)
+    with pytest.raises(NnsslError, match="corners aligned"):
+        equivariance_loss(y, big, (2, 2), True, seen, both)
+    y.requires_grad_(True)
+    equivariance_loss(y, masked, (2, 2), seen=seen, both=both).backward()
+    assert (y.grad[1, :, 0] == 0).all() and (y.grad[0, :, :, 2] == 0).all() and (y.grad[0, :, :, 0] != 0).all()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nnssl.errors import NnsslError
-from nnssl.losses import collapse_value, dense_supcon, position_positives, safe_normalise, supcon
+from nnssl.losses import collapse_value, dense_supcon, position_positives, safe_normalise, site_contrast, supcon
 
 E = torch.eye(4, dtype=torch.float64)
 ONE = {"temperature": 1.0, "base_temperature": 1.0}
@@ -287,3 +287,47 @@ def test_a_vector_counts_from_a_norm_of_1e_4_on(contrast):
             loss, collapse = dense_supcon(*(z[..., None] for z in pair), positives, contrast=contrast)
             assert float(collapse) == pytest.approx(collapse_value(3 if counts else 2, 0.1, 0.07, contrast), rel=1e-5)
             assert torch.allclose(loss, two, atol=1e-5) != counts
+
+
+def test_contrast_among_sites_by_hand():
+    e = torch.eye(2)
+    same, swapped = e[None], e[None, :, [1, 0]]  # (1, 2, 2): one crop, two channels, two sites
+    kernel = {"temperature": 1.0, "base_temperature": 1.0}
+    loss, collapse = site_contrast(same, same, **kernel)
+    assert float(loss) == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-5) and float(collapse) == pytest.approx(
+        math.log(2)
+    )
+    assert float(site_contrast(same, swapped, **kernel)[0]) == pytest.approx(math.log(1 + math.e), abs=1e-5)
+    flat = torch.ones(3, 4, 2, 3, 2)
+    loss, collapse = site_contrast(flat, flat, temperature=0.1, base_temperature=0.07)
+    assert float(loss) == pytest.approx(math.log(12) / 0.7, abs=1e-4) == float(collapse)
+
+
+def test_contrast_among_sites_equals_a_loop_over_crops_and_leaves_out_sites():
+    g = torch.Generator().manual_seed(0)
+    a, d = torch.randn(2, 3, 5, 2, 3, 2, generator=g).double().unbind(0)
+    valid = torch.rand(3, 2, 3, 2, generator=g) > 0.4
+    valid[2] = False
+    valid[2, 0, 0, 0] = True  # a crop with one site has nothing to compare
+    got, _ = site_contrast(a, d, temperature=0.1, base_temperature=0.07, valid=valid)
+    each = []
+    for b in range(2):
+        x, y = (torch.nn.functional.normalize(m[b][:, valid[b]].T, dim=1) for m in (a, d))
+        logits, own = x @ y.T / 0.1, torch.arange(len(x))
+        ce = torch.nn.functional.cross_entropy
+        each.append((ce(logits, own) + ce(logits.T, own)) / 2 / 0.7)
+    assert float(got) == pytest.approx(float(sum(each) / 2), rel=1e-4)
+    order = torch.randperm(12, generator=g)
+    shuffled = (m.flatten(2)[..., order] for m in (a, d))
+    again, _ = site_contrast(*shuffled, temperature=0.1, base_temperature=0.07, valid=valid.flatten(1)[:, order])
+    assert float(again) == pytest.approx(float(got), rel=1e-6)
+    with pytest.raises(NnsslError, match="aligned maps"):
+        site_contrast(a, d[..., :1])
+
+
+def test_the_place_in_the_crop_does_not_help_among_shifted_sites():
+    """Features of the place alone: perfect where both crops lie alike, useless where one is shifted."""
+    place = torch.nn.functional.one_hot(torch.arange(4)).double().T[None]  # (1, 4 channels, 4 places)
+    alike, _ = site_contrast(place, place)
+    shifted, collapse = site_contrast(place[..., 1:], place[..., :-1])  # site i lies at place i + 1 and at place i
+    assert float(alike) < 0.01 and float(shifted) > 2 * float(collapse)

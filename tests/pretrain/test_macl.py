@@ -70,9 +70,9 @@ def learning(module):
 
 
 @pytest.mark.parametrize(("dim", "arch", "strides"), CASES)
-@pytest.mark.parametrize(("blocks", "down"), [(1, 1), (2, 1), (0, 0)])
-def test_maps_line_up(make, dim, arch, strides, blocks, down):  # T1, T18
-    method = make(dim, arch, strides, decoder_blocks=blocks, down=down)
+@pytest.mark.parametrize(("blocks", "down", "offset"), [(1, 1, 1), (2, 1, 1), (2, 1, 0), (0, 0, 0)])
+def test_maps_line_up(make, dim, arch, strides, blocks, down, offset):  # T1, T18
+    method = make(dim, arch, strides, decoder_blocks=blocks, down=down, offset=offset)
     branches, size = method.branches, method.request.size
     batch = batch_for(method)
     assert list(batch["i_aux"].shape[2:]) == list(batch["v_aux"].shape[2:]) == list(size)
@@ -80,7 +80,9 @@ def test_maps_line_up(make, dim, arch, strides, blocks, down):  # T1, T18
         assert list(batch[key].shape[2:]) == cells(size, branches.shrink)
     (aux, dominant), (y, target) = method.dense_maps(batch["i_aux"], batch["i_dominant"])
     assert aux.shape == dominant.shape and list(aux.shape[2:]) == cells(size, branches.dense_stride)
-    assert list(batch["sites"].shape[1:]) == list(aux.shape[2:])
+    grid = zip(method.offsets.cells, method.plan.total_stride, branches.dense_stride)
+    assert list(batch["sites"].shape[1:]) == [c * s // k for c, s, k in grid]
+    assert offset or list(batch["sites"].shape[1:]) == list(aux.shape[2:])
     assert y.shape == losses.shrink(target, branches.shrink).shape
     terms = method(batch)
     assert all(torch.isfinite(torch.as_tensor(v)) for v in terms.values())
@@ -176,7 +178,7 @@ def test_both_branches_train_one_encoder(make):  # T14
 @pytest.mark.parametrize("dim", [2, 3])
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_still_views_are_the_crop_itself(make, dim, align_corners):  # T15
-    method = make(dim, mirror=True, align_corners=align_corners, rotation=90.0)
+    method = make(dim, mirror=True, align_corners=align_corners, rotation=90.0, offset=0)
     window, size = method.request.window, method.request.size
     axes = torch.meshgrid(*[torch.arange(float(n)) for n in window], indexing="ij")
     data = sum(100**i * a for i, a in enumerate(axes)).expand(4, 1, *window).clone()
@@ -194,6 +196,54 @@ def test_still_views_are_the_crop_itself(make, dim, align_corners):  # T15
     shrunk = losses.shrink(batch["v_aux"], method.branches.shrink, align_corners)
     assert all(not torch.allclose(a, b) for a, b in zip(shrunk, batch["v_dominant"]))
     assert all(not torch.allclose(a, b) for a, b in zip(batch["v_aux"], inner))
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_still_views_lie_where_their_cells_say(make, dim):
+    """Each branch's crop is the window's own voxels at its offset, so that their maps meet on the grid."""
+    method = make(dim, median=(60, 72, 64))
+    grid, size = method.offsets, method.request.size
+    assert grid.most == (1,) * dim and all(w >= v for w, v in zip(method.request.window, grid.voxels))
+    window = method.request.window
+    axes = torch.meshgrid(*[torch.arange(float(n)) for n in window], indexing="ij")
+    data = sum(100**i * a for i, a in enumerate(axes)).expand(8, 1, *window).clone()
+    batch = method.views(crops_for(method, b=8, data=data), Draws(0, 0, 8))
+    edge = [(w - v) // 2 for w, v in zip(window, grid.voxels)]
+    for i in range(8):
+        for key, first in (("i_aux", "aux_cell"), ("i_dominant", "dominant_cell")):
+            start = [e + int(c) * s for e, c, s in zip(edge, batch[first][i], grid.stride)]
+            crop = data[(i, slice(None), *[slice(a, a + n) for a, n in zip(start, size)])]
+            assert torch.equal(batch[key][i], crop if key == "i_aux" else losses.shrink(crop[None], (2,) * dim)[0])
+    assert len({tuple(c) for c in (batch["aux_cell"] - batch["dominant_cell"]).tolist()}) > 2
+    assert method(batch)["dense"] > 0
+
+
+def test_offsets_are_legal_and_can_be_switched_off(make):
+    for options in ({"offset": 0}, {"dense_weight": 0.0, "equivariance_weight": 0.0}):
+        method = make(median=(60, 72, 64), **options)
+        assert not method.offsets.active and "aux_cell" not in batch_for(method)
+    assert make(median=(60, 72, 64), offset=5).offsets.most == (3, 5, 3), "crops share a cell on each axis"
+    assert make(size=(16, 32, 16), median=(18, 36, 60)).offsets.most == (0, 1, 1), "within the median image"
+    for preset in MACL.presets.values():
+        assert preset["offset"] == 0 and preset["sites"] == "crops", "as published"
+
+
+def test_dense_contrast_of_shifted_crops_looks_at_equal_voxels(make):
+    """Maps that are the image itself: the loss is least where they are laid by their own cells."""
+    method = make(median=(60, 72, 64), dense_positives="self")
+    data = torch.randn(4, 1, *method.request.window)
+    batch = method.views(crops_for(method, data=data), Draws(0, 0, 4))
+    stride, scale = method.branches.dense_stride, 2
+    maps = [losses.shrink(batch["i_aux"], stride), losses.shrink(batch["i_dominant"], [s // scale for s in stride])]
+    maps = [torch.cat([m, torch.ones_like(m), m.sign()], 1) for m in maps]
+    own, kernel = torch.eye(4, dtype=torch.bool), {"temperature": 0.1, "base_temperature": 0.07, "contrast": "all"}
+    right = method._dense(maps, batch, own, kernel)["dense"]
+    wrong = method._dense(maps, {**batch, "aux_cell": 1 - batch["aux_cell"]}, own, kernel)["dense"]
+    assert right < 0.7 * wrong
+    bottlenecks = [losses.shrink(batch["i_dominant"], method.plan.total_stride)]
+    bottlenecks.append(losses.shrink(batch["i_aux"], method.plan.total_stride))
+    whole = method._equivariance(tuple(bottlenecks), batch)
+    assert whole < 0.5 * method._equivariance(tuple(bottlenecks), {**batch, "aux_cell": 1 - batch["aux_cell"]})
 
 
 def test_views_depend_on_the_draws_only(make):
@@ -282,12 +332,11 @@ def test_degenerate_crops_stay_finite(make, what, pooling):  # T17
 
 
 def test_empty_sites_are_masked(make):
-    method = make()
+    method = make(offset=0)
     crops = crops_for(method)
     crops.body[0, :, : crops.body.shape[2] // 2] = False
     batch = method.views(crops, Draws(0, 0, 4))
-    stride = method.branches.dense_stride[0]
-    n = method.request.size[0] // stride
+    n = method.request.size[0] // method.branches.dense_stride[0]
     assert not batch["sites"][0, : n // 2].any() and batch["sites"][0, n // 2 :].all() and batch["sites"][1:].all()
     dense = method(batch)["dense"]
     batch["sites"] = torch.ones_like(batch["sites"])

@@ -47,6 +47,8 @@ from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, SourceStats
 __all__ = ["HDense", "HDenseConfig"]
 
 PAIRS = 10  # a step
+CPU = {"n_voxels": 128, "crop_voxels": 128 * 128}
+"""Preset for a processor: the contrast compares all voxels of a step, so that its cost falls with the square of ``n_voxels``."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class HDense(Method):
         "no_balance": {"level_dim": 0, "levels": 0},  # ablation: vox2vec + corruption + restoration
         "restoration_only": {"contrast_weight": 0.0},  # ablation
         "frozen_projections": {"train_scale_proj": False},  # ablation
+        "cpu": CPU,
     }
 
     def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: HDenseConfig) -> None:

@@ -1,0 +1,100 @@
+"""Two crops of one window at different offsets, and their feature maps laid on the window's grid so that equal sites meet.
+
+Zero padding tells a convolutional network where in the crop a site lies. Where both branches see one crop, "the same place in the
+crop" is then a feature that both have without looking at the image; crops at different offsets take it away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnssl.pretrain.augment.draws import Draws
+
+__all__ = ["OffsetGrid", "covered", "draw_cells", "lay_on"]
+
+
+def draw_cells(draws: Draws, most: Sequence[int], step: Sequence[int] | None = None) -> Tensor:
+    """First cell of each sample's crop on the window's grid, ``(B, dim)`` int64, uniform in ``0, step, ..., <= most``."""
+    each = torch.tensor([1] * len(most) if step is None else list(step), device=draws.device)
+    places = torch.tensor(list(most), device=draws.device) // each + 1
+    share = draws.uniform(0, 1, len(most))
+    return torch.minimum((share * places).long(), places - 1) * each
+
+
+def lay_on(x: Tensor, first: Tensor, grid: Sequence[int]) -> Tensor:
+    """Lay maps ``(B, C, *s)`` on a larger grid ``(B, C, *grid)``, each from its own cell ``first`` ``(B, dim)``; 0 elsewhere."""
+    if tuple(x.shape[2:]) == tuple(grid):
+        return x
+    laid = []
+    for sample, corner in zip(x, first.tolist()):
+        sides = [(a, g - a - s) for a, g, s in zip(corner, grid, x.shape[2:])]
+        laid.append(F.pad(sample, [n for pair in reversed(sides) for n in pair]))
+    return torch.stack(laid)
+
+
+def covered(first: Tensor, size: Sequence[int], grid: Sequence[int]) -> Tensor:
+    """Cells of the grid that maps of ``size`` cells from ``first`` ``(B, dim)`` on cover: ``(B, *grid)`` bool."""
+    found = torch.ones((len(first), *grid), dtype=torch.bool, device=first.device)
+    for axis, (n, g) in enumerate(zip(size, grid)):
+        at = torch.arange(g, device=first.device)
+        inside = (at >= first[:, axis, None]) & (at < first[:, axis, None] + n)
+        found &= inside.view(len(first), *[g if a == axis else 1 for a in range(len(grid))])
+    return found
+
+
+@dataclass(frozen=True)
+class OffsetGrid:
+    """The grid of bottleneck cells on which two branches' crops of one window are laid.
+
+    Attributes:
+        most: largest offset of a crop, cells per axis; all 0 where both branches see one crop.
+        stride: voxels of the image per cell.
+        step: the shrunken branch's cells are ``step`` of these, so its crop starts at a multiple.
+        size: voxels of a crop.
+    """
+
+    most: tuple[int, ...]
+    stride: tuple[int, ...]
+    step: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def active(self) -> bool:
+        """Whether crops are shifted at all."""
+        return any(self.most)
+
+    @property
+    def voxels(self) -> tuple[int, ...]:
+        """What is read of the window: a crop at each offset lies in it."""
+        return tuple(n + m * s for n, m, s in zip(self.size, self.most, self.stride))
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """Cells of the grid: a multiple of ``step`` that holds a crop at each offset."""
+        held = [n // s + m for n, m, s in zip(self.size, self.most, self.stride)]
+        return tuple(-(-h // k) * k for h, k in zip(held, self.step))
+
+    def draw(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """First cells ``(B, dim)`` of the full and of the shrunken branch's crop."""
+        return draw_cells(draws, self.most), draw_cells(draws, self.most, self.step)
+
+    def map(self, x: Tensor, first: Tensor, stride: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Features of a crop on the grid, at their own resolution, and where they lie there.
+
+        Args:
+            x: ``(B, C, *s)`` features with ``stride`` voxels of the image per site.
+            first: ``(B, dim)`` the crop's first cell.
+            stride: at most the multiple of :attr:`stride` by ``step``.
+
+        Returns:
+            ``(B, C, *grid)`` and ``(B, *grid)`` bool.
+        """
+        per = torch.tensor(self.stride, device=first.device), torch.tensor(list(stride), device=first.device)
+        at = first * per[0] // per[1]
+        grid = [c * s // k for c, s, k in zip(self.cells, self.stride, stride)]
+        return lay_on(x, at, grid), covered(at, x.shape[2:], grid)
