@@ -182,9 +182,9 @@ def load_experiment(path: str | Path) -> Experiment:
     try:
         settings = _settings(several, shared, file.parent)
         top = build(_Top, {k: given[k] for k in _TOP & set(given) - {"settings"}})
+        name = check_name(top.name or re.sub(r"[^A-Za-z0-9]+", "-", file.stem).strip("-"), "name")
     except NnsslError as error:
         raise NnsslError(f"{file}: {error}") from error
-    name = check_name(top.name or re.sub(r"[^A-Za-z0-9]+", "-", file.stem).strip("-"), "name")
     published = resolve_path(top.published, file.parent) if top.published else None
     environment = {k: str(v) for k, v in top.environment.items()}
     return Experiment(

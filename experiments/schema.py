@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,11 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: set[Any] = set()
     for child, _ in node.value:
+        if child.tag == "tag:yaml.org,2002:merge":
+            continue  # what is merged in yields to what the mapping says itself
         name = loader.construct_object(child, deep=True)
+        if not isinstance(name, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, "a key is a list or a mapping", child.start_mark)
         if name in seen:
             raise yaml.constructor.ConstructorError(None, None, f"'{name}' is given twice", child.start_mark)
         seen.add(name)
@@ -49,11 +54,40 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)  # noqa: S506  a safe loader
     except OSError as error:
         raise NnsslError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise NnsslError(f"{path} is no YAML: {error}") from error
+    except RecursionError:
+        raise NnsslError(f"{path} is nested too deeply, or refers to itself.") from None
+    except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
+        # numbers of thousands of digits, dates that do not exist, tags in odd places: PyYAML lets what Python says through
+        raise NnsslError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if _circular(content):
+        raise NnsslError(f"{path} refers to itself.")
     if not isinstance(content, dict):
         raise NnsslError(f"{path} holds no settings: lines such as 'dataset: 4' are expected.")
     return {str(k): v for k, v in content.items()}
+
+
+def _circular(value: Any) -> bool:
+    """Whether a mapping or list holds itself; each is looked at once, since anchors may share one a million times."""
+    above: set[int] = set()
+    seen: set[int] = set()
+
+    def look(value: Any) -> bool:
+        if not isinstance(value, (dict, list)) or id(value) in seen:
+            return False
+        if id(value) in above:
+            return True
+        above.add(id(value))
+        found = any(look(v) for v in (value.values() if isinstance(value, dict) else value))
+        above.discard(id(value))
+        seen.add(id(value))
+        return found
+
+    return look(value)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: short, however large it is."""
+    return reprlib.repr(value)
 
 
 def key(default: Any, help: str, *, low: float | None = None) -> Any:
@@ -88,7 +122,7 @@ def build(cls: type[T], given: Mapping[str, Any], where: str = "") -> T:
     if not isinstance(given, Mapping):
         title = where.rstrip(": ") or "the file"
         raise NnsslError(
-            f"the experiment: {title}: keys such as '{fields(cls)[0].name}: ...' are wanted, not {given!r}"
+            f"the experiment: {title}: keys such as '{fields(cls)[0].name}: ...' are wanted, not {_shown(given)}"
         )  # type: ignore[arg-type]
     out, problems = {}, check_keys(given, (f.name for f in fields(cls)), where)  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
@@ -100,7 +134,7 @@ def build(cls: type[T], given: Mapping[str, Any], where: str = "") -> T:
             problems += _range(f, out[f.name], where)
         except NnsslError as error:
             problems.append(str(error))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ArithmeticError) as error:
             problems.append(f"{where}{f.name}: {error}")
     raise_problems(problems, "the experiment")
     return cls(**out)
@@ -135,7 +169,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
         if not isinstance(value, Mapping):
-            raise TypeError(f"keys such as '{fields(hint)[0].name}: ...' are wanted, not {value!r}")
+            raise TypeError(f"keys such as '{fields(hint)[0].name}: ...' are wanted, not {_shown(value)}")
         return build(hint, {str(k): v for k, v in value.items()}, where)  # type: ignore[arg-type]
     if origin is tuple:
         item = typing.get_args(hint)[0]
@@ -143,25 +177,27 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(item, part, where) for part in parts)
     if hint is bool:
         if not isinstance(value, bool):
-            raise TypeError(f"true or false is wanted, not {value!r}")
+            raise TypeError(f"true or false is wanted, not {_shown(value)}")
         return value
     if hint in (int, float):
         return _number(hint, value)
     if hint is str:
         if isinstance(value, (Mapping, list)) or value is None:
-            raise TypeError(f"text is wanted, not {value!r}")
+            raise TypeError(f"text is wanted, not {_shown(value)}")
         return str(value)
     if hint is dict or origin is dict:
         if not isinstance(value, Mapping):
-            raise TypeError(f"keys and values are wanted, not {value!r}")
+            raise TypeError(f"keys and values are wanted, not {_shown(value)}")
         return {str(k): number(v) for k, v in value.items()}
     return value
 
 
 def _number(hint: type, value: Any) -> Any:
     read = number(value)
-    if isinstance(read, bool) or not isinstance(read, (int, float)) or (hint is int and read != int(read)):
-        raise TypeError(f"a {'whole ' if hint is int else ''}number is wanted, not {value!r}")
+    if isinstance(read, bool) or not isinstance(read, (int, float)) or not abs(read) < 2**63:
+        raise TypeError(f"a {'whole ' if hint is int else ''}number is wanted, not {_shown(value)}")
+    if hint is int and read != int(read):
+        raise TypeError(f"a {'whole ' if hint is int else ''}number is wanted, not {_shown(value)}")
     return hint(read)
 
 

@@ -137,7 +137,10 @@ def make_config(cls: type[C], values: Mapping[str, Any], preset: Mapping[str, An
     by_name = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     out, problems = {}, []
     for key, value in merged.items():
-        field = by_name[key]
+        field = by_name.get(key)
+        if field is None:
+            problems.append(f"unknown option '{key}'.{nearest(key, by_name)}")
+            continue
         try:
             out[key] = _convert(_hint(cls, field), value)
         except (ValueError, TypeError):

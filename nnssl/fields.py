@@ -27,15 +27,16 @@ class Wanted:
     needed: bool = True
 
 
-def whole(low: int | None = None) -> Wanted:
-    """A whole number, at least ``low``; ``8.0`` counts as 8, true does not."""
+def whole(low: int | None = None, high: int = 2**53) -> Wanted:
+    """A whole number from ``low`` to ``high``; ``8.0`` counts as 8, true does not."""
 
     def fits(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= high:
             return False
-        return value == int(value) and abs(value) < 2**53 and (low is None or value >= low)
+        return value == int(value) and (low is None or value >= low)
 
-    return Wanted("a whole number" + ("" if low is None else f" of at least {low}"), fits)
+    limits = ("" if low is None else f" of at least {low}") + ("" if high == 2**53 else f" and at most {high}")
+    return Wanted(f"a whole number{limits}", fits)
 
 
 def number(above: float | None = None) -> Wanted:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
+from nnssl.errors import NnsslError
 from nnssl.plans.plan import Plan
 
 __all__ = ["build_network", "build_primus", "decoder_channels", "encoder_channels"]
@@ -18,19 +20,30 @@ def build_network(plan: Plan, n_classes: int | None = None, deep_supervision: bo
         plan: the plan.
         n_classes: channels of the segmentation heads; the dataset's own number by default.
         deep_supervision: whether the forward returns all resolutions; the weights are the same either way. Not for Primus.
+
+    Raises:
+        NnsslError: the plans' arguments make no network.
     """
     config, classes = plan.config, plan.n_classes if n_classes is None else n_classes
-    if plan.is_primus:
-        return build_primus(config, plan.n_channels, classes)
-    return get_network_from_plans(
-        config.network_arch_class_name,
-        config.network_arch_init_kwargs,
-        config.network_arch_init_kwargs_req_import,
-        plan.n_channels,
-        classes,
-        allow_init=True,
-        deep_supervision=deep_supervision,
-    )
+    try:
+        if plan.is_primus:
+            return build_primus(config, plan.n_channels, classes)
+        return get_network_from_plans(
+            config.network_arch_class_name,
+            config.network_arch_init_kwargs,
+            config.network_arch_init_kwargs_req_import,
+            plan.n_channels,
+            classes,
+            allow_init=True,
+            deep_supervision=deep_supervision,
+        )
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever a network makes of arguments that it cannot use
+        raise NnsslError(
+            f"The network of plans '{plan.plans_name}' of {plan.dataset_name}, configuration {plan.configuration}, cannot be "
+            f"built ({type(error).__name__}: {' '.join(str(error).split())[:200]}). Look at 'architecture' in the plans."
+        ) from error
 
 
 def build_primus(config: ConfigurationManager, n_channels: int, n_classes: int) -> nn.Module:

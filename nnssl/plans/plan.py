@@ -13,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnssl.errors import NnsslError, nearest, raise_problems
 from nnssl.files import read_json
 from nnssl.paths import preprocessed_folder, set_folders
+from nnssl.plans.check import check_arguments, check_configuration, check_dataset_json, check_part, check_plans
 from nnssl.plans.datasets import dataset_id, resolve_dataset
 from nnssl.plans.hashes import architecture_hash, canonical_arch_kwargs, data_hash
 from nnssl.plans.primus import CLASSES, check_patch, problems_of, stock_trainer
@@ -20,6 +21,7 @@ from nnssl.plans.primus import CLASSES, check_patch, problems_of, stock_trainer
 __all__ = ["Plan", "load_plan", "plans_in"]
 
 NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", *CLASSES.values())
+_UNREADABLE = (KeyError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ImportError, IndexError)
 _NEEDED = ("dataset_name", "plans_name", "configurations", "transpose_forward")
 
 
@@ -55,6 +57,9 @@ class Plan:
         missing = [key for key in _NEEDED if key not in plans]
         if missing:
             raise NnsslError(f"These are not plans of nnU-Net v2: {', '.join(missing)} is missing.")
+        what = f"Plans '{plans['plans_name']}' of {plans['dataset_name']}"
+        check_plans(plans, what)
+        check_dataset_json(dataset_json, f"dataset.json of {plans['dataset_name']}")
         name, known = plans["plans_name"], list(plans["configurations"])
         if configuration not in known:
             raise NnsslError(
@@ -64,8 +69,9 @@ class Plan:
         plan = cls(plans, configuration, dataset_json)
         try:
             previous = plan.config.previous_stage_name
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise NnsslError(f"Configuration '{configuration}' of plans '{name}' cannot be read: {error}") from error
+        except _UNREADABLE as error:
+            raise NnsslError(f"Configuration '{configuration}' of plans '{name}' cannot be read: {error!r}") from error
+        check_configuration(plan.config.configuration, what, configuration)
         if previous is not None and not second_stage:
             raise NnsslError(
                 f"Configuration '{configuration}' is the second stage of a cascade: its network takes a segmentation as "
@@ -80,6 +86,14 @@ class Plan:
             where, kwargs = f"Configuration '{configuration}' of plans '{name}'", plan.config.network_arch_init_kwargs
             raise_problems(problems_of(kwargs), where)
             check_patch(plan.patch_size, kwargs["patch_embed_size"], where)
+        else:
+            check_arguments(plan.config.network_arch_init_kwargs, what, configuration, plan.dim)
+        named = dataset_json.get("channel_names") or dataset_json.get("modality")
+        if named and len(plan.normalization_schemes) != len(named):
+            raise NnsslError(
+                f"{what} normalise {len(plan.normalization_schemes)} channels ('configurations.{configuration}."
+                f"normalization_schemes'), and dataset.json names {len(named)}."
+            )
         return plan
 
     @cached_property
@@ -229,7 +243,12 @@ class Plan:
         labels = self.dataset_json.get("labels")
         if not labels:
             return 2
-        return int(self.manager.get_label_manager(self.dataset_json).num_segmentation_heads)
+        try:
+            return int(self.manager.get_label_manager(self.dataset_json).num_segmentation_heads)
+        except _UNREADABLE as error:
+            raise NnsslError(
+                f"'labels' of dataset.json of {self.dataset_name} cannot be used: {' '.join(str(error).split()) or error!r}"
+            ) from error
 
     @property
     def spacing(self) -> tuple[float, ...]:
@@ -307,6 +326,7 @@ def load_plan(
         NnsslError: dataset, plans or configuration missing or unreadable; says what to type.
     """
     name = resolve_dataset(dataset)
+    check_part(plans_name, "-p")
     folder = preprocessed_folder() / name
     path = folder / f"{plans_name}.json"
     if not path.is_file():
@@ -328,4 +348,9 @@ def load_plan(
     raw = set_folders().get("nnUNet_raw")
     if not description.is_file() and raw is not None:
         description = raw / name / "dataset.json"
-    return Plan.from_dicts(read_json(path), configuration, read_json(description), second_stage=second_stage)
+    plan = Plan.from_dicts(read_json(path), configuration, read_json(description), second_stage=second_stage)
+    if min(plan.patch_size) < 1:
+        raise NnsslError(
+            f"{path}: 'configurations.{configuration}.patch_size' must be of at least 1, not {plan.patch_size}"
+        )
+    return plan

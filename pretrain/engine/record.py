@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from nnssl.fields import Wanted, anything, check_fields, flag, listing, mapping, number, optional, text, whole
@@ -53,7 +54,9 @@ def check_record(content: dict[str, Any], what: str, *, whole_run: bool = False)
     """
 
     def check(part: Any, wanted: dict[str, Wanted], prefix: str = "") -> None:
-        check_fields(part, wanted if whole_run else {k: optional(w) for k, w in wanted.items()}, what, prefix)
+        check_fields(
+            part, wanted if whole_run else {k: replace(w, needed=False) for k, w in wanted.items()}, what, prefix
+        )
 
     check(content, _TOP)
     identity = content.get("identity") or {}

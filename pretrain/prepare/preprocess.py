@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import random
 import shutil
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import blosc2
+import numpy as np
 
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
@@ -26,7 +29,7 @@ from nnssl.pretrain.prepare.raw import RawCase
 from nnssl.pretrain.prepare.worker import CaseWorker, Job, Reply
 from nnssl.properties import read_properties
 
-__all__ = ["done_cases", "in_memory", "opens", "preprocess_source", "raise_fatal", "temporary_folder"]
+__all__ = ["done_cases", "in_memory", "opens", "preprocess_source", "raise_fatal", "temporary_folder", "try_plans"]
 
 log = logging.getLogger("nnssl")
 
@@ -172,6 +175,40 @@ def in_memory(
         yield _too_large(worker(job))
 
 
+def try_plans(plan: Plan) -> None:
+    """Preprocess a few random voxels, so that plans which cannot are blamed themselves, and not each image in turn.
+
+    Raises:
+        NnsslError: reader, normalisation, resampling or another field of the plans is at fault.
+    """
+    shape = (11, 12, 13)
+    data = np.random.default_rng(0).normal(100, 20, (plan.n_channels, *shape)).astype(np.float32)
+    spacing = [float(s) for s in plan.spacing]
+    file_spacing = (
+        [1.0] * 3 if len(spacing) == 2 else [spacing[plan.transpose_forward.index(i)] * 0.9 for i in range(3)]
+    )
+    try:
+        plan.manager.image_reader_writer_class  # noqa: B018  looked up by name
+        preprocessor = plan.config.preprocessor_class(verbose=False)
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made, _, _ = preprocessor.run_case_npy(
+                data, None, {"spacing": file_spacing}, plan.manager, plan.config, plan.dataset_json
+            )
+        if made.ndim != 4 or made.shape[0] != plan.n_channels or not np.isfinite(made).all():
+            raise ValueError(
+                f"they make an array of shape {made.shape} with {int((~np.isfinite(made)).sum())} odd voxels"
+            )
+    except MemoryError:
+        return  # the target spacing is very fine: the images decide
+    except Exception as error:  # nnU-Net looks names up and calls what it finds
+        raise NnsslError(
+            f"Plans '{plan.plans_name}' of {plan.dataset_name}, configuration {plan.configuration}, cannot preprocess any image "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Look at the reader, normalization_schemes, "
+            "resampling functions and foreground_intensity_properties_per_channel in the plans."
+        ) from error
+
+
 def _killed(job: Job) -> Reply:
     reason = (
         "its process was killed, though it worked alone: most likely the image does not fit into this machine's memory"
@@ -219,6 +256,7 @@ def preprocess_source(
     jobs = _jobs(cases, index, done_cases(folder), retry_bad, folder if thorough else None)
     if jobs:
         log.info("Preprocessing %d of %d images of %s into %s", len(jobs), len(cases), source, folder)
+        try_plans(plan)
         with temporary_folder(folder) as temporary, contextlib.closing(index):
             worker = CaseWorker(plan.plans, plan.configuration, plan.dataset_json, plan.n_channels, folder, temporary)
             replies = in_memory(worker, jobs, n_processes, f"Preprocessing {source}")

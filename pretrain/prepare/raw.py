@@ -178,7 +178,13 @@ def list_raw(source: str, plan: Plan, images: str = "imagesTr") -> RawSource | N
     Raises:
         NnsslError: no image files are there, or the target's reader does not read them.
     """
-    reader = plan.manager.image_reader_writer_class
+    try:
+        reader = plan.manager.image_reader_writer_class
+    except Exception as error:  # nnU-Net looks the name up
+        raise NnsslError(
+            f"Plans '{plan.plans_name}' of {plan.dataset_name} cannot preprocess any image: 'image_reader_writer' "
+            f"{plan.plans.get('image_reader_writer')!r} is no reader of nnU-Net's."
+        ) from error
     supported = [e.lower() for e in reader.supported_file_endings]
     return _list(
         source,

@@ -1,5 +1,6 @@
 """Files that were damaged after they were made, images that do not fit into memory, and pickles that want to run something."""
 
+import json
 import os
 import pickle
 import re
@@ -186,3 +187,28 @@ def test_no_module_of_ours_unpickles_by_itself():
             if re.search(r"pickle\.loads?\(|weights_only=False|np\.load\(.*allow_pickle=True", file.read_text("utf-8")):
                 found.add(str(file.resolve().relative_to(root)))
     assert found <= allowed, found - allowed
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("normalization_schemes", ["NoSuchNormalization"]),
+        ("resampling_fn_data", "no_such_function"),
+        ("resampling_fn_data_kwargs", {"order": 3, "nonsense": 1}),
+        ("preprocessor_name", "NoSuchPreprocessor"),
+        ("image_reader_writer", "NoSuchReader"),
+    ],
+)
+def test_plans_that_can_preprocess_nothing_are_blamed_themselves(free, field, value):
+    for file in free.iterdir():
+        file.unlink()
+    file = free.parents[1] / "Dataset901_Tiny" / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    (plans if field in plans else plans["configurations"]["3d_fullres"])[field] = value
+    file.write_text(json.dumps(plans))
+    with pytest.raises(NnsslError, match="Plans 'nnUNetPlans' of Dataset901_Tiny.*cannot preprocess any image") as told:
+        prepare()
+    assert "\n" not in str(told.value) and "case_0" not in str(told.value)
