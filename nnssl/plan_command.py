@@ -10,9 +10,10 @@ from typing import Any
 
 from nnssl.command import run_command
 from nnssl.errors import NnsslError
-from nnssl.paths import encode_path
+from nnssl.files import write_json
+from nnssl.paths import encode_path, preprocessed_folder
 from nnssl.plans.datasets import dataset_id, resolve_dataset
-from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, trainer_for
+from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, Figures, trainer_for
 from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
 from nnssl.plans.variants import Variant, list_variants
@@ -84,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="training batch")
     parser.add_argument("--epochs", type=int, metavar="N", help="epochs of the fine-tuning")
+    parser.add_argument(
+        "--lengthen",
+        type=int,
+        metavar="N",
+        help="give the variant -p N epochs in all, more than it has, and end; nnUNetv2_train --c then goes on",
+    )
     parser.add_argument("--iterations", type=int, metavar="N", help="training iterations per epoch")
     parser.add_argument("--val-iterations", type=int, metavar="N", help="validation iterations per epoch")
     families = ", ".join(family.replace("_", "-") for family in FAMILIES)
@@ -174,7 +181,30 @@ def _summary(plan: Plan) -> str:
     )
 
 
+def _lengthen(args: argparse.Namespace) -> None:
+    """Raise the number of epochs of an existing variant, so that ``nnUNetv2_train --c`` goes on with it."""
+    plan = load_plan(args.d, args.c, args.p, second_stage=True)
+    old, new = plan.nnssl.get("epochs", Figures.epochs), args.lengthen
+    if not plan.nnssl:
+        raise NnsslError(
+            f"--lengthen: {args.p} is no plan variant and has nnU-Net's own length. Name a variant with -p."
+        )
+    if new <= old:
+        raise NnsslError(f"--lengthen {new}: {args.p} has {old} epochs already. Give more in all than that.")
+    path = preprocessed_folder() / plan.dataset_name / f"{args.p}.json"
+    write_json(path, {**plan.plans, "nnssl": {**plan.nnssl, "epochs": new}})
+    trainer = trainer_for(plan.nnssl.get("schedule") or DEFAULT_FAMILY, plan.is_primus)
+    log.info(
+        f"{encode_path(path)}: {old} -> {new} epochs. A training goes on after its last epoch, at the learning rate that one of "
+        f"{new} epochs has there.\nNext: nnUNetv2_train {dataset_id(plan.dataset_name)} {plan.configuration} 0 -p {args.p} "
+        f"-tr {trainer} --c"
+    )
+
+
 def _run(args: argparse.Namespace) -> None:
+    if args.lengthen is not None:
+        _lengthen(args)
+        return
     if args.list:
         name = resolve_dataset(args.d)
         variants = list_variants(name)

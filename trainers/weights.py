@@ -40,7 +40,7 @@ def find_weights(plan: Plan) -> Source:
             lists what there is and the command to type.
     """
     named = plan.nnssl.get("checkpoint")
-    if named:
+    if named and not _for_the_second_stage(plan):
         return _named(plan, str(named))
     fitting = [run for run in find_pretrainings(plan) if run.finished]
     if len(fitting) > 1:
@@ -49,6 +49,12 @@ def find_weights(plan: Plan) -> Source:
     if path is None:
         raise NnsslError(_none(plan))
     return Source(path, sha256_of(path), f"the only finished pretraining for these plans ({_describe(fitting[0])})")
+
+
+def _for_the_second_stage(plan: Plan) -> bool:
+    """Whether the plan is the first stage of a cascade and its file is meant for the second, which shares the plans' name."""
+    made_for = plan.plans["configurations"].get(plan.nnssl.get("configuration"), {})
+    return made_for.get("previous_stage") == plan.configuration
 
 
 def _named(plan: Plan, text: str) -> Source:

@@ -1,6 +1,6 @@
 """The ``nnssl_adaptation_plan`` and ``citations`` entries, which other fine-tuning code reads.
 
-The format is that of MIC-DKFZ's nnssl (``AdaptationPlan.serialize``), as nnU-Net's development branch reads it
+The format is that of MIC-DKFZ's nnssl (``AdaptationPlan.serialize``), as nnU-Net after 2.8.1 reads it
 (``nnUNetv2_preprocess_like_nnssl``, ``nnUNetv2_train_pretrained``). Beyond it: ``architecture_kwargs`` and
 ``pretrain_patch_size``, which that branch looks for and its own format does not write. That format knows residual encoders
 only; a PlainConvUNet is written with its own ``n_conv_per_stage``, which nnU-Net's reader takes.
@@ -92,7 +92,7 @@ def adaptation_plan(plan: Plan, crop_size: Sequence[int]) -> dict[str, Any]:
 
 
 def citation_entries(method: str, citations: Sequence[str]) -> list[dict[str, Any]]:
-    """The papers to cite, in the form that nnU-Net's development branch prints."""
+    """The papers to cite, in the form that nnU-Net after 2.8.1 prints."""
     return [
         {"type": "Pretraining Method", "name": method, "apa_citations": [str(c) for c in citations]},
         {

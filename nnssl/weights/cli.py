@@ -58,7 +58,7 @@ def convert_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--to",
         choices=FORMATS,
-        help="nnssl; upstream (MIC-DKFZ's nnssl, nnU-Net's development branch); nnunet (-pretrained_weights); safetensors",
+        help="nnssl; upstream (MIC-DKFZ's nnssl, nnU-Net after 2.8.1); nnunet (-pretrained_weights); safetensors",
     )
     parser.add_argument(
         "--parts",

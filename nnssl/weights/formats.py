@@ -2,7 +2,7 @@
 
 ==============  ========================================================================================================
 ``nnssl``       this package's checkpoint, see docs/checkpoints.md
-``upstream``    ``network_weights``, ``nnssl_adaptation_plan``, ``citations``: MIC-DKFZ's nnssl and nnU-Net's development branch
+``upstream``    ``network_weights``, ``nnssl_adaptation_plan``, ``citations``: MIC-DKFZ's nnssl and nnU-Net after 2.8.1
 ``nnunet``      ``network_weights`` with every name of the stock network, for ``nnUNetv2_train -pretrained_weights``
 ``safetensors`` one name per tensor, what is told about them as JSON in the header; no pickle
 ==============  ========================================================================================================

@@ -97,6 +97,15 @@ def test_the_first_stage_is_a_configuration_like_any_other(cascade, tmp_path):
     assert torch.equal(canonical_state_dict(made.network)[STEM], payload["network_weights"][STEM])
 
 
+def test_one_plan_serves_both_stages(cascade, pretraining):
+    file = pretraining()
+    command = ["-d", "901", "-c", "3d_cascade_fullres", "--checkpoint", str(file), "--name", "casc"]
+    assert plan_main(command) == 0
+    first = trainer(nnUNetTrainerPretrained, cascade, "3d_lowres", "nnUNetPlans_casc")
+    with pytest.raises(NnsslError, match=r"No finished pretraining fits plans 'nnUNetPlans_casc' \(3d_lowres\)"):
+        first.on_train_start()  # it looks for its own, and does not take the second stage's
+
+
 def test_pretraining_refuses_the_second_stage(cascade):
     with pytest.raises(NnsslError, match="second stage of a cascade.*3d_lowres' or 3d_fullres"):
         load_plan(901, "3d_cascade_fullres")

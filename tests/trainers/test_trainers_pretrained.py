@@ -385,3 +385,20 @@ def test_the_method_s_default_parts_are_taken_and_the_plan_overrules_them(datase
     start(trainer)
     assert weights - same(trainer.network, file) == {n for n in weights if ".seg_layers." in n}
     assert trainer.provenance["parts"] == "all"
+
+
+def test_a_finished_training_is_lengthened(dataset, pretraining, build):
+    from nnssl.plan_command import main
+
+    pretraining()
+    build().run_training()
+    assert main(["-d", "901", "-p", "nnUNetPlans", "--lengthen", "2"]) == 1
+    assert main(["-d", "901", "-p", "nnUNetPlans", "--lengthen", "4"]) == 0
+    longer = build(resume=True)
+    longer.initialize()
+    longer.load_checkpoint(str(Path(longer.output_folder) / "checkpoint_final.pth"))
+    assert longer.current_epoch == 2
+    longer.run_training()
+    content = torch.load(Path(longer.output_folder) / "checkpoint_final.pth", weights_only=True)
+    assert content["current_epoch"] == 4 and len(content["logging"]["lrs"]) == 4
+    assert content["logging"]["lrs"][3] < content["logging"]["lrs"][2], "the decay of the longer schedule"
