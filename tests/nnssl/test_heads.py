@@ -6,7 +6,7 @@ from torch import nn
 
 from nnssl.errors import NnsslError
 from nnssl.heads import POOLINGS, ImageHead, mlp, norm_of, pixel_projector, pool, standardise
-from nnssl.heads.balanced import voxel_projector
+from nnssl.heads.balanced import ScaleProjections, voxel_projector
 from nnssl.heads.batch_norm import standardise_rows
 from nnssl.heads.dino import DinoHead, pool_stages
 from nnssl.heads.image import pooled_width
@@ -117,3 +117,12 @@ def test_the_masked_maximum_is_over_active_places():
         torch.testing.assert_close(mean[b], values.mean(1))
         assert torch.equal(most[b], values.amax(1))
     assert torch.equal(pool_stages([seen], [on], maximum=False), mean)
+
+
+def test_defaults_and_first_weights():
+    assert ScaleProjections(channels=(4, 8)).width == 64 and ScaleProjections(channels=(4, 8), dim=5).width == 10
+    head = DinoHead(400, 500, hidden=300)
+    for weight in (*(m.weight for m in head.mlp if isinstance(m, nn.Linear)), head.prototypes):
+        assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.03)
+    assert all(not m.bias.any() for m in head.mlp if isinstance(m, nn.Linear))
+    assert DinoHead(4).prototypes.shape == (4096, 256) and DinoHead(4).mlp[0].out_features == 1024
