@@ -103,7 +103,7 @@ def test_layers_of_the_projectors():
     two = restoration_head(8, 3, dim=3, layers=2)
     assert layers(two) == [nn.InstanceNorm3d, relu, nn.Conv3d, nn.InstanceNorm3d, relu, nn.Conv3d]
     assert (two[2].out_channels, two[2].kernel_size, two[2].padding) == (4, (3, 3, 3), (1, 1, 1))
-    assert (two[5].out_channels, two[5].kernel_size) == (3, (1, 1, 1))
+    assert (two[5].out_channels, two[5].kernel_size) == (3, (1, 1, 1)) and two[0].affine and two[3].affine
 
 
 def test_the_masked_maximum_is_over_active_places():
