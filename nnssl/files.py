@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO
 
 from nnssl.errors import NnsslError
 
-__all__ = ["read_json", "remove_temporary", "sha256_of", "write_atomic", "write_json"]
+__all__ = ["read_json", "read_text", "remove_temporary", "same_text", "sha256_of", "write_atomic", "write_json"]
 
 STALE_SECONDS = 3600.0
 
@@ -107,6 +108,32 @@ def write_json(path: str | os.PathLike[str], content: Any, *, overwrite: bool = 
     """Write JSON atomically, indented, in the order given; see :func:`write_atomic`."""
     text = json.dumps(content, indent=4, allow_nan=True) + "\n"
     write_atomic(path, lambda file: file.write(text.encode("utf-8")), overwrite=overwrite)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file that a person wrote: UTF-8, or UTF-16 as Windows' editors save it; line ends become ``\\n``.
+
+    Raises:
+        ValueError: another encoding.
+        OSError: it cannot be read.
+    """
+    content = Path(path).read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "utf-16"
+    elif b"\0" in content[:2]:
+        encoding = "utf-16-be" if content[:1] == b"\0" else "utf-16-le"
+    else:
+        encoding = "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeError:
+        raise ValueError("it is neither UTF-8 nor UTF-16; save it as UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def same_text(text: str) -> str:
+    """A name in one form (NFC): macOS takes letters with accents apart, lists are written with them in one piece."""
+    return unicodedata.normalize("NFC", text)
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

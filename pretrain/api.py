@@ -263,6 +263,8 @@ def _accepted(saved: dict[str, Any] | None, **given: Any) -> dict[str, Any]:
 def _execute(spec: RunSpec, who: dict[str, Any], continue_run: bool, accepted: dict[str, Any]) -> RunResult:
     """Admit, record, train, judge."""
     folder, path = spec.folder, spec.folder.path
+    images = [case.key for case in spec.pool.cases], spec.pool.contents
+    folder.check_images(*images, continue_run=continue_run)
     resuming = folder.admit(who, continue_run=continue_run)
     before = finished_before(folder.final, spec.steps) if resuming else None
     if before is not None:
@@ -278,6 +280,8 @@ def _execute(spec: RunSpec, who: dict[str, Any], continue_run: bool, accepted: d
                 saved_epochs = (folder.saved_config() or {}).get("identity", {}).get("epochs", spec.epochs)
                 if saved_epochs < spec.epochs:
                     keep_first_end(folder.final, saved_epochs, spec.epochs)
+            if not (resuming and folder.images_file.is_file()):
+                folder.write_images(*images)
             write_json(folder.config_file, {**_record(spec, who), "accepted": accepted})
             if engine.start is not None:
                 engine.start.save_report(path)

@@ -11,6 +11,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnssl.errors import NnsslError, nearest
+from nnssl.files import read_text, same_text
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import dataset_id
 from nnssl.plans.plan import Plan
@@ -122,14 +123,18 @@ def _number(text: str, whole: str) -> float:
 
 
 def _named(path: Path, folds: Mapping[str, Split], option: str) -> list[str]:
-    named = list(dict.fromkeys(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()))
+    try:
+        named = list(dict.fromkeys(line.strip() for line in read_text(path).splitlines() if line.strip()))
+    except (OSError, ValueError) as error:
+        raise NnsslError(f"{option} {path} cannot be read: {error}") from error
     known = {case for train, val in folds.values() for case in (*train, *val)}
-    unknown = [case for case in named if case not in known]
+    forms = {same_text(case): case for case in known}
+    unknown = [case for case in named if case not in known and same_text(case) not in forms]
     if unknown:
         raise NnsslError(
             f"{option} {path} names '{unknown[0]}', which is no preprocessed case.{nearest(unknown[0], known)}"
         )
-    return named
+    return [case if case in known else forms[same_text(case)] for case in named]
 
 
 def choose_validating(folds: Mapping[str, Split], path: Path) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ from nnssl.files import read_json
 from nnssl.paths import preprocessed_folder, set_folders
 from nnssl.plans.check import check_arguments, check_configuration, check_dataset_json, check_part, check_plans
 from nnssl.plans.datasets import dataset_id, resolve_dataset
+from nnssl.plans.description import check_description
 from nnssl.plans.hashes import architecture_hash, canonical_arch_kwargs, data_hash
 from nnssl.plans.primus import CLASSES, check_patch, problems_of, stock_trainer
 
@@ -348,7 +349,9 @@ def load_plan(
     raw = set_folders().get("nnUNet_raw")
     if not description.is_file() and raw is not None:
         description = raw / name / "dataset.json"
-    plan = Plan.from_dicts(read_json(path), configuration, read_json(description), second_stage=second_stage)
+    told = read_json(description)
+    check_description(told, description)
+    plan = Plan.from_dicts(read_json(path), configuration, told, second_stage=second_stage)
     if min(plan.patch_size) < 1:
         raise NnsslError(
             f"{path}: 'configurations.{configuration}.patch_size' must be of at least 1, not {plan.patch_size}"

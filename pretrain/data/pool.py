@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,6 +72,7 @@ class Pool:
         bad: images that were left out because they cannot be used.
         reports: files that list bad images and leaks.
         pending: cases that are not preprocessed yet; more than 0 only with ``preprocess=False``.
+        contents: ``"<source>/<name>"`` -> what tells another content of the image, where it is known.
     """
 
     cases: list[CaseRef]
@@ -83,6 +84,7 @@ class Pool:
     bad: list[BadCase] = field(default_factory=list)
     reports: list[Path] = field(default_factory=list)
     pending: int = 0
+    contents: dict[str, str] = field(default_factory=dict)
 
     def stats(self) -> SourceStats:
         """What methods choose their crop by."""
@@ -124,6 +126,7 @@ def make_pool(
     bad: Sequence[BadCase] = (),
     reports: Sequence[Path] = (),
     pending: int = 0,
+    contents: Mapping[str, str] | None = None,
     may_be_empty: bool = False,
 ) -> Pool:
     """Split the cases and sum up what is known of them.
@@ -133,7 +136,7 @@ def make_pool(
         shapes: ``(n, 3)`` shapes after preprocessing, of all cases or of a sample.
         data_hash: of the plan.
         held_out: share of the cases that is held out, in [0, 1).
-        leaks, bad, reports, pending: see :class:`Pool`.
+        leaks, bad, reports, pending, contents: see :class:`Pool`.
         may_be_empty: accept that there is no case.
 
     Raises:
@@ -159,4 +162,5 @@ def make_pool(
         bad=list(bad),
         reports=list(reports),
         pending=pending,
+        contents=dict(contents or {}),
     )

@@ -6,13 +6,14 @@ import errno
 import logging
 import os
 import socket
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from nnssl.errors import NnsslError
-from nnssl.files import read_json, remove_temporary
+from nnssl.files import read_json, remove_temporary, write_json
 from nnssl.pretrain.engine.record import check_record
 
 __all__ = ["RunFolder", "differences"]
@@ -20,6 +21,7 @@ __all__ = ["RunFolder", "differences"]
 log = logging.getLogger("nnssl")
 
 LOCK = ".lock"
+NAMED = 10
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
@@ -141,6 +143,44 @@ class RunFolder:
             except OSError:  # a file system without hard links: for a moment only the previous one is there
                 os.replace(self.latest, self.previous)
 
+    @property
+    def images_file(self) -> Path:
+        """``images.json``: the cases that the run was started with."""
+        return self.path / "images.json"
+
+    def write_images(self, names: Sequence[str], contents: Mapping[str, str]) -> None:
+        """Remember which images the run is made of, and what tells another content of each."""
+        write_json(self.images_file, {name: contents.get(name, "") for name in names})
+
+    def check_images(self, names: Sequence[str], contents: Mapping[str, str], *, continue_run: bool) -> None:
+        """Whether the images are those that the run here was started with.
+
+        Args:
+            names: ``"<source>/<case>"`` of all.
+            contents: of those where it is known.
+            continue_run: whether the user gave ``--c``.
+
+        Raises:
+            NnsslError: some came, went or changed; it names them.
+        """
+        if not (self.images_file.is_file() and self.config_file.is_file()):
+            return  # nothing was started, or by a version that did not write it
+        old, now = read_json(self.images_file), set(names)
+        lines = [
+            *(f"{n} has another content" for n in sorted(now & set(old)) if _other(old[n], contents.get(n, ""))),
+            *(f"{n} came" for n in sorted(now - set(old))),
+            *(f"{n} is gone" for n in sorted(set(old) - now)),
+        ]
+        if not lines:
+            return
+        shown = "".join(f"\n  - {line}" for line in lines[:NAMED])
+        more = f"\n  and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
+        advice = "Put them back as they were" if continue_run else "Put them back as they were and give --c"
+        raise NnsslError(
+            f"The run in {self.path} was started with other images than there are now:{shown}{more}\n{advice} (--exclude FILE "
+            "leaves out those that came), or start a new run with a --name of its own."
+        )
+
     def admit(self, identity: dict[str, Any], *, continue_run: bool) -> bool:
         """Decide whether a run with this identity may work here.
 
@@ -187,6 +227,10 @@ class RunFolder:
                 f"{self.path} holds this very run, unfinished. Continue it with --c, or start another with --name."
             )
         return True
+
+
+def _other(old: Any, new: str) -> bool:
+    return bool(old and new and old != new)
 
 
 def _lengthens(saved: dict[str, Any], wanted: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import csv
 import io
 import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -111,10 +112,9 @@ def add_images(
     chosen = choose_channels(items, own.name, own.channels, target=target, modality=modality, patterns=channels)
     jobs, odd = _jobs(chosen)
     rejected += [*chosen.rejected, *odd]
-    if not jobs and not own.images.is_dir():
-        file = _write_report(report, own.name, rejected)
-        told = "the folders hold no file" if file is None else f"why is told in {file}"
-        raise NnsslError(f"Nothing that can be added was found; {told}. {_counts(rejected)}".strip())
+    new = not own.folder.exists()
+    if not jobs and new:
+        raise NnsslError(_nothing(_write_report(report, own.name, rejected), rejected))
     own.channels = chosen.names
     summary = Summary(own.name, rejected=rejected)
     options = Converter(Path(), four_d, least_slices, link, least_spacing, "label-maps" in keep)
@@ -122,6 +122,9 @@ def add_images(
         sources = _add(own, jobs, summary, options, n_processes)
     finally:
         summary.report = _write_report(report, own.name, summary.rejected)
+    if new and not sources:
+        shutil.rmtree(own.folder)
+        raise NnsslError(_nothing(summary.report, summary.rejected))
     summary.files = len({f for job in sources.values() for item in job.items for f in item.files})
     if mapping is not None:
         _write_mapping(Path(mapping), sources, chosen.names)
@@ -279,6 +282,11 @@ def _counts(rejected: Sequence[Rejected]) -> str:
         counts[one.reason] += one.count
     lines = "".join(f"\n  {n:6d}  {reason}" for reason, n in counts.most_common())
     return f"{sum(counts.values())} file(s) are not used:{lines}" if counts else ""
+
+
+def _nothing(report: Path | None, rejected: Sequence[Rejected]) -> str:
+    told = "the folders hold no file" if report is None else f"why is told in {report}"
+    return f"Nothing that can be added was found; {told}. {_counts(rejected)}".strip()
 
 
 def _tell(summary: Summary) -> None:

@@ -60,10 +60,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--keep",
-        nargs="+",
+        action="append",
         choices=("label-maps", "test-images"),
         default=[],
-        help="do not leave out what looks like a label map, or the test images (imagesTs) of nnU-Net datasets",
+        help="do not leave out what looks like a label map, or test images (imagesTs) of nnU-Net datasets; may be given twice",
     )
     p.add_argument(
         "--link",

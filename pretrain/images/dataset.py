@@ -15,6 +15,7 @@ from nnssl.errors import NnsslError
 from nnssl.files import read_json, write_json
 from nnssl.paths import raw_folder
 from nnssl.plans import dataset_id, list_datasets
+from nnssl.plans.description import check_description
 
 __all__ = ["Dataset", "Line", "find_dataset"]
 
@@ -123,6 +124,7 @@ class Dataset:
             )
         if self._json().is_file():
             told = read_json(self._json())
+            check_description(told, self._json())
             ending = told.get("file_ending", ENDING)
             if ending != ENDING or told.get("dataset"):
                 what = f"holds {ending} files" if ending != ENDING else "names its images one by one"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.errors import NnsslError, nearest, raise_problems
+from nnssl.files import read_text
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
 from nnssl.plans.labels import ALL, folds_of
@@ -117,7 +118,7 @@ def _named(path: Path) -> dict[str, list[str] | None]:
     """Case -> annotated classes (None: as for all) of the file of ``--labelled-cases``."""
     option = "--labelled-cases"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError):
         content = None
     if isinstance(content, dict):

@@ -26,7 +26,7 @@ from nnssl.pretrain.data.orientation import direction_matrix, patient_axes
 from nnssl.pretrain.prepare.body import AIR_HU, body_of_raw
 from nnssl.pretrain.prepare.processes import run_jobs
 from nnssl.pretrain.prepare.raw import RawCase
-from nnssl.pretrain.prepare.whole import check_header, check_voxels, check_whole
+from nnssl.pretrain.prepare.whole import check_header, check_same_size, check_voxels, check_whole
 
 __all__ = ["MOST_IMAGES", "CaseFigures", "FigureWorker", "combine", "looks_like_ct", "measure", "sample_cases"]
 
@@ -100,6 +100,7 @@ class FigureWorker:
                 for file in case.files:
                     check_header(file)
                     check_whole(file)
+                check_same_size(case.files)
                 reader = recursive_find_reader_writer_by_name(self.reader)()
                 data, properties = reader.read_images(list(case.files))
                 return self._figures(name, case, data, properties)

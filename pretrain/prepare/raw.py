@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter
@@ -11,13 +12,39 @@ from typing import Any
 
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 
-from nnssl.errors import NnsslError
+from nnssl.errors import NnsslError, raise_problems
 from nnssl.files import read_json
 from nnssl.paths import set_folders
 from nnssl.plans import Plan
+from nnssl.plans.description import check_description
 from nnssl.pretrain.data.pool import BadCase
 
 __all__ = ["RawCase", "RawSource", "Stamp", "describe", "list_images", "list_raw", "list_unplanned"]
+
+log = logging.getLogger("nnssl")
+
+IMAGES = (
+    *(
+        ".nii.gz",
+        ".nii",
+        ".nrrd",
+        ".nhdr",
+        ".mha",
+        ".mhd",
+        ".gipl",
+        ".mgz",
+        ".mgh",
+        ".hdr",
+        ".dcm",
+        ".tif",
+        ".tiff",
+        ".png",
+    ),
+    *(".bmp", ".jpg", ".jpeg"),
+)
+"""Endings of images, in small letters."""
+
+NAMED = 3
 
 Stamp = tuple[str, int, int]
 """Name of a file, its size in bytes, and its modification time in ns: another content nearly always changes one."""
@@ -56,13 +83,19 @@ class RawSource:
 
 
 def describe(source: str) -> dict[str, Any]:
-    """The source's dataset.json, from the raw or the preprocessed folder; {} where there is none."""
+    """The source's dataset.json, from the raw or the preprocessed folder; {} where there is none.
+
+    Raises:
+        NnsslError: it is not of nnU-Net's present form.
+    """
     folders = set_folders()
     for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
         if variable in folders:
             path = folders[variable] / source / "dataset.json"
             if path.is_file():
-                return read_json(path)
+                content = read_json(path)
+                check_description(content, path)
+                return content
     return {}
 
 
@@ -109,6 +142,17 @@ def _is_text(name: str) -> bool:
     return True
 
 
+def _mention_others(folder: Path, names: list[str], ending: str) -> None:
+    """Say which images are passed over because their ending is not the dataset's."""
+    others = [n for n in names if n.lower().endswith(IMAGES) and _is_text(n)]
+    if others:
+        shown = ", ".join(others[:NAMED]) + (" ..." if len(others) > NAMED else "")
+        log.warning(
+            "%d image(s) in %s do not end with %s as the dataset's do, and are not used: %s",
+            *(len(others), folder, ending, shown),
+        )
+
+
 def list_images(folder: Path, ending: str | None, supported: list[str]) -> tuple[dict[str, dict[int, str]], dict, list]:
     """List ``<case>_<4 digits><ending>`` files.
 
@@ -129,6 +173,7 @@ def list_images(folder: Path, ending: str | None, supported: list[str]) -> tuple
     cases: dict[str, dict[int, str]] = {}
     stamps: dict[str, Stamp] = {}
     bad = []
+    _mention_others(folder, [n for n in sorted(files) if not n.endswith(ending)], ending)
     for name in sorted(files):
         if not name.endswith(ending):
             continue
@@ -197,7 +242,12 @@ def list_raw(source: str, plan: Plan, images: str = "imagesTr") -> RawSource | N
 def list_unplanned(source: str) -> RawSource | None:
     """The raw images of a dataset that has no plans yet, in any format that nnU-Net reads; see :func:`list_raw`."""
     supported = sorted({e.lower() for reader in LIST_OF_IO_CLASSES for e in reader.supported_file_endings})
-    return _list(source, "imagesTr", supported, "nnU-Net does not read")
+    found = _list(source, "imagesTr", supported, "nnU-Net does not read")
+    if found is not None and describe(source).get("dataset"):
+        gone = [f"{b.case} names {b.file}" for b in found.bad if "cannot be reached" in b.reason]
+        more = [f"{len(gone) - NAMED} more entries name files that are not there"] if len(gone) > NAMED else []
+        raise_problems([*gone[:NAMED], *more], f'Entries of "dataset" in {source}\'s dataset.json are not there')
+    return found
 
 
 def _list(source: str, images: str, supported: list[str], who: str) -> RawSource | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from nnssl.errors import NnsslError, nearest
+from nnssl.files import read_text, same_text
 
 __all__ = ["read_case_list", "select"]
 
@@ -21,7 +22,7 @@ def read_case_list(path: Path, option: str) -> list[str]:
         NnsslError: the file cannot be read or holds no name.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_text(path)
         names = json.loads(text) if text.lstrip().startswith(("[", "{")) else text.splitlines()
     except (OSError, ValueError) as error:
         raise NnsslError(f"{option} {path} cannot be read: {error}") from error
@@ -35,13 +36,22 @@ def read_case_list(path: Path, option: str) -> list[str]:
 
 def _find(names: Iterable[str], known: Mapping[str, set[str]], path: Path, option: str) -> dict[str, set[str]]:
     """The named cases by source. A name is ``<case>``, of every source that has it, or ``<source>/<case>``."""
+    forms: dict[str, dict[str, set[str]]] = {
+        source: {} for source in known
+    }  # of each name in one form, those that there are
+    for source, cases in known.items():
+        for case in cases:
+            forms[source].setdefault(same_text(case), set()).add(case)
     found: dict[str, set[str]] = {source: set() for source in known}
     unknown = []
     for name in names:
-        source, slash, case = name.partition("/")
-        where = [source] if slash and case in known.get(source, ()) else [s for s in known if name in known[s]]
+        source, slash, case = same_text(name).partition("/")
+        if slash and case in forms.get(source, ()):
+            found[source] |= forms[source][case]
+            continue
+        where = [s for s in known if same_text(name) in forms[s]]
         for s in where:
-            found[s].add(case if slash and s == source and case in known[s] else name)
+            found[s] |= forms[s][same_text(name)]
         if not where:
             unknown.append(name)
     if unknown:

@@ -33,6 +33,9 @@ log = logging.getLogger("nnssl")
 
 NAMED = 10
 
+SIZED_CASES = 5000
+"""Up to so many files of nnU-Net's are asked for their size at a start, to see whether their content is still the same."""
+
 
 @dataclass
 class _Source:
@@ -329,8 +332,18 @@ def prepare_sources(
         bad=bad,
         reports=reports,
         pending=sum(s.pending for s in found),
+        contents={f"{s.name}/{n}": text for s in found for n, text in _contents(s).items()},
         may_be_empty=part is not None,
     )
+
+
+def _contents(source: _Source) -> dict[str, str]:
+    """What tells another content of each case: the hash of its raw voxels, or the size of the file that nnU-Net preprocessed."""
+    if source.entries:
+        return {name: entry.sha256[:16] for name, entry in source.entries.items() if entry.sha256}
+    if source.raw is not None or len(source.names) > SIZED_CASES:
+        return {}
+    return {name: f"{size} bytes" for name, (size, _) in done_cases(source.folder).items() if name in source.names}
 
 
 def _leak_file(sources: Sequence[_Source]) -> str:

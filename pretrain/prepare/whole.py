@@ -22,6 +22,7 @@ __all__ = [
     "SPACING",
     "check_axes",
     "check_header",
+    "check_same_size",
     "check_spacing",
     "check_voxels",
     "check_whole",
@@ -86,7 +87,6 @@ class NiftiStream:
             return piece
         while not self.rest:
             if self._inflate.eof:
-                self._pending = self._inflate.unused_data + self._pending
                 self._pending += self._file.read(PIECE) if len(self._pending) < 2 else b""
                 self.rest = bool(self._pending) and self._pending[:2] != b"\x1f\x8b"
                 if not self._pending or self.rest:
@@ -94,12 +94,13 @@ class NiftiStream:
                 self._inflate = zlib.decompressobj(31)
             if not self._pending:
                 self._pending = self._file.read(PIECE)
-                if not self._pending:
-                    raise EOFError
+            last = not self._pending
             piece = self._inflate.decompress(self._pending, count)
-            self._pending = self._inflate.unconsumed_tail
+            self._pending = self._inflate.unused_data if self._inflate.eof else self._inflate.unconsumed_tail
             if piece:
                 return piece
+            if last and not self._inflate.eof:
+                raise EOFError
         return b""
 
 
@@ -300,6 +301,24 @@ def check_header(path: str, limits: tuple[float, float] = SPACING, *, nnunet: bo
     if "complex" in kind:
         raise ValueError(f"its voxels are complex numbers ({kind}): save their magnitude")
     _check_size(path, reader)
+
+
+def check_same_size(files: Sequence[str]) -> None:
+    """Whether the channels of a case have one size, told by their headers.
+
+    Raises:
+        ValueError: they differ; it tells which and both sizes.
+    """
+    sizes = []
+    for file in files if len(files) > 1 and all(f.lower().endswith(ITK_ENDINGS) for f in files) else ():
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(file)
+        reader.ReadImageInformation()
+        sizes.append(reader.GetSize())
+    for channel, size in enumerate(sizes):
+        if size != sizes[0]:
+            one, other = ("x".join(map(str, s)) for s in (sizes[0], size))
+            raise ValueError(f"channel 0 has {one} voxels, channel {channel} has {other}: resample it to the same grid")
 
 
 def check_voxels(channels: Sequence[np.ndarray]) -> None:

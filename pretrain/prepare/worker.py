@@ -21,7 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnssl.pretrain.data.intensity import intensity_range, store_range
 from nnssl.pretrain.prepare.index import Entry
 from nnssl.pretrain.prepare.raw import RawCase
-from nnssl.pretrain.prepare.whole import check_header, check_voxels, check_whole
+from nnssl.pretrain.prepare.whole import check_header, check_same_size, check_voxels, check_whole
 from nnssl.properties import read_properties
 
 __all__ = ["CaseWorker", "Job", "Reply", "voxel_hash"]
@@ -149,6 +149,7 @@ class CaseWorker:
                 warnings.simplefilter("ignore")
                 for file in job.case.files:
                     self._whole(file)
+                self._same_size(job.case.files)
                 if not (job.trust or job.stale or job.hash_only) and final.exists() and self._newer(final, job.case):
                     state.trust = "any"  # another process has made it meanwhile
                 with contextlib.suppress(_Known):
@@ -184,6 +185,13 @@ class CaseWorker:
             check_whole(file)
         except (ValueError, OSError) as error:
             raise _Bad(file, str(error)) from None
+
+    @staticmethod
+    def _same_size(files: tuple[str, ...]) -> None:
+        try:
+            check_same_size(files)
+        except ValueError as error:
+            raise _Bad(files[-1], str(error)) from None
 
     def _inspect(self, data: np.ndarray, properties: dict[str, Any], state: _State) -> None:
         """Look at the raw voxels, ``(C, Z, Y, X)``."""

@@ -345,10 +345,10 @@ def test_what_dcm2niix_cannot_convert_is_told_in_its_words(place, monkeypatch):
     script.write_text("#!/bin/sh\necho 'Error: this vendor is not known'\nexit 3\n")
     script.chmod(0o755)
     monkeypatch.setattr("nnssl.pretrain.images.dcm2niix.dcm2niix_program", lambda: str(script))
-    bad = only(place.add())
-    assert bad.reason == "dcm2niix does not convert it as its headers tell" and bad.count == 20
-    assert "status 3" in bad.detail and "this vendor is not known" in bad.detail
-    assert not list((place.dataset / "imagesTr").iterdir())
+    with pytest.raises(NnsslError, match="20  dcm2niix does not convert it as its headers tell"):
+        place.add()
+    table = next(place.tmp.glob("*.csv")).read_text()
+    assert "status 3" in table and "this vendor is not known" in table and not place.dataset.exists()
 
 
 def test_without_dcm2niix_the_extra_is_named(place, monkeypatch):

@@ -1,0 +1,129 @@
+"""Whether a dataset.json is what nnU-Net v2 reads, before hours are spent on it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnssl.errors import raise_problems
+
+__all__ = ["check_description"]
+
+ALL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".tif", ".tiff")
+
+
+def check_description(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Whether a dataset.json has nnU-Net's present form, as far as pretraining needs it.
+
+    Args:
+        content: of the file.
+        path: of the file.
+
+    Raises:
+        NnsslError: it names the file and each entry that is wrong, and shows the right one.
+    """
+    if _is_v1(content):
+        entry = next(k for k in ("training", "tensorImageSize", "modality", "labels") if k in content)
+        problems = [
+            f"'{entry}' is an entry of nnU-Net v1's form. Make it v2's, with this content: {_as_v2(content, Path(path))}"
+        ]
+    else:
+        problems = [*_channels(content), *_ending(content), *_images(content)]
+    raise_problems(problems, str(path))
+
+
+def _is_v1(content: Mapping[str, Any]) -> bool:
+    labels = content.get("labels")
+    swapped = (
+        isinstance(labels, dict)
+        and bool(labels)
+        and all(str(k).isdecimal() and isinstance(v, str) for k, v in labels.items())
+    )
+    return (
+        isinstance(content.get("training"), list)
+        or "tensorImageSize" in content
+        or (swapped and "channel_names" not in content)
+    )
+
+
+def _as_v2(content: Mapping[str, Any], path: Path) -> str:
+    """What a v1 file says in v2's form, in one line."""
+    names = content.get("channel_names") or content.get("modality") or {"0": "MR"}
+    labels = content.get("labels")
+    if isinstance(labels, dict) and all(str(k).isdecimal() for k in labels):
+        labels = {str(v): int(k) for k, v in labels.items()}
+    images = path.parent / "imagesTr"
+    files = sorted(f.name for f in images.iterdir()) if images.is_dir() else []
+    found = next((e for f in files for e in ALL_ENDINGS if f.lower().endswith(e)), ".nii.gz")
+    cases = {f.rsplit("_", 1)[0] for f in files if f.endswith(found)}
+    told = {
+        "channel_names": {str(k): v for k, v in names.items()} if isinstance(names, dict) else {"0": "MR"},
+        "labels": labels if isinstance(labels, dict) else {"background": 0},
+        "numTraining": len(cases) or content.get("numTraining", 0),
+        "file_ending": content.get("file_ending", found),
+    }
+    return json.dumps(told, ensure_ascii=False)
+
+
+def _channels(content: Mapping[str, Any]) -> list[str]:
+    key = "channel_names" if "channel_names" in content else "modality"
+    names = content.get(key)
+    if names is None:
+        return []
+    right = None
+    if isinstance(names, dict):
+        if all(str(k).isdecimal() for k in names):
+            numbers = sorted(int(k) for k in names)
+            if numbers == list(range(len(numbers))):
+                return []
+            right = {str(i): str(names[k]) for i, k in enumerate(sorted(names, key=int))}
+            return [
+                f'"{key}": {json.dumps(names)} does not count the channels from 0. Write "{key}": {json.dumps(right)}'
+            ]
+        if all(isinstance(v, int) or str(v).isdecimal() for v in names.values()):
+            right = {str(v): str(k) for k, v in sorted(names.items(), key=lambda item: int(item[1]))}
+    elif isinstance(names, list):
+        right = {str(i): str(n) for i, n in enumerate(names)}
+    elif isinstance(names, str):
+        right = {"0": names}
+    shown = json.dumps(right if right is not None else {"0": "MR"}, ensure_ascii=False)
+    why = (
+        "has number and name the wrong way round"
+        if right and isinstance(names, dict)
+        else "does not name each channel's number"
+    )
+    return [f'"{key}": {json.dumps(names, ensure_ascii=False)} {why}. Write "{key}": {shown}']
+
+
+def _ending(content: Mapping[str, Any]) -> list[str]:
+    ending = content.get("file_ending")
+    if ending is None or (isinstance(ending, str) and ending.startswith(".") and len(ending) > 1):
+        return []
+    right = f".{ending.strip().lstrip('.')}" if isinstance(ending, str) and ending.strip(" .") else ".nii.gz"
+    return [f'"file_ending": {json.dumps(ending)} is no ending with its dot. Write "file_ending": "{right}"']
+
+
+def _images(content: Mapping[str, Any]) -> list[str]:
+    entries = content.get("dataset")
+    if not entries:
+        return []
+    if not isinstance(entries, dict):
+        return [
+            '"dataset" is no object. Write "dataset": {"case": {"images": ["imagesTr/case_0000.nii.gz"]}}, or leave it out'
+        ]
+    problems = []
+    for name, entry in entries.items():
+        images = entry.get("images") if isinstance(entry, dict) else None
+        if not isinstance(images, list) or not images or not all(isinstance(i, str) for i in images):
+            problems.append(
+                f'"dataset": "{name}" has no list of images. Write "images": ["imagesTr/{name}_0000.nii.gz"]'
+            )
+        elif os.sep == "/" and any("\\" in i for i in images):
+            wrong = next(i for i in images if "\\" in i)
+            problems.append(f'"dataset": "{name}" names {wrong} with backslashes. Write {wrong.replace(chr(92), "/")}')
+        if len(problems) > 2:
+            return [*problems, "and more of the kind may follow"]
+    return problems
