@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import SimpleITK as sitk
 import torch
 
 from nnssl import checkpoint
@@ -155,12 +156,52 @@ def test_a_case_of_nnunets_own_folder_deleted_during_the_run(target):
 
     with pytest.raises(NnsslError, match="Preprocess the dataset again"):
         go(iterations=8, hooks=[After(delete)])
-    with pytest.raises(NnsslError, match=r"cases.number: 5 in the folder, 4 now"):
+    with pytest.raises(
+        NnsslError, match=r"with other images than there are now:\n  - Dataset901_Tiny/case_00\d is gone\n"
+    ):
         go(iterations=8, continue_run=True)
     elsewhere = next(p for p in load_folder().parent.iterdir() if p.name == "elsewhere")
     names = {p.stem for p in load_folder().glob("*.pkl")} - {p.stem for p in load_folder().glob("*.b2nd")}
     elsewhere.rename(load_folder() / f"{names.pop()}.b2nd")
     assert go(iterations=8, continue_run=True).finished
+
+
+def interrupted(source):
+    def stop(engine):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(source, hooks=[After(stop)])
+
+
+def test_an_image_whose_content_changed_between_two_starts(free):
+    interrupted(902)
+    file = free / "case_002_0000.nii.gz"
+    before, image = file.read_bytes(), sitk.ReadImage(str(file))
+    sitk.WriteImage(
+        image + 3 * sitk.Cast(sitk.GridSource(image.GetPixelID(), image.GetSize()), image.GetPixelID()), str(file)
+    )
+    with pytest.raises(NnsslError) as error:
+        go(902, continue_run=True)
+    text = str(error.value)
+    assert "now:\n  - Dataset902_Free/case_002 has another content\nPut them back as they were" in text
+    assert "option" not in text and "configuration" not in text and "case_001" not in text
+    with pytest.raises(NnsslError, match="case_002 has another content\nPut them back as they were and give --c"):
+        go(902)
+    file.write_bytes(before)
+    os.link(file, free / "case_9_0000.nii.gz")
+    with pytest.raises(NnsslError, match="  - Dataset902_Free/case_9 came\n.*--exclude"):
+        go(902, continue_run=True)
+    (free / "case_9_0000.nii.gz").unlink()
+    assert go(902, continue_run=True).finished
+
+
+def test_a_case_of_nnunets_that_was_preprocessed_anew_from_another_image(target):
+    interrupted(901)
+    one, other = sorted(f for f in load_folder().glob("*.b2nd") if "_seg" not in f.name)[:2]
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(NnsslError, match=f"  - Dataset901_Tiny/{one.stem} has another content"):
+        go(continue_run=True)
 
 
 def load_folder():
