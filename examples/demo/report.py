@@ -16,7 +16,7 @@ from phantoms import LABELLED, LABELS, UNLABELLED  # noqa: E402
 
 ORGANS = {name: value for name, value in LABELS.items() if value}
 COLOURS = {1: "#ff5a4f", 2: "#35d0e6"}
-NAMES = {"scratch": "without pretraining", "pretrained": "with pretraining"}
+NAMES = {"scratch": "labels only", "pretrained": "pretrained, mean teacher"}
 
 
 def dice_of(summary: Path) -> dict[str, dict[str, float]]:

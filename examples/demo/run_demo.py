@@ -1,4 +1,4 @@
-"""The main job from end to end on phantom volumes and a CPU: pretrain, fine-tune, predict, and compare.
+"""The main job from end to end on phantoms and a CPU, with two labelled scans and 32 without labels: pretrain, train, compare.
 
 Each step is a command that can be typed; it is shown, timed and logged. Everything is written below one folder (``demo``),
 which each run makes anew. ``--quick`` only shows that the commands work: its networks learn nothing.
@@ -24,7 +24,7 @@ from runner import Runner, Step, StepFailed, clock  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = ".nnssl-demo"
 MADE = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "predictions", "pictures", "logs", "report.txt")
-TRAINERS = {"pretrained": "nnUNetTrainerPretrained", "scratch": "nnUNetTrainerPretrainedScratch"}
+TRAINERS = {"pretrained": "nnUNetTrainerPretrainedMeanTeacher", "scratch": "nnUNetTrainerPretrainedScratch"}
 CONFIGURATION, PLANS, FOLD = "3d_fullres", "nnUNetPlans_cpu", "0"
 
 # For machines with few cores, and only after planning: nnU-Net's planner does not accept 0. Threads that wait shall sleep:
@@ -32,11 +32,11 @@ CONFIGURATION, PLANS, FOLD = "3d_fullres", "nnUNetPlans_cpu", "0"
 FEW_PROCESSES = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 # Cases: labelled, unlabelled, test. Lengths: epochs x iterations.
-FULL = {"cases": (5, 32, 8), "pretrain": (8, 50), "finetune": (8, 80), "val": 5}
-QUICK = {"cases": (5, 6, 2), "pretrain": (1, 2), "finetune": (1, 2), "val": 1}
+FULL = {"cases": (5, 32, 8), "pretrain": (8, 50), "finetune": (12, 100), "val": 2}
+QUICK = {"cases": (5, 6, 2), "pretrain": (1, 2), "finetune": (2, 2), "val": 1}
 
 
-def steps(folder: str, size: dict, phantoms: str = "examples/demo/phantoms.py") -> list[Step]:
+def steps(folder: str, size: dict, phantoms: str = "examples/demo/phantoms.py", seed: int = 0) -> list[Step]:
     """The commands in order. ``folder`` and ``phantoms`` are as seen from the working directory."""
     labelled, unlabelled, test = map(str, size["cases"])
     raw, results = f"{folder}/nnUNet_raw", f"nnUNet_results/{LABELLED}"
@@ -46,7 +46,8 @@ def steps(folder: str, size: dict, phantoms: str = "examples/demo/phantoms.py") 
         Step(
             "phantoms",
             f"Make {labelled} labelled, {unlabelled} unlabelled and {test} test volumes",
-            ["python", phantoms, raw, "--labelled", labelled, "--unlabelled", unlabelled, "--test", test],
+            ["python", phantoms, raw, "--labelled", labelled, "--unlabelled", unlabelled, "--test", test]
+            + (["--seed", str(seed)] if seed else []),
             result="nnUNet_raw",
         ),
         Step(
@@ -58,23 +59,26 @@ def steps(folder: str, size: dict, phantoms: str = "examples/demo/phantoms.py") 
         ),
         Step(
             "small_plan",
-            "Derive a plan with a small network and a short training, so that a CPU can do it",
+            "Derive a plan: two labelled cases, a small network and a short training, so that a CPU can do it",
             ["nnssl_plan", "-d", "901", "-c", CONFIGURATION, "-p", "nnUNetPlans", "--name", "cpu"]
-            + ["--features", "8,16,32", "--patch", "16,40,40", "--epochs", epochs, "--iterations", iterations]
-            + ["--val-iterations", str(size["val"]), "-o", "peak_lr=0.01"],
+            + ["--features", "8,16,32", "--patch", "16,40,40", "--labels", "2", "--schedule", "mean-teacher"]
+            + ["--epochs", epochs, "--iterations", iterations, "--val-iterations", str(size["val"])],
             result=f"nnUNet_preprocessed/{LABELLED}/{PLANS}.json",
         ),
         Step(
             "pretrain",
             "Pretrain this plan's network on the unlabelled dataset",
-            ["nnssl_pretrain", "-d", "900", "-t", "901", "-m", "macl", "-c", CONFIGURATION, "-p", PLANS]
-            + ["-device", "cpu", "--epochs", pretrain_epochs, "--iterations", pretrain_iterations],
+            ["nnssl_pretrain", "-d", "900", "-t", "901", "-m", "mae", "-c", CONFIGURATION, "-p", PLANS]
+            + ["-device", "cpu", "--epochs", pretrain_epochs, "--iterations", pretrain_iterations]
+            + ["-o", "preset=adamw", "lr=2e-3"],
             FEW_PROCESSES,
             f"{results}/nnssl*",
         ),
     ]
     for name, trainer in TRAINERS.items():
-        how = "from the pretrained weights" if name == "pretrained" else "from random weights, with the same schedule"
+        how = "from the pretrained weights, and goes on learning from the scans without labels"
+        if name == "scratch":
+            how = "from random weights on the labels only, as many steps"
         out.append(
             Step(
                 f"train_{name}",
@@ -146,12 +150,13 @@ def main() -> int:
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "demo", help="where everything is written (default: demo)"
     )
+    parser.add_argument("--seed", type=int, default=0, help="which phantoms (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two steps of everything: only shows that it works")
     args = parser.parse_args()
     folder, size = args.folder.resolve(), QUICK if args.quick else FULL
     shown, phantoms = folder.name, Path(__file__).resolve().with_name("phantoms.py")
     prepare(folder)
-    todo = steps(shown, size, str(phantoms.relative_to(ROOT) if folder.parent == ROOT else phantoms))
+    todo = steps(shown, size, str(phantoms.relative_to(ROOT) if folder.parent == ROOT else phantoms), args.seed)
     runner = Runner(folder.parent, folder / "logs", environment(folder, shown), len(todo))
     start = time.monotonic()
     try:
