@@ -65,7 +65,8 @@ def test_pixel_projector(dim, norm):
     head = pixel_projector(4, 6, dim=dim, norm=norm, hidden=5)
     x = torch.randn(2, 4, *SHAPES[dim])
     assert head(x).shape == (2, 6, *SHAPES[dim])
-    assert any(isinstance(m, norm) for m in head.modules())
+    norms = [m for m in head.modules() if isinstance(m, norm)]
+    assert norms and all(m.affine and m.eps == 1e-5 for m in norms)
     assert norm_of(nn.Identity(), dim) is getattr(nn, f"InstanceNorm{dim}d")
 
 
