@@ -241,22 +241,27 @@ def _crop(text: str | None) -> tuple[int, ...] | None:
 
 def _listing(method: str | None) -> str:
     from nnssl.config import describe_options
+    from nnssl.errors import nearest
     from nnssl.pretrain.engine.config import EngineConfig
-    from nnssl.pretrain.methods import get_method, list_methods
-    from nnssl.pretrain.omni.config import PREFIX, PRESETS, OmniConfig
+    from nnssl.pretrain.outline import outlines, source_value
 
+    methods = outlines()
     if method is None:
-        rows = [f"  {name:10} {cls.title}" for name, cls in list_methods().items()]
+        rows = [f"  {name:10} {cls.title}" for name, cls in methods.items()]
         return "Methods (-m):\n" + "\n".join(rows) + "\n\nnnssl_pretrain --list -m METHOD shows a method's options.\n"
-    cls = get_method(method)
+    if method not in methods:
+        raise NnsslError(f"unknown method '{method}'.{nearest(method, methods)} Known: {', '.join(methods)}.")
+    cls = methods[method]
+    omni = "nnssl.pretrain.omni.config"
+    before, presets, omni_config = (source_value(omni, n) for n in ("PREFIX", "PRESETS", "OmniConfig"))
     lines = [f"{cls.name}: {cls.title}", *(f"  {c}" for c in cls.citation), ""]
     for title, config in (
         (f"Options of {cls.name} (-o key=value):", cls.Config),
         ("Options of the loop:", EngineConfig),
-        ("Options with --labelled (-o omni.key=value; presets omni.preset=" + " or ".join(PRESETS) + "):", OmniConfig),
+        ("Options with --labelled (-o omni.key=value; presets omni.preset=" + " or ".join(presets) + "):", omni_config),
     ):
         lines.append(title)
-        prefix = PREFIX if config is OmniConfig else ""
+        prefix = before if config is omni_config else ""
         table = [(prefix + r[0], *r[1:]) for r in describe_options(config)]
         widths = [max(len(r[i]) for r in table) for i in range(3)]
         lines += ["  " + "  ".join([*(r[i].ljust(widths[i]) for i in range(3)), r[3]]).rstrip() for r in table]

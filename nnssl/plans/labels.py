@@ -7,9 +7,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.crossval_split import generate_crossval_split
-
 from nnssl.errors import NnsslError, nearest
 from nnssl.files import read_text, same_text
 from nnssl.paths import preprocessed_folder
@@ -58,6 +55,8 @@ def folds_of(plan: Plan) -> dict[str, Split]:
             f"Type: nnUNetv2_preprocess -d {dataset_id(plan.dataset_name)} -plans_name {plan.base_plans} -c {plan.configuration}"
         )
     try:
+        from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
         cases = sorted(str(case) for case in infer_dataset_class(str(data)).get_identifiers(str(data)))
     except AssertionError:  # nnU-Net's, for a folder without cases or with files of several kinds
         cases = []
@@ -67,6 +66,8 @@ def folds_of(plan: Plan) -> dict[str, Split]:
     if file.is_file():
         splits = _read_splits(file)
     elif len(cases) >= FOLDS:
+        from nnunetv2.utilities.crossval_split import generate_crossval_split  # scikit-learn takes a second
+
         made = generate_crossval_split(cases, seed=SEED, n_splits=FOLDS)
         splits = [([str(c) for c in s["train"]], [str(c) for c in s["val"]]) for s in made]
     else:

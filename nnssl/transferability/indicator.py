@@ -16,8 +16,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import spearmanr
-
 from nnssl.errors import NnsslError
 from nnssl.transferability.stopper import Stopper
 
@@ -157,4 +155,6 @@ def rank_correlation(losses: Curve, quality: Curve) -> float:
     x, y = [-losses[e] for e in epochs], [quality[e] for e in epochs]
     if len(epochs) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
         return math.nan
+    from scipy.stats import spearmanr  # takes a second to import
+
     return float(spearmanr(x, y).statistic)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nnssl.config import option
-from nnssl.pretrain.engine.speed import KERNELS
 
-__all__ = ["RUNTIME_OPTIONS", "EngineConfig"]
+__all__ = ["KERNELS", "RUNTIME_OPTIONS", "EngineConfig"]
+
+KERNELS = ("auto", "loop", "foreach", "fused")
+"""Ways of the optimiser's arithmetic."""
 
 
 @dataclass(frozen=True)

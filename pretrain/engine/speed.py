@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from nnssl.pretrain.methods.base import Method
 
 __all__ = [
-    "KERNELS",
     "Transfers",
     "apply_options",
     "recompute_stages",
@@ -31,7 +30,6 @@ __all__ = [
 
 log = logging.getLogger("nnssl")
 
-KERNELS = ("auto", "loop", "foreach", "fused")
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 

@@ -1,0 +1,167 @@
+"""What ``--list`` says of the objectives, read from their source: importing them would import torch, which takes seconds.
+
+Only what a listing needs is evaluated: the config dataclass that ``@register`` names, a few class attributes, and the constants
+in them, followed through imports within this package. Where that cannot be done the objectives are imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+__all__ = ["outlines", "source_value"]
+
+ROOT = Path(__file__).parents[1]
+LIGHT = ("nnssl.config", "nnssl.errors")
+"""Modules of this package that import nothing heavy: they are imported as usual."""
+SHOWN = ("title", "citation", "presets", "default_transfer", "transfer_reason")
+UNREADABLE = (NameError, TypeError, ValueError, AttributeError, LookupError, OSError, SyntaxError)
+
+
+class _Opaque:
+    """Stands for what is not evaluated: functions, classes, what other packages give."""
+
+
+def outlines() -> dict[str, Any]:
+    """Name -> object with the attributes ``name``, ``Config`` and :data:`SHOWN` of an objective, sorted by name."""
+    try:
+        found = {outline.name: outline for outline in _read_all()}
+        if not found:
+            raise LookupError("no objectives")
+    except UNREADABLE:
+        from nnssl.pretrain.methods import list_methods
+
+        return dict(list_methods())
+    return dict(sorted(found.items()))
+
+
+def source_value(module: str, name: str) -> Any:
+    """What a name at the top level of one of this package's modules means: a constant or a config dataclass.
+
+    The module is imported only where that cannot be read from its source.
+    """
+    try:
+        found = _value(module, name)
+    except UNREADABLE:
+        found = _Opaque()
+    return getattr(import_module(module), name) if isinstance(found, _Opaque) else found
+
+
+def _read_all() -> Iterator[SimpleNamespace]:
+    folder = ROOT / "pretrain" / "methods"
+    for file in sorted(folder.rglob("*.py")):
+        if "@register(" not in file.read_text(encoding="utf-8"):
+            continue
+        module = ".".join(("nnssl", *file.relative_to(ROOT).with_suffix("").parts))
+        for node in _module(module).values():
+            told = _registered(node)
+            if isinstance(node, ast.ClassDef) and told is not None:
+                given = {k.arg: k.value for k in told.keywords}
+                config = _value(module, _name(given["config"]))
+                if not isinstance(config, type):
+                    raise TypeError(f"{module}: the config of {node.name} cannot be read")
+                shown = _shown(module, node)
+                yield SimpleNamespace(name=ast.literal_eval(told.args[0]), Config=config, **shown)
+
+
+def _shown(module: str, node: ast.ClassDef) -> dict[str, Any]:
+    """Values of :data:`SHOWN` in a class, or in those of this package that it inherits from."""
+    found: dict[str, Any] = {}
+    for base in reversed(node.bases):
+        if isinstance(base, ast.Name):
+            where, inherited = _definition(module, base.id)
+            found |= _shown(where, inherited) if isinstance(inherited, ast.ClassDef) else {}
+    return found | {k: _evaluate(module, v) for k, v in _assignments(node.body) if k in SHOWN}
+
+
+def _definition(module: str, name: str) -> tuple[str, ast.AST | None]:
+    """Where this package defines a name that a module uses, and the statement; None where it is another's."""
+    node = _module(module).get(name)
+    while isinstance(node, ast.ImportFrom):
+        original = next(a.name for a in node.names if (a.asname or a.name) == name)
+        if not (node.module or "").startswith("nnssl."):
+            return module, None
+        module, name = str(node.module), original
+        node = _module(module).get(name)
+    return module, node
+
+
+def _registered(node: ast.AST) -> ast.Call | None:
+    """The decorator ``@register(...)`` of a class."""
+    calls = (d for d in getattr(node, "decorator_list", ()) if isinstance(d, ast.Call))
+    return next((c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "register"), None)
+
+
+def _name(node: ast.AST) -> str:
+    if not isinstance(node, ast.Name):
+        raise TypeError("a name is wanted")
+    return node.id
+
+
+def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
+    for node in body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        value = getattr(node, "value", None)
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and value is not None:
+            yield from ((t.id, value) for t in targets if isinstance(t, ast.Name))
+
+
+@cache
+def _module(name: str) -> dict[str, ast.AST]:
+    """What a module's top level binds: name -> the statement, or the value that is assigned."""
+    path = ROOT.joinpath(*name.split(".")[1:])
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    bound: dict[str, ast.AST] = dict(_assignments(body))
+    for node in body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            bound.update({(a.asname or a.name).split(".")[0]: node for a in node.names})
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            bound[node.name] = node
+    return bound
+
+
+@cache
+def _value(module: str, name: str) -> Any:
+    """What a name of a module's top level means."""
+    node = _module(module)[name]
+    if isinstance(node, ast.ImportFrom):
+        source = node.module or ""
+        original = next(a.name for a in node.names if (a.asname or a.name) == name)
+        if source in LIGHT or source.split(".")[0] in sys.stdlib_module_names:
+            return getattr(import_module(source), original)
+        ours = source.startswith("nnssl.") and node.level == 0
+        return _value(source, original) if ours and original in _module(source) else _Opaque()
+    if isinstance(node, ast.ClassDef):
+        if not any("dataclass" in ast.dump(d) for d in node.decorator_list):
+            return _Opaque()
+        node = ast.ClassDef(**{**{f: getattr(node, f) for f in node._fields}, "body": _fields_of(node)})
+        tree = ast.fix_missing_locations(ast.Module([node], []))
+        scope = _scope(module, node)
+        flags = annotations.compiler_flag
+        exec(compile(tree, module, "exec", flags), scope)  # this package's own source
+        return scope[name]
+    return _evaluate(module, node) if isinstance(node, ast.expr) else _Opaque()
+
+
+def _fields_of(node: ast.ClassDef) -> list[ast.stmt]:
+    kept = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+    return [*kept] or [ast.Pass()]
+
+
+def _evaluate(module: str, node: ast.expr) -> Any:
+    return eval(compile(ast.Expression(node), module, "eval"), _scope(module, node))  # this package's own source
+
+
+def _scope(module: str, node: ast.AST) -> dict[str, Any]:
+    """The names that a statement uses, evaluated."""
+    used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    known = {n: _value(module, n) for n in used if n in _module(module)}
+    return {"__name__": __name__, "__builtins__": builtins, **known}  # dataclasses look for the module
