@@ -50,8 +50,10 @@ def dataset_json(n: int) -> dict[str, Any]:
     }
 
 
-def plans(patch: tuple[int, ...], features: tuple[int, ...], name: str, median: tuple[int, ...]) -> dict[str, Any]:
-    """nnU-Net plans of a PlainConvUNet with ``len(features)`` stages of stride 2."""
+def plans(
+    patch: tuple[int, ...], features: tuple[int, ...], name: str, median: tuple[int, ...], arch: str = "plain"
+) -> dict[str, Any]:
+    """nnU-Net plans of a PlainConvUNet (or, with ``arch="resenc"``, ResidualEncoderUNet) with stages of stride 2."""
     n = len(features)
     resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
     architecture = {
@@ -74,6 +76,12 @@ def plans(patch: tuple[int, ...], features: tuple[int, ...], name: str, median: 
         },
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
     }
+    if arch == "resenc":
+        kwargs: dict[str, Any] = architecture["arch_kwargs"]  # type: ignore[assignment]
+        del kwargs["n_conv_per_stage"]
+        kwargs["n_blocks_per_stage"] = [1, 3, 4, 6, 6, 6][:n]
+        kwargs["n_conv_per_stage_decoder"] = [1] * (n - 1)
+        architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
     statistic = dict.fromkeys(("max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std"), 1.0)
     configuration = {
         "data_identifier": "nnUNetPlans_3d_fullres",
@@ -126,10 +134,13 @@ def make_dataset(
     patch: tuple[int, ...] = (64, 64, 64),
     features: tuple[int, ...] = (16, 32, 64, 128),
     preprocessed: bool = True,
+    different: int = 1,
+    arch: str = "plain",
 ) -> Any:
-    """Write a dataset of ``n`` cases, the first of them real and the others links to it; returns its plan.
+    """Write a dataset of ``n`` cases, the first ``different`` of them made and the others links to these; returns its plan.
 
     The raw images are there too. With ``preprocessed`` they are preprocessed by nnU-Net, so that they are used as they are.
+    A benchmark that reads needs many different ones: a few stay in the processor's caches, as real data sets do not.
     """
     import SimpleITK as sitk
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
@@ -140,10 +151,12 @@ def make_dataset(
     raw, target = Path(os.environ["nnUNet_raw"]) / name, Path(os.environ["nnUNet_preprocessed"]) / name
     for folder in (raw / "imagesTr", raw / "labelsTr", target):
         folder.mkdir(parents=True)
-    image, label = phantom(shape, id)
-    for voxels, file in ((image, "imagesTr/case_000000_0000"), (label, "labelsTr/case_000000")):
-        sitk.WriteImage(sitk.GetImageFromArray(voxels[0]), str(raw / f"{file}.nii.gz"))
-    content = plans(patch, features, name, shape)
+    made = [f"case_{i:06d}" for i in range(min(n, different))]
+    for i, case in enumerate(made):
+        image, label = phantom(shape, id + 1000 * i)
+        for voxels, file in ((image, f"imagesTr/{case}_0000"), (label, f"labelsTr/{case}")):
+            sitk.WriteImage(sitk.GetImageFromArray(voxels[0]), str(raw / f"{file}.nii.gz"))
+    content = plans(patch, features, name, shape, arch)
     for folder in (raw, target):
         (folder / "dataset.json").write_text(json.dumps(dataset_json(n)))
     (target / "nnUNetPlans.json").write_text(json.dumps(content))
@@ -152,15 +165,18 @@ def make_dataset(
     if preprocessed:
         folder = target / plan.data_identifier
         folder.mkdir()
-        files = [str(raw / "imagesTr" / "case_000000_0000.nii.gz")], str(raw / "labelsTr" / "case_000000.nii.gz")
         config = plan.manager.get_configuration("3d_fullres")
         preprocessor = DefaultPreprocessor(verbose=False)
-        preprocessor.run_case_save(str(folder / "case_000000"), *files, plan.manager, config, dataset_json(n))
+        for case in made:
+            files = [str(raw / "imagesTr" / f"{case}_0000.nii.gz")], str(raw / "labelsTr" / f"{case}.nii.gz")
+            preprocessor.run_case_save(str(folder / case), *files, plan.manager, config, dataset_json(n))
         links.append(folder)
     for folder in links:
-        for first in sorted(folder.iterdir()):
-            for i in range(1, n):
-                os.link(first, folder / first.name.replace("case_000000", f"case_{i:06d}"))
+        files_of = {case: sorted(folder.glob(f"{case}*")) for case in made}
+        for i in range(len(made), n):
+            case = made[i % len(made)]
+            for first in files_of[case]:
+                os.link(first, folder / first.name.replace(case, f"case_{i:06d}"))
     return plan
 
 

@@ -27,7 +27,10 @@ class EngineConfig:
     checkpointing: bool = option(
         False, "compute activations again in the backward pass: less memory, about 1/3 more time"
     )
-    channels_last: bool = option(False, "memory format of convolutions: channels last")
+    channels_last: bool | None = option(
+        None,
+        "memory format of convolutions: channels last; auto: on a CPU, unless the first stage's features are a multiple of 16",
+    )
     optimiser_kernels: str = option(
         "auto", "arithmetic of the optimiser; auto: foreach on CUDA, loop on a CPU", choices=KERNELS
     )

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -154,6 +155,7 @@ class Engine:
         self.transfers = Transfers(spec.device)
         self.step = 0
         self.first: dict[str, float] = {}
+        self._untrained: Method | None = None
         self.stop_reason: str | None = None
         self._sums: dict[str, float] = {}
         self._counted = 0
@@ -302,9 +304,9 @@ class Engine:
             hook.start(self)
         self.log.panels = [p for p in (h.panel() for h in spec.hooks) if p is not None]
         if self.step == 0:
-            self.first = self.held_out.evaluate(self.method, self.stepper) if self.held_out else {}
-            self._picture(0)
-            self.log.event("start", step=0, **{f"held_out/{k}": v for k, v in self.first.items()})
+            # evaluated at the first epoch's end, since on a CPU it would hold up the first step for seconds
+            self._untrained = deepcopy(self.method) if self.held_out else None
+            self.log.event("start", step=0)
         else:
             self.log.event("continue", step=self.step)
         batches = iter(self._loader("train", self.step))
@@ -315,6 +317,7 @@ class Engine:
                 if not self._epoch(epoch, batches, signals):
                     finished = False
                     break
+            self._look_at_untrained()
             judged = self._judge() if finished else None
             self.verdict = None if judged is None else dict(zip(("learnt", "sentence"), judged))
             self.save(final=finished)
@@ -395,6 +398,17 @@ class Engine:
         bar.set_postfix({**shown, "s/step": f"{seconds:.2f}", "data": f"{wait:.0%}", "left": _duration(left)})
         bar.update()
 
+    def _look_at_untrained(self) -> None:
+        """Held-out terms and picture of the method as it was before the first step, once; training is not touched."""
+        untrained, self._untrained = self._untrained, None
+        if untrained is None:
+            return
+        devices = [self.spec.device] if self.spec.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            self.first = self.held_out.evaluate(untrained, self.stepper)
+        self._picture(0, untrained)
+        self.log.event("untrained", step=0, **{f"held_out/{k}": v for k, v in self.first.items()})
+
     def _check_weights(self) -> None:
         """An update can spoil the weights though the loss before it was finite; a sum of squares sees it on any device."""
         with torch.no_grad():
@@ -405,6 +419,7 @@ class Engine:
 
     def _end_epoch(self, epoch: int, seconds: float, wait: float) -> None:
         spec = self.spec
+        self._look_at_untrained()
         self._check_weights()
         means = {k: v / max(1, self._counted) for k, v in self._sums.items()}
         self._sums, self._counted = {}, 0
@@ -457,21 +472,22 @@ class Engine:
         if every and (last or epoch % every == 0):
             self._picture(epoch)
 
-    def _picture(self, epoch: int) -> None:
+    def _picture(self, epoch: int, method: Method | None = None) -> None:
         """Rank 0 draws what the network makes of the first held-out batch."""
+        method = self.method if method is None else method
         if rank() != 0 or not self.held_out or self.spec.engine.picture_every == 0:
             return
         name = f"views_epoch_{epoch:04d}.png"
-        training = self.method.training
-        self.method.eval()
+        training = method.training
+        method.eval()
         try:
             own_rng = torch.random.fork_rng([self.spec.device] if self.spec.device.type == "cuda" else [])
             with _only_told(name), own_rng, torch.no_grad(), self.stepper.autocast():
-                picture = self.method.pictures(self.held_out.batch(self.method, 0))
+                picture = method.pictures(self.held_out.batch(method, 0))
                 if picture is not None:
                     save_picture(picture, self.spec.folder.path / name)
         finally:
-            self.method.train(training)
+            method.train(training)
 
     # ---- words ---------------------------------------------------------------------------------------------------
 

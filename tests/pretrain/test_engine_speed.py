@@ -19,7 +19,14 @@ from nnssl.networks.state import full_state_dict
 from nnssl.plans import Plan, load_plan
 from nnssl.pretrain import run
 from nnssl.pretrain.engine.config import EngineConfig
-from nnssl.pretrain.engine.speed import Transfers, recompute_stages, tensors_of, use_channels_last, use_kernels
+from nnssl.pretrain.engine.speed import (
+    Transfers,
+    apply_options,
+    recompute_stages,
+    tensors_of,
+    use_channels_last,
+    use_kernels,
+)
 from nnssl.pretrain.engine.stepping import Stepper, views_in_parts
 from nnssl.pretrain.methods import CropRequest, Crops, get_method
 from nnssl.pretrain.resolve import batch_size
@@ -375,3 +382,50 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(tiny_preprocessed, monk
     narrow = run(901, name="float32", options=options, **common)
     assert narrow.metrics != straight.metrics
     assert narrow.metrics["total"] == pytest.approx(straight.metrics["total"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["glmae", "hdense", "macl", "mae", "robust", "voco"])
+def test_the_untrained_network_is_judged_later_as_it_was(name, tiny_preprocessed):
+    """What the first epoch's end tells of the start equals an evaluation at the start, and trains the same network."""
+    from nnssl.pretrain.engine.hooks import Hook
+
+    tiny_preprocessed(901, "Tiny", 5, plan_options={"patch": (16, 16, 16)}, shape=(24, 24, 24))
+    seen = {}
+
+    class Both(Hook):
+        def __init__(self, look):
+            self.look = look
+
+        def start(self, engine):
+            if self.look:
+                seen["eager"] = engine.held_out.evaluate(engine.method, engine.stepper)
+
+        def finish(self, engine):
+            seen["later", self.look] = dict(engine.first)
+
+    options = {"workers": 0, "picture_every": 0, "held_out_batches": 1}
+    options |= {"n_voxels": 16} if name == "hdense" else {}
+    common = {"method": name, "device": "cpu", "epochs": 1, "iterations": 2, "robustness_every": 0, "options": options}
+    done = [run(901, name=f"look{look}", hooks=[Both(look)], **common) for look in (True, False)]
+    assert seen["eager"] == seen["later", True] == seen["later", False] != {}
+    assert done[0].metrics == done[1].metrics
+    a, b = (checkpoint.load(r.checkpoint).weights for r in done)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(("features", "last"), [((4, 8, 8), True), ((24, 32, 32), True), ((16, 32, 32), False)])
+def test_channels_last_is_chosen_by_size(features, last, tiny_plans, tiny_dataset_json):
+    plan = Plan.from_dicts(
+        tiny_plans(3, "plain", patch=(8, 16, 8), features=features), "3d_fullres", tiny_dataset_json()
+    )
+    for told, want in ((None, last), (True, True), (False, False)):
+        method = holder_of(plan)
+        apply_options(method, EngineConfig(channels_last=told))
+        wide = next(m for m in method.network.modules() if isinstance(m, nn.Conv3d) and min(m.weight.shape[:2]) > 1)
+        assert wide.weight.is_contiguous(memory_format=torch.channels_last_3d) is want
+
+
+def holder_of(plan):
+    method = nn.Module()
+    method.network = build_network(plan)
+    return method
