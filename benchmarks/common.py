@@ -240,11 +240,17 @@ def _show(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def arguments(description: str | None, **extra: Any) -> argparse.Namespace:
-    """``--quick``, ``--out FILE``, and a script's own options ``name=(default, help)``."""
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """``--quick`` and ``--out FILE``, which every benchmark has."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="smaller and shorter: to see that it runs")
     p.add_argument("--out", type=Path, help="JSON file of the results")
+    return p
+
+
+def arguments(description: str | None, **extra: Any) -> argparse.Namespace:
+    """``--quick``, ``--out FILE``, and a script's own options ``name=(default, help)``."""
+    p = parser(description)
     for name, (default, text) in extra.items():
         p.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} ({default})")
     return p.parse_args()

@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import blosc2
 import numpy as np
 import SimpleITK as sitk
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnssl.pretrain.data.intensity import intensity_range, store_range
@@ -25,6 +27,10 @@ from nnssl.pretrain.prepare.whole import check_header, check_same_size, check_vo
 from nnssl.properties import read_properties
 
 __all__ = ["CaseWorker", "Job", "Reply", "voxel_hash"]
+
+
+CHUNK, BLOCK = 64, 16
+"""Voxels per axis of the compressed chunks and blocks of a preprocessed case."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,19 @@ def voxel_hash(data: np.ndarray) -> str:
     digest = hashlib.sha256(str(tuple(data.shape)).encode())
     digest.update(np.ascontiguousarray(data, dtype=np.float32).data.cast("B"))
     return digest.hexdigest()
+
+
+def storage(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Chunks and blocks of a case's file, for nnU-Net's ``save_case``.
+
+    Crops lie anywhere, and each block that one touches is unpacked whole: of nnU-Net's blocks, which are as large as its patch
+    allows, a crop of 64^3 unpacks up to 96^3 voxels where blocks are 32^3, and 80^3 where they are 16^3.
+
+    Args:
+        shape: voxels per axis.
+    """
+    chunks, blocks = (tuple(min(size, s) for s in shape) for size in (CHUNK, BLOCK))
+    return {"chunks": (1, *chunks), "blocks": (1, *blocks)}
 
 
 def _reason(error: BaseException, printed: str) -> str:
@@ -226,6 +245,14 @@ class CaseWorker:
                 properties.setdefault("class_locations", {})  # nnU-Net's loader asks for it
                 state.nbytes, state.saving = data.nbytes, True
                 return data, seg, properties
+
+            def run_case_save(self, truncated: str, images: list[str], seg_file: Any, *rest: Any) -> None:
+                if len(rest[1].patch_size) != 3:  # single slices are read: nnU-Net's blocks are made for that
+                    super().run_case_save(truncated, images, seg_file, *rest)
+                    return
+                data, seg, properties = self.run_case(images, seg_file, *rest)
+                data, seg = data.astype(np.float32, copy=False), seg.astype(np.int16, copy=False)
+                nnUNetDatasetBlosc2.save_case(data, seg, properties, truncated, **storage(data.shape[1:]))
 
         truncated = str(self.temporary / case.name)
         preprocessor = Unlabelled(verbose=False)
