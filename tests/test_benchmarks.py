@@ -29,13 +29,8 @@ def run(name, *arguments):
 
 def test_run_all_knows_every_benchmark():
     text = (BENCHMARKS / "run_all.py").read_text()
-    there = {p.stem for p in BENCHMARKS.glob("*.py")} - {
-        "common",
-        "run_all",
-        "nearest_voxel",
-        "local_to_global",
-        "probe_order",
-    }
+    apart = {"common", "run_all", "nearest_voxel", "local_to_global", "probe_order", "gpu"}
+    there = {p.stem for p in BENCHMARKS.glob("*.py")} - apart
     assert there == set(EXPECTED)
     assert all(f'"{name}"' in text for name in there)
 
@@ -74,3 +69,29 @@ def test_run_all_collects_the_results(tmp_path):
         "EMA and InfoNCE",
         "options of the engine",
     ]
+
+
+def test_the_gpu_benchmark_says_what_is_missing():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    out = run("gpu")
+    assert out.returncode == 2 and "-device cpu --tiny" in out.stderr
+
+
+@pytest.mark.slow
+def test_every_part_of_the_gpu_benchmark_runs_on_a_cpu(tmp_path):
+    """So that a borrowed GPU loses no minute on a part that cannot run."""
+    file = tmp_path / "gpu.json"
+    out = run("gpu", "-device", "cpu", "--tiny", "--out", file)
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
+    content = json.loads(file.read_text())
+    parts = content["parts"]
+    assert list(parts) == ["precision", "compile", "nccl", "steps", "waiting", "transfers", "layout", "plans"]
+    assert all(part["rows"] and not part["left_out"] for part in parts.values())
+    assert parts["nccl"]["rows"][0]["gather_right"] is True
+    assert all(row["step_over_bare"] > 0 for row in parts["steps"]["rows"])
+    again = run("gpu", "-device", "cpu", "--tiny", "--out", file, "--only", "transfers")
+    assert again.returncode == 0
+    assert set(json.loads(file.read_text())["parts"]) == set(parts), "what the file holds of other parts is kept"
