@@ -70,7 +70,7 @@ def steps(folder: str, size: dict, phantoms: str = "examples/demo/phantoms.py", 
             "Pretrain this plan's network on the unlabelled dataset",
             ["nnssl_pretrain", "-d", "900", "-t", "901", "-m", "mae", "-c", CONFIGURATION, "-p", PLANS]
             + ["-device", "cpu", "--epochs", pretrain_epochs, "--iterations", pretrain_iterations]
-            + ["-o", "preset=adamw", "lr=2e-3"],
+            + ["-o", "preset=adamw", "lr=2e-3", "batch_size=4"],
             FEW_PROCESSES,
             f"{results}/nnssl*",
         ),
