@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nnssl.errors import NnsslError
-from nnssl.networks import walk
+from nnssl.networks import unwrap, walk
 from nnssl.pretrain.augment.spatial import central_crop
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, Progress, SourceStats
+from nnssl.weights.parts import part_of, wanted_parts
 
 if TYPE_CHECKING:
     from nnssl.plans import Plan
@@ -26,7 +27,7 @@ class Method(nn.Module, ABC):
 
     The engine builds it as ``cls(network, plan, request, config)``, wraps it in DistributedDataParallel and calls
     ``forward(batch)``. All state (heads, teachers, queues, centres) lives in parameters and buffers, so that the run's
-    checkpoint holds it. Parameters that the objective does not train get ``requires_grad = False`` in ``__init__``.
+    checkpoint holds it. The parts of the network that :meth:`pretrained_parts` leaves out are frozen here.
 
     Attributes:
         name: registry name, set by :func:`register`.
@@ -60,6 +61,9 @@ class Method(nn.Module, ABC):
         self.plan = plan
         self.request = request
         self.config = config
+        trained = set(wanted_parts(self.pretrained_parts()))
+        for name, parameter in unwrap(network).named_parameters():
+            parameter.requires_grad_(part_of(name) in trained)
 
     @classmethod
     def check_network(cls, plan: Plan) -> None:
@@ -103,7 +107,10 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def pretrained_parts(self) -> dict[str, Any]:
-        """Which parts of the network are trained: ``{"encoder": bool, "decoder_stages": [indices from the bottom]}``."""
+        """Which parts of the network are trained: ``{"encoder": bool, "decoder_stages": [indices from the bottom]}``.
+
+        From plan and config alone: it is asked before anything else of the method is built.
+        """
 
     def optimiser(self) -> torch.optim.Optimizer:
         """The optimiser over the trained parameters; AdamW unless the method says otherwise.

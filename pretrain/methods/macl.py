@@ -23,7 +23,7 @@ from nnssl.config import option
 from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads import POOLINGS, ImageHead, norm_of, pixel_projector
-from nnssl.networks import decoder_channels, encoder_channels, unwrap, walk
+from nnssl.networks import decoder_channels, encoder_channels, walk
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
 from nnssl.pretrain.augment import Draws, central_crop, random_affine, random_jitter
@@ -111,11 +111,6 @@ class MACL(Method):
         most = _most_offset(plan, config, request.size, request.window)
         self.offsets = OffsetGrid(most, plan.total_stride, branches.shrink, tuple(request.size))
         self.branches, self.rotation = branches, geometry.rotation_degrees(plan.spacing, c.rotation)
-        inner = unwrap(network).requires_grad_(False)
-        inner.encoder.requires_grad_(True)
-        for stage in self.pretrained_parts()["decoder_stages"]:
-            inner.decoder.transpconvs[stage].requires_grad_(True)
-            inner.decoder.stages[stage].requires_grad_(True)
 
     @classmethod
     def crops(

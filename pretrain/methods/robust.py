@@ -22,7 +22,7 @@ from nnssl.config import option
 from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads import standardise
-from nnssl.networks import unwrap, walk
+from nnssl.networks import walk
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws, central_crop, random_affine, random_jitter
 from nnssl.pretrain.augment.intensity import from_unit, to_unit
@@ -80,8 +80,6 @@ class Robust(Method):
         if config.levels > plan.n_stages:
             raise NnsslError(f"-o levels={config.levels}: the encoder of this plan has {plan.n_stages} stages.")
         self.rotation = rotation_degrees(plan.spacing, config.rotation)
-        inner = unwrap(network).requires_grad_(False)
-        inner.encoder.requires_grad_(True)
 
     @classmethod
     def crops(

@@ -30,7 +30,7 @@ from nnssl.heads.balanced import ScaleProjections, gather_pyramid, voxel_project
 from nnssl.heads.restoration import restoration_head
 from nnssl.losses.diagnostics import principal_colours
 from nnssl.losses.info_nce import InfoNCE, chance_level, nearest_share, similarities
-from nnssl.networks import unwrap, walk
+from nnssl.networks import walk
 from nnssl.plans import Plan
 from nnssl.pretrain.augment.box import image_bounds
 from nnssl.pretrain.augment.draws import Draws
@@ -128,7 +128,6 @@ class HDense(Method):
             layers = {"single": 1, "double": 2}[config.recon_head]
             self.restore = restoration_head(plan.features[0], plan.n_channels, dim=plan.dim, layers=layers)
         self.norm_sees_batch = any(isinstance(m, _BatchNorm) for m in network.modules())
-        unwrap(network).get_submodule("decoder.seg_layers").requires_grad_(False)
 
     @classmethod
     def crops(

@@ -25,7 +25,7 @@ from nnssl.heads.restoration import restoration_head
 from nnssl.heads.tokens import TokenDecoder
 from nnssl.losses.masked import block_statistics, masked_error
 from nnssl.masking.picture import masked_panel
-from nnssl.networks import PrimusEncoder, encoder_channels, encoder_module, partial_decode, unwrap, walk
+from nnssl.networks import PrimusEncoder, encoder_channels, encoder_module, partial_decode, walk
 from nnssl.networks.sparse import Densify, check_sparse, sparse_encoder
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
@@ -109,7 +109,6 @@ class MAE(Method):
                 plan.features[0], plan.n_channels, plan.total_stride, grid, heads=plan.heads
             )
             self.grad_clip = PRIMUS_CLIP
-            unwrap(network).get_submodule("up_projection").requires_grad_(False)
             return
         self.head = restoration_head(plan.features[0], plan.n_channels, dim=plan.dim)
         if config.fill == "learned":
@@ -117,7 +116,6 @@ class MAE(Method):
         if config.masking == "sparse":
             check_sparse(encoder_module(network))
             self.densify = Densify(encoder_channels(plan))
-        unwrap(network).get_submodule("decoder.seg_layers").requires_grad_(False)
 
     # ---- views ---------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ from nnssl.losses.position import (
     orthogonality,
     similarity,
 )
-from nnssl.networks import encoder_channels, unwrap, walk
+from nnssl.networks import encoder_channels, walk
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.augment.pairs import cut
@@ -134,8 +134,6 @@ class VoCo(Method):
         if c.teacher == "ema":
             self.teacher = EMA(self.projector)
         self._warned: set[str] = set()
-        inner = unwrap(network).requires_grad_(False)
-        inner.encoder.requires_grad_(True)
 
     @classmethod
     def crops(
