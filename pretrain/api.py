@@ -28,6 +28,7 @@ from nnssl.pretrain.engine.loop import Engine, Outcome, RunSpec, disk_advice
 from nnssl.pretrain.engine.resume import load_state
 from nnssl.pretrain.engine.watch import RobustnessHook
 from nnssl.pretrain.methods import get_method
+from nnssl.pretrain.methods.registry import origin
 from nnssl.pretrain.omni import FOLDER, prepare_omni, take_omni
 from nnssl.pretrain.onwards import finished_before, keep_first_end, next_lines, start_from
 from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
@@ -310,6 +311,7 @@ def _record(spec: RunSpec, who: dict[str, Any]) -> dict[str, Any]:
         "base_plans": spec.plan.base_plans,
         "identity": who,
         "runtime": {"device": str(spec.device), "processes": world_size(), "workers": spec.workers},
+        "objective": origin(spec.method),
         "crop_explanation": spec.request.explanation,
         "held_out_cases": len(spec.pool.held_out),
         "versions": checkpoint.package_versions(),

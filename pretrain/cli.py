@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         help="dataset ids or names to learn from; labels are never used. 500:8 501:1 draws each case of 500 eight times as often",
     )
     p.add_argument("-t", metavar="TARGET", help="dataset whose plans are used (default: the one of -d)")
-    p.add_argument("-m", metavar="METHOD", help="objective; --list names them")
+    p.add_argument("-m", metavar="METHOD", help="objective; --list names them. Or the file of one's own: ./simclr.py")
     p.add_argument(
         "-c", dest="configuration", metavar="CONFIGURATION", default="3d_fullres", help="default: 3d_fullres"
     )

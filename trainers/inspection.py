@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import threading
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -13,31 +13,15 @@ from nnssl.networks import canonical_state_dict
 
 __all__ = ["content_of", "digests"]
 
-_saving = threading.Lock()
-
 
 def content_of(save: Callable[[Any], None]) -> dict[str, Any] | None:
-    """What ``save(filename)`` would write with ``torch.save``, without writing it; None where it writes nothing.
-
-    A stand-in takes the place of the file name, and ``torch.save`` hands back what is meant for it; whatever other threads
-    save meanwhile is saved as ever.
-    """
-    stand_in, taken = object(), []
-    with _saving:
-        original = torch.save
-
-        def divert(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-            if file is stand_in:
-                taken.append(content)
-            else:
-                original(content, file, *args, **kwargs)
-
-        torch.save = divert  # type: ignore[assignment]
-        try:
-            save(stand_in)
-        finally:
-            torch.save = original
-    return taken[0] if taken else None
+    """What ``save(file)`` writes with ``torch.save``, on the CPU; None where it writes nothing."""
+    file = io.BytesIO()
+    save(file)
+    if not file.tell():
+        return None
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=False)  # nnU-Net's numbers of this very moment, no file
 
 
 def digests(network: torch.nn.Module) -> dict[str, str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
+import json
+import os
+import subprocess
+import sys
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -45,22 +44,21 @@ def plans_name(planner: str | None, plans: str) -> str:
     return PLANNERS[planner][2] if plans == "nnUNetPlans" else plans
 
 
-@contextlib.contextmanager
-def _workspace(owner: str) -> Iterator[tuple[Path, Path]]:
-    """nnU-Net's planning pointed at an empty pair of folders, which are yielded."""
-    base = importlib.import_module(PLANNERS["default"][0])
-    with tempfile.TemporaryDirectory(prefix="nnssl_planning_") as name, contextlib.ExitStack() as stack:
-        raw, preprocessed = Path(name, "raw", owner), Path(name, "preprocessed", owner)
-        raw.mkdir(parents=True)
-        preprocessed.mkdir(parents=True)
-        for attribute, value in {
-            "nnUNet_raw": str(raw.parent),
-            "nnUNet_preprocessed": str(preprocessed.parent),
-            "maybe_convert_to_dataset_name": str,
-            "get_allowed_n_proc_DA": torch.get_num_threads,  # the planner gives it to torch, which refuses 0
-        }.items():
-            stack.enter_context(patch.object(base, attribute, value))
-        yield raw, preprocessed
+def _in_own_process(module: str, name: str, owner: str, options: Mapping[str, Any], folder: Path) -> None:
+    """nnU-Net reads its folders from the environment when it is imported: another process plans in other folders."""
+    code = (
+        "import importlib, json, sys\n"
+        "module, name, owner, options = json.loads(sys.argv[1])\n"
+        "getattr(importlib.import_module(module), name)(owner, **options).plan_experiment()\n"
+    )
+    variables = {f"nnUNet_{kind}": str(folder / kind) for kind in ("raw", "preprocessed", "results")}
+    # the planner gives torch this number of threads, and torch refuses 0
+    variables["nnUNet_n_proc_DA"] = str(torch.get_num_threads())
+    command = [sys.executable, "-W", "ignore", "-c", code, json.dumps([module, name, owner, dict(options)])]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise NnsslError(f"nnU-Net's planner {name} failed for {owner} (exit status {done.returncode}): {last}")
 
 
 def run_planner(
@@ -85,16 +83,20 @@ def run_planner(
 
     Returns:
         The plans as their file holds them.
+
+    Raises:
+        NnsslError: the planner ended with an error; its last line is named.
     """
     module, name, _ = PLANNERS[planner]
     one = {"any": {"images": ["any"], "label": ""}}  # the planner lists images only to try a reader on one
     labels = {"background": 0, "foreground": 1}  # of the network whose memory is estimated
     options = {} if gpu_memory_target is None else {"gpu_memory_target_in_gb": gpu_memory_target}
-    with _workspace(owner) as (raw, preprocessed):
+    with tempfile.TemporaryDirectory(prefix="nnssl_planning_") as place:
+        raw, preprocessed = Path(place, "raw", owner), Path(place, "preprocessed", owner)
+        for folder in (raw, preprocessed, Path(place, "results")):
+            folder.mkdir(parents=True)
         told = {**description, "labels": labels, "dataset": one, "overwrite_image_reader_writer": reader}
         write_json(raw / "dataset.json", told)
         write_json(preprocessed / "dataset_fingerprint.json", fingerprint)
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            getattr(importlib.import_module(module), name)(owner, plans_name=wanted, **options).plan_experiment()
+        _in_own_process(module, name, owner, {"plans_name": wanted, **options}, Path(place))
         return read_json(preprocessed / f"{wanted}.json")
