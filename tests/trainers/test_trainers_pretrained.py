@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,13 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl import checkpoint
+from nnssl.errors import NnsslError
 from nnssl.files import sha256_of
 from nnssl.networks import canonical_state_dict
-from nnssl.trainers import nnUNetTrainerPretrained
+from nnssl.plans import load_plan
+from nnssl.results import output_folder
+from nnssl.trainers import nnUNetTrainerPretrained, nnUNetTrainerPretrainedScratch
+from nnssl.weights import write_variant
 
 
 def same(network, file):
