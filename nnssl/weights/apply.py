@@ -158,10 +158,12 @@ def _check_coverage(report: TransferReport, how: Adaptation) -> None:
 
 
 def agreement(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> str:
-    """How many names of a file, and how many with their shapes, a network has."""
-    same = [n for n in source if n in target]
-    shapes = sum(source[n].shape == target[n].shape for n in same)
-    return f"{len(same)} of {len(source)} names and {shapes} shapes agree"
+    """How many of a file's names a network has, and how many of its shapes, under whatever names."""
+    names = sum(n in target for n in source)
+    shapes = (
+        Counter(tuple(t.shape) for t in source.values()) & Counter(tuple(t.shape) for t in target.values())
+    ).total()
+    return f"{names} of {len(source)} names and {shapes} of {len(source)} shapes agree"
 
 
 def _mending(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> str:

@@ -401,3 +401,18 @@ def test_a_finished_training_is_lengthened(dataset, pretraining, build):
     content = torch.load(Path(longer.output_folder) / "checkpoint_final.pth", weights_only=True)
     assert content["current_epoch"] == 4 and len(content["logging"]["lrs"]) == 4
     assert content["logging"]["lrs"][3] < content["logging"]["lrs"][2], "the decay of the longer schedule"
+
+
+def test_a_shared_safetensors_file_is_named_and_trained_from(dataset, pretraining, build, start, tmp_path):
+    from nnssl.plan_command import main
+    from nnssl.weights import convert
+
+    file = pretraining()
+    share = tmp_path / "share.safetensors"
+    convert(file, share, "safetensors")
+    assert main(["-d", "901", "--checkpoint", str(share), "--name", "shared"]) == 0
+    named = load_plan(901, plans_name="nnUNetPlans_shared").nnssl["checkpoint"]
+    assert named.endswith("_shared.safetensors")
+    trainer = start(build(plans="nnUNetPlans_shared"))
+    weights = {n for n in canonical_state_dict(trainer.network) if not is_constant(n)}
+    assert weights - same(trainer.network, file) == {n for n in weights if ".seg_layers." in n}
