@@ -73,6 +73,7 @@ def describe(
         "fine_tuning": tuned,
         "robustness": ours.get("robustness"),
         "converted_from": ours.get("converted_from"),
+        "started_from": ours.get("started_from"),
         "versions": ours.get("versions"),
         "citations": [text for entry in checkpoint.citations for text in entry.get("apa_citations", ())],
         "can_be_continued": checkpoint.training is not None or "optimizer_state" in content,
