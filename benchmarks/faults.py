@@ -1,11 +1,11 @@
 """Tries what machines, users and files do to a run, and counts: tried, survived, lost, hung, misadvised, tracebacks shown.
 
-A fault is survived where the program ends as it should in time, says in one message what to do, and where doing it gives what an
-undisturbed run gives, bit for bit. Lost: the result is another. Misadvised: the message is not the right one, or what it says does
-not help. Runs on a CPU; two processes stand for two GPUs. ``--only WORD`` tries the faults that have the word in their name.
+A fault is survived where the program ends as it should in time, says in one message what to do, and where doing it gives what
+an undisturbed run gives, bit for bit. Lost: the result is another. Misadvised: the message is not the right one, or what it says
+does not help. Runs on a CPU; two processes stand for two GPUs. ``--only WORD`` tries the faults that have the word in their name.
 """
 
-# ruff: noqa: D  the name of a fault says what its function does
+# ruff: noqa: D101, D102, D103
 from __future__ import annotations
 
 import contextlib

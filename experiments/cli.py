@@ -15,10 +15,11 @@ from nnssl.errors import NnsslError
 from nnssl.experiments.collect import collect
 from nnssl.experiments.estimate import clock, estimate_jobs
 from nnssl.experiments.evaluate import need_surface_library
-from nnssl.experiments.executor import Backend, LocalBackend, Outcome, run_jobs
+from nnssl.experiments.executor import Backend, LocalBackend, Outcome, run_jobs, settle_lost
 from nnssl.experiments.experiment import Experiment, load_experiment
 from nnssl.experiments.jobs import PHASES, Graph, Job, build_graph
 from nnssl.experiments.records import Records, try_lock
+from nnssl.files import remove_temporary, write_atomic
 
 __all__ = ["main", "run_experiment"]
 
@@ -75,7 +76,7 @@ def _write_inputs(graph: Graph) -> None:
     for path, text in graph.texts.items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_atomic(path, lambda file, text=text: file.write(text.encode("utf-8")))
     for folder, links in graph.inputs.items():
         folder.mkdir(parents=True, exist_ok=True)
         for name, target in links.items():
@@ -179,6 +180,9 @@ def run_experiment(
     if lock is None:
         raise NnsslError(f"another process is at work in {folder}. Wait for it, or choose another folder with -o.")
     with lock:
+        for place in (folder, *(p for p in folder.glob("*") if p.is_dir())):  # whoever wrote them is dead
+            remove_temporary(place)
+        settle_lost(graph.jobs.values(), records)
         _write_inputs(graph)
         pending = [job for job in graph.jobs.values() if not records.finished(job)]
         outcome = Outcome(finished=[j.id for j in graph.jobs.values() if records.finished(j)])

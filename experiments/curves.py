@@ -11,6 +11,7 @@ import numpy as np
 from nnssl.experiments.scores import Key, Scores, label_order
 from nnssl.experiments.statistics import seed_means
 from nnssl.experiments.summary import Curves, Row, mean_curve
+from nnssl.files import write_atomic
 
 __all__ = ["colour_of", "dice_over_labels", "save", "training_curves"]
 
@@ -63,8 +64,10 @@ def save(figure: Any, stem: Path) -> list[Path]:
 
     files = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
     with plt.rc_context(STYLE):
-        figure.savefig(files[0], dpi=160, facecolor="white", metadata={"Software": None})
-        figure.savefig(files[1], facecolor="white", metadata={"Date": None, "Creator": None})
+        png = {"format": "png", "dpi": 160, "facecolor": "white", "metadata": {"Software": None}}
+        svg = {"format": "svg", "facecolor": "white", "metadata": {"Date": None, "Creator": None}}
+        for file, how in zip(files, (png, svg)):
+            write_atomic(file, lambda out, how=how: figure.savefig(out, **how))
     plt.close(figure)
     return files
 

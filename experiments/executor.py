@@ -8,16 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from nnssl.command import stop_on_signals
 from nnssl.experiments.jobs import Job
 from nnssl.experiments.records import Records, end_group, try_lock
 
-__all__ = ["LAUNCHER", "Backend", "Handle", "LocalBackend", "Outcome", "full_command", "run_jobs"]
+__all__ = ["LAUNCHER", "Backend", "Handle", "LocalBackend", "Outcome", "full_command", "run_jobs", "settle_lost"]
 
 log = logging.getLogger("nnssl")
 
@@ -87,10 +87,15 @@ class _Process:
 
 
 class _Left:
-    """A process that an earlier start of the experiment left running: it is waited for, by its lock."""
+    """A process that an earlier start of the experiment left running: it is waited for, by its lock.
 
-    def __init__(self, lock: Path) -> None:
+    Attributes:
+        age: seconds that it has run already.
+    """
+
+    def __init__(self, lock: Path, started: float | None = None) -> None:
         self.lock = lock
+        self.age = 0.0 if started is None else max(0.0, time.time() - started)
 
     def poll(self) -> int | None:
         file = try_lock(self.lock)
@@ -127,10 +132,11 @@ class LocalBackend:
         """Start a job, or take over the process that an earlier start left running."""
         lock = try_lock(self.records.lock(job.id))
         if lock is None:
-            pid = int(self.records.read(job.id).get("pid") or 0)
+            record = self.records.read(job.id)
+            pid = int(record.get("pid") or 0)
             if pid and _alive(pid):
                 log.info("%s is still running from an earlier start (process %d): waiting for it.", job.id, pid)
-                return _Left(self.records.lock(job.id))
+                return _Left(self.records.lock(job.id), record.get("started"))
             end_group(pid, getattr(signal, "SIGKILL", signal.SIGTERM)) if pid else None
             lock = _wait_for_lock(self.records.lock(job.id))
             if lock is None:
@@ -179,26 +185,6 @@ def _wait_for_lock(path: Path) -> Any:
     return None
 
 
-class Stopped(KeyboardInterrupt):
-    """The program was asked to end."""
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    def stop(number: int, frame: Any) -> None:
-        raise Stopped
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def run_jobs(
     jobs: Iterable[Job],
     records: Records,
@@ -224,7 +210,7 @@ def run_jobs(
     running: dict[str, tuple[Job, int, Handle, float]] = {}
     waiting = {job.id: job for job in jobs if job.id not in set(outcome.finished)}
     free = list(range(slots))[::-1]
-    with _stop_on_sigterm():
+    with stop_on_signals():
         try:
             while waiting or running:
                 _block(waiting, outcome)
@@ -232,7 +218,8 @@ def run_jobs(
                     slot = free.pop()
                     del waiting[job.id]
                     log.info("%s: %s", job.id, job.shown)
-                    running[job.id] = (job, slot, backend.start(job, slot), time.monotonic())
+                    handle = backend.start(job, slot)
+                    running[job.id] = (job, slot, handle, time.monotonic() - getattr(handle, "age", 0.0))
                 ended = [(i, status) for i, (_, _, h, _) in running.items() if (status := h.poll()) is not None]
                 for job_id, status in ended:
                     job, slot, _, begin = running.pop(job_id)
@@ -246,8 +233,9 @@ def run_jobs(
             for wait in (False, True):
                 for _, _, handle, _ in running.values():
                     handle.stop(wait)
-            for job_id in running:
-                records.write(job_id, status="stopped")
+            for job_id, (job, _, _, begin) in running.items():
+                spent = float(records.read(job_id).get("seconds") or 0.0) + time.monotonic() - begin
+                records.write(job_id, status="stopped", seconds=spent, phase=job.phase)
             raise
     return outcome
 
@@ -269,6 +257,27 @@ def _block(waiting: dict[str, Job], outcome: Outcome) -> None:
         for job_id, need in blocked.items():
             outcome.blocked[job_id] = outcome.blocked.get(need, need)
             del waiting[job_id]
+
+
+def settle_lost(jobs: Iterable[Job], records: Records) -> None:
+    """Put right the records of jobs that ended while nobody looked: the program was killed beside them or before.
+
+    Their time runs to the last sign of life, in log or outputs. A job that was killed after all that it is for was written (a
+    training in its validation, where test cases decide) is done.
+    """
+    for job in jobs:
+        record = records.read(job.id)
+        status, pid = record.get("status"), int(record.get("pid") or 0)
+        whole = not job.recorded and all(path.is_file() for path in job.outputs)
+        if status == "running" and pid and not _alive(pid):
+            started = float(record.get("started") or 0.0)
+            signs = [p.stat().st_mtime for p in (records.log(job.id), *job.outputs) if p.is_file()]
+            spent = float(record.get("seconds") or 0.0) + max(0.0, max(signs, default=started) - started)
+            record = {"status": "stopped", "seconds": spent, "phase": job.phase}
+        elif not (whole and status in ("stopped", "failed")):
+            continue
+        done = {"status": "done", "amount": job.amount, "phase": job.phase, "reason": ""} if whole else {}
+        records.write(job.id, **{**record, **done})
 
 
 def _settle(job: Job, status: int, seconds: float, records: Records, outcome: Outcome) -> None:

@@ -15,6 +15,7 @@ from nnssl.experiments.scores import Key, Scores, label_order, parse_labels
 from nnssl.experiments.statistics import _nanmean
 from nnssl.experiments.summary import Row
 from nnssl.experiments.tables import baseline_of
+from nnssl.files import write_atomic
 
 __all__ = [
     "CasePicture",
@@ -193,7 +194,8 @@ def draw_case(
         panel.axis("off")
         if axis:  # coronal and sagittal slices: the head is up
             panel.invert_yaxis()
-    figure.savefig(file, dpi=110, facecolor="white", metadata={"Software": None})
+    drawn = {"format": "png", "dpi": 110, "facecolor": "white", "metadata": {"Software": None}}
+    write_atomic(file, lambda out: figure.savefig(out, **drawn))
     plt.close(figure)
 
 

@@ -18,7 +18,7 @@ import nnssl
 from nnssl import checkpoint as checkpoints
 from nnssl import transfer
 from nnssl.errors import NnsslError
-from nnssl.files import write_json
+from nnssl.files import write_atomic, write_json
 from nnssl.malloc import keep_freed_memory
 from nnssl.networks import canonical_state_dict
 from nnssl.paths import encode_path
@@ -229,7 +229,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         if self.local_rank == 0:
             folder = Path(self.output_folder)
             write_json(folder / "transfer_report.json", content)
-            (folder / "transfer_report.txt").write_text(f"{text}\n", encoding="utf-8")
+            write_atomic(folder / "transfer_report.txt", lambda file: file.write(f"{text}\n".encode()))
 
     def save_checkpoint(self, filename: str) -> None:
         """As nnU-Net, but written whole or not at all, under the stock trainer's name, and with the provenance.

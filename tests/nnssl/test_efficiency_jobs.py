@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -446,3 +447,31 @@ def test_no_gpu_is_said_before_anything_runs(lab, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(NnsslError, match="--device cpu"):
         cli.run_experiment(lab.file, out=lab.out, device="cuda")
+
+
+def test_a_job_killed_in_its_validation_beside_a_killed_program(tmp_path):
+    """What it is for was written: it is done, and its time runs to the last sign of life."""
+    from nnssl.experiments.executor import settle_lost
+    from nnssl.experiments.jobs import Job
+
+    records, output = Records(tmp_path), tmp_path / "checkpoint_final.pth"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    jobs = [
+        Job("a", "train", ("x",), outputs=(output,), amount=7),
+        Job("b", "train", ("x",), outputs=(tmp_path / "no",)),
+    ]
+    output.write_bytes(b"weights")
+    for job in jobs:
+        records.write(job.id, status="running", pid=dead.pid, started=1000.0, seconds=5.0)
+        records.log(job.id).parent.mkdir(exist_ok=True)
+        records.log(job.id).write_text("validating")
+        os.utime(records.log(job.id), (1060, 1060))
+    os.utime(output, (1040, 1040))
+    settle_lost(jobs, records)
+    a, b = (records.read(job.id) for job in jobs)
+    assert (a["status"], a["seconds"], a["amount"]) == ("done", 65.0, 7)
+    assert (b["status"], b["seconds"]) == ("stopped", 65.0)
+    records.write("b", status="running", pid=os.getpid())
+    settle_lost(jobs, records)
+    assert records.read("b")["status"] == "running"

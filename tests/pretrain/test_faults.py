@@ -343,3 +343,217 @@ def test_a_killed_preprocessing_continues(free, nnunet_env):
         n: t for n, t in before.items() if not n.endswith("_seg.b2nd")
     }
     assert not list(source.glob("*_tmp"))
+
+
+# ---- what --c means --------------------------------------------------------------------------------------------------------
+
+
+def end(engine):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def stopped(target):
+    """A run of three epochs that ended in its second, with two checkpoints, and its folder."""
+    from nnssl.pretrain.engine.loop import Engine
+
+    save = Engine.save
+
+    def save_and_end(self, **options):
+        save(self, **options)
+        if self.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Engine, "save", save_and_end)
+        go(name="broken")
+    (latest,) = iter_latest()
+    return latest.parent
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage" * 999, None], ids=["empty", "garbage", "cut"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, damage, caplog):
+    caplog.set_level("INFO", "nnssl")
+    latest = stopped / "checkpoint_latest.pth"
+    latest.write_bytes(latest.read_bytes()[:-999] if damage is None else damage)
+    again = go(name="broken", continue_run=True)
+    assert "Going on from the checkpoint before it" in caplog.text and "Continuing after step 2 of 6" in caplog.text
+    assert same_weights(go(name="straight"), again)
+    assert (stopped / "checkpoint_damaged.pth").is_file() and not (stopped / "checkpoint_previous.pth").exists()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts(target, caplog):
+    caplog.set_level("INFO", "nnssl")
+    with pytest.raises(NnsslError, match="nothing to continue in"):
+        go(name="broken", continue_run=True)
+    with pytest.raises(NnsslError, match="nothing to continue in"):  # asking has left nothing behind
+        go(name="broken", continue_run=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        from nnssl.pretrain import api
+
+        patch.setattr(api, "prepare_sources", lambda *args, **options: end(None))
+        go(name="broken")
+    assert same_weights(go(name="straight"), go(name="broken", continue_run=True))
+    assert "starts from the beginning" in caplog.text
+
+
+def test_the_crop_of_a_continued_run_is_that_of_the_run(stopped, caplog):
+    caplog.set_level("INFO", "nnssl")
+    go(name="broken", continue_run=True)
+    assert "as in the run that is continued" in caplog.text and "as asked for" not in caplog.text
+
+
+def test_what_was_accepted_and_chosen_at_first_is_kept(free, tmp_path):
+    left_out = tmp_path / "left_out.txt"
+    left_out.write_text("case_001\n")
+    info = free.parent / "dataset.json"
+    info.write_text(info.read_text().replace('"MR"', '"T2"'))
+    with pytest.raises(NnsslError, match="--allow-mismatch"):
+        go(902)
+    with pytest.raises(KeyboardInterrupt):
+        go(902, allow_mismatch=True, exclude=left_out, hooks=[After(end)])
+    assert go(902, continue_run=True).finished
+
+
+def test_a_checkpoint_of_another_run_is_refused(stopped):
+    other = go(name="other", seed=5)
+    (stopped / "checkpoint_latest.pth").write_bytes((other.folder / "checkpoint_latest.pth").read_bytes())
+    with pytest.raises(NnsslError, match=r"another configuration.*\n.*seed: 5 in the checkpoint, 0 now"):
+        go(name="broken", continue_run=True)
+
+
+@pytest.mark.parametrize("part", ["stepper", "rng", "history", "step", "method"])
+def test_a_checkpoint_without_a_part_is_refused_by_the_part(stopped, part):
+    file = stopped / "checkpoint_latest.pth"
+    content = torch.load(file, weights_only=True)
+    del content["nnssl_training"][part]
+    torch.save(content, file)
+    with pytest.raises(NnsslError, match=f"checkpoint_latest.pth cannot be continued: its part '{part}' is missing"):
+        go(name="broken", continue_run=True)
+
+
+# ---- pictures, signals, memory ---------------------------------------------------------------------------------------------
+
+
+def test_pictures_that_cannot_be_written_end_no_run(target, monkeypatch, caplog):
+    from nnssl.pretrain.engine import logs, loop
+
+    def fail(*args, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    straight = go(name="straight", options={**OPTIONS, "picture_every": 0})
+    monkeypatch.setattr(loop, "save_picture", fail)
+    monkeypatch.setattr(logs, "plot_progress", fail)
+    other = go(name="blind", options={**OPTIONS, "picture_every": 1})
+    assert other.finished and same_weights(straight, other)
+    assert "progress.png could not be written" in caplog.text and "views_epoch_0003.png could not" in caplog.text
+
+
+def test_a_second_interrupt_ends_a_save_and_leaves_the_checkpoint_before(target, monkeypatch, capsys):
+    from nnssl.pretrain import api
+    from nnssl.pretrain.cli import main
+
+    arguments = [
+        "-d",
+        "901",
+        "-m",
+        "mae",
+        "-device",
+        "cpu",
+        "--epochs",
+        "3",
+        "--iterations",
+        "2",
+        "--robustness-every",
+        "0",
+    ]
+    arguments += ["-o", "workers=0", "picture_every=0", "held_out_batches=1"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    plain, calls = checkpoint.save, []
+
+    def interrupted(path, payload):
+        calls.append(path)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)  # asks to save and end
+        if len(calls) == 3:
+            real = torch.save
+
+            def slow(content, file):
+                os.kill(os.getpid(), signal.SIGINT)
+                real(content, file)
+
+            patch.setattr(torch, "save", slow)
+        plain(path, payload)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api.checkpoint, "save", interrupted)
+        assert main(arguments) == 130
+    assert capsys.readouterr().err == "Stopped.\n"
+    (latest,) = iter_latest()
+    assert checkpoint.load(latest).training["step"] == 4
+    assert not list(latest.parent.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_commands_end_alike(name, code, capsys):
+    from nnssl.command import run_command
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def body():
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(5)
+
+    assert run_command(body) == code
+    assert capsys.readouterr().err == "Stopped.\n" and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_dead_writers_left_is_removed(target):
+    result = go(name="first", epochs=1)
+    left = result.folder / ".checkpoint_latest.pth.abc123.tmp"
+    left.write_bytes(b"half")
+    (result.folder / "checkpoint_final.pth").unlink()
+    assert go(name="first", epochs=1, continue_run=True).finished and not left.exists()
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_the_run(target, monkeypatch):
+    """As in a container with 64 MB of shared memory: Python's queue drops the batch, and the run would wait for ever."""
+    import torch.multiprocessing.reductions as reductions
+
+    main = os.getpid()
+    real = reductions.reduce_storage
+
+    def no_space(storage):
+        if os.getpid() != main:
+            raise RuntimeError(
+                "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+            )
+        return real(storage)
+
+    from multiprocessing.reduction import ForkingPickler
+
+    for kind in (torch.UntypedStorage, torch.FloatStorage):
+        monkeypatch.setitem(ForkingPickler._extra_reducers, kind, no_space)
+    with pytest.raises(NnsslError, match=r"Shared memory ran out.*--shm-size.*-o workers=0"):
+        go(options={**OPTIONS, "workers": 1})
+
+
+def test_weights_that_are_not_finite_after_the_last_step(target, monkeypatch):
+    from nnssl.pretrain.engine.loop import NonFiniteError
+    from nnssl.pretrain.engine.stepping import Stepper
+
+    step = Stepper.step
+
+    def spoil(self, batch, number, *args, **options):
+        out = step(self, batch, number, *args, **options)
+        if number == 5:
+            with torch.no_grad():
+                next(self.method.network.parameters()).fill_(float("nan"))
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", spoil)
+        with pytest.raises(NonFiniteError, match="step 5: a weight after it is not finite. Cases of the batch: case_0"):
+            go(name="broken")
+    assert same_weights(go(name="straight"), go(name="broken", continue_run=True))
