@@ -241,7 +241,7 @@ def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     try:
-        write_atomic(path, lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")))
+        write_atomic(path, lambda file: file.write(text.getvalue().encode("utf-8", "backslashreplace")))
     except OSError as error:
         raise NnsslError(f"{path} cannot be written: {error.strerror}.") from error
 

@@ -29,8 +29,9 @@ DETACHED = {
     ".gz": (".nhdr",),
     ".img": (".hdr",),
     ".img.gz": (".hdr",),
+    ".json": (".tif", ".tiff"),
 }
-"""Endings of voxels whose header is a file of its own beside them, with the header's ending."""
+"""Endings of files that belong to an image file beside them (voxels of a header, the voxel size of a TIFF), with its ending."""
 
 NOT_TEXT = "its path is no UTF-8 text: rename it"
 

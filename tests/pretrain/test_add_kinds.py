@@ -189,7 +189,7 @@ def test_paths_that_are_no_text_are_lines_of_the_table(place):
     assert sorted((r.reason, r.count) for r in summary.rejected) == [
         ("its path is no UTF-8 text: rename it", n) for n in (1, 2)
     ]
-    assert summary.report.is_file() and not (place.dataset / "imagesTr_tmp").exists()
+    assert "ller.nii.gz" in summary.report.read_text(encoding="utf-8") and not (place.dataset / "imagesTr_tmp").exists()
     with pytest.raises(NnsslError, match="is no UTF-8 text: rename the folder"):
         place.add(os.fsdecode(root + b"/M\xfcller"))
 
@@ -323,7 +323,7 @@ def test_other_formats(place, kind):
     else:
         write(e / "ct.gipl", array)
     summary = place.add()
-    assert summary.added == ["Scans_0001"] and [r.file for r in summary.rejected if not r.file.endswith("json")] == []
+    assert summary.added == ["Scans_0001"] and summary.rejected == []
     same(place, array)
 
 
