@@ -96,7 +96,7 @@ def start_from(
         if given:
             raise NnsslError(f"{', '.join(given)}: only with --init FILE.")
         return None
-    loaded = checkpoint.load(init, **place)
+    loaded = checkpoint.load(init, key=key, prefix=prefix)
     adaptation = Adaptation.from_told({"adapt": adapt, "coverage": coverage})
     if loaded.verdict is not None and not loaded.verdict[0]:
         log.warning("--init %s says of itself that it did not learn: %s", init, loaded.verdict[1])

@@ -174,13 +174,13 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
                 self.print_to_log_file("nnssl: stage 2 begins: teacher, schedule and optimiser start anew")
             else:
                 self.print_to_log_file("nnssl: WARNING: the checkpoint held no teacher; it starts again as the network")
-        self._labelled_loader = self.dataloader_train
+        self._labelled_loader = self.dataloader_train  # type: ignore[has-type]
         self.dataloader_unlabelled = self._load_pool()
         self.dataloader_train = Halves(self._labelled_loader, self.dataloader_unlabelled, self.labelled_share)
 
     def _make_teacher(self) -> EMA:
         self.teacher = EMA(self.network).to(self.device)
-        self.teacher.module.decoder.deep_supervision = False
+        self.teacher.module.get_submodule("decoder").deep_supervision = False  # type: ignore[assignment]
         self._followed = 0
         return self.teacher
 
@@ -255,7 +255,8 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         n, levels = len(data), isinstance(outputs, (list, tuple))
         labelled = [o[:n] for o in outputs] if levels else outputs[:n]
         other = [o[n:] for o in outputs] if levels else outputs[n:]
-        self._measure(made, (other[0] if levels else other).detach(), target[0] if levels else target)
+        finest: Any = other[0] if levels else other
+        self._measure(made, finest.detach(), target[0] if levels else target)
         return 0.5 * self.loss(labelled, target) + 0.5 * self.loss(other, self.targets_of(made))
 
     @torch.no_grad()

@@ -118,9 +118,10 @@ class Extractor:
                 here = torch.einsum("kc,czyx->kzyx", weight, found)
                 logits += functional.interpolate(here[None], size=window.size, mode="trilinear")[0]
                 at += len(found)
-            own = logits[(slice(None), *window.inner)]
+            inner, box = (slice(None), *window.inner), (slice(None), *window.box)
+            own = logits[inner]
             for result, a, b in zip(out, edges, edges[1:]):
-                result[(slice(None), *window.box)] = decide(own[a:b], classes).cpu().numpy()
+                result[box] = decide(own[a:b], classes).cpu().numpy()
         return out
 
 

@@ -68,7 +68,7 @@ def _panel(panel: Any, found: Probe, case: Case, masks: np.ndarray) -> None:
     z = best_slice(case, classes)
     image = np.asarray(case.image[0:1, z : z + 1], dtype=np.float32)[0, 0]
     true = classes.masks(case.labels[z])
-    box = _box(true.any(0), pixel)
+    box = _box(np.asarray(true.any(0)), pixel)
     low, high = np.percentile(image[box], [1, 99.5])
     panel.imshow(image[box], cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=pixel[0] / pixel[1])
     for i in range(len(classes.names)):

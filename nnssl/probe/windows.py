@@ -87,6 +87,7 @@ def read_window(image: object, window: Window) -> np.ndarray:
     """``(C, *size)`` float32 of an image ``(C, Z, Y, X)`` on disk or in memory; 0 outside of it, as nnU-Net pads."""
     shape = image.shape[1:]  # type: ignore[attr-defined]
     inside = [(max(0, s), min(n, s + w)) for s, w, n in zip(window.start, window.size, shape)]
-    found = np.asarray(image[(slice(None), *(slice(a, b) for a, b in inside))], dtype=np.float32)  # type: ignore[index]
+    place = (slice(None), *(slice(a, b) for a, b in inside))
+    found = np.asarray(image[place], dtype=np.float32)  # type: ignore[index]
     pad = [(a - s, s + w - b) for s, w, (a, b) in zip(window.start, window.size, inside)]
     return np.pad(found, [(0, 0), *pad])

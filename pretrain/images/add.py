@@ -161,7 +161,8 @@ def _find(
 
 def _jobs(chosen: Channels) -> tuple[list[Job], list[Rejected]]:
     """The cases to be. An image that went away meanwhile is one line of the table."""
-    items, gone = [], []
+    items: list[Item] = []
+    gone: list[Item] = []
     for item in chosen.items:
         there = all(map(os.path.exists, item.files))
         (items if there else gone).append(item)

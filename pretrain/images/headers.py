@@ -245,7 +245,10 @@ def _read(root: str, file: str) -> Header | Rejected:
         file,
         root,
         hashlib.sha256(who.encode("utf-8", "surrogateescape")).hexdigest(),
-        *(_text(data, n) for n in ("SeriesInstanceUID", "StudyInstanceUID", "SOPInstanceUID", "SeriesDescription")),
+        series=_text(data, "SeriesInstanceUID"),
+        study=_text(data, "StudyInstanceUID"),
+        instance=_text(data, "SOPInstanceUID"),
+        description=_text(data, "SeriesDescription"),
         modality="" if modality == "OT" else modality,  # other: says nothing
         kind=(kind if isinstance(kind, str) else "\\".join(map(str, kind))).upper(),
         samples=samples,

@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -157,7 +157,7 @@ def raise_fatal(reply: Reply, folder: Path, left: int) -> None:
 
 def in_memory(
     worker: Callable[[Job], Reply], jobs: Sequence[Job], n_processes: int, description: str
-) -> Iterator[Reply]:
+) -> Generator[Reply, None, None]:
     """Do all jobs; one for which memory ran out, or whose process was killed, is done again alone in the end.
 
     What does not fit even then is the image's fault: its entry is bad and says so.

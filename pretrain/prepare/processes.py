@@ -104,7 +104,8 @@ def _in_processes(worker: Callable[[J], R], jobs: Sequence[J], n: int, killed: C
             n,
         )
         while broken:
-            todo, lost = iter(broken), []
+            todo = iter(broken)
+            lost: list[J] = []
             yield from _pool(worker, todo, 1, lost)
             if lost:  # a single process works in order: the first of them is to blame
                 first = min(lost, key=lambda job: next(i for i, known in enumerate(broken) if known is job))

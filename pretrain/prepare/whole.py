@@ -321,7 +321,7 @@ def check_same_size(files: Sequence[str]) -> None:
             raise ValueError(f"channel 0 has {one} voxels, channel {channel} has {other}: resample it to the same grid")
 
 
-def check_voxels(channels: Sequence[np.ndarray]) -> None:
+def check_voxels(channels: Sequence[np.ndarray] | np.ndarray) -> None:
     """Whether an image's voxels are numbers and more than emptiness.
 
     Args:
