@@ -121,6 +121,14 @@ def test_layer_decay_counts_stages_from_the_heads():
     assert rates.at(2 * 250, GROUPS[1]) == pytest.approx(0.5 * 0.5**0.9)
 
 
+def test_a_linear_probe_has_one_rate_unless_it_warms_up():
+    still, rising = (Rates("linear_probe", Figures(20, 3, peak_lr=1.0, warmup=w), GROUPS) for w in (0, 0.1))
+    assert [still.at(step, "seg_layers") for step in (0, 30, 59)] == [1.0, 1.0, 1.0]
+    assert rising.at(0, "seg_layers") == pytest.approx(1 / 3) and rising.at(59, "seg_layers") == pytest.approx(
+        (1 / 18) ** 0.9
+    )
+
+
 def test_a_schedule_needs_no_state():
     optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "name": g} for g in GROUPS], lr=9.0)
     schedule = StepSchedule(optimizer, Rates("sawtooth", Figures(20, 3), GROUPS))
