@@ -97,16 +97,16 @@ def ours(plan: Any, name: str, size: tuple[int, ...], batches: int) -> dict[str,
 
 def main() -> None:
     """Print the table."""
-    args = arguments(__doc__, batches=(12, "batches of two crops"))
+    args = arguments(__doc__, batches=(12, "batches of two crops"), cases=(24, "different volumes"))
     torch.set_num_threads(1)
     from nnssl.pretrain.methods import list_methods
 
-    size, shape, batches = (64, 64, 64), (96, 112, 96), args.batches
+    size, shape, batches, cases = (64, 64, 64), (130, 150, 130), args.batches, args.cases
     if args.quick:
-        size, shape, batches = (24, 24, 24), (64, 72, 64), min(4, batches)
+        size, shape, batches, cases = (24, 24, 24), (64, 72, 64), min(4, batches), 4
     rows = []
     with workspace():
-        plan = make_dataset(8, shape=shape, patch=size, features=(8, 16, 32, 64))
+        plan = make_dataset(cases, shape=shape, patch=size, features=(8, 16, 32, 64), different=cases)
         seconds, voxels = stock(plan, size, 10 * batches)  # its transforms are drawn: a few crops say little
         base = voxels / seconds
         crops = voxels / np.prod(size)
