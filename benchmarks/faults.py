@@ -609,6 +609,8 @@ def main() -> int:
     """Try all; status 1 where one was not survived."""
     args = arguments(__doc__, only=("", "only faults whose name matches this pattern"))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, and what is started here would ignore it too
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     small = {"shape": (32, 40, 32), "patch": (16, 16, 16), "features": (4, 8, 16)}
     with workspace():
         make_dataset(6, **small)
