@@ -122,3 +122,10 @@ def test_streams():
     assert not torch.equal(whole.start, other.start)
     with pytest.raises(ValueError, match="do not fit"):
         draw_pairs(body, (8, 21, 8), Draws(0, 0, 4))
+
+
+def test_mean_overlap_by_hand():
+    """Crops of 4x6: the same, moved by one and two voxels, side by side, and apart on one axis."""
+    a = torch.zeros(4, 2, dtype=torch.long)
+    b = torch.tensor([[0, 0], [1, 2], [4, 0], [0, 9]])
+    assert mean_overlap((4, 6), torch.stack([a, b])).tolist() == pytest.approx([1.0, 3 * 4 / 24, 0.0, 0.0])

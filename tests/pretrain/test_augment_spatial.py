@@ -184,3 +184,9 @@ def test_source_is_untouched():
     view = random_affine(x, Draws(7, 5, 2), (9, 10), (1.0, 1.0), mirror_axes=(0, 1))
     view.data.zero_()
     assert torch.equal(x, before)
+
+
+def test_views_are_scaled_both_ways_by_default():
+    drawn = random_affine(torch.zeros(60, 1, 6, 6), Draws(0, 1, 60), (6, 6), (1.0, 1.0)).affine
+    magnification = torch.linalg.det(drawn.matrix).rsqrt()
+    assert 0.8 <= float(magnification.min()) < 0.85 and 1.18 < float(magnification.max()) <= 1.25

@@ -14,7 +14,7 @@ from nnssl.networks import build_network, canonical_state_dict
 from nnssl.plans import Plan, load_plan
 from nnssl.plans.figures import FAMILIES, Figures, check_options, family_name
 from nnssl.trainers import nnUNetTrainerPretrainedScratch
-from nnssl.trainers.groups import backbone_groups, group_of, hold_statistics, parameter_groups
+from nnssl.trainers.groups import backbone_groups, build_optimizer, group_of, hold_statistics, parameter_groups
 from nnssl.trainers.rates import describe_rates, draw_rates, merge_names
 from nnssl.trainers.schedule import Rates, StepSchedule, freeze_unfreeze, sawtooth
 from nnssl.weights import part_of, write_variant
@@ -119,6 +119,16 @@ def test_layer_decay_counts_stages_from_the_heads():
     rates = Rates("warmup_poly", Figures(epochs=4, peak_lr=1.0, warmup=0, layer_decay=0.5), GROUPS)
     assert [rates.at(0, g) for g in GROUPS] == [1, 0.5, 0.25, 0.125, 0.0625]
     assert rates.at(2 * 250, GROUPS[1]) == pytest.approx(0.5 * 0.5**0.9)
+
+
+def test_optimisers_are_those_that_are_named():
+    made = {k: build_optimizer([torch.nn.Parameter(torch.zeros(1))], k, 0.02, 0.03) for k in ("sgd", "adam", "adamw")}
+    figures = {k: o.param_groups[0] for k, o in made.items()}
+    assert [type(o) for o in made.values()] == [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW]
+    assert [f["lr"] for f in figures.values()] == [0.02] * 3
+    assert [f["weight_decay"] for f in figures.values()] == [0.03, 0, 0.03]
+    assert figures["sgd"]["momentum"] == 0.99 and figures["sgd"]["nesterov"]
+    assert figures["adam"]["betas"] == (0.9, 0.999) and figures["adamw"]["betas"] == (0.9, 0.98)
 
 
 def test_a_linear_probe_has_one_rate_unless_it_warms_up():
