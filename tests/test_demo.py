@@ -114,7 +114,7 @@ def test_commands_of_nnssl_are_accepted_by_their_parsers(demo):
             parsers[step.command[0]].parse_args(step.command[1:])
             seen.add(step.command[0])
     assert seen == set(parsers)
-    assert "nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerPretrained -p nnUNetPlans_cpu -device cpu" in [
+    assert "nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerPretrainedMeanTeacher -p nnUNetPlans_cpu -device cpu" in [
         shlex.join(s.command) for s in full
     ]
 
@@ -150,8 +150,11 @@ def test_report_and_pictures(demo, tmp_path):
         dice[name] = demo.report.dice_of(out / "summary.json")
     assert dice["scratch"]["test_000"] == {"gland": 0.5, "bladder": 0.3, "mean": 0.4}
     text = demo.report.summary([("Pretrain", "1:15", "there")], dice, ["a.png"])
-    assert "without pretraining   0.500  0.300    0.400" in text
-    assert "+0.300 and was better in 2 of 2" in text
+    assert "labels only               0.500  0.300    0.400" in text
+    assert "by +0.300 against the same steps on labels only, and were better in 2 of 2" in text
+    assert demo.report.measured((0.02, 0.04)).startswith(
+        "Over 2 seeds of the phantoms it was +0.030 on average (+0.020 to"
+    )
     written = demo.report.write_pictures(tmp_path, dice)
     assert [p.name for p in written] == ["phantoms.png", "predictions.png"]
     assert all(p.stat().st_size > 5000 for p in written)
@@ -163,6 +166,6 @@ def test_quick_demo_from_end_to_end(demo, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["run_demo.py", "--quick", "--folder", str(tmp_path / "demo")])
     assert demo.run_demo.main() == 0
     text = (tmp_path / "demo" / "report.txt").read_text()
-    assert "with pretraining" in text
+    assert "pretrained, mean teacher" in text
     assert "is missing" not in text
     assert "pretraining_progress.png" in text
