@@ -30,7 +30,7 @@ from nnssl.plans.figures import MEAN_TEACHER
 from nnssl.plans.labels import ALL, case_order, folds_of
 from nnssl.plans.unlabelled import UnlabelledPool, find_unlabelled
 from nnssl.teacher.averaging import averaging_momentum
-from nnssl.teacher.components import keep_largest, one_piece
+from nnssl.teacher.components import foreground_classes, keep_largest, one_piece_of_cases
 from nnssl.teacher.pseudo_labels import labels_of
 from nnssl.trainers.groups import build_optimizer
 from nnssl.trainers.pool import Halves, UnlabelledDataset, UnlabelledLoader, split_transforms
@@ -45,8 +45,6 @@ TEACHER = "nnssl_mean_teacher"
 """Key of a fine-tuned checkpoint: the teacher, the steps that it has followed, and what was measured after each epoch."""
 COLLAPSE = 0.1
 """Pseudo-labels with less than this share of the labelled patches' foreground are called collapsed."""
-LABEL_MAPS, CUTS = 64, 4
-"""Labelled cases that are asked whether a class is one piece, at most, and patches of each."""
 
 
 class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
@@ -128,34 +126,18 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
             f"  largest component kept of: {one}{f' ({why})' if self._largest else ''}"
         )
 
-    def _classes(self) -> list[Any]:
-        manager = self.label_manager
-        if manager.has_regions:
-            return [r if isinstance(r, int) else tuple(int(i) for i in r) for r in manager.foreground_regions]
-        return [int(label) for label in manager.foreground_labels]
-
     def _one_piece_classes(self, train: Iterable[str]) -> list[Any]:
         """The classes of which pseudo-labels keep the largest component."""
+        classes = foreground_classes(self.label_manager)
         if self.figures.largest != "auto":
-            return self._classes() if self.figures.largest == "always" else []
+            return classes if self.figures.largest == "always" else []
         dataset = self.dataset_class(self.preprocessed_dataset_folder, list(train))
-        chosen = case_order(dataset.identifiers, 0)[:LABEL_MAPS]
-        generator = np.random.default_rng(0)
-        maps = (cut for case in chosen for cut in self._label_maps(dataset, case, generator))
-        return one_piece(maps, self._classes())
-
-    def _label_maps(self, dataset: Any, case: str, generator: np.random.Generator) -> Iterable[np.ndarray]:
-        """A case's label map, and patches around voxels of its classes: a patch may cut what is one piece into several."""
-        label = np.asarray(dataset.load_case(case)[1][0])
-        patch = [1] * (label.ndim - len(self.configuration_manager.patch_size)) + list(
-            self.configuration_manager.patch_size
+        return one_piece_of_cases(
+            case_order(dataset.identifiers, 0),
+            lambda case: np.asarray(dataset.load_case(case)[1][0]),
+            classes,
+            self.configuration_manager.patch_size,
         )
-        if len(self.configuration_manager.patch_size) == label.ndim:
-            yield label
-        places = np.argwhere(label > 0)
-        for place in generator.permutation(len(places))[:CUTS]:
-            start = [max(0, min(int(c) - p // 2, s - p)) for c, p, s in zip(places[place], patch, label.shape)]
-            yield label[tuple(slice(a, a + p) for a, p in zip(start, patch))]
 
     # ---- the second stage -----------------------------------------------------------------------------------------
 

@@ -198,7 +198,8 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         report = transfer.apply(self.pretrained_network(), loaded, plan=plan, parts=parts)
         self.check_transfer(report, source.path)
         self.note_source(loaded)
-        self.set_backbone(part.part for part in report.parts if part.loaded or part.adapted)
+        filled = [part.part for part in report.parts if part.loaded or part.adapted]
+        self.set_backbone(part for part in filled if not transfer.is_head(part))
         self.provenance.update(weights="pretrained", sha256=source.sha256, method=loaded.method, parts=parts)
         text = f"nnssl: weights from {source.path}, {source.why}\n{report}"
         learnt = loaded.nnssl.get("omni") and self.fold != "all"

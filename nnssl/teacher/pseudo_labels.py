@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nnssl.teacher.components import Class, keep_largest
+
 __all__ = ["confidence", "labels_of", "pseudo_label"]
 
 
@@ -42,7 +44,13 @@ def confidence(logits: Tensor, regions: bool = False) -> Tensor:
     return logits.float().softmax(1).amax(1, keepdim=True)
 
 
-def pseudo_label(logits: Tensor, threshold: float, ignore: int, order: Sequence[int] | None = None) -> Tensor:
+def pseudo_label(
+    logits: Tensor,
+    threshold: float,
+    ignore: int,
+    order: Sequence[int] | None = None,
+    largest: Sequence[Class] = (),
+) -> Tensor:
     """Label map in which voxels below the threshold are ignored.
 
     Args:
@@ -50,8 +58,10 @@ def pseudo_label(logits: Tensor, threshold: float, ignore: int, order: Sequence[
         threshold: least probability; 0 ignores none.
         ignore: label of ignored voxels.
         order: see :func:`labels_of`.
+        largest: classes of which only the largest component is kept, doubtful voxels included.
 
     Returns:
         ``(B, 1, *size)`` int64.
     """
-    return torch.where(confidence(logits, order is not None) < threshold, ignore, labels_of(logits, order))
+    made = keep_largest(labels_of(logits, order), largest)
+    return made if threshold <= 0 else torch.where(confidence(logits, order is not None) < threshold, ignore, made)

@@ -56,6 +56,10 @@ class Stages:
         """Whether ``at``, counted from 0, lies in the second stage."""
         return at >= self.first
 
+    def begins_second(self, at: int) -> bool:
+        """Whether ``at`` is the first of a second stage that follows a first one."""
+        return 0 < at == self.first < self.total
+
     def within(self, at: int) -> tuple[int, int]:
         """``(position in the stage, length of the stage)`` of ``at``."""
         return (at - self.first, self.total - self.first) if self.second(at) else (at, self.first)

@@ -5,6 +5,7 @@ from nnssl.weights.adaptation_plan import adaptation_plan
 from nnssl.weights.apply import apply
 from nnssl.weights.formats import FORMATS, convert
 from nnssl.weights.info import describe
+from nnssl.weights.label_set import label_set
 from nnssl.weights.load import Checkpoint, load
 from nnssl.weights.parts import HEADS, UP, is_head, part_names, part_of
 from nnssl.weights.proof import prove_loadable
@@ -29,6 +30,7 @@ __all__ = [
     "describe",
     "fingerprint_names",
     "is_head",
+    "label_set",
     "labels_seen",
     "load",
     "package_versions",

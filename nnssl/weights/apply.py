@@ -17,6 +17,7 @@ from nnssl.plans import Plan
 from nnssl.plans.parts import parts_for, select_parts
 from nnssl.weights.adapt import Adaptation, adapt_channels
 from nnssl.weights.compare import differences, image_channels, second_stage
+from nnssl.weights.label_set import keep_heads
 from nnssl.weights.layout import (
     describe,
     dimensions,
@@ -31,7 +32,7 @@ from nnssl.weights.layout import (
 )
 from nnssl.weights.load import Checkpoint, load, read_content
 from nnssl.weights.matching import count, match
-from nnssl.weights.parts import part_names, part_of, wanted_parts
+from nnssl.weights.parts import HEADS, part_names, part_of, wanted_parts
 from nnssl.weights.report import TransferReport
 
 __all__ = ["agreement", "apply"]
@@ -289,8 +290,9 @@ def apply(
 ) -> TransferReport:
     """Copy a checkpoint's pretrained parts into a network, in place.
 
-    Each tensor is known by one name (``encoder...conv``), so that no stale alias can win. Segmentation heads and decoder stages
-    that were not pretrained keep the network's own initialisation, as do pretrained parts that are left out on purpose
+    Each tensor is known by one name (``encoder...conv``), so that no stale alias can win. Segmentation heads are copied where
+    the checkpoint has learnt the plan's very label set (:mod:`nnssl.weights.label_set`); other heads and decoder stages that were
+    not pretrained keep the network's own initialisation, as do pretrained parts that are left out on purpose
     (``parts``): the report names them and why. Nothing is copied where an error is raised.
 
     Args:
@@ -339,10 +341,14 @@ def apply(
             source = shift_stages(source, deeper)
             held, taken = shift_parts(held, deeper), shift_parts(taken, deeper)
     grids, left = (_given_grid(checkpoint, source), _own_grid(network)), _left_out(checkpoint, held, taken, choice)
-    matched = match(target, names, source, wanted_parts(taken), how, grids, left)
+    decoder = {name for name in part_names(target) if name.startswith("decoder stage ")}
+    whole = decoder <= set(wanted_parts(taken)) and n_stages(target) == n_stages(source)
+    heads, said = keep_heads(checkpoint, plan, whole)
+    matched = match(target, names, source, wanted_parts(taken) + [HEADS] * heads, how, grids, left)
     report = count(where, target, matched)
     report.left_out = {part: why for part, why in left.items() if any(row.part == part for row in report.parts)}
     report.adaptations[:0] = lines
+    report.notes += [said] if said else []
     report.notes += _notes(checkpoint, plan, matched.stale) + _stride_notes(checkpoint, network)
     homeless = Counter(part_of(name) for name in source if name not in aliases)
     foreign_tokens = checkpoint.pretrained_parts is None and is_transformer(target)

@@ -47,7 +47,7 @@ def part_names(names: Iterable[str]) -> list[str]:
 
 
 def is_head(part: str) -> bool:
-    """Whether a part is made for a dataset's classes, and so never transferred."""
+    """Whether a part is made for a dataset's classes, and so transferred at most to the very same ones."""
     return part in (HEADS, UP)
 
 

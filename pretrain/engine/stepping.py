@@ -132,6 +132,8 @@ class Stepper:
             The step's numbers, and whether the optimiser did step (float16 scaling may skip one).
         """
         self.set_lr(step)
+        if self.method.restarts(step, self.steps):
+            self.optimiser.state.clear()
         self.optimiser.zero_grad(set_to_none=True)
         terms = self._backward(iter([batch] if parts == 1 else batch), parts)
         if self.scaler is None:

@@ -131,6 +131,10 @@ class Method(nn.Module, ABC):
             return (step + 1) / warm
         return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
+    def restarts(self, step: int, steps: int) -> bool:
+        """Whether the optimiser forgets its moments before a step, as where a stage begins: a pure function."""
+        return False
+
     def after_step(self, progress: Progress) -> None:  # noqa: B027
         """EMA, centring, queues: once per optimiser step, never after a skipped one."""
 

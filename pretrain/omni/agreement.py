@@ -18,7 +18,7 @@ from nnssl.pretrain.omni.cases import class_locations, head_names
 from nnssl.pretrain.omni.loss import to_regions
 from nnssl.pretrain.omni.patches import LabelledDataset
 from nnssl.pretrain.omni.volumes import write_volumes
-from nnssl.weights import case_hash
+from nnssl.weights import case_hash, label_set
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import Engine
@@ -107,12 +107,11 @@ class AgreementHook(Hook):
         if self._data is not None:
             numbers = self._measure(engine, epoch)
             row.update({f"pseudo/{k}": v for k, v in numbers.items()})
-            log.info(
-                "pseudo-labels: Dice %.3f with held-out labels (network itself %.3f), %.0f %% of the voxels above the threshold",
-                numbers["dice"],
-                numbers["student_dice"],
-                100 * numbers["confident"],
-            )
+            text = f"pseudo-labels: Dice {numbers['dice']:.3f} with held-out labels"
+            text += f" (network itself {numbers['student_dice']:.3f})"
+            if self.config.threshold > 0:
+                text += f", {100 * numbers['confident']:.0f} % of the voxels above the threshold"
+            log.info("%s", text)
         every = self.config.volumes_every
         if every and epoch % every == 0:
             self._write(engine, epoch)
@@ -187,16 +186,19 @@ class AgreementHook(Hook):
         axis.set_title("Dice of pseudo-labels with held-out labels")
 
     def checkpoint_info(self) -> dict[str, Any]:
-        """``{"omni": ...}``: options, trace, and hashes of the cases whose labels were learnt from."""
-        cases = self.companion.cases
+        """``omni``: options, trace, and hashes of the cases whose labels were learnt from; ``heads``: their label set."""
+        cases, plan = self.companion.cases, self.companion.plan
+        heads = head_names(plan)
+        learnt = {n for n, i in heads.items() if any(c.annotated is None or i in c.annotated for c in cases.train)}
         return {
+            **({"heads": label_set(plan.dataset_json, learnt)} if self.config.seg_weight > 0 else {}),
             "omni": {
                 "labelled": cases.dataset,
                 "choice": cases.why,
                 "case_hashes": sorted(case_hash(c.name) for c in cases.train),
                 "options": config_dict(self.config),
                 "trace": [dict(r) for r in self.trace],
-            }
+            },
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -19,7 +19,16 @@ class OmniConfig:
     """Options of the omni-supervised stages, settable by ``-o omni.key=value`` beside the method's own."""
 
     switch: float = option(
-        0.5, "share of the run's steps after which pseudo-labels are learnt from; 1: never", low=0.0, high=1.0
+        1 / 3, "share of the run's steps after which pseudo-labels are learnt from; 1: never", low=0.0, high=1.0
+    )
+    schedule: str = option(
+        "stages",
+        "learning rate, of the method's peak: a rise and a fall in each stage and a new optimiser state at the switch, or the "
+        "method's own over both",
+        choices=("stages", "method"),
+    )
+    warmup: float = option(
+        0.05, "of schedule=stages: share of each stage over which the rate rises", low=0.0, high=0.99
     )
     fold: str = option(
         "0",
@@ -40,15 +49,24 @@ class OmniConfig:
     foreground: float = option(0.33, "share of labelled patches around a labelled voxel", low=0.0, high=1.0)
     teacher: str = option(
         "ema",
-        "who makes pseudo-labels: the moving average of the network, or its snapshot at the switch",
-        choices=("ema", "snapshot"),
+        "who makes pseudo-labels: the moving average of the network from the switch on, or from the first step on, or its "
+        "snapshot at the switch",
+        choices=("ema", "running", "snapshot"),
     )
-    momentum: float = option(0.99, "of teacher=ema; less in the first steps of the run", low=0.0, high=1.0)
+    momentum: float = option(0.99, "of the moving average; less in its first steps", low=0.0, high=1.0)
     threshold: float = option(
-        0.8, "least probability of a pseudo-label; voxels below it are ignored; 0: none is", low=0.0, high=1.0
+        0.0, "least probability of a pseudo-label; voxels below it are ignored; 0: none is", low=0.0, high=1.0
+    )
+    largest: str = option(
+        "auto",
+        "pseudo-labels keep the largest component of a class: where all labelled cases show it as one piece, of all classes, or "
+        "of none",
+        choices=("auto", "always", "never"),
     )
     pseudo_from: str = option(
-        "clean", "image that the teacher sees: the clean patch, or the student's", choices=("clean", "augmented")
+        "moved",
+        "image that the teacher sees: the student's before its intensities change, the clean patch, or the student's",
+        choices=("moved", "clean", "augmented"),
     )
     semi_through_encoder: bool = option(True, "pseudo-labels train the encoder too; false: decoder and heads only")
     augment: bool = option(True, "nnU-Net's augmentation of both kinds of patches")
@@ -63,11 +81,13 @@ class OmniConfig:
 OMNI_RUNTIME = frozenset({"agreement", "volumes", "volumes_every"})
 """Options that do not change what is learnt: they may differ when a run is continued."""
 
+_ONE: dict[str, Any] = {"switch": 0.5, "schedule": "method", "largest": "never"}
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"teacher": "snapshot", "threshold": 0.0},
-    "code": {"teacher": "snapshot", "threshold": 0.0, "pseudo_from": "augmented", "semi_through_encoder": False},
+    "paper": {**_ONE, "teacher": "snapshot", "pseudo_from": "clean"},
+    "code": {**_ONE, "teacher": "snapshot", "pseudo_from": "augmented", "semi_through_encoder": False},
+    "running": {**_ONE, "teacher": "running", "pseudo_from": "clean", "threshold": 0.8},
 }
-"""``paper``: the recipe as published; ``code``: what the released code does."""
+"""``paper``: the recipe as published; ``code``: what the released code does; ``running``: the average of the whole run."""
 
 
 def take_omni(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -85,8 +105,13 @@ def resolve_omni(given: Mapping[str, Any], saved: Mapping[str, Any] | None = Non
         saved: ``identity["omni"]["options"]`` of the run that is continued.
 
     Raises:
-        NnsslError: unknown or illegal options, an unknown preset.
+        NnsslError: unknown or illegal options, an unknown preset, a run of a version with one schedule over both stages.
     """
+    if saved and "schedule" not in saved:
+        raise NnsslError(
+            "this run with --labelled began with a version that had one schedule over both stages, and this one cannot go on "
+            "with it exactly. Finish it with that version, or start it anew with a --name; -o omni.preset=running is that recipe."
+        )
     lists = ("annotated", "patch")
     options = {k: () if k in lists and v in ("", "auto") else v for k, v in given.items()}
     preset = options.pop("preset", None)

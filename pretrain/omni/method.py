@@ -29,13 +29,16 @@ from nnssl.pretrain.omni.loss import SegmentationLoss, deep_weights, ignore_valu
 from nnssl.pretrain.omni.patches import Patches
 from nnssl.pretrain.omni.pictures import omni_columns
 from nnssl.pretrain.types import Batch, CropRequest, Picture, Progress
+from nnssl.teacher.averaging import averaging_momentum
+from nnssl.teacher.components import Class
 from nnssl.teacher.pseudo_labels import confidence, labels_of, pseudo_label
+from nnssl.teacher.stages import Stages
 
-__all__ = ["OmniMixin", "make_omni", "teacher_momentum"]
+__all__ = ["OmniMixin", "make_omni", "running_momentum"]
 
 
-def teacher_momentum(step: int, most: float) -> float:
-    """Momentum of the teacher after ``step`` steps: ``min(most, (1 + t) / (10 + t))``, so that it follows the first steps."""
+def running_momentum(step: int, most: float) -> float:
+    """Momentum of ``teacher=running`` after ``step`` steps of the run: ``min(most, (1 + t) / (10 + t))``."""
     return min(most, (1 + step) / (10 + step))
 
 
@@ -45,15 +48,18 @@ class OmniMixin(Method):
     Attributes:
         omni: the options.
         omni_varied: whether labelled cases differ in what is annotated.
+        omni_largest: classes of which pseudo-labels keep the largest component.
         omni_loss, omni_semi_loss: on labels and on pseudo-labels, whose doubtful voxels are ignored.
-        omni_teacher: the moving average, or the snapshot.
+        omni_teacher: the moving average, or the snapshot; a copy of the network from the switch on (``running``: from the start).
+        omni_begun: whether there is a teacher.
+        omni_followed: optimiser steps that it has followed.
     """
 
     omni: ClassVar[OmniConfig]
     omni_varied: ClassVar[bool] = False
+    omni_largest: ClassVar[Sequence[Class]] = ()
     default_transfer: ClassVar[str] = "all"
     transfer_reason: ClassVar[str] = ""
-    omni_snapshot_taken: Tensor
 
     def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: Any) -> None:
         super().__init__(network, plan, request, config)
@@ -64,7 +70,7 @@ class OmniMixin(Method):
         self.omni_semi_loss = SegmentationLoss(plan, self.omni_ignore)
         self.omni_order = [int(c) for c in manager.regions_class_order] if manager.has_regions else None
         self.omni_teacher = EMA(network)
-        self.register_buffer("omni_snapshot_taken", torch.zeros((), dtype=torch.bool))
+        self.omni_begun, self.omni_followed = self.omni.teacher == "running", 0
         inner: Any = unwrap(network).requires_grad_(True)
         heads = inner.decoder.seg_layers
         for head, weight in zip(reversed(heads), deep_weights(len(heads))):
@@ -84,7 +90,7 @@ class OmniMixin(Method):
         if found.labelled is not None:
             batch["labelled"] = self._labelled(found.labelled, draws)
         if found.unlabelled is not None:
-            self._take_snapshot()
+            self._begin_teacher()
             batch["semi"] = self._semi(found.unlabelled, draws)
         return batch
 
@@ -108,32 +114,50 @@ class OmniMixin(Method):
     def _semi(self, patches: Patches, draws: Draws) -> Batch:
         how = self.omni_augmentation
         clean = _middle(patches.data, how.size)
-        batch: Batch = {"data": clean, "clean": clean, "grid": None, "window": tuple(patches.data.shape[2:])}
+        batch: Batch = {
+            "data": clean,
+            "moved": clean,
+            "clean": clean,
+            "grid": None,
+            "window": tuple(patches.data.shape[2:]),
+        }
         if patches.augment:
             own = draws.fork(patches.total, patches.first, len(patches))
             batch["grid"] = draw_grid(own, how, patches.data.shape[2:])
-            batch["data"] = alter(warp(patches.data, batch["grid"]), own, how.masked)
+            batch["moved"] = warp(patches.data, batch["grid"])
+            batch["data"] = alter(batch["moved"], own, how.masked)
         return batch
 
     # ---- the teacher ---------------------------------------------------------------------------------------------
 
     def omni_network(self) -> nn.Module:
-        """The network that makes pseudo-labels now: the teacher, or before its snapshot is taken the student."""
-        if self.omni.teacher == "snapshot" and not bool(self.omni_snapshot_taken):
-            return self.network
-        return self.omni_teacher.module
+        """The network that would make pseudo-labels now: the teacher, or before there is one the student."""
+        return self.omni_teacher.module if self.omni_begun else self.network
 
-    @torch.no_grad()
-    def _take_snapshot(self) -> None:
-        if self.omni.teacher == "snapshot" and not bool(self.omni_snapshot_taken):
+    def _begin_teacher(self) -> None:
+        """At the switch the teacher is a copy of the network."""
+        if not self.omni_begun:
             self.omni_teacher.update(self.network, 0.0)
-            self.omni_snapshot_taken.fill_(True)
+            self.omni_begun = True
 
     def after_step(self, progress: Progress) -> None:
         """The method's own, and the moving average."""
         super().after_step(progress)
-        if self.omni.teacher == "ema":
-            self.omni_teacher.update(self.network, teacher_momentum(progress.step, self.omni.momentum))
+        if not self.omni_begun or self.omni.teacher == "snapshot":
+            return
+        running, most = self.omni.teacher == "running", self.omni.momentum
+        momentum = running_momentum(progress.step, most) if running else averaging_momentum(self.omni_followed, most)
+        self.omni_teacher.update(self.network, momentum)
+        self.omni_followed += 1
+
+    def get_extra_state(self) -> Tensor:
+        """``[begun, followed]`` of the teacher: plain numbers in a run, so that no step waits for the device."""
+        return torch.tensor([int(self.omni_begun), self.omni_followed])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take back :meth:`get_extra_state`."""
+        begun, followed = state.tolist()
+        self.omni_begun, self.omni_followed = bool(begun), int(followed)
 
     @torch.no_grad()
     def omni_logits(self, x: Tensor, network: nn.Module | None = None) -> Tensor:
@@ -160,7 +184,7 @@ class OmniMixin(Method):
         Returns:
             ``total = ssl_weight ssl + seg_weight seg + semi_weight semi``; ``ssl``, the method's own total, and its terms;
             ``seg`` and ``semi``, nnU-Net's loss, with their ``_dice`` and ``_ce``; ``confident``, the share of voxels that
-            pseudo-labels teach; ``stage``, 1 or 2.
+            pseudo-labels teach, and ``foreground``, that of their classes; ``stage``, 1 or 2.
         """
         own = super().loss(batch["ssl"])
         total = self.omni.ssl_weight * own["total"]
@@ -174,32 +198,32 @@ class OmniMixin(Method):
             total = total + self.omni.seg_weight * (dice + ce)
             terms.update(seg=(dice + ce).detach(), seg_dice=dice.detach(), seg_ce=ce.detach())
         if "semi" in batch:
-            dice, ce, confident = self._semi_loss(batch["semi"])
+            dice, ce, shares = self._semi_loss(batch["semi"])
             total = total + self.omni.semi_weight * (dice + ce)
-            terms.update(semi=(dice + ce).detach(), semi_dice=dice.detach(), semi_ce=ce.detach(), confident=confident)
+            terms.update(semi=(dice + ce).detach(), semi_dice=dice.detach(), semi_ce=ce.detach(), **shares)
         elif self.training:
-            terms.update(semi=zero, semi_dice=zero, semi_ce=zero, confident=zero)
+            terms.update(dict.fromkeys(("semi", "semi_dice", "semi_ce", "confident", "foreground"), zero))
         if self.training:
             terms["stage"] = zero + (2.0 if "semi" in batch else 1.0)
         return {"total": total, **terms, **{k: v for k, v in own.items() if k != "total"}}
 
-    def _semi_loss(self, part: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Dice, cross-entropy, and the share of voxels that count."""
+    def _semi_loss(self, part: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Dice, cross-entropy, and the shares of voxels that count and that show a class."""
         target = self._pseudo(part)
         network: Any = unwrap(self.network)
         with torch.set_grad_enabled(self.omni.semi_through_encoder and torch.is_grad_enabled()):
             skips = network.encoder(part["data"])
         dice, ce = self.omni_semi_loss(segment(network, skips), self.omni_semi_loss.targets(target))
-        return dice, ce, (target != self.omni_ignore).float().mean()
+        known = target != self.omni_ignore
+        return dice, ce, {"confident": known.float().mean(), "foreground": (known & (target > 0)).float().mean()}
 
     @torch.no_grad()
     def _pseudo(self, part: Batch) -> Tensor:
         """Pseudo-labels where the student's view shows them: ``(B, 1, *size)`` int64."""
-        if self.omni.pseudo_from == "augmented":
-            logits = self.omni_logits(part["data"])
-            return pseudo_label(logits, self.omni.threshold, self.omni_ignore, self.omni_order)
-        made = pseudo_label(self.omni_logits(part["clean"]), self.omni.threshold, self.omni_ignore, self.omni_order)
-        if part["grid"] is None:
+        shown = {"augmented": "data"}.get(self.omni.pseudo_from, self.omni.pseudo_from)
+        logits = self.omni_logits(part[shown], self.omni_teacher.module)
+        made = pseudo_label(logits, self.omni.threshold, self.omni_ignore, self.omni_order, self.omni_largest)
+        if shown != "clean" or part["grid"] is None:
             return made
         margin = [(w - s) // 2 for w, s in zip(part["window"], made.shape[2:])]
         rest = [w - s - m for w, s, m in zip(part["window"], made.shape[2:], margin)]
@@ -207,6 +231,16 @@ class OmniMixin(Method):
         return move_label(F.pad(made, pad, value=-1), part["grid"], outside=self.omni_ignore)
 
     # ---- what the engine asks ------------------------------------------------------------------------------------
+
+    def lr_factor(self, step: int, steps: int) -> float:
+        """A rise and a fall in each stage, of the method's peak rate; or the method's own over both."""
+        if self.omni.schedule == "method":
+            return super().lr_factor(step, steps)
+        return Stages.split(steps, self.omni.switch).factor(step, self.omni.warmup)
+
+    def restarts(self, step: int, steps: int) -> bool:
+        """At the switch, with a schedule for each stage."""
+        return self.omni.schedule == "stages" and Stages.split(steps, self.omni.switch).begins_second(step)
 
     def pretrained_parts(self) -> dict[str, Any]:
         """The encoder and all decoder stages."""
@@ -245,16 +279,20 @@ def _middle(x: Tensor, size: Sequence[int]) -> Tensor:
     return central_crop(x, size).contiguous()
 
 
-def make_omni(base: type[Method], config: OmniConfig, varied: bool = False) -> type[Method]:
+def make_omni(
+    base: type[Method], config: OmniConfig, varied: bool = False, largest: Sequence[Class] = ()
+) -> type[Method]:
     """A method that learns from labels and pseudo-labels beside ``base``.
 
     Args:
         base: any registered method; its options stay its own.
         config: the options of the stages.
         varied: whether labelled cases differ in what is annotated.
+        largest: classes of which pseudo-labels keep the largest component.
 
     Returns:
         A class that the engine uses like any other; it is not registered. Its name is that of ``base`` with ``Omni`` behind it.
     """
     own = {"name": f"{base.name}Omni", "omni": config, "omni_varied": varied, "__doc__": base.__doc__}
+    own["omni_largest"] = tuple(largest)
     return type(f"Omni{base.__name__}", (OmniMixin, base), own)

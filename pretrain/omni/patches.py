@@ -19,12 +19,32 @@ from nnssl.plans import Plan
 from nnssl.pretrain.data.sampling import HELD_OUT, draw_cases, draw_start, generator
 from nnssl.pretrain.omni.cases import LabelledCase, class_locations
 
-__all__ = ["COMPARED", "LABELLED", "UNLABELLED", "LabelledDataset", "LabelledPatch", "Patches", "stack"]
+__all__ = ["COMPARED", "LABELLED", "UNLABELLED", "LabelledDataset", "LabelledPatch", "Patches", "read_label", "stack"]
 
 UNLABELLED, LABELLED, COMPARED = 2, 3, 4
 """Streams of random numbers beside those of :mod:`nnssl.pretrain.data.sampling`."""
 
 _OPEN: dict[str, Any] = {"mode": "r", "dparams": {"nthreads": 1}} | ({} if os.name == "nt" else {"mmap_mode": "r"})
+
+
+def read_label(folder: Path, case: str) -> np.ndarray:
+    """A preprocessed case's label map, ``(*size)``.
+
+    Raises:
+        NnsslError: it cannot be read.
+    """
+    try:
+        return np.asarray(_open(folder / f"{case}_seg.b2nd")[0])
+    except (RuntimeError, OSError, ValueError) as error:
+        raise NnsslError(f"Labelled case {case} in {folder} is damaged ({error}). Preprocess it again.") from error
+
+
+def _open(file: Path) -> Any:
+    try:
+        return blosc2.open(urlpath=str(file), **_OPEN)
+    except Exception as error:  # blosc2 raises several kinds
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise NnsslError(f"--labelled: {file} {what}. Preprocess the dataset again.") from error
 
 
 @dataclass(frozen=True)
@@ -140,7 +160,7 @@ class LabelledDataset:
         step, sample = item
         drawn = draw_cases(self.seed, step, HELD_OUT if self.in_turn else self.stream, len(self.cases), self.batch)
         case = self.cases[int(drawn[sample])]
-        image, label = self._open(f"{case.name}.b2nd"), self._open(f"{case.name}_seg.b2nd")
+        image, label = _open(self.folder / f"{case.name}.b2nd"), _open(self.folder / f"{case.name}_seg.b2nd")
         if (
             len(image.shape) != 4
             or image.shape[0] != self.n_channels
@@ -166,14 +186,6 @@ class LabelledDataset:
                 f"Labelled case {case.name} has NaN or infinite voxels. Leave it out with --labelled-cases."
             )
         return LabelledPatch(data[:, 0], seg[:, 0], case) if self.flat else LabelledPatch(data, seg, case)
-
-    def _open(self, name: str) -> Any:
-        file = self.folder / name
-        try:
-            return blosc2.open(urlpath=str(file), **_OPEN)
-        except Exception as error:  # blosc2 raises several kinds
-            what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-            raise NnsslError(f"--labelled: {file} {what}. Preprocess the dataset again.") from error
 
     def _start(self, case: LabelledCase, shape: Sequence[int], rng: np.random.Generator, wanted: bool) -> np.ndarray:
         """First voxel of the window; negative outside of the image."""

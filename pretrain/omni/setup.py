@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nnssl.config import config_dict
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan, dataset_id
-from nnssl.plans.labels import ALL
+from nnssl.plans.labels import ALL, case_order
 from nnssl.pretrain.augment.nnunet import TrainingAugmentation
 from nnssl.pretrain.data import Pool
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.omni.agreement import AgreementHook
-from nnssl.pretrain.omni.cases import LabelledSet, find_labelled
+from nnssl.pretrain.omni.cases import LabelledSet, find_labelled, head_names
 from nnssl.pretrain.omni.companion import OmniCompanion, Sizes
 from nnssl.pretrain.omni.config import OMNI_RUNTIME, OmniConfig, resolve_omni
 from nnssl.pretrain.omni.method import make_omni
+from nnssl.pretrain.omni.patches import read_label
+from nnssl.teacher.components import Class, foreground_classes, one_piece_of_cases
+from nnssl.teacher.stages import Stages
 
 __all__ = ["FOLDER", "Omni", "prepare_omni"]
 
 log = logging.getLogger("nnssl")
 
+_TEACHERS = {
+    "ema": "moving average of the network from there on",
+    "running": "moving average of the network",
+    "snapshot": "network's snapshot at that step",
+}
 FOLDER = "Omni"
 """Stands behind the method's name in the output folder."""
 
@@ -38,16 +46,18 @@ class Omni:
         config: the options.
         cases: the labelled cases.
         sizes: of the patches.
+        largest: classes of which pseudo-labels keep the largest component.
     """
 
     plan: Plan
     config: OmniConfig
     cases: LabelledSet
     sizes: Sizes
+    largest: list[Class] = field(default_factory=list)
 
     def method(self, base: type[Method]) -> type[Method]:
         """The class that the engine trains."""
-        return make_omni(base, self.config, varied=len({c.annotated for c in self.cases.train}) > 1)
+        return make_omni(base, self.config, len({c.annotated for c in self.cases.train}) > 1, self.largest)
 
     def companion(self, pool: Pool, seed: int, steps: int, weights: dict[str, float] | None = None) -> OmniCompanion:
         """What reads the patches of a run of that many steps; ``weights`` of the sources, as of the crops."""
@@ -68,7 +78,7 @@ class Omni:
 
     def switch(self, steps: int) -> int:
         """First step of the second stage; ``steps`` where there is none."""
-        return round(self.config.switch * steps)
+        return Stages.split(steps, self.config.switch).first
 
     def identity(self) -> dict[str, Any]:
         """What a continued run must have in common."""
@@ -79,7 +89,15 @@ class Omni:
             "patch": list(self.sizes.size),
             "batch": self.sizes.labelled,
             "unlabelled": self.sizes.unlabelled,
+            "largest": [list(c) if isinstance(c, tuple) else c for c in self.largest],
         }
+
+    def _kept(self) -> str:
+        """Names of the classes of which the largest component is kept."""
+        manager = self.plan.manager.get_label_manager(self.plan.dataset_json)
+        regions = foreground_classes(manager) if manager.has_regions else None
+        named = {name: regions[head] if regions else head for name, head in head_names(self.plan).items()}
+        return ", ".join(name for name, what in named.items() if what in self.largest)
 
     def introduce(self, steps: int) -> None:
         """Tell what is going to happen, and what the labels that are learnt from mean for an evaluation."""
@@ -95,13 +113,18 @@ class Omni:
         )
         if switch < steps:
             log.info(
-                "Pseudo-labels: from step %d of %d on %d patches a step, by the %s; voxels below %.2f are ignored.",
+                "Pseudo-labels: from step %d of %d on %d patches a step, by the %s; %s.",
                 switch,
                 steps,
                 s.unlabelled,
-                "moving average of the network" if self.config.teacher == "ema" else "network's snapshot at that step",
-                self.config.threshold,
+                _TEACHERS[self.config.teacher],
+                f"voxels below {self.config.threshold:.2f} are ignored"
+                if self.config.threshold
+                else "no voxel is ignored",
             )
+            log.info("Largest component kept of: %s (omni.largest=%s).", self._kept() or "none", self.config.largest)
+            if self.config.schedule == "stages":
+                log.info("Each stage has its own warm-up and decay; the optimiser starts anew at step %d.", switch)
         else:
             log.info("Pseudo-labels: none (-o omni.switch=%g).", self.config.switch)
         if self.config.fold == ALL or self.cases.why.startswith("listed"):
@@ -124,7 +147,7 @@ def prepare_omni(
     cases: str | Path | None = None,
     ranks: int = 1,
 ) -> Omni:
-    """Resolve options and choose the labelled cases. Reads no image.
+    """Resolve options and choose the labelled cases. Reads no image, but label maps where the largest components are asked for.
 
     Args:
         plan: of the labelled dataset, which is the target.
@@ -153,7 +176,17 @@ def prepare_omni(
     labelled = _shared(config.batch, -(-plan.batch_size // ranks) * ranks, ranks, "omni.batch")
     unlabelled = _shared(config.unlabelled, labelled, ranks, "omni.unlabelled")
     window = TrainingAugmentation.of(plan, size).window if config.augment else size
-    return Omni(plan, config, found, Sizes(size, window, labelled, unlabelled, config.foreground))
+    sizes = Sizes(size, window, labelled, unlabelled, config.foreground)
+    return Omni(plan, config, found, sizes, _largest(plan, config, found, size))
+
+
+def _largest(plan: Plan, config: OmniConfig, found: LabelledSet, patch: tuple[int, ...]) -> list[Class]:
+    """The classes of which pseudo-labels keep the largest component."""
+    classes = foreground_classes(plan.manager.get_label_manager(plan.dataset_json))
+    if config.switch >= 1 or config.largest != "auto":
+        return classes if config.largest == "always" else []
+    names = case_order([c.name for c in found.train], 0)
+    return one_piece_of_cases(names, lambda case: read_label(found.folder, case), classes, patch)
 
 
 def _shared(asked: int | None, default: int, ranks: int, name: str) -> int:

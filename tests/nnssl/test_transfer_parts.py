@@ -8,7 +8,7 @@ from nnssl.networks import build_network, canonical_state_dict
 from nnssl.plans import Plan, derive
 from nnssl.plans.parts import CHOICES, parts_for, select_parts
 from nnssl.pretrain.methods import list_methods
-from nnssl.weights import apply, build_payload, part_of, prove_loadable
+from nnssl.weights import apply, build_payload, label_set, part_of, prove_loadable
 
 HELD = {"encoder": True, "decoder_stages": [1, 0]}
 WHY = "its decoder harms"
@@ -20,21 +20,30 @@ def plan(tiny_plans, tiny_dataset_json):
     return Plan.from_dicts(plans, "3d_fullres", tiny_dataset_json())
 
 
-def payload(plan, network, parts=HELD, transfer=None):
+def payload(plan, network, parts=HELD, transfer=None, **more):
     told = {} if transfer is None else {"transfer": {"parts": transfer, "why": WHY}}
     return build_payload(
-        network, plan, method="mae", config={}, crop_size=plan.patch_size, pretrained_parts=parts, data={}, **told
+        network,
+        plan,
+        method="mae",
+        config={},
+        crop_size=plan.patch_size,
+        pretrained_parts=parts,
+        data={},
+        **told,
+        **more,
     )
 
 
-def loaded_parts(plan, transfer=None, **options):
+def loaded_parts(plan, transfer=None, heads=None, held=HELD, **options):
     """The report, and the parts whose tensors all became the file's, the others having stayed as they were."""
     source, target = build_network(plan), build_network(plan)
     before = {name: tensor.clone() for name, tensor in canonical_state_dict(target).items()}
     given = canonical_state_dict(source)
     for tensor in given.values():
         tensor.data.uniform_(1, 2)  # biases and norms differ too
-    report = apply(target, payload(plan, source, transfer=transfer), plan, **options)
+    more = {} if heads is None else {"heads": heads}
+    report = apply(target, payload(plan, source, held, transfer, **more), plan, **options)
     taken = set()
     for name, tensor in canonical_state_dict(target).items():
         new = torch.equal(tensor, given[name])
@@ -121,3 +130,43 @@ def test_each_method_names_a_known_default_and_a_reason():
         assert cls.default_transfer in CHOICES[1:], name
         assert cls.default_transfer == "all" or cls.transfer_reason, name
     assert list_methods()["mae"].default_transfer == "encoder"
+
+
+# --------------------------------------------------------------------------------------------- heads
+
+NAMED = {
+    "labels": {"background": 0, "liver": 1, "spleen": 2},
+    "regions_class_order": None,
+    "learnt": ["liver", "spleen"],
+}
+
+
+def test_a_label_set_is_what_decides_the_meaning_of_heads():
+    info = {"labels": {"background": 0, "liver": 1, "spleen": 2, "ignore": 3}, "regions_class_order": [1, 2]}
+    assert label_set(info) == NAMED, "an ignore label has no head, and an order without regions means nothing"
+    assert label_set(info, {"spleen"})["learnt"] == ["spleen"]
+    regions = {"labels": {"background": 0, "whole": (1, 2), "core": 2}, "regions_class_order": [1, 2]}
+    assert label_set(regions)["labels"] == {"background": 0, "whole": [1, 2], "core": 2}
+    assert label_set(regions)["regions_class_order"] == [1, 2]
+
+
+def test_heads_are_kept_for_the_very_label_set_only(plan):
+    assert label_set(plan.dataset_json) == NAMED
+    report, taken = loaded_parts(plan, heads=NAMED, held=ALL)
+    assert taken == {"encoder", *(f"decoder stage {i}" for i in range(3)), "seg_layers"} and report.total.percent == 100
+    assert "heads kept: the checkpoint has learnt this very label set" in str(report)
+    for change, words in [
+        ({"labels": {"background": 0, "liver": 2, "spleen": 1}}, "for another label set (background 0, liver 2"),
+        ({"labels": {"background": 0, "liver": 1}}, "the target has background 0, liver 1, spleen 2"),
+        ({"regions_class_order": [2, 1]}, "in another order"),
+        ({"learnt": ["liver"]}, "no case of the pretraining was annotated with spleen"),
+    ]:
+        report, taken = loaded_parts(plan, heads=NAMED | change, held=ALL)
+        assert "seg_layers" not in taken and report.part("seg_layers").random > 0
+        assert words in str(report) and "new heads" in str(report), change
+    for how in ({"held": ALL, "parts": "encoder"}, {"held": HELD}):
+        report, taken = loaded_parts(plan, heads=NAMED, **how)
+        assert "seg_layers" not in taken and "made for its whole decoder, which is not taken" in str(report)
+    report, taken = loaded_parts(plan)
+    assert "seg_layers" not in taken and "new heads for this dataset's classes" in str(report)
+    assert loaded_parts(plan, heads={"labels": None})[1] == taken, "a record that is spoilt promises nothing"

@@ -13,7 +13,7 @@ from nnssl.plans import load_plan
 from nnssl.pretrain.omni.cases import LabelledCase, find_labelled, head_names
 from nnssl.pretrain.omni.companion import OmniCompanion, Sizes, StepReader
 from nnssl.pretrain.omni.config import OmniConfig, resolve_omni, take_omni
-from nnssl.pretrain.omni.patches import LabelledDataset, stack
+from nnssl.pretrain.omni.patches import LabelledDataset, read_label, stack
 from nnssl.pretrain.omni.setup import prepare_omni
 from nnssl.pretrain.prepare import prepare_sources
 
@@ -269,7 +269,14 @@ def test_options_are_split_and_checked():
     config = resolve_omni(omni)
     assert (config.switch, config.teacher, config.threshold) == (0.25, "snapshot", 0.0)
     assert resolve_omni({"annotated": "a,b", "patch": "8,8,16"}).annotated == ("a", "b")
-    assert resolve_omni({}, {"switch": 0.75}).switch == 0.75
+    assert (config.schedule, config.largest, config.pseudo_from) == ("method", "never", "clean")
+    assert resolve_omni({}, {"switch": 0.75, "schedule": "stages"}).switch == 0.75
+    plain = OmniConfig()
+    assert (plain.switch, plain.schedule, plain.threshold, plain.teacher) == (1 / 3, "stages", 0.0, "ema")
+    running = resolve_omni({"preset": "running"})
+    assert (running.switch, running.schedule, running.threshold, running.teacher) == (0.5, "method", 0.8, "running")
+    with pytest.raises(NnsslError, match="began with a version that had one schedule.*omni.preset=running"):
+        resolve_omni({}, {"switch": 0.5, "threshold": 0.8})
     for given, words in [
         ({"swich": 1}, "omni.*Did you mean 'switch'"),
         ({"switch": 2}, "omni.*outside"),
@@ -277,6 +284,31 @@ def test_options_are_split_and_checked():
     ]:
         with pytest.raises(NnsslError, match=words):
             resolve_omni(given)
+
+
+def test_the_labelled_cases_say_which_classes_are_one_piece(target, monkeypatch):
+    """A class in two pieces in any case is not cleaned; nothing is read where nothing is asked."""
+    whole, split = np.zeros((2, 12, 12, 12), np.int16)
+    whole[2:6, 2:6, 2:6] = split[2:6, 2:6, 2:6] = 1
+    whole[8:10, 2:6, 2:6] = split[8:9, 2:6, 2:6] = split[10:11, 2:6, 2:6] = 2
+    read = []
+    monkeypatch.setattr(
+        "nnssl.pretrain.omni.setup.read_label",
+        lambda folder, case: (read.append(case), whole if read[1:] else split)[1],
+    )
+    plan = load_plan(501)
+    omni = prepare_omni(plan, {})
+    assert omni.largest == [1] and omni.identity()["largest"] == [1]
+    assert omni._kept() == "liver" and sorted(read) == sorted(c.name for c in omni.cases.train)
+    read.clear()
+    assert prepare_omni(plan, {"largest": "always"}).largest == [1, 2]
+    assert prepare_omni(plan, {"largest": "never"}).largest == prepare_omni(plan, {"switch": 1}).largest == []
+    assert not read
+    monkeypatch.setattr("nnssl.pretrain.omni.setup.read_label", read_label)
+    prepare_omni(plan, {})
+    (omni.cases.folder / f"{omni.cases.train[0].name}_seg.b2nd").write_bytes(b"no")
+    with pytest.raises(NnsslError, match=f"{omni.cases.train[0].name}_seg.b2nd cannot be read"):
+        prepare_omni(plan, {})
 
 
 def test_patches_and_batches_that_cannot_be_are_refused(target):

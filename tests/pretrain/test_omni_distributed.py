@@ -20,7 +20,7 @@ IGNORE = 3
 
 def build(plans, dataset_json, name):
     plan = Plan.from_dicts(plans, name, dataset_json)
-    cls = make_omni(get_method("robust"), OmniConfig(threshold=0.36))
+    cls = make_omni(get_method("robust"), OmniConfig(threshold=0.36), largest=[1])
     config = cls.Config()
     request = cls.crops(plan, SourceStats((24, 36, 24), 9), config)
     torch.manual_seed(0)

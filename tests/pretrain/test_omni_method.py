@@ -6,10 +6,11 @@ import torch
 from nnssl.networks import build_network, canonical_state_dict
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.engine.stepping import Stepper
 from nnssl.pretrain.methods import Crops, Progress, SourceStats, get_method, list_methods
 from nnssl.pretrain.omni import OmniConfig, make_omni
 from nnssl.pretrain.omni.companion import OmniCrops
-from nnssl.pretrain.omni.method import teacher_momentum
+from nnssl.pretrain.omni.method import running_momentum
 from nnssl.pretrain.omni.patches import Patches
 
 METHODS = sorted(n for n in list_methods() if n != "toy")
@@ -137,21 +138,77 @@ def test_snapshot_is_taken_at_the_switch_and_stays(tiny_plans, tiny_dataset_json
 
 
 def test_moving_average_follows_by_its_formula(tiny_plans, tiny_dataset_json):
-    method = build(tiny_plans, tiny_dataset_json, momentum=0.5)
+    method = build(tiny_plans, tiny_dataset_json, momentum=0.5, teacher="running")
     before = [p.clone() for p in method.omni_teacher.module.parameters()]
     with torch.no_grad():
         for p in method.network.parameters():
             p.add_(1.0)
     method.after_step(Progress(4, 9, 0, 1))
-    mu = teacher_momentum(4, 0.5)
+    mu = running_momentum(4, 0.5)
     assert mu == pytest.approx(5 / 14)
-    assert teacher_momentum(10**6, 0.99) == 0.99
+    assert running_momentum(10**6, 0.99) == 0.99
     for mine, old, new in zip(method.omni_teacher.module.parameters(), before, method.network.parameters()):
         torch.testing.assert_close(mine, mu * old + (1 - mu) * new)
         assert not mine.requires_grad
     assert not {id(p) for p in method.omni_teacher.parameters()} & {
         id(p) for g in method.optimiser().param_groups for p in g["params"]
     }
+
+
+def test_a_teacher_begins_at_the_switch_and_follows_by_hand_values(tiny_plans, tiny_dataset_json):
+    """A copy of the network, then 1/2, 2/3, 3/4 of itself; nothing is followed in the first stage."""
+    method = build(tiny_plans, tiny_dataset_json)
+    student, teacher = (
+        next(iter(n.parameters())).detach() for n in (method.network, method.omni_teacher.module)
+    )  # shares memory
+    student.fill_(8.0)
+    method.after_step(Progress(1, 9, 0, 1))
+    assert method.omni_network() is method.network and not bool((teacher == 8).any())
+    batch_of(method, stage=2)
+    assert method.omni_network() is method.omni_teacher.module and bool((teacher == 8).all())
+    student.fill_(2.0)
+    for step, value in enumerate((5.0, 4.0, 3.5)):
+        method.after_step(Progress(2 + step, 9, 0, 1))
+        torch.testing.assert_close(teacher, torch.full_like(teacher, value))
+    other = build(tiny_plans, tiny_dataset_json)
+    other.load_state_dict(method.state_dict())
+    assert (other.omni_begun, other.omni_followed) == (True, 3)
+    batch_of(other, stage=2)
+    assert torch.equal(next(iter(other.omni_teacher.module.parameters())), teacher), "no second copy after a resume"
+
+
+def test_each_stage_has_its_schedule_and_the_optimiser_starts_anew(tiny_plans, tiny_dataset_json):
+    """Nine steps, a third in the first stage, without warm-up: 1, 3/4, 1/4; then 1 again, and 1/2 in the middle."""
+    method = build(tiny_plans, tiny_dataset_json, warmup=0.0)
+    found = [method.lr_factor(step, 9) for step in (0, 1, 2, 3, 6)]
+    assert found == pytest.approx([1, 0.75, 0.25, 1, 0.5])
+    assert [step for step in range(9) if method.restarts(step, 9)] == [3]
+    assert build(tiny_plans, tiny_dataset_json, warmup=0.5).lr_factor(3, 9) == pytest.approx(1 / 3)
+    one = build(tiny_plans, tiny_dataset_json, schedule="method")
+    assert not any(one.restarts(step, 9) for step in range(9))
+    assert one.lr_factor(4, 9) == get_method("robust").lr_factor(one, 4, 9)
+    for switch in (0.0, 1.0):
+        whole = build(tiny_plans, tiny_dataset_json, warmup=0.0, switch=switch)
+        assert not any(whole.restarts(step, 8) for step in range(8)) and whole.lr_factor(4, 8) == pytest.approx(0.5)
+    stepper = Stepper(method, method, torch.device("cpu"), 3, 0.0, False)
+    for step, count in enumerate((1, 1, 2)):  # of three steps the first is the first stage
+        stepper.step(batch_of(method, step, stage=1 + (step > 0)), step, [], False)
+        assert {int(s["step"]) for s in stepper.optimiser.state.values()} == {count}
+
+
+def test_pseudo_labels_keep_the_largest_component(tiny_plans, tiny_dataset_json):
+    """Components of 5 and 3 voxels of a class: the 3 become background, the other class keeps both of its own."""
+    plans = tiny_plans(3, "plain", features=(4, 6, 8), patch=(8, 16, 12), median_shape=(48, 56, 40))
+    plan = Plan.from_dicts(plans, "3d_fullres", tiny_dataset_json())
+    cls = make_omni(get_method("robust"), OmniConfig(), largest=[1])
+    method = cls(build_network(plan), plan, cls.crops(plan, SourceStats((48, 56, 40), 9), cls.Config()), cls.Config())
+    painted = torch.zeros(2, 1, 8, 16, 12, dtype=torch.int64)
+    for label, row in ((1, 2), (2, 8)):
+        painted[0, 0, 4, row, 0:5] = painted[0, 0, 4, row, 8:11] = label
+    method.omni_logits = lambda x, network=None: torch.cat([(painted == k).float() * 9 for k in range(3)], 1)
+    made = method._pseudo({"moved": painted.float(), "grid": None})
+    assert [int((made == k).sum()) for k in (1, 2)] == [5, 8] and not bool(made[1].any())
+    assert torch.equal(made[painted == 2], painted[painted == 2])
 
 
 @pytest.mark.parametrize("through", [False, True])
@@ -172,7 +229,7 @@ def test_pseudo_labels_train_the_encoder_only_where_asked(tiny_plans, tiny_datas
 
 def test_pseudo_labels_come_from_the_clean_patch_and_move_with_the_view(tiny_plans, tiny_dataset_json):
     """The label of each voxel of the student's view is that of the clean voxel it shows, or it is ignored."""
-    method = build(tiny_plans, tiny_dataset_json, threshold=0.0)
+    method = build(tiny_plans, tiny_dataset_json, pseudo_from="clean")
     size = method.omni_augmentation.size
     shown = []
 
@@ -212,15 +269,26 @@ def test_doubtful_voxels_are_ignored(tiny_plans, tiny_dataset_json):
     assert float(sure(batch_of(sure, augment=False))["confident"]) == 1
 
 
-@pytest.mark.parametrize("source", ["clean", "augmented"])
+@pytest.mark.parametrize("source", ["moved", "clean", "augmented"])
 def test_teacher_sees_what_is_asked_for(tiny_plans, tiny_dataset_json, source):
     method = build(tiny_plans, tiny_dataset_json, pseudo_from=source)
     seen, original = [], method.omni_logits
     method.omni_logits = lambda x, network=None: (seen.append(x), original(x, network))[1]
     batch = batch_of(method)
     method(batch)
-    wanted = batch["semi"]["clean" if source == "clean" else "data"]
-    assert torch.equal(seen[0], wanted)
+    part = batch["semi"]
+    assert torch.equal(seen[0], part["data" if source == "augmented" else source])
+    assert not any(torch.equal(part[a], part[b]) for a, b in (("moved", "clean"), ("moved", "data")))
+
+
+def test_what_is_moved_needs_no_moved_labels(tiny_plans, tiny_dataset_json):
+    """Each voxel of the student's view has the teacher's label of this very view: none is ignored."""
+    method = build(tiny_plans, tiny_dataset_json)
+    part = batch_of(method)["semi"]
+    made = method._pseudo(part)
+    assert torch.equal(made, method.omni_labels(method.omni_logits(part["moved"], method.omni_teacher.module)))
+    assert float(method._semi_loss(part)[2]["confident"]) == 1
+    assert float(method._semi_loss(part)[2]["foreground"]) == pytest.approx(float((made > 0).float().mean()))
 
 
 def test_regions_and_partial_labels_train(tiny_plans, tiny_dataset_json):

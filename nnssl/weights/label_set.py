@@ -1,0 +1,64 @@
+"""The label set that a checkpoint's segmentation heads have learnt: heads are kept where the target's is the very same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nnssl.plans import Plan
+from nnssl.weights.load import Checkpoint
+
+__all__ = ["keep_heads", "label_set"]
+
+
+def label_set(dataset_json: Mapping[str, Any], learnt: Iterable[str] | None = None) -> dict[str, Any]:
+    """What decides the meaning of segmentation heads: classes or regions, their values, and their order.
+
+    Args:
+        dataset_json: nnU-Net's ``dataset.json``.
+        learnt: names of the classes or regions that were annotated; None: all.
+
+    Returns:
+        ``{"labels": {name: value or values}, "regions_class_order": list or None, "learnt": [names]}``, without the ignore label,
+        which has no head.
+    """
+    labels = {
+        str(name): [int(v) for v in value] if isinstance(value, (list, tuple)) else int(value)
+        for name, value in dataset_json.get("labels", {}).items()
+        if name != "ignore"
+    }
+    order = dataset_json.get("regions_class_order")
+    regions = any(isinstance(value, list) for value in labels.values())
+    names = [name for name, value in labels.items() if value not in (0, [0])]
+    return {
+        "labels": labels,
+        "regions_class_order": [int(c) for c in order] if regions and order is not None else None,
+        "learnt": names if learnt is None else sorted(learnt),
+    }
+
+
+def keep_heads(checkpoint: Checkpoint, plan: Plan | None, whole_decoder: bool) -> tuple[bool, str | None]:
+    """Whether a checkpoint's heads are taken, and a line for the report where it has learnt any.
+
+    Args:
+        checkpoint: the file; ``nnssl["heads"]`` is its :func:`label_set`, absent where no labels were learnt from.
+        plan: of the network.
+        whole_decoder: whether all decoder stages are taken: heads are made for their features.
+    """
+    told = checkpoint.nnssl.get("heads")
+    if plan is None or not isinstance(told, Mapping) or not isinstance(told.get("labels"), Mapping):
+        return False, None
+    here = label_set(plan.dataset_json)
+    if told.get("labels") != here["labels"] or told.get("regions_class_order") != here["regions_class_order"]:
+        there, wanted = (", ".join(f"{k} {v}" for k, v in s["labels"].items()) for s in (told, here))
+        order = " in another order" if there == wanted else ""
+        return (
+            False,
+            f"new heads: those of the checkpoint are for another label set ({there}){order}, the target has {wanted}",
+        )
+    missing = [name for name in here["learnt"] if name not in (told.get("learnt") or ())]
+    if missing:
+        return False, f"new heads: no case of the pretraining was annotated with {', '.join(missing)}"
+    if not whole_decoder:
+        return False, "new heads: those of the checkpoint are made for its whole decoder, which is not taken"
+    return True, "heads kept: the checkpoint has learnt this very label set"
