@@ -134,6 +134,7 @@ def test_each_method_names_a_known_default_and_a_reason():
 
 # --------------------------------------------------------------------------------------------- heads
 
+ALL = {"encoder": True, "decoder_stages": [0, 1, 2]}
 NAMED = {
     "labels": {"background": 0, "liver": 1, "spleen": 2},
     "regions_class_order": None,
