@@ -194,7 +194,7 @@ def draw_case(
         panel.axis("off")
         if axis:  # coronal and sagittal slices: the head is up
             panel.invert_yaxis()
-    drawn = {"format": "png", "dpi": 110, "facecolor": "white", "metadata": {"Software": None}}
+    drawn: dict[str, Any] = {"format": "png", "dpi": 110, "facecolor": "white", "metadata": {"Software": None}}
     write_atomic(file, lambda out: figure.savefig(out, **drawn))
     plt.close(figure)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 
 from nnssl.command import run_command
 from nnssl.errors import NnsslError
@@ -245,7 +246,14 @@ def _listing(method: str | None) -> str:
     from nnssl.pretrain.engine.config import EngineConfig
     from nnssl.pretrain.outline import outlines, source_value
 
-    methods = outlines()
+    methods: dict[str, Any] = outlines()
+    own = bool(method and method.endswith(".py"))
+    if own or entry_points(group="nnssl.methods"):  # of others: these are imported, which takes seconds
+        from nnssl.pretrain.methods import get_method, list_methods
+
+        methods = dict(list_methods())
+        if method and own:
+            methods[method] = get_method(method)
     if method is None:
         rows = [f"  {name:10} {cls.title}" for name, cls in methods.items()]
         return "Methods (-m):\n" + "\n".join(rows) + "\n\nnnssl_pretrain --list -m METHOD shows a method's options.\n"
