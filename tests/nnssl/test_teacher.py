@@ -10,7 +10,7 @@ from torch import nn
 from nnssl.ema import EMA
 from nnssl.teacher.averaging import averaging_momentum
 from nnssl.teacher.components import keep_largest, one_piece, share_of_largest
-from nnssl.teacher.pseudo_labels import labels_of
+from nnssl.teacher.pseudo_labels import labels_of, pseudo_label
 from nnssl.teacher.stages import Stages, warmup_cosine
 
 
@@ -128,3 +128,16 @@ def test_the_rate_rises_and_falls_once_in_each_stage():
 )
 def test_neither_stage_is_empty_unless_asked_for(total, share, first):
     assert Stages.split(total, share).first == first
+
+
+def test_a_second_stage_begins_once_and_only_after_a_first():
+    assert [at for at in range(9) if Stages(3, 9).begins_second(at)] == [3]
+    assert not any(Stages(first, 9).begins_second(at) for first in (0, 9) for at in range(10))
+
+
+def test_doubtful_voxels_of_a_smaller_component_are_background_of_the_larger_one_ignored():
+    """Five voxels of class 1, one of them doubtful, then a gap and two more: 1 1 9 1 1 0 0 0, with 9 for what is ignored."""
+    sure = torch.tensor([4.0, 4, 0.1, 4, 4, -4, 4, 4])
+    logits = torch.stack([torch.zeros(8), sure])[None, :, None]
+    assert pseudo_label(logits, 0.6, 9, largest=[1]).flatten().tolist() == [1, 1, 9, 1, 1, 0, 0, 0]
+    assert pseudo_label(logits, 0.0, 9).flatten().tolist() == [1, 1, 1, 1, 1, 0, 1, 1]
