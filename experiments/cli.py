@@ -8,7 +8,9 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from nnssl.command import run_command
 from nnssl.errors import NnsslError
@@ -71,12 +73,16 @@ def _gpus(device: str, graph_needs: bool) -> list[str]:
     return [str(i) for i in range(count)]
 
 
+def _write_text(text: str, file: BinaryIO) -> None:
+    file.write(text.encode("utf-8"))
+
+
 def _write_inputs(graph: Graph) -> None:
     """Case lists and folders of links to test images; what is there is left as it is, since its name says what it holds."""
     for path, text in graph.texts.items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, lambda file, text=text: file.write(text.encode("utf-8")))
+            write_atomic(path, partial(_write_text, text))
     for folder, links in graph.inputs.items():
         folder.mkdir(parents=True, exist_ok=True)
         for name, target in links.items():

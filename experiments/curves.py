@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,10 @@ def save(figure: Any, stem: Path) -> list[Path]:
 
     files = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
     with plt.rc_context(STYLE):
-        png = {"format": "png", "dpi": 160, "facecolor": "white", "metadata": {"Software": None}}
-        svg = {"format": "svg", "facecolor": "white", "metadata": {"Date": None, "Creator": None}}
+        png: dict[str, Any] = {"format": "png", "dpi": 160, "facecolor": "white", "metadata": {"Software": None}}
+        svg: dict[str, Any] = {"format": "svg", "facecolor": "white", "metadata": {"Date": None, "Creator": None}}
         for file, how in zip(files, (png, svg)):
-            write_atomic(file, lambda out, how=how: figure.savefig(out, **how))
+            write_atomic(file, partial(figure.savefig, **how))
     plt.close(figure)
     return files
 
