@@ -11,7 +11,7 @@ import pickle
 import random
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +68,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     limit = item.config.getoption("--slow-seconds")
     if limit is not None and "slow" in item.keywords and time.monotonic() - _STARTED > limit:
         pytest.skip(f"the {limit:.0f} seconds for slow tests are over")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Captured text with file names that are no UTF-8: pytest-xdist can only hand over text that is."""
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode("utf-8")) for name, text in report.sections
+    ]
+    return report
 
 
 @pytest.fixture(autouse=True)
