@@ -255,6 +255,7 @@ class CaseWorker:
                 nnUNetDatasetBlosc2.save_case(data, seg, properties, truncated, **storage(data.shape[1:]))
 
         truncated = str(self.temporary / case.name)
+        self._clean(case.name)  # a process that was killed may have left a part, which blosc2 does not overwrite
         preprocessor = Unlabelled(verbose=False)
         preprocessor.run_case_save(truncated, list(case.files), None, self._manager, self._config, self.dataset_json)
         written = blosc2.open(f"{truncated}.b2nd", mode="r", dparams={"nthreads": 1})

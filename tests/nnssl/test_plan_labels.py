@@ -199,7 +199,7 @@ def test_the_plan_says_exactly_which_cases_train(dataset, capsys):
     assert sorted(p.name for p in folder.rglob("*")) == sorted([*before, "nnUNetPlans_few8s3.json"])
     assert main(["-d", "901", "--list"]) == 0
     line = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("nnUNetPlans_few8s3"))
-    assert line.split()[7:10] == ["warmup_poly", "8", "3"]
+    assert line.split()[7:10] == ["-", "8", "3"]
     assert main(["-d", "901", "--labels", "8", "--name", "few8s3"]) == 1
     assert "exists already" in capsys.readouterr().err
     assert main(["-d", "901", "--seed", "3", "--epochs", "3", "--name", "x"]) == 1

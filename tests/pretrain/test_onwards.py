@@ -174,7 +174,7 @@ def test_the_verdict_is_stored_shown_and_warned_of(dataset, tmp_path, capsys, ca
     caplog.set_level(logging.INFO, "nnssl")
     result = frozen()
     loaded = checkpoint.load(result.checkpoint)
-    assert not result.learnt and loaded.verdict == (False, result.sentence)
+    assert not result.learnt and loaded.verdict[0] is False and result.sentence.startswith(loaded.verdict[1])
     assert info_main([str(result.checkpoint)]) == 0
     out = capsys.readouterr().out
     assert "DID NOT LEARN" in out and "1 of 1 steps" in out and "Dataset901_Tiny" in out
@@ -193,7 +193,7 @@ def test_the_verdict_is_stored_shown_and_warned_of(dataset, tmp_path, capsys, ca
 def test_a_run_that_learnt_says_so_in_its_file(dataset):
     result = go(name="x")
     learnt, sentence = checkpoint.load(result.checkpoint).verdict
-    assert (learnt, sentence) == (result.learnt, result.sentence)
+    assert learnt == result.learnt and result.sentence.startswith(sentence)
     assert checkpoint.load(result.folder / "checkpoint_latest.pth").verdict == (learnt, sentence)
 
 

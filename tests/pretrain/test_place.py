@@ -76,7 +76,7 @@ def test_every_epoch_logs_it(crops, tiny_preprocessed):
     options = {"workers": 0, "place_crops": crops, "augment_p": 0.0}
     result = run(901, method="mae", device="cpu", epochs=2, iterations=1, options=options)
     rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
-    told = [row for row in rows if row["event"] in ("start", "epoch")]
+    told = [row for row in rows if row["event"] in ("untrained", "epoch")]
     assert len(told) == 3
     for row in told:
         assert ("held_out/place_noise" in row) == bool(crops)

@@ -15,6 +15,7 @@ from nnssl.plans import load_plan
 from nnssl.plans.figures import Figures
 from nnssl.plans.unlabelled import case_key_hash, find_unlabelled, prepared_folder
 from nnssl.teacher.averaging import averaging_momentum
+from nnssl.teacher.components import foreground_classes
 from nnssl.trainers import (
     nnUNetTrainerMeanTeacher,
     nnUNetTrainerPretrained,
@@ -380,7 +381,7 @@ def test_every_kind_of_labels_channels_and_dimensions(
     if "ignore" in kind:
         label[..., 12:] = 3
     batch = a_batch(trainer, label)
-    trainer._largest = trainer._classes()
+    trainer._largest = foreground_classes(trainer.label_manager)
     made = trainer.pseudo_labels(batch["views"][:, :channels], batch["outside"])
     assert made.dtype == torch.int16 and set(made.unique().tolist()) <= {0, 1, 2} and not made[:, :, :2].any()
     targets = trainer.targets_of(made)
