@@ -1,4 +1,4 @@
-# make demo    everything that is needed, then the main job on phantom volumes on a CPU (about 10 minutes)
+# make demo    everything that is needed, then the main job on phantom volumes on a CPU
 # make test    the test suite without its slow part; make test-slow runs the slow part
 # make mutants changes the code in PATHS, one small thing at a time, and prints what no test notices
 # make lint    ruff and mypy

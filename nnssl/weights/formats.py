@@ -30,7 +30,7 @@ from nnssl.weights.architecture import architecture_of, complete_aliases, plan_o
 from nnssl.weights.layout import is_transformer
 from nnssl.weights.load import ENTRIES, Checkpoint, load
 from nnssl.weights.parts import HEADS, UP, part_names, part_of, wanted_parts
-from nnssl.weights.save import SCHEMA, package_versions, plain, save
+from nnssl.weights.save import SCHEMA, describe_plan, package_versions, plain, save
 
 __all__ = ["FORMATS", "convert", "one_name_each"]
 
@@ -166,17 +166,7 @@ def _describe(
         "converted_from": checkpoint.origin,
     }
     if plan is not None:
-        entry["plan"] = {
-            "dataset_name": plan.dataset_name,
-            "plans_name": plan.plans_name,
-            "base_plans": plan.base_plans,
-            "configuration": plan.configuration,
-            "network_class": plan.network_class,
-            "architecture_hash": plan.architecture_hash,
-            "data_hash": plan.data_hash,
-            "patch_size": list(plan.patch_size),
-            "transpose_forward": list(plan.transpose_forward),
-        }
+        entry["plan"] = describe_plan(plan)
         entry |= {"patch_size": list(plan.patch_size), "spacing": list(plan.spacing)}
         entry["normalization_schemes"] = list(plan.normalization_schemes)
         entry["channels"] = [plan.channel_names[i] for i in sorted(plan.channel_names)]

@@ -20,7 +20,7 @@ from nnssl.networks import full_state_dict
 from nnssl.plans import Plan
 from nnssl.weights.adaptation_plan import adaptation_plan, citation_entries
 
-__all__ = ["SCHEMA", "build_payload", "fingerprint_names", "package_versions", "plain", "save"]
+__all__ = ["SCHEMA", "build_payload", "describe_plan", "fingerprint_names", "package_versions", "plain", "save"]
 
 SCHEMA = 1
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
@@ -102,6 +102,21 @@ def fingerprint_names(names: Iterable[str]) -> dict[str, Any]:
     return {"cases": len(ordered), "sha256": digest.hexdigest()}
 
 
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """The entry ``plan`` of a checkpoint: which plan and network the weights were made for."""
+    return {
+        "dataset_name": plan.dataset_name,
+        "plans_name": plan.plans_name,
+        "base_plans": plan.base_plans,
+        "configuration": plan.configuration,
+        "network_class": plan.network_class,
+        "architecture_hash": plan.architecture_hash,
+        "data_hash": plan.data_hash,
+        "patch_size": list(plan.patch_size),
+        "transpose_forward": list(plan.transpose_forward),
+    }
+
+
 def build_payload(
     network: nn.Module,
     plan: Plan,
@@ -146,17 +161,7 @@ def build_payload(
         "schema": SCHEMA,
         "method": method,
         "config": config,
-        "plan": {
-            "dataset_name": plan.dataset_name,
-            "plans_name": plan.plans_name,
-            "base_plans": plan.base_plans,
-            "configuration": plan.configuration,
-            "network_class": plan.network_class,
-            "architecture_hash": plan.architecture_hash,
-            "data_hash": plan.data_hash,
-            "patch_size": list(plan.patch_size),
-            "transpose_forward": list(plan.transpose_forward),
-        },
+        "plan": describe_plan(plan),
         "patch_size": [int(i) for i in crop_size],
         "spacing": list(plan.spacing),
         "normalization_schemes": list(plan.normalization_schemes),
