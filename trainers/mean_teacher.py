@@ -2,8 +2,9 @@
 
 Stage 1 learns from the labelled cases to convergence, with a warm-up and a decay of its own. Stage 2 starts a teacher as a copy
 of the network and a new schedule. Half of each batch are labelled patches, half patches of the pool: the teacher labels a patch
-that has been turned, scaled and mirrored; the student learns that label on the same patch after its intensities have changed.
-Augmentation, loss and deep supervision are nnU-Net's own. The teacher follows the student after each step; the student is kept.
+that has been turned, scaled, shifted and mirrored; the student learns that label on the same patch after its intensities have
+changed. Augmentation (but for the shift), loss and deep supervision are nnU-Net's own. The teacher follows the student after
+each step; the student is kept.
 
 Sources: :mod:`nnssl.teacher`. Labels are hard, without a threshold: nearly all voxels would pass one.
 """
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor
 
@@ -33,7 +35,7 @@ from nnssl.teacher.averaging import averaging_momentum
 from nnssl.teacher.components import foreground_classes, keep_largest, one_piece_of_cases
 from nnssl.teacher.pseudo_labels import labels_of
 from nnssl.trainers.groups import build_optimizer
-from nnssl.trainers.pool import Halves, UnlabelledDataset, UnlabelledLoader, split_transforms
+from nnssl.trainers.pool import Halves, UnlabelledDataset, UnlabelledLoader, shifted, split_transforms
 from nnssl.trainers.pretrained import nnUNetTrainerPretrained
 from nnssl.trainers.rates import Row, draw_below
 from nnssl.trainers.schedule import Rates, StepSchedule
@@ -138,6 +140,10 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
             classes,
             self.configuration_manager.patch_size,
         )
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:  # type: ignore[override]
+        """nnU-Net's augmentation, of labelled and other patches alike, and a shift (figure ``shift``)."""
+        return shifted(super().get_training_transforms(*args, **kwargs), self.figures.shift)
 
     # ---- the second stage -----------------------------------------------------------------------------------------
 

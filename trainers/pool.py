@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
 from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
@@ -24,7 +25,7 @@ from torch import Tensor
 from nnssl.errors import NnsslError
 from nnssl.plans.unlabelled import UnlabelledCase
 
-__all__ = ["Halves", "TwoViews", "UnlabelledDataset", "UnlabelledLoader", "split_transforms"]
+__all__ = ["Halves", "TwoViews", "UnlabelledDataset", "UnlabelledLoader", "shifted", "split_transforms"]
 
 
 class UnlabelledDataset:
@@ -85,6 +86,35 @@ class TwoViews(BasicTransform):
                 view = transform(**view)
             views.append(view["image"])
         return {"image": torch.cat(views), "segmentation": seen["segmentation"]}
+
+
+class _Shifted(SpatialTransform):
+    """nnU-Net's spatial transform around a point that lies up to a share of the patch beside the middle."""
+
+    shift: float
+
+    def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
+        shape = data_dict["image"].shape[1:]
+        self.random_crop = True
+        self.patch_center_dist_from_border = [s / 2 - self.shift * p for s, p in zip(shape, self.patch_size)]
+        return super().get_parameters(**data_dict)
+
+
+def shifted(transforms: BasicTransform, shift: float) -> BasicTransform:
+    """Move patches by up to ``shift`` of their size along each axis; nnU-Net moves a volume smaller than the patch nowhere.
+
+    Args:
+        transforms: from ``nnUNetTrainer.get_training_transforms``; changed in place where it has a ``SpatialTransform``.
+        shift: share of the patch; 0 changes nothing.
+    """
+    if shift > 0 and isinstance(transforms, ComposeTransforms):
+        for i, transform in enumerate(transforms.transforms):
+            if type(transform) is SpatialTransform:
+                moving = _Shifted.__new__(_Shifted)
+                moving.__dict__.update(transform.__dict__)
+                moving.shift = shift
+                transforms.transforms[i] = moving
+    return transforms
 
 
 def _inner(transform: BasicTransform) -> BasicTransform:

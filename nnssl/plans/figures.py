@@ -55,7 +55,7 @@ USED: dict[str, tuple[str, ...]] = {
     "sawtooth": (*_COMMON, "warmup", "layer_decay", "decoder_first"),
     "encoder_frozen": (*_COMMON, "warmup", "layer_decay"),
     "head_only": (*_COMMON, "warmup"),
-    MEAN_TEACHER: (*_COMMON, "warmup", "labelled_first", "momentum", "strength", "largest"),
+    MEAN_TEACHER: (*_COMMON, "warmup", "labelled_first", "momentum", "strength", "shift", "largest"),
     "linear_probe": (*_COMMON, "warmup", "levels"),
 }
 """Family -> the figures, besides the lengths, that decide anything there."""
@@ -103,6 +103,8 @@ class Figures:
         momentum: largest momentum of its teacher, in [0, 1).
         strength: factor of at least 0 on the probability of the student's intensity changes of images without labels and on the
             amount of noise; 1 is nnU-Net's augmentation.
+        shift: how far its patches are moved at most, as a share in [0, 1) of the patch. nnU-Net centres a volume that is
+            smaller than the patch, and its network never sees it anywhere else.
         largest: whether pseudo-labels keep only the largest component of each class: ``"auto"`` where all labelled cases say that
             it is one piece, ``"always"`` or ``"never"``.
     """
@@ -122,6 +124,7 @@ class Figures:
     labelled_first: float = 1 / 3
     momentum: float = 0.99
     strength: float = 1.0
+    shift: float = 0.1
     largest: str = "auto"
 
     @property

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
 from nnssl import checkpoint
 from nnssl.errors import NnsslError
@@ -23,7 +25,7 @@ from nnssl.trainers import (
     nnUNetTrainerPretrainedScratch,
 )
 from nnssl.trainers.mean_teacher import TEACHER
-from nnssl.trainers.pool import Halves, UnlabelledDataset, split_transforms
+from nnssl.trainers.pool import Halves, UnlabelledDataset, shifted, split_transforms
 from nnssl.weights import write_variant
 
 OWN = "Dataset901_Tiny"
@@ -121,7 +123,7 @@ def test_the_teacher_sees_what_has_moved_and_the_student_what_has_changed(build)
     trainer = build(nnUNetTrainerMeanTeacher)
     views, targets = split_transforms(transforms_of(trainer))
     kinds = {type(t).__name__ for t in views.spatial}
-    assert kinds == {"SpatialTransform", "MirrorTransform"} and len(views.intensity) == 7
+    assert kinds == {"_Shifted", "MirrorTransform"} and len(views.intensity) == 7
     assert [type(t).__name__ for t in targets.transforms] == ["RemoveLabelTransform", "DownsampleSegForDSTransform"]
     patch = tuple(trainer.configuration_manager.patch_size)
     image, changed = torch.rand(1, *patch), 0
@@ -129,7 +131,7 @@ def test_the_teacher_sees_what_has_moved_and_the_student_what_has_changed(build)
     seg[:, :3] = -1
     values = set(image.unique().tolist())
     for transform in views.spatial:  # nothing but mirroring
-        transform.p_rotation = transform.p_scaling = 0
+        transform.p_rotation = transform.p_scaling = transform.shift = 0
     for _ in range(20):
         out = views(image=image.clone(), segmentation=seg.clone())
         teacher, student = out["image"]
@@ -137,6 +139,24 @@ def test_the_teacher_sees_what_has_moved_and_the_student_what_has_changed(build)
         assert set(out["segmentation"].unique().tolist()) == {-1, 0}
         changed += not torch.equal(teacher, student)
     assert changed >= 10  # 1 - .9 .8 .85 .85 .75 .9 .7 = 75 % of patches are changed
+
+
+def test_patches_are_moved_by_up_to_a_share_of_their_size_and_image_and_labels_alike(build):
+    patch = build(nnUNetTrainerMeanTeacher).configuration_manager.patch_size
+    spatial = SpatialTransform(tuple(patch), 0, False, p_rotation=0, p_scaling=0)
+    moving = shifted(ComposeTransforms([spatial]), 0.25)
+    wide = [int(1.5 * p) for p in patch]
+    middle = torch.zeros(1, *wide)
+    middle[(0, *(w // 2 for w in wide))] = 1
+    found = []
+    for _ in range(200):
+        out = moving(image=middle.clone(), segmentation=middle.to(torch.int16))
+        assert torch.equal(out["image"].bool(), out["segmentation"].bool())
+        found.append(out["image"][0].nonzero()[0].tolist())
+    for d, p in enumerate(patch):
+        places = [place[d] - p // 2 for place in found]
+        assert min(places) < 0 < max(places) and max(map(abs, places)) <= 0.25 * p + 1
+    assert shifted(ComposeTransforms([spatial]), 0.0).transforms == [spatial]
 
 
 def test_strength_makes_the_students_changes_more_likely(build):
