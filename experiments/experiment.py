@@ -88,6 +88,9 @@ class Pretraining:
     crop: tuple[int, ...] = key((), "crop in voxels", low=1)
     seed: int = key(0, "of initialisation, sampling and views", low=0)
     per_seed: bool = key(False, "one pretraining for each seed instead of one for all")
+    labelled: bool = key(
+        False, "learn from the labelled cases of each draw too (--labelled), a pretraining for each draw"
+    )
     exclude: str | None = key(None, "file of cases to leave out")
     robustness_every: int | None = key(None, "epochs between two measurements of robustness", low=0)
     skip_bad: bool = key(False, "go on without images that cannot be used")
@@ -345,9 +348,13 @@ def _check_arm(arm: Arm, where: str) -> None:
             )
         if arm.method not in ("", *FROM_RANDOM):
             from nnssl.pretrain.methods import get_method
+            from nnssl.pretrain.omni.config import resolve_omni, take_omni
             from nnssl.pretrain.resolve import resolve
 
-            resolve(get_method(arm.method), None, epochs=None, iterations=None, seed=None,
-                    options=arm.pretraining.options, crop=None)  # fmt: skip
+            options, omni = take_omni(arm.pretraining.options)
+            if omni and not arm.pretraining.labelled:
+                raise NnsslError(f"'omni.{next(iter(omni))}' belongs to a pretraining with 'labelled: true'.")
+            resolve_omni(omni)
+            resolve(get_method(arm.method), None, epochs=None, iterations=None, seed=None, options=options, crop=None)
     except NnsslError as error:
         raise NnsslError(f"{where}{error}") from error

@@ -233,6 +233,7 @@ class _Builder:
 
     def _pretrain_job(self, arm: Arm, draw: Draw, needs: list[str]) -> tuple[Job, str]:
         from nnssl.pretrain.methods import get_method
+        from nnssl.pretrain.omni.setup import FOLDER
         from nnssl.pretrain.resolve import EPOCHS, ITERATIONS, method_folder
         from nnssl.results import output_folder
 
@@ -242,13 +243,18 @@ class _Builder:
         seed = draw.seed if told.per_seed else told.seed
         content = [self.key, arm.method, sources, told.epochs, told.iterations, told.options, told.crop, seed, barred,
                    told.skip_bad, told.allow_mismatch]  # fmt: skip
+        if told.labelled:
+            content.append(draw.cases)
         key = digest(content)
         name = f"{self.prefix}-{key}"
         cls = get_method(arm.method)
-        target = output_folder(self.plan, method_folder(cls), sources, name)
+        target = output_folder(self.plan, method_folder(cls) + (FOLDER if told.labelled else ""), sources, name)
         command = ["nnssl_pretrain", "-d", *(str(dataset_id(s)) for s in sources), "-t", self.number, "-m", arm.method]
         command += ["-c", self.plan.configuration, "-p", self.plan.plans_name, "-device", self.device, "--name", name]
         command += ["--seed", str(seed)]
+        if told.labelled:
+            listed = self._text(f"labelled-{name}.txt", draw.cases)
+            command += ["--labelled", self.number, "--labelled-cases", listed]
         for option in ("epochs", "iterations", "robustness_every"):
             value = getattr(told, option)
             command += [f"--{option.replace('_', '-')}", str(value)] if value is not None else []
@@ -261,6 +267,8 @@ class _Builder:
             command += ["-o", *(f"{k}={_option(v)}" for k, v in sorted(told.options.items()))]
         steps = (told.epochs or EPOCHS) * (told.iterations or ITERATIONS)
         about = {"method": arm.name, "setting": self.resolved.name, **({"seed": seed} if told.per_seed else {})}
+        if told.labelled:
+            about |= {"labels": draw.count, "seed": draw.seed, "fold": draw.fold}
         job = Job(f"pretrain-{arm.method}-{name}", "pretrain", tuple(command), tuple(needs), (target / "checkpoint_final.pth",),
                   resume=(target / "checkpoint_latest.pth",), gpu=True, about=about, amount=steps)  # fmt: skip
         return job, key

@@ -132,6 +132,24 @@ def test_names_change_with_what_decides_the_result_and_with_nothing_else(lab):
     assert all(names()[p].isdisjoint(first[p]) for p in first)
 
 
+def test_a_pretraining_with_labels_is_made_for_each_draw_with_exactly_its_cases(lab):
+    lab.write(labels="[1, 2]", seeds="2", methods="[scratch, {name: omni, method: mae, pretraining: {labelled: true}}]")
+    graph = lab.graph()
+    made = {j.id: j for j in graph.jobs.values() if j.phase == "pretrain"}
+    assert len(made) == 4 and len({j.outputs for j in made.values()}) == 4
+    for run in graph.runs:
+        if run.arm.name == "omni":
+            (job,) = [made[i] for i in run.jobs if i in made]
+            command = list(job.command)
+            listed = graph.texts[Path(command[command.index("--labelled-cases") + 1])]
+            assert listed.split() == list(run.draw.cases) and command[command.index("--labelled") + 1] == "901"
+            assert job.outputs[0].parent.name.startswith("nnsslMaeOmni_")
+    with pytest.raises(NnsslError, match="'omni.switch' belongs to a pretraining with 'labelled: true'"):
+        lab.write(methods="[{name: omni, method: mae, options: {omni.switch: 0.5}}]")
+    with pytest.raises(NnsslError, match="omni: .*swich"):
+        lab.write(methods="[{name: omni, method: mae, pretraining: {labelled: true, options: {omni.swich: 0.5}}}]")
+
+
 def test_settings_share_what_is_the_same(lab):
     first = set(lab.graph().jobs)
     lab.write(
