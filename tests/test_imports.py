@@ -1,5 +1,7 @@
 """The import graph: which way it runs, and that it has no circle. Lazy imports count, imports for type checkers only do not."""
 
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
@@ -73,3 +75,10 @@ def test_the_links_are_followed(graph):
     """Else the rules above would hold for want of modules."""
     for package in ("pretrain", "trainers", "experiments"):
         assert len(graph.find_descendants(f"nnssl.{package}")) > 5
+
+
+def test_the_objectives_load_without_what_only_a_transformer_needs():
+    code = (
+        "import sys; from nnssl.pretrain.methods.registry import discover; discover(); sys.exit('timm' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from dynamic_network_architectures.building_blocks.eva import Eva
 from dynamic_network_architectures.building_blocks.patch_encode_decode import PatchDecode
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
@@ -31,6 +30,8 @@ class TokenDecoder(nn.Module):
     def __init__(
         self, width: int, channels: int, token: Sequence[int], grid: Sequence[int], *, heads: int, depth: int = 2
     ) -> None:
+        from dynamic_network_architectures.building_blocks.eva import Eva  # brings timm: two seconds of a start
+
         super().__init__()
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, width, 1, 1, 1), std=0.02))
         self.eva = Eva(
