@@ -200,6 +200,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
                 ignore_label=manager.ignore_label,
             ),
             self.figures.strength,
+            self.figures.student,
         )
         if self.pool is None:
             raise RuntimeError("the second stage starts after on_train_start")

@@ -55,7 +55,7 @@ USED: dict[str, tuple[str, ...]] = {
     "sawtooth": (*_COMMON, "warmup", "layer_decay", "decoder_first"),
     "encoder_frozen": (*_COMMON, "warmup", "layer_decay"),
     "head_only": (*_COMMON, "warmup"),
-    MEAN_TEACHER: (*_COMMON, "warmup", "labelled_first", "momentum", "strength", "shift", "largest"),
+    MEAN_TEACHER: (*_COMMON, "warmup", "labelled_first", "momentum", "student", "strength", "shift", "largest"),
     "linear_probe": (*_COMMON, "warmup", "levels"),
 }
 """Family -> the figures, besides the lengths, that decide anything there."""
@@ -71,6 +71,7 @@ _CHOICES = {
     "optimizer": ("sgd", "adam", "adamw"),
     "levels": ("decoder", "encoder"),
     "largest": ("auto", "always", "never"),
+    "student": ("strong", "nnunet"),
 }
 
 
@@ -101,8 +102,9 @@ class Figures:
         levels: what a linear probe looks at: the bottleneck and the ``"decoder"`` stages, or the ``"encoder"`` stages.
         labelled_first: share of the epochs in [0, 1) that ``mean_teacher`` learns from the labels alone.
         momentum: largest momentum of its teacher, in [0, 1).
-        strength: factor of at least 0 on the probability of the student's intensity changes of images without labels and on the
-            amount of noise; 1 is nnU-Net's augmentation.
+        student: how the intensities of images without labels change for the student: ``"strong"`` (noise, contrast, brightness,
+            gamma; :func:`nnssl.trainers.pool.strong_changes`) or ``"nnunet"``, as those of labelled ones.
+        strength: factor of at least 0 on the probability of these changes and on the amount of noise.
         shift: how far its patches are moved at most, as a share in [0, 1) of the patch. nnU-Net centres a volume that is
             smaller than the patch, and its network never sees it anywhere else.
         largest: whether pseudo-labels keep only the largest component of each class: ``"auto"`` where all labelled cases say that
@@ -123,7 +125,8 @@ class Figures:
     levels: str = "decoder"
     labelled_first: float = 1 / 3
     momentum: float = 0.99
-    strength: float = 1.0
+    student: str = "strong"
+    strength: float = 2.0
     shift: float = 0.1
     largest: str = "auto"
 

@@ -25,7 +25,7 @@ from nnssl.trainers import (
     nnUNetTrainerPretrainedScratch,
 )
 from nnssl.trainers.mean_teacher import TEACHER
-from nnssl.trainers.pool import Halves, UnlabelledDataset, shifted, split_transforms
+from nnssl.trainers.pool import Halves, UnlabelledDataset, shifted, split_transforms, strong_changes
 from nnssl.weights import write_variant
 
 OWN = "Dataset901_Tiny"
@@ -168,6 +168,36 @@ def test_strength_makes_the_students_changes_more_likely(build):
     assert [t.apply_probability for t in strong.intensity] == pytest.approx([min(1, 2 * x) for x in p])
     assert strong.intensity[0].transform.noise_variance == pytest.approx((0, 0.2))
     assert not any(t.apply_probability for t in none.intensity)
+
+
+def test_strong_changes_have_the_stated_probabilities_and_sizes():
+    torch.manual_seed(0)
+    noise, factor, shift, gamma = (c.transform for c in strong_changes(2.0))
+    assert [c.apply_probability for c in strong_changes(2.0)] == pytest.approx([0.6] * 4)
+    assert [c.apply_probability for c in strong_changes(4.0)] == [1.0] * 4
+    zero = torch.zeros(1, 24, 24, 24)
+    sizes = [float(noise(image=zero.clone())["image"].std()) for _ in range(200)]
+    assert 0.5 < max(sizes) <= 0.62 and np.mean(sizes) == pytest.approx(0.3, abs=0.04)
+    factors = [float(factor(image=torch.ones(1, 2, 2, 2))["image"].mean()) for _ in range(200)]
+    assert 0.7 <= min(factors) < 0.72 and 1.28 < max(factors) <= 1.3
+    shifts = [float(shift(image=torch.zeros(1, 2, 2, 2))["image"].mean()) for _ in range(400)]
+    assert np.std(shifts) == pytest.approx(0.17, abs=0.02)
+    x = torch.randn(1, 12, 12, 12)
+    made = gamma(image=x.clone())["image"]
+    assert float(made.mean()) == pytest.approx(float(x.mean()), abs=1e-4)
+    assert float(made.std()) == pytest.approx(float(x.std()), abs=1e-4)
+    assert torch.equal(made.flatten().argsort(), x.flatten().argsort()) and not torch.allclose(made, x, atol=1e-2)
+
+
+def test_the_student_sees_strong_changes_by_default(build):
+    trainer = build(nnUNetTrainerMeanTeacher)
+    views, _ = split_transforms(transforms_of(trainer), trainer.figures.strength, trainer.figures.student)
+    kinds = [type(t.transform).__name__ for t in views.intensity]
+    assert kinds == [type(t.transform).__name__ for t in strong_changes(2.0)]
+    image = torch.randn(1, *trainer.configuration_manager.patch_size)
+    seg = torch.zeros(1, *image.shape[1:], dtype=torch.int16)
+    out = [views(image=image.clone(), segmentation=seg.clone())["image"] for _ in range(30)]
+    assert sum(not torch.equal(*views_of) for views_of in out) >= 25  # 1 - 0.4^4 = 97 %
 
 
 def test_halves_use_up_a_labelled_batch_over_several_steps():
@@ -455,7 +485,7 @@ def test_classes_that_are_one_piece_are_found_in_the_labelled_cases(few, build, 
 def test_the_control_has_one_schedule_over_as_many_steps():
     plans = {"plans_name": "p", "nnssl": {"schedule": "mean_teacher", "epochs": 9, "iterations": 10}}
     figures = Figures.from_plans(plans, "mean_teacher", "nnUNetTrainerMeanTeacher")
-    assert (figures.stages.first, figures.optimizer, figures.peak_lr, figures.strength) == (3, "adam", 2e-3, 1.0)
+    assert (figures.stages.first, figures.optimizer, figures.peak_lr, figures.strength) == (3, "adam", 2e-3, 2.0)
     long = {"plans_name": "p", "nnssl": {"schedule": "mean_teacher"}}
     figures = Figures.from_plans(long, "mean_teacher", "nnUNetTrainerMeanTeacher")
     assert (figures.optimizer, figures.peak_lr, figures.epochs) == ("sgd", 1e-2, 1000)  # nnU-Net's own
