@@ -3,8 +3,8 @@
 Stage 1 learns from the labelled cases to convergence, with a warm-up and a decay of its own. Stage 2 starts a teacher as a copy
 of the network and a new schedule. Half of each batch are labelled patches, half patches of the pool: the teacher labels a patch
 that has been turned, scaled, shifted and mirrored; the student learns that label on the same patch after its intensities have
-changed. Augmentation (but for the shift), loss and deep supervision are nnU-Net's own. The teacher follows the student after
-each step; the student is kept.
+changed. Loss, deep supervision and what moves voxels are nnU-Net's own, but for a shift; intensities change more than there, of
+labelled patches too. The teacher follows the student after each step; the student is kept.
 
 Sources: :mod:`nnssl.teacher`. Labels are hard, without a threshold: nearly all voxels would pass one.
 """
@@ -35,7 +35,14 @@ from nnssl.teacher.averaging import averaging_momentum
 from nnssl.teacher.components import foreground_classes, keep_largest, one_piece_of_cases
 from nnssl.teacher.pseudo_labels import labels_of
 from nnssl.trainers.groups import build_optimizer
-from nnssl.trainers.pool import Halves, UnlabelledDataset, UnlabelledLoader, shifted, split_transforms
+from nnssl.trainers.pool import (
+    Halves,
+    UnlabelledDataset,
+    UnlabelledLoader,
+    shifted,
+    split_transforms,
+    with_strong_changes,
+)
 from nnssl.trainers.pretrained import nnUNetTrainerPretrained
 from nnssl.trainers.rates import Row, draw_below
 from nnssl.trainers.schedule import Rates, StepSchedule
@@ -142,8 +149,9 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         )
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:  # type: ignore[override]
-        """nnU-Net's augmentation, of labelled and other patches alike, and a shift (figure ``shift``)."""
-        return shifted(super().get_training_transforms(*args, **kwargs), self.figures.shift)
+        """nnU-Net's augmentation with a shift (figure ``shift``) and, of labelled patches too, other changes of intensity."""
+        transforms = shifted(super().get_training_transforms(*args, **kwargs), self.figures.shift)
+        return with_strong_changes(transforms) if self.figures.intensities == "strong" else transforms
 
     # ---- the second stage -----------------------------------------------------------------------------------------
 
@@ -200,7 +208,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
                 ignore_label=manager.ignore_label,
             ),
             self.figures.strength,
-            self.figures.student,
+            self.figures.intensities,
         )
         if self.pool is None:
             raise RuntimeError("the second stage starts after on_train_start")

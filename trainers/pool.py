@@ -164,8 +164,28 @@ def _stronger(transform: BasicTransform, factor: float) -> BasicTransform:
     return copy
 
 
+def _changes_intensities(transform: BasicTransform) -> bool:
+    kind = _inner(transform)
+    return isinstance(kind, ImageOnlyTransform) and not isinstance(kind, MaskImageTransform)
+
+
+def with_strong_changes(transforms: BasicTransform, strength: float = 1.0) -> BasicTransform:
+    """Put :func:`strong_changes` where nnU-Net's augmentation changes intensities.
+
+    Args:
+        transforms: from ``nnUNetTrainer.get_training_transforms``; changed in place where it is a sequence.
+        strength: of the changes.
+    """
+    if isinstance(transforms, ComposeTransforms):
+        old = [i for i, t in enumerate(transforms.transforms) if _changes_intensities(t)]
+        kept = [t for t in transforms.transforms if not _changes_intensities(t)]
+        at = old[0] if old else 0  # before mirroring, and before what lies outside of the image becomes zero
+        transforms.transforms = [*kept[:at], *strong_changes(strength), *kept[at:]]
+    return transforms
+
+
 def split_transforms(
-    transforms: BasicTransform, strength: float = 1.0, student: str = "nnunet"
+    transforms: BasicTransform, strength: float = 1.0, intensities: str = "nnunet"
 ) -> tuple[TwoViews, ComposeTransforms]:
     """Cut nnU-Net's training augmentation where the teacher looks.
 
@@ -175,7 +195,7 @@ def split_transforms(
     Args:
         transforms: from ``nnUNetTrainer.get_training_transforms``.
         strength: factor on the probability of the student's intensity changes (at most 1) and on the amount of noise.
-        student: whose these are: ``"nnunet"``'s own, or ``"strong"`` (:func:`strong_changes`).
+        intensities: the student's changes: ``"nnunet"``, those of ``transforms``, or ``"strong"``, :func:`strong_changes`.
 
     Returns:
         what makes the two views of an image, and what makes targets of a label map ``(1, *size)``: regions, deep supervision.
@@ -198,7 +218,7 @@ def split_transforms(
             intensity.append(_stronger(transform, strength))
         else:
             spatial.append(transform)
-    if student == "strong":
+    if intensities == "strong":
         intensity = strong_changes(strength)
     return TwoViews(spatial, intensity, mask), ComposeTransforms(targets)
 

@@ -55,7 +55,7 @@ USED: dict[str, tuple[str, ...]] = {
     "sawtooth": (*_COMMON, "warmup", "layer_decay", "decoder_first"),
     "encoder_frozen": (*_COMMON, "warmup", "layer_decay"),
     "head_only": (*_COMMON, "warmup"),
-    MEAN_TEACHER: (*_COMMON, "warmup", "labelled_first", "momentum", "student", "strength", "shift", "largest"),
+    MEAN_TEACHER: (*_COMMON, "warmup", "labelled_first", "momentum", "intensities", "strength", "shift", "largest"),
     "linear_probe": (*_COMMON, "warmup", "levels"),
 }
 """Family -> the figures, besides the lengths, that decide anything there."""
@@ -71,7 +71,7 @@ _CHOICES = {
     "optimizer": ("sgd", "adam", "adamw"),
     "levels": ("decoder", "encoder"),
     "largest": ("auto", "always", "never"),
-    "student": ("strong", "nnunet"),
+    "intensities": ("strong", "nnunet"),
 }
 
 
@@ -102,9 +102,10 @@ class Figures:
         levels: what a linear probe looks at: the bottleneck and the ``"decoder"`` stages, or the ``"encoder"`` stages.
         labelled_first: share of the epochs in [0, 1) that ``mean_teacher`` learns from the labels alone.
         momentum: largest momentum of its teacher, in [0, 1).
-        student: how the intensities of images without labels change for the student: ``"strong"`` (noise, contrast, brightness,
-            gamma; :func:`nnssl.trainers.pool.strong_changes`) or ``"nnunet"``, as those of labelled ones.
-        strength: factor of at least 0 on the probability of these changes and on the amount of noise.
+        intensities: how the intensities of its patches change: ``"strong"`` (noise, contrast, brightness, gamma;
+            :func:`nnssl.trainers.pool.strong_changes`) or ``"nnunet"``.
+        strength: factor of at least 0 on the probability of the changes that the student sees on images without labels, and on
+            the amount of noise; labelled images have 1.
         shift: how far its patches are moved at most, as a share in [0, 1) of the patch. nnU-Net centres a volume that is
             smaller than the patch, and its network never sees it anywhere else.
         largest: whether pseudo-labels keep only the largest component of each class: ``"auto"`` where all labelled cases say that
@@ -125,7 +126,7 @@ class Figures:
     levels: str = "decoder"
     labelled_first: float = 1 / 3
     momentum: float = 0.99
-    student: str = "strong"
+    intensities: str = "strong"
     strength: float = 2.0
     shift: float = 0.1
     largest: str = "auto"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_the_teacher_sees_what_has_moved_and_the_student_what_has_changed(build)
     trainer = build(nnUNetTrainerMeanTeacher)
     views, targets = split_transforms(transforms_of(trainer))
     kinds = {type(t).__name__ for t in views.spatial}
-    assert kinds == {"_Shifted", "MirrorTransform"} and len(views.intensity) == 7
+    assert kinds == {"_Shifted", "MirrorTransform"} and len(views.intensity) == 4
     assert [type(t).__name__ for t in targets.transforms] == ["RemoveLabelTransform", "DownsampleSegForDSTransform"]
     patch = tuple(trainer.configuration_manager.patch_size)
     image, changed = torch.rand(1, *patch), 0
@@ -138,7 +139,7 @@ def test_the_teacher_sees_what_has_moved_and_the_student_what_has_changed(build)
         assert set(teacher.unique().tolist()) == values  # voxels only changed places
         assert set(out["segmentation"].unique().tolist()) == {-1, 0}
         changed += not torch.equal(teacher, student)
-    assert changed >= 10  # 1 - .9 .8 .85 .85 .75 .9 .7 = 75 % of patches are changed
+    assert changed >= 10  # 1 - .7 ** 4 = 76 % of patches are changed
 
 
 def test_patches_are_moved_by_up_to_a_share_of_their_size_and_image_and_labels_alike(build):
@@ -166,7 +167,7 @@ def test_strength_makes_the_students_changes_more_likely(build):
     none, _ = split_transforms(transforms_of(trainer), 0.0)
     p = [t.apply_probability for t in plain.intensity]
     assert [t.apply_probability for t in strong.intensity] == pytest.approx([min(1, 2 * x) for x in p])
-    assert strong.intensity[0].transform.noise_variance == pytest.approx((0, 0.2))
+    assert strong.intensity[0].transform.noise_variance == pytest.approx((0, 0.6))
     assert not any(t.apply_probability for t in none.intensity)
 
 
@@ -189,9 +190,30 @@ def test_strong_changes_have_the_stated_probabilities_and_sizes():
     assert torch.equal(made.flatten().argsort(), x.flatten().argsort()) and not torch.allclose(made, x, atol=1e-2)
 
 
+def test_labelled_patches_change_strongly_too_or_as_nnunets(build):
+    def kinds(trainer):
+        return [type(getattr(t, "transform", t)).__name__ for t in transforms_of(trainer).transforms]
+
+    changes = [
+        "GaussianNoiseTransform",
+        "MultiplicativeBrightnessTransform",
+        "BrightnessAdditiveTransform",
+        "GammaTransform",
+    ]
+    end = ["MirrorTransform", "RemoveLabelTransform", "DownsampleSegForDSTransform"]
+    trainer = build(nnUNetTrainerMeanTeacher)
+    assert kinds(trainer) == ["_Shifted", *changes, *end]
+    trainer.figures = replace(trainer.figures, intensities="nnunet", shift=0.0)
+    assert kinds(trainer)[0] == "SpatialTransform" and len(kinds(trainer)) == 1 + 7 + 3
+    assert "SimulateLowResolutionTransform" in kinds(trainer)
+    trainer.configuration_manager.configuration["use_mask_for_norm"] = [True]
+    trainer.figures = replace(trainer.figures, intensities="strong")
+    assert kinds(trainer) == ["SpatialTransform", *changes, "MirrorTransform", "MaskImageTransform", *end[1:]]
+
+
 def test_the_student_sees_strong_changes_by_default(build):
     trainer = build(nnUNetTrainerMeanTeacher)
-    views, _ = split_transforms(transforms_of(trainer), trainer.figures.strength, trainer.figures.student)
+    views, _ = split_transforms(transforms_of(trainer), trainer.figures.strength, trainer.figures.intensities)
     kinds = [type(t.transform).__name__ for t in views.intensity]
     assert kinds == [type(t.transform).__name__ for t in strong_changes(2.0)]
     image = torch.randn(1, *trainer.configuration_manager.patch_size)
