@@ -146,14 +146,14 @@ def expect(told: Told, code: int, words: str) -> None:
         raise Failed("misadvised", f"status {told.code}, wanted {code} and '{words}': {told.text[-300:]}")
 
 
-def folder(name: str) -> Path:
-    return Path(os.environ["nnUNet_results"]) / "Dataset901_Phantom" / f"nnsslMae_{name}__nnUNetPlans__3d_fullres"
+def folder(name: str, method: str = "Mae") -> Path:
+    return Path(os.environ["nnUNet_results"]) / "Dataset901_Phantom" / f"nnssl{method}_{name}__nnUNetPlans__3d_fullres"
 
 
-def weights(name: str) -> dict[str, torch.Tensor]:
+def weights(name: str, method: str = "Mae") -> dict[str, torch.Tensor]:
     from nnssl import checkpoint
 
-    return checkpoint.load(folder(name) / "checkpoint_final.pth").weights
+    return checkpoint.load(folder(name, method) / "checkpoint_final.pth").weights
 
 
 def straight(ranks: int) -> dict[str, torch.Tensor]:
@@ -248,6 +248,65 @@ _signal(("INT",), 2, "main", 130, SAVED.format("INT"))
 _signal(("HUP",), 2, "main", 129, SAVED.format("HUP"))
 _signal(("KILL",), 2, "last", 137, r"was killed \(SIGKILL\).*--c")
 _signal(("KILL",), 2, "main", -9, "")
+
+SLOW = """
+import os, time, traceback
+from nnssl.pretrain.methods import register
+from nnssl.pretrain.methods.mae.method import MAE, MAEConfig
+
+@register("slowsave", config=MAEConfig)
+class SlowSave(MAE):
+    def state_dict(self, *args, **options):
+        if "FAULTS_SLOW" in os.environ and any(f.name == "training_state" for f in traceback.extract_stack()):
+            print("saving", flush=True)
+            time.sleep(20)
+        return super().state_dict(*args, **options)
+"""
+"""An objective like mae whose checkpoints take 20 seconds where told, so that a signal can meet them."""
+
+
+def _in_a_save(names: tuple[str, ...], ranks: int, code: int, words: str) -> None:
+    case = f"save{'-'.join(names)}{ranks}".lower()
+
+    def body() -> None:
+        file = Path(os.environ["nnUNet_results"]) / "slowsave.py"
+        file.write_text(SLOW)
+        more = ["-m", str(file), *(("-num_gpus", str(ranks)) if ranks > 1 else ())]
+        spawned: list[int] = []
+
+        def act(process: subprocess.Popen) -> None:
+            spawned.extend(children(process.pid))
+            for name in names:
+                os.killpg(process.pid, getattr(signal, f"SIG{name}"))  # as a terminal does
+                time.sleep(1)
+
+        told = program(case, *more, at="saving", act=act, before=["env", "FAULTS_SLOW=1"])
+        expect(told, code, words)
+        if words == "Stopped" and "after step" in told.text:
+            raise Failed("misadvised", "the save was waited for")
+        end = time.monotonic() + 60
+        while any(_alive(pid) for pid in spawned):
+            if time.monotonic() > end:
+                raise Failed("hung", f"processes are left: {spawned}")
+            time.sleep(0.2)
+        expect(program(case, *more, "--c"), 0, "Continuing after step|starts from the beginning")
+        found, wanted = weights(case, "Slowsave"), straight(ranks)
+        if any(not torch.equal(found[k], wanted[k]) for k in wanted):
+            raise Failed("lost", "the weights are others")
+
+    LAB.faults.append(Fault(f"{' '.join(names)} of {ranks}, while a checkpoint is written", body))
+
+
+_in_a_save(("INT", "INT"), 1, 130, "Stopped")
+_in_a_save(("INT", "INT"), 2, 130, "Stopped")
+_in_a_save(("HUP", "TERM", "TERM"), 2, 129, SAVED.format("HUP"))
+
+
+@LAB.add("HUP to the main process of 2, under nohup")
+def _nohup() -> None:
+    told = program("nohup", "-num_gpus", "2", at="epoch 2/", act=send("HUP"), before=["nohup"])
+    expect(told, 0, "Weights:")
+    same("nohup", 2)
 
 
 # ---- what a run has saved --------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from nnssl.pretrain.engine.watch import RobustnessHook
 from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.methods.registry import origin
 from nnssl.pretrain.omni import FOLDER, prepare_omni, take_omni
-from nnssl.pretrain.onwards import finished_before, keep_first_end, next_lines, start_from
+from nnssl.pretrain.onwards import finished_before, keep_first_end, next_lines, start_from, started_from
 from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
 from nnssl.pretrain.prepare.planning import planned
 from nnssl.pretrain.resolve import batch_size, identity, method_folder, resolve
@@ -159,9 +159,11 @@ def run(
     with process_group(torch_device), RunFolder(path, lock=not dry_run and rank() == 0) as folder:
         auto = continue_run == "auto" or (not continue_run and restarted())
         saved = folder.saved_config(whole=True) if continue_run and not auto else None
-        if continue_run and not auto and saved is None:
+        if continue_run and not auto and not folder.has_checkpoint():
             log.info("The run was ended before its first checkpoint: it starts from the beginning.")
+            start = start or started_from(saved)
         accepted = _accepted(saved, allow_mismatch=allow_mismatch, skip_bad=skip_bad, cases=cases, exclude=exclude)
+        accepted["start"] = start.options() if start is not None else _before(saved).get("start")
         choice = resolve(cls, saved, epochs=epochs, iterations=iterations, seed=seed, options=options, crop=crop)
         omni = None
         if labelled is not None:
@@ -256,9 +258,13 @@ def _weights(given: dict[str, float] | None, saved: dict[str, Any] | None) -> di
 
 def _accepted(saved: dict[str, Any] | None, **given: Any) -> dict[str, Any]:
     """What the user has accepted and chosen at the first start, which a continued run need not be told again."""
-    before = (saved or {}).get("accepted") or {}
+    before = _before(saved)
     now = {k: os.path.abspath(v) if v and not isinstance(v, bool) else v for k, v in given.items()}
     return {k: v or before.get(k) or v for k, v in now.items()}
+
+
+def _before(saved: dict[str, Any] | None) -> dict[str, Any]:
+    return (saved or {}).get("accepted") or {}
 
 
 def _execute(spec: RunSpec, who: dict[str, Any], continue_run: bool, accepted: dict[str, Any]) -> RunResult:

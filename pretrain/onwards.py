@@ -22,7 +22,7 @@ from nnssl.plans.figures import DEFAULT_FAMILY, trainer_for
 from nnssl.results import find_pretrainings
 from nnssl.transfer import Adaptation, TransferReport, apply
 
-__all__ = ["Start", "finished_before", "keep_first_end", "next_lines", "start_from"]
+__all__ = ["Start", "finished_before", "keep_first_end", "next_lines", "start_from", "started_from"]
 
 log = logging.getLogger("nnssl")
 
@@ -66,6 +66,12 @@ class Start:
         how = {k: v for k, v in vars(self.adaptation).items() if v is not None} if self.adaptation.active else {}
         return {"sha256": self.sha256, "adapt": how, "place": self.place}
 
+    def options(self) -> dict[str, Any]:
+        """What was asked for, for a start of the same run from the beginning; :func:`started_from` reads it."""
+        how = {k: v for k, v in vars(self.adaptation).items() if v is not None}
+        coverage = how.pop("coverage", None)
+        return {"init": str(Path(self.loaded.path).absolute()), "adapt": how, "coverage": coverage, **self.place}
+
     def told(self) -> dict[str, Any]:
         """What the run's own checkpoints say about it."""
         return {"sha256": self.sha256, "method": self.loaded.method, "origin": self.loaded.origin}
@@ -101,6 +107,23 @@ def start_from(
     if loaded.verdict is not None and not loaded.verdict[0]:
         log.warning("--init %s says of itself that it did not learn: %s", init, loaded.verdict[1])
     return Start(loaded, sha256_of(init), adaptation, place)
+
+
+def started_from(saved: Mapping[str, Any] | None) -> Start | None:
+    """The weights of a run that ended before its first checkpoint, which is to start from them again; from its ``config.json``.
+
+    Raises:
+        NnsslError: their file is gone or another, with the option that names it anew.
+    """
+    told = ((saved or {}).get("accepted") or {}).get("start")
+    if told is None:
+        return None
+    try:
+        return start_from(**told)
+    except NnsslError as error:
+        raise NnsslError(
+            f"this run starts from the weights of {told['init']}: {error} Add --init FILE where it lies now."
+        ) from error
 
 
 def finished_before(final: Path, steps: int) -> Checkpoint | None:

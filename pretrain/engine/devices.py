@@ -23,15 +23,12 @@ from nnssl.command import LOST
 from nnssl.distributed import is_distributed, rank
 from nnssl.errors import NnsslError, PeerLostError
 from nnssl.malloc import keep_freed_memory
-from nnssl.pretrain.engine.signals import asked_to_stop
+from nnssl.pretrain.engine.signals import LAUNCHER, SIGNALS, asked_to_stop
 
 __all__ = ["launch", "pick_device", "process_group", "restarted", "shared_preparation"]
 
 DEVICES = ("cuda", "cpu", "mps")
 PREPARATION_LIMIT = timedelta(days=7)
-
-LAUNCHER = "NNSSL_LAUNCHER"
-"""Variable with the process number of :func:`launch`, in the processes that it has started."""
 
 SAVING_SECONDS = 600
 """Time for saving a checkpoint after a signal; then processes are killed."""
@@ -113,6 +110,7 @@ def _end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(0.5)
+        os.environ.pop(LAUNCHER, None)  # from here on it speaks for itself
         os.kill(os.getpid(), signal.SIGINT if asked_to_stop() else signal.SIGTERM)
         time.sleep(SAVING_SECONDS)
         os._exit(128 + signal.SIGTERM)
@@ -158,7 +156,7 @@ def launch(arguments: list[str], processes: int, restarts: int = 0) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    patience: dict[str, Any] = {"shutdown_timeout": SAVING_SECONDS}
+    patience: dict[str, Any] = {"shutdown_timeout": SAVING_SECONDS, "signals_to_handle": "SIGQUIT"}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -175,15 +173,44 @@ def launch(arguments: list[str], processes: int, restarts: int = 0) -> int:
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ[LAUNCHER] = str(os.getpid())
+    signals: list[int] = []
     try:
-        elastic_launch(config, sys.executable)("-m", "nnssl.pretrain.cli", *arguments)
+        with _passed_on(signals):
+            elastic_launch(config, sys.executable)("-m", "nnssl.pretrain.cli", *arguments)
     except ChildFailedError as error:
         return _told(error.failures)
     except SignalException as error:  # the processes have saved and told so
-        return 128 + int(error.sigval)
+        return 128 + int(signals[0] if signals else error.sigval)
     finally:
         del os.environ[LAUNCHER]
     return 0
+
+
+@contextmanager
+def _passed_on(received: list[int]) -> Iterator[None]:
+    """Within, the first signal goes to the processes as it is, a Ctrl-C after it as SIGTERM; others are the first one again.
+
+    Torch's own handlers would take each for a new one, so that a scheduler's third SIGTERM ended the launcher under a checkpoint
+    that is being written, and would end a run under nohup.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    def hear(number: int, frame: Any) -> None:
+        received.append(number)
+        if len(received) == 1 or number == signal.SIGINT:
+            raise SignalException(f"signal {number}", signal.Signals(number))  # torch's agent sends its own signal on
+
+    old: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in SIGNALS:
+            known = getattr(signal, name, None)  # Windows has no SIGHUP
+            if known is not None and not (name == "SIGHUP" and signal.getsignal(known) is signal.SIG_IGN):
+                old[known] = signal.signal(known, hear)
+    try:
+        yield
+    finally:
+        for known, handler in old.items():
+            signal.signal(known, handler)
 
 
 def _told(failures: dict[int, Any]) -> int:

@@ -130,6 +130,10 @@ class RunFolder:
             raise NnsslError(f"{error} Move the folder away, or give this run a --name.") from error
         return content
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is one, whole or not."""
+        return any(file.exists() for file in (self.latest, self.previous, self.final))
+
     def keep_previous(self) -> None:
         """Let ``checkpoint_previous.pth`` be what ``checkpoint_latest.pth`` is now, before another is written."""
         if not self.latest.is_file() or (self.previous.is_file() and self.previous.samefile(self.latest)):
@@ -197,7 +201,7 @@ class RunFolder:
         """
         saved = self.saved_config()
         if saved is None:
-            if any(file.exists() for file in (self.latest, self.previous, self.final)):
+            if self.has_checkpoint():
                 raise NnsslError(
                     f"{self.path} holds a checkpoint but no config.json, so it is not known what it is. "
                     "Give this run a --name."

@@ -38,6 +38,14 @@ _ACCEPTED = {
     "skip_bad": optional(flag),
     "cases": optional(text),
     "exclude": optional(text),
+    "start": optional(mapping(text)),
+}
+_START = {
+    "init": text,
+    "adapt": optional(mapping(text)),
+    "coverage": optional(number(0)),
+    "key": optional(text),
+    "prefix": optional(text),
 }
 
 
@@ -62,4 +70,7 @@ def check_record(content: dict[str, Any], what: str, *, whole_run: bool = False)
     identity = content.get("identity") or {}
     check(identity, _IDENTITY, "identity.")
     check(identity.get("crop") or {}, _CROP, "identity.crop.")
-    check_fields(content.get("accepted") or {}, _ACCEPTED, what, "accepted.")
+    accepted = content.get("accepted") or {}
+    check_fields(accepted, _ACCEPTED, what, "accepted.")
+    if accepted.get("start"):
+        check_fields(accepted["start"], _START, what, "accepted.start.")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["StopSignals", "asked_to_stop"]
+__all__ = ["LAUNCHER", "StopSignals", "asked_to_stop"]
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 
+LAUNCHER = "NNSSL_LAUNCHER"
+"""Variable with the process number of the launcher, in the processes that it has started."""
 
 _asked = threading.Event()
 
@@ -23,9 +26,12 @@ def asked_to_stop() -> bool:
 class StopSignals:
     """While entered, remembers that a signal asked the run to end.
 
+    A second Ctrl-C raises KeyboardInterrupt. Processes of a launcher hear of it as SIGTERM after SIGINT; a second SIGINT is there
+    the first one again, which a scheduler has sent to every process.
+
     Attributes:
         received: whether one came.
-        name, number: which one.
+        name, number: the first.
     """
 
     def __init__(self) -> None:
@@ -35,10 +41,17 @@ class StopSignals:
         self._old: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.received:
+            if self._interrupts(number):
+                raise KeyboardInterrupt
+            return
         self.received, self.number, self.name = True, number, signal.Signals(number).name
         _asked.set()
+
+    def _interrupts(self, number: int) -> bool:
+        if LAUNCHER in os.environ:
+            return (self.number, number) == (signal.SIGINT, signal.SIGTERM)
+        return number == signal.SIGINT
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():

@@ -120,6 +120,80 @@ def test_processes_that_are_started_again_do_not_meet_the_addresses_of_the_dead(
     assert shared.check([f"nnssl_start_{count}/address"])
 
 
+@pytest.mark.parametrize(
+    ("launched", "signals", "interrupts", "name"),
+    [
+        (False, ("SIGINT", "SIGINT"), True, "SIGINT"),
+        (False, ("SIGTERM", "SIGINT"), True, "SIGTERM"),
+        (False, ("SIGINT", "SIGTERM"), False, "SIGINT"),
+        (False, ("SIGHUP", "SIGTERM", "SIGTERM"), False, "SIGHUP"),
+        (True, ("SIGINT", "SIGTERM"), True, "SIGINT"),
+        (True, ("SIGINT", "SIGINT"), False, "SIGINT"),
+        (True, ("SIGTERM", "SIGTERM"), False, "SIGTERM"),
+        (True, ("SIGHUP", "SIGTERM"), False, "SIGHUP"),
+    ],
+)
+def test_which_signals_interrupt_a_save(monkeypatch, launched, signals, interrupts, name):
+    """In a launcher's processes a second Ctrl-C arrives as SIGTERM, and a scheduler's one signal arrives twice."""
+    from nnssl.pretrain.engine.signals import LAUNCHER, StopSignals
+
+    monkeypatch.delenv(LAUNCHER, raising=False)
+    if launched:
+        monkeypatch.setenv(LAUNCHER, "1")
+    seen = False
+    with StopSignals() as stop:
+        try:
+            for s in signals:
+                signal.raise_signal(getattr(signal, s))
+        except KeyboardInterrupt:
+            seen = True
+    assert seen == interrupts and stop.received and stop.name == name and stop.number == getattr(signal, name)
+
+
+@pytest.mark.parametrize(
+    ("signals", "raised", "status"),
+    [
+        (("SIGINT", "SIGINT"), [0, 1], 130),
+        (("SIGTERM", "SIGTERM", "SIGHUP", "SIGTERM"), [0], 143),
+        (("SIGHUP", "SIGTERM", "SIGINT"), [0, 2], 129),
+    ],
+)
+def test_the_launcher_hears_a_signal_once_and_each_interrupt(monkeypatch, signals, raised, status):
+    import torch.distributed.launcher.api as launcher
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    heard = []
+
+    def elastic_launch(config, entry):
+        def start(*arguments):
+            last = None
+            for i, name in enumerate(signals):
+                try:
+                    signal.raise_signal(getattr(signal, name))
+                except SignalException as error:
+                    heard.append(i)
+                    last = error
+            raise last
+
+        return start
+
+    monkeypatch.setattr(launcher, "elastic_launch", elastic_launch)
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert devices.launch(["-d", "901"], 2) == status
+    assert heard == raised
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_a_launcher_under_nohup_does_not_hear_sighup(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with devices._passed_on([]):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 SCRIPT = textwrap.dedent("""
     import os, signal, sys
     from nnssl.pretrain import run

@@ -129,6 +129,38 @@ def test_init_takes_part_once_and_a_continued_run_needs_no_file(dataset, tmp_pat
     assert first.folder == longer.folder
 
 
+def test_init_again_where_the_run_ended_before_its_first_checkpoint(dataset, tmp_path, monkeypatch, caplog):
+    """It begins with the same weights by itself; with another file, or without one, it does not begin."""
+    from nnssl.pretrain.engine.loop import Engine
+
+    caplog.set_level(logging.INFO, "nnssl")
+    file, _ = foreign(dataset, tmp_path)
+    straight = go(init=file, name="straight")
+
+    def end(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Engine, "_fit", end)
+        go(init=file, name="ended")
+    kept = tmp_path / "kept.pth"
+    file.rename(kept)
+    with pytest.raises(NnsslError, match="this run starts from the weights of .*Add --init FILE"):
+        go(name="ended", continue_run=True)
+    content = torch.load(kept, weights_only=True)
+    state = content.get("state_dict", content)
+    next(t for t in state.values() if torch.is_tensor(t)).add_(1)
+    torch.save(content, file)
+    with pytest.raises(NnsslError, match=r"(?s)another configuration.*init.sha256"):
+        go(name="ended", continue_run=True)
+    kept.replace(file)
+    again = go(name="ended", continue_run=True)
+    assert "before its first checkpoint: it starts from the beginning" in caplog.text
+    a, b = (checkpoint.load(r.checkpoint) for r in (straight, again))
+    assert all(torch.equal(b.weights[n], t) for n, t in a.weights.items())
+    assert b.nnssl["started_from"] == a.nnssl["started_from"]
+
+
 def test_init_adapts_as_the_trainers_do_and_names_the_option(dataset, tmp_path):
     def two_channels(weights):
         stem = "encoder.stages.0.0.convs.0."
