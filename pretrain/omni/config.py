@@ -69,7 +69,15 @@ class OmniConfig:
         choices=("moved", "clean", "augmented"),
     )
     semi_through_encoder: bool = option(True, "pseudo-labels train the encoder too; false: decoder and heads only")
-    augment: bool = option(True, "nnU-Net's augmentation of both kinds of patches")
+    augment: bool = option(True, "turn, scale, mirror both kinds of patches and change their intensities")
+    intensities: str = option(
+        "strong",
+        "how these change: noise, contrast, brightness and gamma, each with probability 0.3, or nnU-Net's augmentation",
+        choices=("strong", "nnunet"),
+    )
+    strength: float = option(
+        2.0, "of intensities=strong: factor on that probability and on the noise for pseudo-labelled patches", low=0.0
+    )
     mirror: bool = option(True, "mirroring among it; false where left and right are different labels")
     agreement: int = option(
         32, "patches of held-out labelled cases that pseudo-labels are compared on after each epoch; 0: none", low=0
@@ -81,7 +89,7 @@ class OmniConfig:
 OMNI_RUNTIME = frozenset({"agreement", "volumes", "volumes_every"})
 """Options that do not change what is learnt: they may differ when a run is continued."""
 
-_ONE: dict[str, Any] = {"switch": 0.5, "schedule": "method", "largest": "never"}
+_ONE: dict[str, Any] = {"switch": 0.5, "schedule": "method", "largest": "never", "intensities": "nnunet"}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {**_ONE, "teacher": "snapshot", "pseudo_from": "clean"},
     "code": {**_ONE, "teacher": "snapshot", "pseudo_from": "augmented", "semi_through_encoder": False},
@@ -117,7 +125,7 @@ def resolve_omni(given: Mapping[str, Any], saved: Mapping[str, Any] | None = Non
     preset = options.pop("preset", None)
     if preset is not None and preset not in PRESETS:
         raise NnsslError(f"-o omni.preset={preset}: known are {', '.join(PRESETS)}.{nearest(str(preset), PRESETS)}")
-    base = PRESETS[preset] if preset else dict(saved or {})
+    base = PRESETS[preset] if preset else {**({"intensities": "nnunet"} if saved else {}), **(saved or {})}
     try:
         (mine,) = split_options(options, [OmniConfig])
         return make_config(OmniConfig, mine, base)

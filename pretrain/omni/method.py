@@ -20,7 +20,14 @@ from nnssl.ema import EMA
 from nnssl.networks import unwrap
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
-from nnssl.pretrain.augment.nnunet import TrainingAugmentation, alter, draw_grid, middle_label, move_label
+from nnssl.pretrain.augment.nnunet import (
+    TrainingAugmentation,
+    alter,
+    alter_strongly,
+    draw_grid,
+    middle_label,
+    move_label,
+)
 from nnssl.pretrain.augment.spatial import central_crop, warp
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.omni.companion import OmniCrops
@@ -106,7 +113,8 @@ class OmniMixin(Method):
         if patches.augment:
             own = draws.fork(patches.total, patches.first, len(patches))
             grid = draw_grid(own, how, patches.data.shape[2:])
-            data, label = alter(warp(patches.data, grid), own, how.masked), move_label(patches.label, grid, outside=0)
+            data = self._changed(warp(patches.data, grid), own, 1.0)
+            label = move_label(patches.label, grid, outside=0)
         else:
             data, label = _middle(patches.data, how.size), middle_label(patches.label, how.size, outside=0)
         return {"data": data, "label": label, "targets": self.omni_loss.targets(label), "annotated": patches.annotated}
@@ -125,8 +133,15 @@ class OmniMixin(Method):
             own = draws.fork(patches.total, patches.first, len(patches))
             batch["grid"] = draw_grid(own, how, patches.data.shape[2:])
             batch["moved"] = warp(patches.data, batch["grid"])
-            batch["data"] = alter(batch["moved"], own, how.masked)
+            batch["data"] = self._changed(batch["moved"], own, self.omni.strength)
         return batch
+
+    def _changed(self, x: Tensor, draws: Draws, strength: float) -> Tensor:
+        """Patches with other intensities."""
+        masked = self.omni_augmentation.masked
+        return (
+            alter_strongly(x, draws, masked, strength) if self.omni.intensities == "strong" else alter(x, draws, masked)
+        )
 
     # ---- the teacher ---------------------------------------------------------------------------------------------
 

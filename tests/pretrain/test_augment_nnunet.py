@@ -79,13 +79,14 @@ def test_outside_of_the_window_and_minus_one_get_the_label_asked_for(tiny_plans,
     assert bool((nnunet.move_label(label, far, outside=7) == 7).all())
 
 
+@pytest.mark.parametrize("change", [nnunet.alter, nnunet.alter_strongly])
 @pytest.mark.parametrize("masked", [(), (1,)])
-def test_alter_is_a_pure_function_and_keeps_masked_voxels(masked):
+def test_alter_is_a_pure_function_and_keeps_masked_voxels(change, masked):
     x = image(8)
     x[:, :, :, :4] = 0
-    out = nnunet.alter(x, Draws(3, 5, 8), masked)
-    assert torch.equal(out, nnunet.alter(x, Draws(3, 5, 8), masked))
-    halves = torch.cat([nnunet.alter(x[i : i + 4], Draws(3, 5, 8, i, 4), masked) for i in (0, 4)])
+    out = change(x, Draws(3, 5, 8), masked)
+    assert torch.equal(out, change(x, Draws(3, 5, 8), masked))
+    halves = torch.cat([change(x[i : i + 4], Draws(3, 5, 8, i, 4), masked) for i in (0, 4)])
     torch.testing.assert_close(out, halves, atol=1e-6, rtol=1e-5)
     assert bool(out.isfinite().all())
     changed = (out != x).flatten(1).any(1)
@@ -175,6 +176,35 @@ def test_each_change_alone():
         torch.testing.assert_close(alone(on, below), want, msg=str((on, below)))
         assert torch.equal(want, x) == ((on, below) in ((1, False), (7, True)))
     assert not torch.allclose(alone(5, True), alone(6, True))
+
+
+def test_each_strong_change_alone():
+    """Three quarters of each range: noise of 0.225 x strength, a factor of 1.15, an exponent of 1.3."""
+    x = image(2)
+    for strength in (1.0, 2.0):
+        noisy = nnunet.alter_strongly(torch.zeros(2, 2, 20, 24, 18), Fixed(0, True, 2), strength=strength)
+        assert float(noisy.std()) == pytest.approx(0.225 * strength, rel=0.03)
+    torch.testing.assert_close(nnunet.alter_strongly(x, Fixed(1, True, 2)), 1.15 * x)
+    added = nnunet.alter_strongly(x, Fixed(2, True, 2)) - x
+    assert float(added.flatten(2).std(-1).max()) < 1e-5 and float(added.abs().max()) > 0  # one number for a channel
+    exponent = torch.full((2, 2), 0.7 + 0.75 * 0.8)
+    torch.testing.assert_close(nnunet.alter_strongly(x, Fixed(3, True, 2)), nnunet.adjust_gamma(x, exponent))
+    assert torch.equal(nnunet.alter_strongly(x, Fixed(4, True, 2)), x)
+    shifts = nnunet.alter_strongly(torch.zeros(4000, 1, 1, 1, 2), _Only(2, 4000))[:, 0, 0, 0, 0]
+    assert float(shifts.std()) == pytest.approx(0.17, rel=0.05)
+
+
+class _Only(Draws):
+    """Draws of which one chance alone comes true."""
+
+    def __init__(self, on, total):
+        super().__init__(0, 0, total)
+        self.on, self.asked = on, 0
+
+    def chance(self, p, *shape):
+        assert p == pytest.approx(0.3)
+        self.asked += 1
+        return torch.full((self.count, *shape), self.asked - 1 == self.on)
 
 
 def test_how_often_each_change_happens():

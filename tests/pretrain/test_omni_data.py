@@ -323,3 +323,10 @@ def test_patches_and_batches_that_cannot_be_are_refused(target):
         prepare_omni(plan, {"batch": 3}, ranks=2)
     assert prepare_omni(plan, {"switch": 0.3}).switch(10) == 3
     assert OmniConfig().fold == "0"
+
+
+def test_changes_of_intensity_are_strong_but_in_presets_and_runs_from_before():
+    assert (resolve_omni({}).intensities, resolve_omni({}).strength) == ("strong", 2.0)
+    assert {resolve_omni({"preset": p}).intensities for p in ("paper", "code", "running")} == {"nnunet"}
+    assert resolve_omni({}, {"schedule": "stages"}).intensities == "nnunet"
+    assert resolve_omni({}, {"schedule": "stages", "intensities": "strong"}).intensities == "strong"
