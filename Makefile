@@ -1,6 +1,7 @@
 # make demo    everything that is needed, then the main job on phantom volumes on a CPU
 # make test    the test suite without its slow part; make test-slow runs the slow part
 # make mutants changes the code in PATHS, one small thing at a time, and prints what no test notices
+# make tables  writes the tables of docs/commands.md anew from the commands' parsers
 # make lint    ruff and mypy
 # make venv    only the environment; PYTHON=python3.12 chooses the Python, VENV=folder the place
 PYTHON ?= python3
@@ -15,7 +16,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 PATHS ?= nnssl/losses nnssl/heads nnssl/masking
 MUTANT_ARGS ?=
 
-.PHONY: demo test test-slow mutants lint format venv help
+.PHONY: demo test test-slow mutants tables lint format venv help
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +44,9 @@ test-slow: $(STAMP)
 
 mutants: $(STAMP)
 	$(BIN)/python tests/tools/mutants.py $(PATHS) $(MUTANT_ARGS)
+
+tables: $(STAMP)
+	$(BIN)/python tests/tools/command_tables.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -637,7 +637,7 @@ for name, text in {
         file = Path(os.environ["nnUNet_results"]) / "experiment.yaml"
         file.write_text(HEAD + text)
         expect(
-            here(str(file), "--dry-run", "--device", "cpu", command="experiment"),
+            here(str(file), "--dry-run", "-device", "cpu", command="experiment"),
             1,
             "^Error: [^\n]*experiment.yaml[^\n]*\n$",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nnssl.command import run_command
-from nnssl.errors import NnsslError
+from nnssl.errors import NnsslError, UsageError
 from nnssl.experiments.collect import collect
 from nnssl.experiments.estimate import clock, estimate_jobs
 from nnssl.experiments.evaluate import need_surface_library
@@ -22,38 +21,44 @@ from nnssl.experiments.experiment import Experiment, load_experiment
 from nnssl.experiments.jobs import PHASES, Graph, Job, build_graph
 from nnssl.experiments.records import Records, try_lock
 from nnssl.files import remove_temporary, write_atomic
+from nnssl.grammar import CommandParser
 
-__all__ = ["main", "run_experiment"]
+__all__ = ["main", "parser", "run_experiment"]
 
 log = logging.getLogger("nnssl")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nnssl_label_efficiency",
-        allow_abbrev=False,
-        description="Compare pretrainings and scratch with few labels: runs what is missing of an experiment and writes its "
+def parser() -> CommandParser:
+    """The command's arguments."""
+    p = CommandParser(
+        "nnssl_label_efficiency",
+        "EXPERIMENT.yaml [options]",
+        "Compare pretrainings and scratch with few labels: runs what is missing of an experiment and writes its "
         "tables, curves and report. The same command continues where it was.",
+        "nnssl_label_efficiency prostate.yaml --dry-run",
     )
-    parser.add_argument("experiment", metavar="EXPERIMENT.yaml", type=Path, help="the experiment file")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="only show the jobs, what exists already, and the estimated time"
+    p.add_argument("experiment", metavar="EXPERIMENT.yaml", type=Path, help="the experiment file")
+    where = p.group("where jobs run")
+    p.share(where, "device", help="for training and prediction: cuda (default), cpu or mps")
+    where.add_argument(
+        "--executor", choices=("local", "slurm"), default="local", help="where jobs run (default: local)"
     )
-    parser.add_argument(
-        "--executor", choices=("local", "slurm"), default="local", help="where jobs run (default: %(default)s)"
+    where.add_argument(
+        "--jobs", type=int, metavar="N", help="jobs at a time (default: one per GPU, or one; slurm: 100)"
     )
-    parser.add_argument("-n", type=int, metavar="N", help="jobs at a time (default: one per GPU, or one; slurm: 100)")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu", "mps"), default="cuda", help="for training (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--compare", type=Path, metavar="FILE.csv", help="published figures to put beside ours in the table"
-    )
-    parser.add_argument("-o", type=Path, metavar="OUT", help="output folder (default: label_efficiency_<name>)")
-    parser.add_argument(
+    what = p.group("what is done")
+    p.share(what, "dry_run", help="only show the jobs, what exists already, and the estimated time")
+    what.add_argument(
         "--report-only", action="store_true", help="run nothing; write tables and report from what is there"
     )
-    return parser
+    what.add_argument(
+        "--compare", type=Path, metavar="FILE", help="CSV of published figures to put beside ours in the table"
+    )
+    p.share(what, "output", type=Path, help="folder of the experiment (default: label_efficiency_<name> here)")
+    p.renamed("--device", "-device")
+    p.renamed("-n", "--jobs")
+    p.renamed("-o", "--output")
+    return p
 
 
 def _gpus(device: str, graph_needs: bool) -> list[str]:
@@ -68,7 +73,7 @@ def _gpus(device: str, graph_needs: bool) -> list[str]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         raise NnsslError(
-            "No GPU was found. Type --device cpu to run on the processor, with a small network (see network:)."
+            "no CUDA device is available. On a machine without a GPU add -device cpu, with a small network (see network:)."
         )
     return [str(i) for i in range(count)]
 
@@ -176,7 +181,7 @@ def run_experiment(
         raise NnsslError(f"the published figures {published} do not exist.")
     folder = Path(os.path.abspath(out or f"label_efficiency_{experiment.name}"))
     if slots is not None and slots < 1:
-        raise NnsslError(f"-n {slots}: at least 1.")
+        raise UsageError(f"--jobs {slots}: at least 1.")
     graph, records = build_graph(experiment, folder, device), Records(folder)
     if dry_run:
         _show(graph, records, folder, device, slots)
@@ -184,7 +189,9 @@ def run_experiment(
     need_surface_library()
     lock = try_lock(folder / ".lock")
     if lock is None:
-        raise NnsslError(f"another process is at work in {folder}. Wait for it, or choose another folder with -o.")
+        raise NnsslError(
+            f"another process is at work in {folder}. Wait for it, or choose another folder with --output."
+        )
     with lock:
         for place in (folder, *(p for p in folder.glob("*") if p.is_dir())):  # whoever wrote them is dead
             remove_temporary(place)
@@ -255,13 +262,13 @@ def _tell(outcome: Outcome, graph: Graph, records: Records, folder: Path, done: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Console entry point; returns the exit status: 1 where a job failed."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
 
     def body() -> int:
         outcome = run_experiment(
-            args.experiment, out=args.o, device=args.device, executor=args.executor, slots=args.n, published=args.compare,
-            dry_run=args.dry_run, report_only=args.report_only,
+            args.experiment, out=args.output, device=args.device, executor=args.executor, slots=args.jobs,
+            published=args.compare, dry_run=args.dry_run, report_only=args.report_only,
         )  # fmt: skip
         return 1 if outcome.failed else 0
 
-    return run_command(body)
+    return run_command(body, args)

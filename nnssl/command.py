@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import logging
 import os
 import signal
 import sys
 import threading
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from nnssl.errors import NnsslError, PeerLostError
+from nnssl.errors import NnsslError, PeerLostError, UsageError
+from nnssl.grammar import USAGE
 
-__all__ = ["Stopped", "configure_logging", "run_command", "stop_on_signals"]
+__all__ = ["Stopped", "check_device", "configure_logging", "others_quiet", "run_command", "show", "stop_on_signals"]
+
+log = logging.getLogger("nnssl")
 
 _USER_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -75,14 +81,78 @@ class _Terminal(logging.StreamHandler):
 
 
 def configure_logging(level: int = logging.INFO) -> logging.Logger:
-    """Let the "nnssl" logger write plain messages to stdout; a second call changes the level only."""
-    logger = logging.getLogger("nnssl")
-    if not any(isinstance(h, _Terminal) for h in logger.handlers):
+    """Let the "nnssl" logger write plain messages to stdout; a second call changes the level only.
+
+    The level is that of the terminal: log files of runs always get everything.
+    """
+    handler = next((h for h in log.handlers if isinstance(h, _Terminal)), None)
+    if handler is None:
         handler = _Terminal()
         handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-    logger.setLevel(level)
-    return logger
+        log.addHandler(handler)
+    handler.setLevel(level)
+    log.setLevel(logging.DEBUG)
+    return log
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        NnsslError: names the way out.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise NnsslError("no CUDA device is available. On a machine without a GPU add -device cpu (or mps).")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise NnsslError("no MPS device is available. Use -device cpu.")
+
+
+def show(text: str) -> None:
+    """Write what a command was asked for to stdout: also with ``-q``."""
+    sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+class _Others(logging.Filter):
+    """Takes what another package's logger says to ours, as a detail."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        log.debug("%s: %s", record.name, record.getMessage())
+        return False
+
+
+_OTHERS = _Others()
+_CHATTY = ("nibabel.global",)
+"""Loggers of other packages that write to the terminal by themselves."""
+
+
+@contextmanager
+def others_quiet(loud: bool = False) -> Iterator[None]:
+    """Within, warnings of other packages are details (``-v``, log files) of ours, also in processes that are started.
+
+    Args:
+        loud: leave processes that are started as they are, so that they show theirs too.
+    """
+    old, variable = warnings.showwarning, "PYTHONWARNINGS"
+
+    def tell(message: Any, category: type[Warning], filename: str, line: int, *_: Any) -> None:
+        log.debug("%s: %s (%s:%d)", category.__name__, message, filename, line)
+
+    asked = variable in os.environ
+    warnings.showwarning = tell
+    for name in _CHATTY:
+        logging.getLogger(name).addFilter(_OTHERS)
+    if not asked and not loud:
+        os.environ[variable] = "ignore"
+    try:
+        yield
+    finally:
+        warnings.showwarning = old
+        for name in _CHATTY:
+            logging.getLogger(name).removeFilter(_OTHERS)
+        if not asked:
+            os.environ.pop(variable, None)
 
 
 def _first() -> bool:
@@ -90,23 +160,31 @@ def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def run_command(body: Callable[[], int | None]) -> int:
+def run_command(body: Callable[[], int | None], args: argparse.Namespace | None = None) -> int:
     """Run the body of a command and return its exit status.
 
-    An :class:`NnsslError`, and a disk that is full or not writable, are printed to stderr without a traceback (status 1);
-    Ctrl-C gives 130, SIGTERM 143, SIGHUP 129. Any other exception is a defect and keeps its traceback.
+    An :class:`NnsslError`, and a disk that is full or not writable, are printed to stderr without a traceback (status 1; 2 where
+    the command line alone shows it); Ctrl-C gives 130, SIGTERM 143, SIGHUP 129. Any other exception is a defect and keeps its
+    traceback.
+
+    Args:
+        body: the command.
+        args: of its parser, for ``-v`` and ``-q``.
     """
-    configure_logging()
+    loud = bool(getattr(args, "verbose", False))
+    configure_logging(logging.DEBUG if loud else logging.WARNING if getattr(args, "quiet", False) else logging.INFO)
     try:
-        with stop_on_signals():
+        with stop_on_signals(), others_quiet(loud):
             return body() or 0
     except PeerLostError as error:
         if "NNSSL_LAUNCHER" not in os.environ:  # else the launcher tells it once
             sys.stderr.write(f"Error: {error}\n")
         return LOST
     except NnsslError as error:
+        if loud:
+            traceback.print_exc()
         sys.stderr.write(f"Error: {error}\n")
-        return 1
+        return USAGE if isinstance(error, UsageError) else 1
     except OSError as error:
         if error.errno not in _USER_ERRNO:
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["NnsslError", "PeerLostError", "nearest", "raise_problems"]
+__all__ = ["NnsslError", "PeerLostError", "UsageError", "nearest", "raise_problems"]
 
 
 class NnsslError(RuntimeError):
@@ -13,6 +13,10 @@ class NnsslError(RuntimeError):
 
     The commands print it without a traceback and exit with status 1; library code raises it and never exits.
     """
+
+
+class UsageError(NnsslError):
+    """Options that do not go together or are missing: known from the command line alone. The commands exit with status 2."""
 
 
 class PeerLostError(NnsslError):

@@ -8,142 +8,112 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from nnssl.command import run_command
-from nnssl.errors import NnsslError
+from nnssl.command import run_command, show
+from nnssl.errors import NnsslError, UsageError
 from nnssl.files import write_json
+from nnssl.grammar import CommandParser, pair, whole_numbers
 from nnssl.paths import encode_path, preprocessed_folder
 from nnssl.plans.datasets import dataset_id, resolve_dataset
-from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, Figures, trainer_for
+from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, Figures, spelt, trainer_for
 from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
 from nnssl.plans.variants import Variant, list_variants
 from nnssl.weights import write_variant
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 log = logging.getLogger("nnssl")
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers such as 8,16,32") from None
-
-
-def _pair(text: str) -> tuple[str, Any]:
+def _figure(text: str) -> tuple[str, Any]:
     """``name=value`` with a number where it is one."""
-    key, equals, value = text.partition("=")
-    if not (key and equals and value):
-        raise argparse.ArgumentTypeError(f"'{text}' is not of the form name=value, such as warmup=0.1")
+    key, value = pair("warmup=0.1")(text)
     try:
         return key, json.loads(value)
     except ValueError:
         return key, value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nnssl_plan",
-        allow_abbrev=False,
-        description="Derive a plan variant: nnUNet_preprocessed/<Dataset>/<plans>_<name>.json. It shares the preprocessed data "
-        "of its base, tells the trainer which checkpoint to take and how long to train, and gets results folders of its own.",
+def parser() -> CommandParser:
+    """The command's arguments."""
+    p = CommandParser(
+        "nnssl_plan",
+        "-d DATASET [-c CONFIGURATION] [-p PLANS] --name NAME [options]",
+        "Derive a plan variant: nnUNet_preprocessed/<Dataset>/<plans>_<name>.json. It shares the preprocessed data of its base, "
+        "tells the trainer which checkpoint to take and how long to train, and gets results folders of its own.",
+        "nnssl_plan -d 501 --checkpoint FOLDER/checkpoint_final.pth --schedule freeze-unfreeze --labels 8 --name macl8",
     )
-    parser.add_argument("-d", required=True, metavar="DATASET", help="number or name of the dataset")
-    parser.add_argument(
-        "-c", default="3d_fullres", metavar="CONFIGURATION", help="configuration (default: %(default)s)"
-    )
-    parser.add_argument(
-        "-p", default="nnUNetPlans", metavar="PLANS", help="plans to derive from (default: %(default)s)"
-    )
-    parser.add_argument("--list", action="store_true", help="show the dataset's variants and end")
-    parser.add_argument("--name", help="name of the variant: letters, digits, - and _")
-    parser.add_argument("--checkpoint", metavar="FILE", help="pretrained weights that the trainer takes")
-    parser.add_argument(
-        "--key", metavar="ENTRY", help="with --checkpoint: entry that holds the weights, such as teacher"
-    )
-    parser.add_argument(
-        "--prefix", metavar="TEXT", help="with --checkpoint: what stands before nnU-Net's names in a file of others"
-    )
-    parser.add_argument(
+    what = p.group("which plan")
+    p.share(what, "dataset", required=True)
+    p.share(what, "configuration")
+    p.share(what, "plans", help="plans to derive from (default: nnUNetPlans)")
+    p.share(what, "name", help="name of the variant: letters, digits, - and _")
+    what.add_argument("--list", action="store_true", help="show the dataset's variants and end")
+    weights = p.group("pretrained weights")
+    weights.add_argument("--checkpoint", metavar="FILE", help="pretrained weights that the trainer takes")
+    weights.add_argument(
         "--parts",
         metavar="PARTS",
         help=f"which pretrained parts the network gets: {', '.join(CHOICES)} (default: what the checkpoint's method found best, "
         "which the transfer report names)",
     )
-    parser.add_argument(
+    p.share(weights, "key", "prefix", "adapt", "coverage")
+    network = p.group("network")
+    network.add_argument(
         "--network",
         metavar="primus-s",
         help="a transformer in place of the U-Net: primus-s, -b, -m, -l as nnU-Net's Primus trainers build them (also primusv2-, "
         "primusv3-), or primus:WIDTH,BLOCKS,HEADS",
     )
-    parser.add_argument(
-        "--features", type=_numbers, metavar="8,16,32", help="channels per stage; fewer stages cut the network"
+    network.add_argument(
+        "--features", type=whole_numbers, metavar="8,16,32", help="channels per stage; fewer stages cut the network"
     )
-    parser.add_argument(
-        "--patch", type=_numbers, metavar="32,40,32", help="training patch in voxels, one number per axis"
+    network.add_argument(
+        "--patch", type=whole_numbers, metavar="32,40,32", help="training patch in voxels, one number per axis"
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="training batch")
-    parser.add_argument("--epochs", type=int, metavar="N", help="epochs of the fine-tuning")
-    parser.add_argument(
+    network.add_argument("--batch-size", type=int, metavar="N", help="training batch")
+    length = p.group("fine-tuning")
+    p.share(length, "epochs", help="epochs of the fine-tuning (default: nnU-Net's 1000)")
+    length.add_argument(
         "--lengthen",
         type=int,
         metavar="N",
         help="give the variant -p N epochs in all, more than it has, and end; nnUNetv2_train --c then goes on",
     )
-    parser.add_argument("--iterations", type=int, metavar="N", help="training iterations per epoch")
-    parser.add_argument("--val-iterations", type=int, metavar="N", help="validation iterations per epoch")
-    families = ", ".join(family.replace("_", "-") for family in FAMILIES)
-    parser.add_argument("--schedule", metavar="NAME", help=f"schedule of the learning rate: {families}")
-    parser.add_argument(
-        "-o",
-        type=_pair,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FIGURE=VALUE",
-        help="a figure of the schedule, for example -o peak_lr=3e-4 warmup=0.1",
+    p.share(length, "iterations", help="training steps of an epoch (default: nnU-Net's 250)")
+    length.add_argument(
+        "--val-iterations", type=int, metavar="N", help="validation steps of an epoch (default: nnU-Net's 50)"
     )
-    parser.add_argument(
-        "--labels",
-        metavar="N|P%%|FILE",
+    length.add_argument(
+        "--schedule", metavar="NAME", help=f"schedule of the learning rate: {', '.join(map(spelt, FAMILIES))}"
+    )
+    p.share(length, "options", type=_figure, help="figures of the schedule, for example -o peak_lr=3e-4 warmup=0.1")
+    cases = p.group("which cases")
+    p.share(
+        cases,
+        "labels",
         help="train on a number of cases, a percentage of each fold's training cases, or the cases that a file names",
     )
-    parser.add_argument("--seed", type=int, default=None, metavar="N", help="which cases --labels takes (default: 0)")
-    parser.add_argument(
+    p.share(cases, "seed", default=None, help="which cases --labels takes (default: 0)")
+    cases.add_argument(
         "--validate",
         metavar="FILE",
         help="with --labels: the cases that validate in fold all, one a line (default: all that are not trained on)",
     )
-    parser.add_argument(
+    cases.add_argument(
         "--unlabelled",
         nargs="+",
         metavar="DATASET",
         help="with the schedule mean-teacher: datasets whose images are learnt from without labels, preprocessed for these plans "
         "(default: what --labels leaves out, and the images that the checkpoint was pretrained on)",
     )
-    parser.add_argument(
+    cases.add_argument(
         "--transductive",
         action="store_true",
         default=None,
         help="let these images include the fold's validation cases and known test images",
     )
-    parser.add_argument(
-        "--adapt",
-        type=_pair,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KIND=HOW",
-        help="let --checkpoint come from another network: channels=repeat|first|skip, kernels=average|centre, depth=match",
-    )
-    parser.add_argument(
-        "--coverage",
-        type=float,
-        metavar="SHARE",
-        help="with --adapt: least share of the encoder's parameters that must be filled (default: 0.5)",
-    )
-    return parser
+    return p
 
 
 def _table(variants: list[Variant]) -> str:
@@ -183,20 +153,20 @@ def _summary(plan: Plan) -> str:
 
 def _lengthen(args: argparse.Namespace) -> None:
     """Raise the number of epochs of an existing variant, so that ``nnUNetv2_train --c`` goes on with it."""
-    plan = load_plan(args.d, args.c, args.p, second_stage=True)
+    plan = load_plan(args.dataset, args.configuration, args.plans, second_stage=True)
     old, new = plan.nnssl.get("epochs", Figures.epochs), args.lengthen
     if not plan.nnssl:
         raise NnsslError(
-            f"--lengthen: {args.p} is no plan variant and has nnU-Net's own length. Name a variant with -p."
+            f"--lengthen: {args.plans} is no plan variant and has nnU-Net's own length. Name a variant with -p."
         )
     if new <= old:
-        raise NnsslError(f"--lengthen {new}: {args.p} has {old} epochs already. Give more in all than that.")
-    path = preprocessed_folder() / plan.dataset_name / f"{args.p}.json"
+        raise NnsslError(f"--lengthen {new}: {args.plans} has {old} epochs already. Give more in all than that.")
+    path = preprocessed_folder() / plan.dataset_name / f"{args.plans}.json"
     write_json(path, {**plan.plans, "nnssl": {**plan.nnssl, "epochs": new}})
     trainer = trainer_for(plan.nnssl.get("schedule") or DEFAULT_FAMILY, plan.is_primus)
     log.info(
         f"{encode_path(path)}: {old} -> {new} epochs. A training goes on after its last epoch, at the learning rate that one of "
-        f"{new} epochs has there.\nNext: nnUNetv2_train {dataset_id(plan.dataset_name)} {plan.configuration} 0 -p {args.p} "
+        f"{new} epochs has there.\nNext: nnUNetv2_train {dataset_id(plan.dataset_name)} {plan.configuration} 0 -p {args.plans} "
         f"-tr {trainer} --c"
     )
 
@@ -206,15 +176,15 @@ def _run(args: argparse.Namespace) -> None:
         _lengthen(args)
         return
     if args.list:
-        name = resolve_dataset(args.d)
+        name = resolve_dataset(args.dataset)
         variants = list_variants(name)
-        log.info(
+        show(
             _table(variants) if variants else f"{name} has no plan variants. Make one with: nnssl_plan --name NAME ..."
         )
         return
     if not args.name:
-        raise NnsslError("--name is missing: the variant is written as <plans>_<name>.json.")
-    plan = load_plan(args.d, args.c, args.p, second_stage=True)
+        raise UsageError("--name is missing: the variant is written as <plans>_<name>.json.")
+    plan = load_plan(args.dataset, args.configuration, args.plans, second_stage=True)
     keys = (
         "network",
         "features",
@@ -232,34 +202,34 @@ def _run(args: argparse.Namespace) -> None:
         "parts",
     )
     changes = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
-    changes |= {key: dict(pairs) for key, pairs in (("figures", args.o), ("adapt", args.adapt)) if pairs}
+    changes |= {key: dict(pairs) for key, pairs in (("figures", args.options), ("adapt", args.adapt)) if pairs}
     place = {key: getattr(args, key) for key in ("key", "prefix") if getattr(args, key) is not None}
     if place:
         if args.checkpoint is None:
-            raise NnsslError("--key and --prefix say where the weights lie in --checkpoint; name one.")
+            raise UsageError("--key and --prefix say where the weights lie in --checkpoint; name one.")
         changes["place"] = place
     if args.seed is not None:
         if args.labels is None:
-            raise NnsslError("--seed chooses the cases of --labels; without it there is nothing to choose.")
+            raise UsageError("--seed chooses the cases of --labels; without it there is nothing to choose.")
         changes["seed"] = args.seed
     if args.validate is not None and args.labels is None:
-        raise NnsslError("--validate names validation cases beside those of --labels; give both.")
+        raise UsageError("--validate names validation cases beside those of --labels; give both.")
     if (args.adapt or args.coverage is not None) and args.checkpoint is None:
-        raise NnsslError("--adapt and --coverage say how --checkpoint is taken; name one.")
+        raise UsageError("--adapt and --coverage say how --checkpoint is taken; name one.")
     if args.coverage is not None and not args.adapt:
-        raise NnsslError(
+        raise UsageError(
             "--coverage counts where --adapt lets something differ; without it the whole promise is asked for."
         )
     if not changes and args.checkpoint is None:
-        raise NnsslError(
+        raise UsageError(
             "Nothing to change: give --checkpoint, --network, --features, --patch, --epochs or another option (--help)."
         )
     path = write_variant(plan, args.name, checkpoint=args.checkpoint, **changes)
     log.info(f"Wrote {encode_path(path)}")
-    log.info(_summary(load_plan(args.d, args.c, path.stem, second_stage=True)))
+    log.info(_summary(load_plan(args.dataset, args.configuration, path.stem, second_stage=True)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Console entry point; returns the exit status."""
-    args = _parser().parse_args(argv)
-    return run_command(lambda: _run(args))
+    args = parser().parse_args(argv)
+    return run_command(lambda: _run(args), args)

@@ -10,124 +10,55 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
-from nnssl.command import run_command
-from nnssl.errors import NnsslError
+from nnssl.command import run_command, show
+from nnssl.errors import NnsslError, UsageError
+from nnssl.grammar import CommandParser
+from nnssl.pretrain.options import LENGTH, MACHINE, WHAT, add_options, from_args
 
 __all__ = ["main", "parser"]
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    p = argparse.ArgumentParser(
-        prog="nnssl_pretrain",
-        allow_abbrev=False,
-        description="Self-supervised pretraining of the network of a dataset's nnU-Net plans, on images without labels.",
-        epilog="Example: nnssl_pretrain -d 500 -t 501 -m macl, "
-        "then: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerPretrained",
+def parser() -> CommandParser:
+    """The command's arguments: those of :class:`~nnssl.pretrain.options.RunOptions`, and what only a command line needs."""
+    p = CommandParser(
+        "nnssl_pretrain",
+        "-d DATASET [DATASET ...] [-t TARGET] -m METHOD [options]",
+        "Self-supervised pretraining of the network of a dataset's nnU-Net plans, on images without labels.",
+        "nnssl_pretrain -d 500 -t 501 -m macl, then: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerPretrained",
     )
-    p.add_argument(
-        "-d",
-        nargs="+",
-        metavar="DATASET",
-        help="dataset ids or names to learn from; labels are never used. 500:8 501:1 draws each case of 500 eight times as often",
-    )
-    p.add_argument("-t", metavar="TARGET", help="dataset whose plans are used (default: the one of -d)")
-    p.add_argument("-m", metavar="METHOD", help="objective; --list names them. Or the file of one's own: ./simclr.py")
-    p.add_argument(
-        "-c", dest="configuration", metavar="CONFIGURATION", default="3d_fullres", help="default: 3d_fullres"
-    )
-    p.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: nnUNetPlans)")
-    p.add_argument(
-        "--planner",
-        metavar="NAME",
-        help="which of nnU-Net's planners plans a dataset without labels and plans: default, resenc_m, resenc_l, resenc_xl",
-    )
-    p.add_argument(
-        "-gpu_memory_target", type=float, metavar="GB", help="GPU memory that this planner fills (its default)"
-    )
-    p.add_argument("-device", default="cuda", help="cuda (default), cpu or mps")
-    p.add_argument("-num_gpus", type=int, default=1, help="GPUs of this machine to use, one process each (default: 1)")
-    p.add_argument("-np", type=int, metavar="N", help="processes for preprocessing (default: nnU-Net's)")
-    p.add_argument(
+    groups = add_options(p)
+    groups[WHAT].add_argument("--list", action="store_true", help="list the objectives, or with -m all options of one")
+    groups[LENGTH].add_argument(
         "--c",
         dest="go_on",
         action="store_true",
         help="continue the run in the output folder, with its saved configuration; with more --epochs than it had, lengthen it",
     )
-    p.add_argument("--epochs", type=int, help="length of the run (default: 200)")
-    p.add_argument("--iterations", type=int, help="optimiser steps per epoch (default: 250)")
-    p.add_argument("--seed", type=int, help="of initialisation, sampling and views (default: 0)")
-    p.add_argument(
-        "--init",
-        metavar="FILE",
-        help="start from these weights: of a pretraining, of MIC-DKFZ's nnssl, of nnU-Net, or of its network in files of others",
-    )
-    p.add_argument(
-        "--adapt",
-        nargs="+",
-        action="extend",
-        metavar="KIND=HOW",
-        help="let --init come from another network: channels=repeat|first|skip, kernels=average|centre, depth=match",
-    )
-    p.add_argument(
-        "--coverage",
-        type=float,
-        metavar="SHARE",
-        help="with --adapt: least share of the encoder to be filled (default: 0.5)",
-    )
-    p.add_argument("--key", metavar="ENTRY", help="with --init: entry that holds the weights, such as teacher")
-    p.add_argument(
-        "--prefix", metavar="TEXT", help="with --init: what stands before nnU-Net's names in a file of others"
-    )
-    p.add_argument("--name", help="tells this run from others that would share its folder")
-    p.add_argument("--crop", metavar="Z,Y,X", help="pretraining crop in voxels, in place of the method's choice")
-    p.add_argument("--cases", metavar="FILE", help="text file of the cases to learn from, one a line")
-    p.add_argument("--exclude", metavar="FILE", help="text file of cases to leave out, one a line")
-    p.add_argument("--skip-bad", action="store_true", help="go on without images that cannot be used (see the report)")
-    p.add_argument("--allow-mismatch", action="store_true", help="accept differing channels or modality of -d and -t")
-    p.add_argument(
-        "--robustness-every",
-        type=int,
-        metavar="K",
-        help="epochs between two measurements of robustness, 0: none (default: so many that they take 3 %% of the time)",
-    )
-    p.add_argument("--stop", choices=("robustness",), help="end once robustness has not improved for five measurements")
-    p.add_argument(
+    groups[LENGTH].add_argument(
         "--auto-continue",
         action="store_true",
         help="continue this very run where it has a checkpoint, else start it: for schedulers that start a command again",
     )
-    p.add_argument(
+    machine = groups[MACHINE]
+    machine.add_argument(
+        "-num_gpus", type=int, default=1, metavar="N", help="GPUs of this machine to use, one process each (default: 1)"
+    )
+    machine.add_argument(
         "--restarts",
         type=int,
         default=0,
         metavar="N",
         help="with -num_gpus: times that all processes start again from the last checkpoint when one was killed (default: 0)",
     )
-    p.add_argument(
+    machine.add_argument(
         "--preprocess-only", action="store_true", help="preprocess the images of -d and end; -m may be left out"
     )
-    p.add_argument(
+    machine.add_argument(
         "--part",
         metavar="I/N",
         help="with --preprocess-only: only the I-th of N parts of the cases, one for each machine",
     )
-    p.add_argument(
-        "--labelled",
-        metavar="DATASET",
-        help="learn from the labels of this dataset too, and later from pseudo-labels of -d; implies -t (see --list -m)",
-    )
-    p.add_argument(
-        "--labelled-cases",
-        metavar="FILE",
-        help="with --labelled: text file of the cases whose labels are learnt from, one a line; 'case: class, class' where only "
-        "these classes are annotated",
-    )
-    p.add_argument("--dry-run", action="store_true", help="only tell crop, batch, memory and time")
-    p.add_argument(
-        "-o", nargs="+", action="extend", metavar="KEY=VALUE", help="options of method and engine; see --list -m"
-    )
-    p.add_argument("--list", action="store_true", help="list the methods, or with -m all options of one")
+    p.renamed("--device", "-device")
     return p
 
 
@@ -135,65 +66,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     p = parser()
+    p.set_defaults(method=None)
     args = p.parse_args(arguments)
-    if not args.list and (not args.d or not (args.m or args.preprocess_only)):
-        p.error("-d and -m are needed (or --list)")
+    if not args.list and (not args.sources or not (args.method or args.preprocess_only)):
+        p.error("-d and -m are needed: which datasets to learn from, and how (--list names the objectives)")
     if args.part and not args.preprocess_only:
         p.error("--part needs --preprocess-only")
-    return run_command(lambda: _body(args, arguments))
+    return run_command(lambda: _body(args, arguments), args)
 
 
 def _body(args: argparse.Namespace, arguments: list[str]) -> int:
     if args.list:
-        sys.stdout.write(_listing(args.m))
+        show(_listing(args.method))
         return 0
     if args.preprocess_only:
         return _preprocess(args)
     if args.num_gpus < 1:
-        raise NnsslError(f"-num_gpus {args.num_gpus}: at least 1 is needed.")
+        raise UsageError(f"-num_gpus {args.num_gpus}: at least 1 is needed.")
     if args.restarts < 0:
-        raise NnsslError(f"--restarts {args.restarts}: 0 or more is needed.")
+        raise UsageError(f"--restarts {args.restarts}: 0 or more is needed.")
     if args.restarts and args.num_gpus == 1:
-        raise NnsslError(
+        raise UsageError(
             "--restarts needs -num_gpus: let what starts a single process start it again, with --auto-continue."
         )
     if args.num_gpus > 1 and "WORLD_SIZE" not in os.environ and not args.dry_run:
         return _several(args, arguments)
-    from nnssl.config import parse_assignments
-    from nnssl.pretrain.api import run
+    options = from_args(args, "auto" if args.auto_continue and not args.go_on else args.go_on)
+    from nnssl.pretrain.api import pretrain
 
-    result = run(
-        args.d,
-        method=args.m,
-        target=args.t,
-        configuration=args.configuration,
-        plans=args.p,
-        device=args.device,
-        epochs=args.epochs,
-        iterations=args.iterations,
-        seed=args.seed,
-        name=args.name,
-        options=parse_assignments(args.o),
-        crop=_crop(args.crop),
-        cases=args.cases,
-        exclude=args.exclude,
-        skip_bad=args.skip_bad,
-        allow_mismatch=args.allow_mismatch,
-        continue_run="auto" if args.auto_continue and not args.go_on else args.go_on,
-        dry_run=args.dry_run,
-        processes=args.np,
-        robustness_every=args.robustness_every,
-        stop=args.stop,
-        planner=args.planner,
-        gpu_memory_target=args.gpu_memory_target,
-        labelled=args.labelled,
-        labelled_cases=args.labelled_cases,
-        init=args.init,
-        adapt=parse_assignments(args.adapt),
-        coverage=args.coverage,
-        key=args.key,
-        prefix=args.prefix,
-    )
+    result = pretrain(options)
     return 0 if result.finished or args.dry_run else 128 + (result.signal or signal.SIGTERM)
 
 
@@ -201,17 +102,17 @@ def _preprocess(args: argparse.Namespace) -> int:
     from nnssl.pretrain.prepare.preparation import preprocess
 
     preprocess(
-        args.d,
-        target=args.t or args.labelled,
+        args.sources,
+        target=args.target or args.labelled,
         configuration=args.configuration,
-        plans=args.p,
-        method=args.m,
+        plans=args.plans,
+        method=args.method,
         part=args.part,
         cases=args.cases,
         exclude=args.exclude,
         skip_bad=args.skip_bad,
         allow_mismatch=args.allow_mismatch,
-        processes=args.np,
+        processes=args.processes,
         planner=args.planner,
         gpu_memory_target=args.gpu_memory_target,
     )
@@ -230,15 +131,6 @@ def _several(args: argparse.Namespace, arguments: list[str]) -> int:
         if args.num_gpus > torch.cuda.device_count():
             raise NnsslError(f"-num_gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}.")
     return launch(arguments, args.num_gpus, args.restarts)
-
-
-def _crop(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        raise NnsslError(f"--crop {text}: whole numbers are wanted, for example 32,64,64.") from None
 
 
 def _listing(method: str | None) -> str:

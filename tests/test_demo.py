@@ -101,10 +101,10 @@ def test_last_lines_show_the_state_of_a_progress_bar(demo, tmp_path):
 
 def test_commands_of_nnssl_are_accepted_by_their_parsers(demo):
     """Quick and full size type the same commands, and our own parsers take them."""
-    from nnssl.plan_command import _parser
+    from nnssl.plan_command import parser as plan_parser
     from nnssl.pretrain.cli import parser
 
-    parsers = {"nnssl_plan": _parser(), "nnssl_pretrain": parser()}
+    parsers = {"nnssl_plan": plan_parser(), "nnssl_pretrain": parser()}
     full = demo.run_demo.steps("demo", demo.run_demo.FULL)
     quick = demo.run_demo.steps("demo", demo.run_demo.QUICK)
     assert [s.command[0] for s in full] == [s.command[0] for s in quick]

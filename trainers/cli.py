@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
 import re
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from nnssl.command import run_command
+from nnssl.command import run_command, show
+from nnssl.grammar import CommandParser
 from nnssl.trainers import TRAINERS
 from nnssl.trainers.discovery import VARIABLE, is_active, shim_folder
 
-__all__ = ["describe", "export_line", "main"]
-
-log = logging.getLogger("nnssl")
+__all__ = ["describe", "export_line", "main", "parser"]
 
 FIRST_VERSION = (2, 8)
 
@@ -48,11 +45,19 @@ def describe() -> str:
     return "\n".join([*lines, "", _state()])
 
 
+def parser() -> CommandParser:
+    """The command's arguments."""
+    p = CommandParser(
+        "nnssl_trainers",
+        "[--export]",
+        "List the trainers for nnUNetv2_train, tell whether nnU-Net finds them, and print the line to type where it does not.",
+        'eval "$(nnssl_trainers --export)"',
+    )
+    p.group("how").add_argument("--export", action="store_true", help="print the line to type alone")
+    return p
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The console command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="nnssl_trainers", description=describe.__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--export", action="store_true", help='print the line alone, as for eval "$(nnssl_trainers --export)"'
-    )
-    args = parser.parse_args(argv)
-    return run_command(lambda: log.info(export_line() if args.export else describe()))
+    args = parser().parse_args(argv)
+    return run_command(lambda: show(export_line() if args.export else describe()), args)

@@ -23,6 +23,7 @@ __all__ = [
     "Figures",
     "check_options",
     "family_name",
+    "spelt",
     "trainer_for",
 ]
 
@@ -244,6 +245,11 @@ def _check(key: str, value: Any) -> list[str]:
     else:
         legal, text = number and 0 <= value < 1, "a share in [0, 1)"
     return [] if legal else [f"nnssl.{key} is {value!r}, but must be {text}"]
+
+
+def spelt(family: str) -> str:
+    """A family as a user types it: ``freeze-unfreeze``."""
+    return family.replace("_", "-")
 
 
 def family_name(text: str) -> str:

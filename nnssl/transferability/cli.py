@@ -8,10 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from nnssl.command import run_command
+from nnssl.command import check_device, run_command, show
 from nnssl.errors import NnsslError
+from nnssl.grammar import CommandParser
 from nnssl.plans import resolve_dataset
 from nnssl.transferability.compare import compare
 from nnssl.transferability.distances import DISTANCES
@@ -26,58 +25,94 @@ __all__ = ["main", "parser"]
 log = logging.getLogger("nnssl")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The command's arguments."""
     default = RobustnessConfig()
-    p = argparse.ArgumentParser(
-        prog="nnssl_transferability",
-        allow_abbrev=False,
-        description="How far do checkpoints tell two altered copies of a case from other cases? Measured on a dataset's "
+    p = CommandParser(
+        "nnssl_transferability",
+        "CKPT [CKPT ...] -d DATASET [options]",
+        "How far do checkpoints tell two altered copies of a case from other cases? Measured on a dataset's "
         "images without labels, per run, beside random initialisations. An indicator within a run; it ranks nothing across "
         "runs and replaces no fine-tuning.",
+        "nnssl_transferability -d 501 RUN/checkpoint_*.pth",
     )
     p.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoints of any number of runs")
-    p.add_argument("-d", required=True, metavar="DATASET", help="number or name of the target dataset")
-    p.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="configuration (default: %(default)s)")
-    p.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
-    p.add_argument("-o", metavar="FOLDER", help="for CSV and PNG (default: transferability_<Dataset> here)")
-    p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="default: cuda")
-    p.add_argument("--cases", metavar="FILE", help="text file of the cases to measure on, one a line")
-    p.add_argument("--crops", type=int, default=64, metavar="N", help="at most N cases (default: %(default)s)")
-    p.add_argument("--dice", metavar="CSV", help="columns checkpoint, dice[, setup]: adds TIS with its baselines")
-    p.add_argument("--random-inits", type=int, default=RANDOM_INITS, metavar="K", help="default: %(default)s")
-    p.add_argument("--distance", default=default.distance, choices=DISTANCES, help="default: %(default)s")
-    p.add_argument("--margin", type=float, default=default.margin, help="default: %(default)s")
-    p.add_argument(
-        "--level", type=int, default=default.level, help="encoder stage, -1: bottleneck (default: %(default)s)"
+    what = p.group("which cases")
+    p.share(what, "dataset", required=True, help="number or name of the target dataset")
+    p.share(what, "configuration", "plans")
+    p.share(what, "cases", help="text file of the cases to measure on, one a line")
+    what.add_argument("--crops", type=int, default=64, metavar="N", help="at most N cases (default: 64)")
+    what.add_argument("--dice", metavar="CSV", help="columns checkpoint, dice[, setup]: adds TIS with its baselines")
+    how = p.group("how")
+    p.share(how, "device")
+    p.share(
+        how, "random_inits", default=RANDOM_INITS, help=f"random networks to compare with (default: {RANDOM_INITS})"
     )
-    p.add_argument("--pooling", default=default.pooling, choices=POOLINGS, help="default: %(default)s")
-    p.add_argument("--grid", type=int, default=default.grid, metavar="G", help="cells per axis (default: %(default)s)")
-    p.add_argument("--negatives", default=default.negatives, choices=NEGATIVES, help="default: %(default)s")
-    p.add_argument("--seed", type=int, default=0, help="of crops, views and initialisations (default: 0)")
+    how.add_argument(
+        "--distance",
+        default=default.distance,
+        choices=DISTANCES,
+        help=f"of two embeddings (default: {default.distance})",
+    )
+    how.add_argument(
+        "--margin",
+        type=float,
+        default=default.margin,
+        metavar="M",
+        help=f"by which other cases should be farther than the same case (default: {default.margin:g})",
+    )
+    how.add_argument(
+        "--level",
+        type=int,
+        default=default.level,
+        metavar="STAGE",
+        help=f"encoder stage, counted from 0, or from the bottleneck: -1, -2, ... (default: {default.level})",
+    )
+    how.add_argument(
+        "--pooling",
+        default=default.pooling,
+        choices=POOLINGS,
+        help=f"of a stage's features (default: {default.pooling})",
+    )
+    how.add_argument(
+        "--grid",
+        type=int,
+        default=default.grid,
+        metavar="G",
+        help=f"cells per axis of this pooling (default: {default.grid})",
+    )
+    how.add_argument(
+        "--negatives",
+        default=default.negatives,
+        choices=NEGATIVES,
+        help=f"what counts as other cases (default: {default.negatives})",
+    )
+    p.share(how, "seed", help="of crops, views and initialisations (default: 0)")
+    p.share(how, "output", help="folder for CSV and PNG (default: transferability_<Dataset> here)")
+    p.renamed("-o", "--output")
+    p.renamed("--device", "-device")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = parser().parse_args(argv)
-    return run_command(lambda: _body(args))
+    return run_command(lambda: _body(args), args)
 
 
 def _body(args: argparse.Namespace) -> int:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise NnsslError("there is no CUDA device on this machine: add -device cpu.")
-    dataset = resolve_dataset(args.d)
+    check_device(args.device)
+    dataset = resolve_dataset(args.dataset)
     found = compare(
         dataset,
         args.checkpoints,
-        configuration=args.c,
-        plans=args.p,
+        configuration=args.configuration,
+        plans=args.plans,
         cases=_case_list(args.cases),
         crops=args.crops,
         random_inits=args.random_inits,
         dice=args.dice,
-        output=args.o or f"transferability_{dataset}",
+        output=args.output or f"transferability_{dataset}",
         device=args.device,
         distance=args.distance,
         margin=args.margin,
@@ -87,9 +122,9 @@ def _body(args: argparse.Namespace) -> int:
         negatives=args.negatives,
         seed=args.seed,
     )
-    sys.stdout.write(robustness_table(found.runs, found.baseline) + "\n")
+    show(robustness_table(found.runs, found.baseline))
     if found.tis:
-        sys.stdout.write("\n" + tis_table(found.tis) + "\n")
+        show("\n" + tis_table(found.tis))
     log.info("\nWritten: %s", ", ".join(map(str, found.files)))
     return 0
 

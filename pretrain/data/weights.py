@@ -16,11 +16,9 @@ import numpy as np
 from nnssl.errors import NnsslError
 from nnssl.plans import resolve_dataset
 from nnssl.pretrain.data.pool import CaseRef
+from nnssl.pretrain.options import Sources
 
-__all__ = ["Sources", "case_weights", "parse_sources", "relative"]
-
-Sources = int | str | Sequence[int | str] | Mapping[int | str, float]
-"""A dataset, several, or several with weights; text may carry a weight, ``"500:8"``."""
+__all__ = ["case_weights", "parse_sources", "relative"]
 
 
 def _split(given: int | str) -> tuple[int | str, float | None]:

@@ -19,15 +19,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from nnssl.command import LOST
+from nnssl.command import LOST, check_device
 from nnssl.distributed import is_distributed, rank
 from nnssl.errors import NnsslError, PeerLostError
+from nnssl.grammar import DEVICES
 from nnssl.malloc import keep_freed_memory
 from nnssl.pretrain.engine.signals import LAUNCHER, SIGNALS, asked_to_stop
 
 __all__ = ["launch", "pick_device", "process_group", "restarted", "shared_preparation"]
 
-DEVICES = ("cuda", "cpu", "mps")
 PREPARATION_LIMIT = timedelta(days=7)
 
 SAVING_SECONDS = 600
@@ -49,14 +49,11 @@ def pick_device(name: str) -> torch.device:
     """
     if name not in DEVICES:
         raise NnsslError(f"-device {name}: known are {', '.join(DEVICES)}.")
+    check_device(name)
     if name == "cuda":
-        if not torch.cuda.is_available():
-            raise NnsslError("no CUDA device is available. On a machine without a GPU add -device cpu (or mps).")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise NnsslError("no MPS device is available. Use -device cpu.")
     if name == "cpu":
         torch.set_num_threads(_threads())
         keep_freed_memory()

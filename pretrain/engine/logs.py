@@ -6,24 +6,42 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
 from nnssl.files import write_atomic
 
-__all__ = ["RunLog", "add_log_file", "plot_progress"]
+__all__ = ["RunLog", "add_log_file", "keep_lines", "plot_progress"]
 
 log = logging.getLogger("nnssl")
 
 
-def add_log_file(folder: Path) -> logging.Handler:
-    """Copy everything that the ``nnssl`` logger says into ``training_log_<time>.txt``."""
+@contextmanager
+def keep_lines() -> Iterator[MemoryHandler]:
+    """Within, what the ``nnssl`` logger says before a run has its log file is kept for :func:`add_log_file`."""
+    kept = MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    log.addHandler(kept)
+    try:
+        yield kept
+    finally:
+        log.removeHandler(kept)
+        kept.close()
+
+
+def add_log_file(folder: Path, said: MemoryHandler | None = None) -> logging.Handler:
+    """Copy everything that the ``nnssl`` logger says into ``training_log_<time>.txt``, and first what ``said`` has kept."""
     now = datetime.now()
     path = folder / f"training_log_{now.year}_{now.month}_{now.day}_{now.hour:02}_{now.minute:02}_{now.second:02}.txt"
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s: %(message)s"))
+    if said is not None:
+        log.removeHandler(said)
+        said.setTarget(handler)
+        said.flush()
     log.addHandler(handler)
     return handler
 

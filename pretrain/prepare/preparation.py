@@ -11,8 +11,9 @@ from nnunetv2.configuration import default_num_processes
 
 from nnssl.config import make_config
 from nnssl.plans import Plan
-from nnssl.pretrain.data.weights import Sources, parse_sources
+from nnssl.pretrain.data.weights import parse_sources
 from nnssl.pretrain.methods import get_method
+from nnssl.pretrain.options import Sources
 from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
 from nnssl.pretrain.prepare.parts import Part
 from nnssl.pretrain.prepare.planning import planned

@@ -43,7 +43,7 @@ def test_killed_while_training_then_finished(tiny_preprocessed, tmp_path, nnunet
     (tmp_path / "tiny.yaml").write_text(EXPERIMENT)
     out = tmp_path / "out"
     code = "import sys; from nnssl.experiments.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, str(tmp_path / "tiny.yaml"), "--device", "cpu", "-o", str(out)]
+    command = [sys.executable, "-c", code, str(tmp_path / "tiny.yaml"), "-device", "cpu", "--output", str(out)]
     results = nnunet_env.results / "Dataset901_Tiny"
     begun = {
         "train": "nnUNetTrainerPretrainedScratch*/fold_all/checkpoint_best.pth",

@@ -302,11 +302,11 @@ def test_the_command_tells_failures_by_its_exit_status(lab, monkeypatch, capsys)
     (lab.control / f"fail-{train}").touch()
     launcher = [sys.executable, "-S", str(lab.control / "fake.py"), str(lab.control)]
     monkeypatch.setattr(cli, "LocalBackend", lambda records, *args: LocalBackend(records, launcher=launcher))
-    assert cli.main([str(lab.file), "--device", "cpu", "-o", str(lab.out)]) == 1
+    assert cli.main([str(lab.file), "-device", "cpu", "--output", str(lab.out)]) == 1
     out = capsys.readouterr().out
     assert "1 job(s) failed, 2 that need them were not run" in out and str(lab.out / "logs" / f"{train}.log") in out
     (lab.control / f"fail-{train}").unlink()
-    assert cli.main([str(lab.file), "--device", "cpu", "-o", str(lab.out)]) == 0
+    assert cli.main([str(lab.file), "-device", "cpu", "--output", str(lab.out)]) == 0
 
 
 def test_a_command_that_ends_well_without_its_file_has_failed(lab):
@@ -463,7 +463,7 @@ def test_resume_is_asked_for_where_something_was_begun(tmp_path):
 def test_no_gpu_is_said_before_anything_runs(lab, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(NnsslError, match="--device cpu"):
+    with pytest.raises(NnsslError, match="-device cpu"):
         cli.run_experiment(lab.file, out=lab.out, device="cuda")
 
 

@@ -277,7 +277,7 @@ def test_a_probe_from_end_to_end(dataset, tmp_path, capsys):
     """The file of a random initialisation is exactly as good as it; its decoder is a line of its own; the same twice."""
     same = store(tmp_path / "a" / "same.pth", random_network(dataset, 0), dataset, stages=(0,))
     other = store(tmp_path / "a" / "other.pth", random_network(dataset, 5), dataset)
-    options = ["-d", "901", "-device", "cpu", "--random-inits", "1", "-o"]
+    options = ["-d", "901", "-device", "cpu", "--random-inits", "1", "--output"]
     assert main([str(same), f"mine={other}", *options, str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
     assert "5 labelled cases, each scored by a layer that was fitted on the 4 others" in text

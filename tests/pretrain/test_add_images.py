@@ -644,7 +644,7 @@ def test_what_was_added_can_be_planned_and_preprocessed(place, monkeypatch):
 def test_the_command(place, capsys):
     write(place.export / "a_t1.nrrd", volume(1))
     write(place.export / "a_t2.nrrd", volume(2))
-    arguments = ["-d", "500", "-n", "Scans", str(place.export), "--channels", "T1=_t1", "T2=_t2", "-np", "1"]
+    arguments = ["-d", "500", "--name", "Scans", str(place.export), "--channels", "T1=_t1", "T2=_t2", "-np", "1"]
     assert command.main([*arguments, "--report", str(place.tmp / "r.csv")]) == 0
     assert "1 case(s) added (Scans_0001)" in capsys.readouterr().out and not (place.tmp / "r.csv").exists()
     assert command.main(["-d", "500", str(place.tmp / "nowhere")]) == 1

@@ -392,7 +392,7 @@ def test_the_command_says_what_it_did(place, capsys):
     nnunet_dataset(place.env.raw / "Dataset501_Target", ("MRI",))
     write(place.export / "a.nii.gz", volume(1))
     write(place.export / "b_mask.nii.gz", labels())
-    assert command.main(["-d", "500", "-n", "Scans", "-t", "501", "-np", "1", str(place.export)]) == 0
+    assert command.main(["-d", "500", "--name", "Scans", "-t", "501", "-np", "1", str(place.export)]) == 0
     told = capsys.readouterr().out
     assert (
         "1 case(s) added (Scans_0001)" in told

@@ -34,7 +34,11 @@ def test_missing_and_abbreviated_arguments_are_refused(capsys):
     assert error.value.code == 2
     with pytest.raises(SystemExit):
         main(["-d", "1", "-m", "macl", "--epoch", "3"])
-    assert "--epoch" in capsys.readouterr().err
+    assert "Did you mean '--epochs'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        main(["-d", "901", "-m", "macl", "-device", "gpu"])
+    assert error.value.code == 2
+    assert "-device gpu: it can be cuda, cpu, mps." in capsys.readouterr().err
 
 
 def test_help_works(capsys):
@@ -54,7 +58,6 @@ def test_help_works(capsys):
         (["-d", "901", "-m", "macl", "-o", "temperature=0"], r"temperature=0.0 is outside of \[0.01"),
         (["-d", "901", "-m", "macl", "-o", "temprature=1"], "Did you mean 'temperature'"),
         (["-d", "901", "-m", "macl", "-o", "preset=papr"], "Did you mean 'paper'"),
-        (["-d", "901", "-m", "macl", "-device", "gpu"], "known are cuda, cpu, mps"),
         (["-d", "901", "-m", "macl", "--crop", "8,a,8"], "whole numbers"),
         (["-d", "901", "-m", "macl", "--crop", "9,8,8"], "multiple of"),
         (["-d", "901", "-m", "macl", "-num_gpus", "0"], "at least 1"),
@@ -72,8 +75,7 @@ def test_misuse_gets_one_line_that_tells_the_fix(tiny_preprocessed, tiny_raw_dat
     tiny_preprocessed(901, "Tiny", 4)
     tiny_raw_dataset(902, "Unplanned", 1)
     tiny_raw_dataset(903, "Unlabelled", 1, labelled=False)
-    given = SMALL[:6] if "-device" not in arguments else SMALL[:4]
-    assert main([*arguments, *given]) == 1
+    assert main([*arguments, *SMALL[:6]]) == (2 if "-num_gpus" in arguments else 1)
     err = capsys.readouterr().err
     assert err.startswith("Error: ")
     assert "Traceback" not in err

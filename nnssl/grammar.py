@@ -1,0 +1,244 @@
+"""The grammar of all commands: what an option is called, what it means, and how its help reads.
+
+An option of several commands is stated once, in :data:`SHARED`, in nnU-Net's own spelling where nnU-Net has it. A renamed one
+goes on working and tells its new name. Imports nothing heavy, so that ``--help`` and ``--version`` are there at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NoReturn
+
+from nnssl.errors import nearest
+
+__all__ = ["DEVICES", "SHARED", "CommandParser", "Flag", "pair", "version_text", "whole_numbers"]
+
+DEVICES = ("cuda", "cpu", "mps")
+USAGE = 2
+"""Exit status of a command line that is not understood."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An option of a command.
+
+    Attributes:
+        names: spellings, ``("-p",)``.
+        keywords: of :meth:`argparse.ArgumentParser.add_argument`: dest, metavar, help, ...
+    """
+
+    names: tuple[str, ...]
+    keywords: dict[str, Any]
+
+
+def flag(*names: str, **keywords: Any) -> Flag:
+    """A :class:`Flag`."""
+    return Flag(names, keywords)
+
+
+def pair(example: str) -> Callable[[str], tuple[str, str]]:
+    """What reads ``name=value``; ``example`` is shown where that is not what was typed."""
+
+    def read(text: str) -> tuple[str, str]:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            raise argparse.ArgumentTypeError(f"'{text}' is not of the form name=value, such as {example}")
+        return key, value
+
+    return read
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """``8,16,32`` (also ``8x16x32`` and ``[8, 16, 32]``) as numbers."""
+    try:
+        return tuple(int(part) for part in re.sub(r"[\[\]()\s]", "", text).replace("x", ",").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers such as 8,16,32") from None
+
+
+SHARED: dict[str, Flag] = {
+    "dataset": flag("-d", metavar="DATASET", help="number or name of the dataset"),
+    "target": flag("-t", metavar="TARGET", help="dataset that will be fine-tuned: number or name"),
+    "configuration": flag(
+        "-c", metavar="CONFIGURATION", default="3d_fullres", help="nnU-Net's configuration (default: 3d_fullres)"
+    ),
+    "plans": flag("-p", metavar="PLANS", default="nnUNetPlans", help="plans (default: nnUNetPlans)"),
+    "fold": flag("-f", metavar="FOLD", default="all", help="fold (default: all)"),
+    "device": flag("-device", metavar="DEVICE", default="cuda", choices=DEVICES, help="cuda (default), cpu or mps"),
+    "processes": flag("-np", metavar="N", type=int, help="processes (default: nnU-Net's)"),
+    "options": flag(
+        "-o", metavar="KEY=VALUE", nargs="+", action="extend", help="options that have a table of their own"
+    ),
+    "output": flag("--output", metavar="FOLDER", help="folder that results are written to"),
+    "name": flag("--name", metavar="NAME", help="name of what is made"),
+    "seed": flag("--seed", metavar="N", type=int, default=0, help="of all that is random (default: 0)"),
+    "dry_run": flag("--dry-run", action="store_true", help="only tell what would be done, and how long it takes"),
+    "cases": flag("--cases", metavar="FILE", help="text file of the cases to use, one a line"),
+    "labels": flag("--labels", metavar="N|P%|FILE", help="labelled cases: a number, a share, or a file"),
+    "epochs": flag("--epochs", metavar="N", type=int, help="epochs"),
+    "iterations": flag("--iterations", metavar="N", type=int, help="steps of an epoch"),
+    "adapt": flag(
+        "--adapt",
+        metavar="KIND=HOW",
+        nargs="+",
+        action="extend",
+        type=pair("channels=repeat"),
+        help="let the weights come from another network: channels=repeat|first|skip, kernels=average|centre, depth=match",
+    ),
+    "coverage": flag(
+        "--coverage",
+        metavar="SHARE",
+        type=float,
+        help="with --adapt: least share of the encoder's parameters that must be filled (default: 0.5)",
+    ),
+    "key": flag("--key", metavar="ENTRY", help="entry of the file that holds the weights, such as teacher"),
+    "prefix": flag("--prefix", metavar="TEXT", help="what stands before nnU-Net's names in a file of others"),
+    "trust": flag(
+        "--trust",
+        action="store_true",
+        help="let the file run code while it is read (pickle); only for files whose origin you know",
+    ),
+    "random_inits": flag(
+        "--random-inits", metavar="K", type=int, default=3, help="random networks to compare with (default: 3)"
+    ),
+}
+"""Options that several commands have: the same name, the same meaning."""
+
+
+def version_text(prog: str) -> str:
+    """``nnssl_plan: nnssl 0.1.0, nnunetv2 2.8.1, torch 2.8.0, Python 3.12.3``."""
+    from nnssl import __version__
+
+    parts = [f"nnssl {__version__}"]
+    for package in ("nnunetv2", "torch"):
+        try:
+            parts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            parts.append(f"{package} is missing")
+    return f"{prog}: {', '.join([*parts, f'Python {platform.python_version()}'])}"
+
+
+class _Version(argparse.Action):
+    """Looks the versions up only when they are asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        sys.stdout.write(version_text(parser.prog) + "\n")
+        parser.exit()
+
+
+class _Renamed(argparse.Action):
+    """An old spelling: does what the new one does, and tells it."""
+
+    def __init__(self, *args: Any, new: str, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.new = new
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        sys.stderr.write(f"Note: {option_string} is now called {self.new}; both work.\n")
+        setattr(namespace, self.dest, values)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser as all commands have it: no abbreviations, ``--version``, ``-v``, ``-q``, and errors of one line.
+
+    Args:
+        prog: name of the command.
+        usage: the line after ``usage:``, without the name.
+        description: what it does.
+        example: a command line, shown at the end of the help.
+    """
+
+    def __init__(self, prog: str, usage: str, description: str, example: str = "") -> None:
+        super().__init__(
+            prog=prog,
+            usage=f"{prog} {usage}".replace("%", "%%"),
+            description=description,
+            epilog=f"Example: {example}" if example else None,
+            allow_abbrev=False,
+            add_help=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26),
+        )
+        self._positionals.title = "arguments"
+        general = self.add_argument_group("general")
+        general.add_argument("-h", "--help", action="help", help="show this text and end")
+        general.add_argument("--version", action=_Version, nargs=0, help="show versions and end")
+        loud = general.add_mutually_exclusive_group()
+        loud.add_argument(
+            "-v",
+            "--verbose",
+            action="store_true",
+            help="tell more: details, warnings of other packages, and where an error comes from",
+        )
+        loud.add_argument("-q", "--quiet", action="store_true", help="tell only results, warnings and errors")
+        self._groups = [general]
+
+    def group(self, title: str, description: str | None = None) -> argparse._ArgumentGroup:
+        """A group of options under a title of its own, before the general ones."""
+        group = self.add_argument_group(title, description)
+        self._action_groups.remove(group)
+        self._action_groups.insert(self._action_groups.index(self._groups[0]), group)
+        return group
+
+    def share(self, group: Any, *names: str, **changes: Any) -> None:
+        """Add options of :data:`SHARED` to a group; ``changes`` (``help=...``, ``required=True``) are for one name."""
+        for name in names:
+            known = SHARED[name]
+            group.add_argument(*known.names, dest=name, **_plain(known.keywords | changes))
+
+    def renamed(self, old: str, new: str) -> None:
+        """Let an old spelling of the option ``new`` go on working."""
+        action = self._option_string_actions[new]
+        self.add_argument(
+            old,
+            dest=action.dest,
+            action=_Renamed,
+            new=new,
+            type=action.type,
+            choices=action.choices,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
+
+    def options(self) -> list[argparse.Action]:
+        """The documented options."""
+        return [a for a in self._actions if a.option_strings and a.help is not argparse.SUPPRESS]
+
+    def titled_options(self) -> list[tuple[str, list[argparse.Action]]]:
+        """The documented options and arguments by the titles of the help."""
+        found = [
+            (g.title or "", [a for a in g._group_actions if a.help is not argparse.SUPPRESS])
+            for g in self._action_groups
+        ]
+        return [(title, actions) for title, actions in found if actions]
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a command line in one line, without the usage of forty options."""
+        unknown = re.match(r"unrecognized arguments: (.*)", message)
+        if unknown:
+            words = unknown.group(1).split()
+            known = [name for action in self.options() for name in action.option_strings]
+            told = [
+                f"{w} is no option of {self.prog}.{nearest(w.split('=')[0], known)}" for w in words if w.startswith("-")
+            ]
+            message = " ".join(told) or f"{', '.join(words)}: not understood here."
+        choice = re.match(r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", message)
+        if choice:
+            legal = [word.strip(" '") for word in choice.group(3).split(",")]
+            message = f"{choice.group(1)} {choice.group(2)}: it can be {', '.join(legal)}."
+        if not message.endswith((".", "?")):
+            message += "."
+        self.exit(USAGE, f"Error: {message} All options: {self.prog} --help\n")
+
+
+def _plain(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Keywords with per cent signs as argparse wants them; in metavars they stay."""
+    out = dict(keywords)
+    if isinstance(out.get("help"), str):
+        out["help"] = re.sub(r"%(?!\()", "%%", out["help"])
+    return out

@@ -1,0 +1,311 @@
+"""What a pretraining can be asked for, stated once: parser, docs, record and the signature of :func:`nnssl.pretrain.run`.
+
+Imports nothing heavy, so that ``nnssl_pretrain --help`` is there at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, Field, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+
+from nnssl.config import parse_assignments
+from nnssl.errors import NnsslError
+from nnssl.grammar import SHARED, CommandParser
+
+if TYPE_CHECKING:
+    from nnssl.pretrain.engine.hooks import Hook
+
+__all__ = ["RunOptions", "Sources", "add_options", "as_function", "command_of", "from_args"]
+
+Sources = int | str | Sequence[int | str] | Mapping[int | str, float]
+"""A dataset, several, or several with weights; text may carry a weight, ``"500:8"``."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+WHAT, LENGTH, START = "what is learnt from what", "how long, and under which name", "weights to start from"
+PLANNING = "datasets that nnU-Net cannot plan, since they have no labels"
+MACHINE = "machine"
+LABELLED = "labels as well"
+GROUPS = (WHAT, LENGTH, MACHINE, START, LABELLED, PLANNING)
+
+
+def given(
+    value: Any, group: str, *names: str, help: str, read: Callable[[Any], Any] | None = None, **keywords: Any
+) -> Any:
+    """A field that is an option of the command.
+
+    Args:
+        value: default in Python, ``...`` for none; the command's is absence.
+        group: title in the help.
+        names: spellings; of :data:`nnssl.grammar.SHARED` where they are missing.
+        help: meaning, for both.
+        read: makes of the command's text what Python's users give.
+        keywords: of ``add_argument``.
+    """
+    meta = {"group": group, "names": names, "help": help, "read": read, "keywords": keywords}
+    return field(metadata=meta) if value is ... else field(default=value, metadata=meta)
+
+
+def _crop(text: str | Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in (text.replace("x", ",").split(",") if isinstance(text, str) else text))
+    except ValueError:
+        raise NnsslError(f"--crop {text}: whole numbers are wanted, for example 32,64,64.") from None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What :func:`nnssl.pretrain.run` takes, and ``nnssl_pretrain`` with it."""
+
+    sources: Sources = given(
+        ...,
+        WHAT,
+        "-d",
+        metavar="DATASET",
+        nargs="+",
+        help="datasets to learn from, numbers or names; their labels are never used. 500:8 501:1 draws each case of 500 eight "
+        "times as often as each of 501",
+    )
+    _: KW_ONLY
+    method: str = given(
+        "macl", WHAT, "-m", metavar="METHOD", help="objective; --list names them. Or the file of one's own: ./simclr.py"
+    )
+    target: int | str | None = given(
+        None,
+        WHAT,
+        "-t",
+        metavar="TARGET",
+        help="dataset that will be fine-tuned: its plans are used (default: that of -d)",
+    )
+    configuration: str = given("3d_fullres", WHAT, help="nnU-Net's configuration (default: 3d_fullres)")
+    plans: str = given("nnUNetPlans", WHAT, help="plans of the target (default: nnUNetPlans)")
+    options: Mapping[str, Any] | None = given(
+        None,
+        WHAT,
+        "-o",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        read=parse_assignments,
+        help="options of the objective and of the loop, and preset=NAME; --list -m METHOD shows them",
+    )
+    crop: Sequence[int] | None = given(
+        None,
+        WHAT,
+        "--crop",
+        metavar="Z,Y,X",
+        read=_crop,
+        help="pretraining crop in voxels (default: the method's choice)",
+    )
+    cases: str | Path | None = given(None, WHAT, help="text file of the cases to learn from, one a line")
+    exclude: str | Path | None = given(
+        None, WHAT, "--exclude", metavar="FILE", help="text file of cases to leave out, one a line"
+    )
+    skip_bad: bool = given(
+        False,
+        WHAT,
+        "--skip-bad",
+        action="store_true",
+        help="go on without images that cannot be used; a report names them",
+    )
+    allow_mismatch: bool = given(
+        False,
+        WHAT,
+        "--allow-mismatch",
+        action="store_true",
+        help="accept that channels or modality of the images and of the target differ",
+    )
+    epochs: int | None = given(
+        None,
+        LENGTH,
+        help="epochs (default: 200); more of them lengthen a finished run with --c",
+    )
+    iterations: int | None = given(None, LENGTH, help="optimiser steps of an epoch (default: 250)")
+    seed: int | None = given(None, LENGTH, default=None, help="of initialisation, sampling and views (default: 0)")
+    name: str | None = given(None, LENGTH, help="tells this run from others that would share its folder")
+    continue_run: bool | Literal["auto"] = field(
+        default=False,
+        metadata={
+            "help": "resume the run in the output folder with its saved configuration; with more epochs than it had, lengthen "
+            "it. ``'auto'``: resume this very run where it has a checkpoint, else start it"
+        },
+    )
+    dry_run: bool = given(False, LENGTH, help="only tell crop, batch, memory and time")
+    robustness_every: int | None = given(
+        None,
+        LENGTH,
+        "--robustness-every",
+        metavar="K",
+        type=int,
+        help="epochs between two measurements of robustness, 0: none (default: so many that they take 3 % of the time)",
+    )
+    stop: str | None = given(
+        None,
+        LENGTH,
+        "--stop",
+        choices=("robustness",),
+        help="end once robustness has not improved for five measurements",
+    )
+    device: str = given("cuda", MACHINE, help="cuda (default), cpu or mps")
+    processes: int | None = given(None, MACHINE, help="processes for preprocessing (default: nnU-Net's)")
+    init: str | Path | None = given(
+        None,
+        START,
+        "--init",
+        metavar="FILE",
+        help="start from these weights: of a pretraining, of MIC-DKFZ's nnssl, of nnU-Net, or of its network in files of others",
+    )
+    adapt: Mapping[str, Any] | None = given(
+        None,
+        START,
+        read=dict,
+        help="let them come from another network: channels=repeat|first|skip, kernels=average|centre, depth=match",
+    )
+    coverage: float | None = given(
+        None, START, help="with --adapt: least share of the encoder's parameters that must be filled (default: 0.5)"
+    )
+    key: str | None = given(None, START, help="entry of the file that holds the weights, such as teacher")
+    prefix: str | None = given(None, START, help="what stands before nnU-Net's names in a file of others")
+    labelled: int | str | None = given(
+        None,
+        LABELLED,
+        "--labelled",
+        metavar="DATASET",
+        help="learn from the labels of this dataset too, and later from pseudo-labels of the images; it is the target. Options: "
+        "-o omni.KEY=VALUE",
+    )
+    labelled_cases: str | Path | None = given(
+        None,
+        LABELLED,
+        "--labelled-cases",
+        metavar="FILE",
+        help="text file of the cases whose labels are learnt from, one a line; 'case: class, class' where only these classes are "
+        "annotated",
+    )
+    planner: str | None = given(
+        None,
+        PLANNING,
+        "--planner",
+        metavar="NAME",
+        help="which of nnU-Net's planners makes the plans from the images alone: default, resenc_m, resenc_l, resenc_xl",
+    )
+    gpu_memory_target: float | None = given(
+        None,
+        PLANNING,
+        "-gpu_memory_target",
+        metavar="GB",
+        type=float,
+        help="GPU memory that this planner fills (its default)",
+    )
+    hooks: Sequence[Hook] = field(
+        default=(), metadata={"help": "more watchers of the run (:class:`nnssl.pretrain.engine.hooks.Hook`)"}
+    )
+
+    def asked(self) -> dict[str, Any]:
+        """What differs from the defaults, as JSON-ready values: for the run's record."""
+        out: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in ("hooks", "continue_run", "dry_run") and value != f.default:
+                out[f.name] = _plain(value)
+        return out
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _of_command() -> list[Field]:
+    return [f for f in fields(RunOptions) if "group" in f.metadata]
+
+
+def add_options(parser: CommandParser) -> dict[str, Any]:
+    """Add all of :class:`RunOptions` to a parser; returns the groups by title."""
+    groups = {title: parser.group(title) for title in GROUPS}
+    for f in _of_command():
+        meta = f.metadata
+        told = {"help": meta["help"], **meta["keywords"]}
+        if meta["names"]:
+            groups[meta["group"]].add_argument(
+                *meta["names"], dest=f.name, **{**told, "help": told["help"].replace("%", "%%")}
+            )
+        else:
+            parser.share(groups[meta["group"]], f.name, **told)
+    return groups
+
+
+def from_args(args: Any, continue_run: bool | Literal["auto"]) -> RunOptions:
+    """The options of a parsed command line.
+
+    Raises:
+        NnsslError: a text that cannot be read.
+    """
+    values: dict[str, Any] = {}
+    for f in _of_command():
+        value, read = getattr(args, f.name), f.metadata["read"]
+        values[f.name] = value if value is None or read is None else read(value)
+    return RunOptions(**values, continue_run=continue_run)
+
+
+def command_of(options: RunOptions) -> str:
+    """The command line that asks for the same, with every option that differs from its default."""
+    words = ["nnssl_pretrain"]
+    for f in _of_command():
+        value = getattr(options, f.name)
+        if f.name != "method" and (value is None or value is False or value == f.default) or f.name == "dry_run":
+            continue
+        names = f.metadata["names"] or SHARED[f.name].names
+        words.append(names[-1])
+        words += [] if value is True else _words(f.name, value)
+    return shlex.join(words)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        sign = ":" if name == "sources" else "="
+        return [f"{k}{sign}{_text(v)}" for k, v in value.items()]
+    if name == "crop":
+        return [",".join(map(str, value))]
+    if name in ("cases", "exclude", "labelled_cases", "init"):
+        return [os.path.abspath(value)]
+    return [_text(v) for v in value] if isinstance(value, (list, tuple)) else [_text(value)]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(_text, value))
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def as_function(
+    cls: Callable[P, Any], body: Callable[[Any], R], summary: str, returns: str, raises: str
+) -> Callable[P, R]:
+    """A function with the fields of a dataclass as arguments; type checkers and ``help`` see each of them.
+
+    Args:
+        cls: the dataclass.
+        body: what is done with its instance.
+        summary, returns, raises: of the docstring; its arguments are the fields' own texts.
+    """
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        return body(cls(*args, **kwargs))
+
+    returned = inspect.signature(body).return_annotation
+    run.__signature__ = inspect.signature(cls).replace(return_annotation=returned)  # type: ignore[attr-defined]
+    run.__module__, run.__qualname__ = body.__module__, "run"
+    lines = [f"    {f.name}: {f.metadata['help']}." for f in fields(cls)]  # type: ignore[arg-type]
+    run.__doc__ = "\n".join(
+        [summary, "", "Args:", *lines, "", "Returns:", f"    {returns}", "", "Raises:", f"    {raises}"]
+    )
+    return run

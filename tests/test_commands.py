@@ -1,0 +1,211 @@
+"""One grammar over all commands: the same options under the same names, the same exit codes, and docs made from the parsers."""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from nnssl.command import others_quiet, run_command, show
+from nnssl.errors import NnsslError, UsageError
+from nnssl.grammar import SHARED, CommandParser, pair, whole_numbers
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("command_tables", ROOT / "tests" / "tools" / "command_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def parsers(tables):
+    return tables.parsers()
+
+
+@pytest.fixture(autouse=True)
+def quiet_logger():
+    logger = logging.getLogger("nnssl")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
+
+
+def test_the_page_is_current(tables):
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.filled(page) == page, "docs/commands.md is out of date: make tables"
+    assert set(tables.made()) == set(__import__("re").findall(r"<!-- table: (\w+) -->", page))
+
+
+def test_shared_options_have_one_meaning(parsers):
+    """Whatever two commands have, takes the same kind of value into the same place."""
+    seen = {}
+    for command, parser in parsers.items():
+        for action in parser.options():
+            told = (tuple(action.option_strings), action.dest, action.metavar, action.nargs)
+            if action.dest == "sources":
+                told = (*told[:1], "dataset", *told[2:3], None)  # several datasets in place of one
+            for name in action.option_strings:
+                assert seen.setdefault(name, (told, command))[0] == told, f"{name}: {command} and {seen[name][1]}"
+    assert len(seen) > 60
+
+
+def test_every_command_has_the_general_options_and_no_command_states_a_shared_one_itself(parsers):
+    spelt = {name: key for key, known in SHARED.items() for name in known.names}
+    for command, parser in parsers.items():
+        names = {name for action in parser.options() for name in action.option_strings}
+        assert {"-h", "--version", "-v", "--verbose", "-q", "--quiet"} <= names, command
+        for action in parser.options():
+            for name in set(action.option_strings) & set(spelt):
+                assert action.dest in (spelt[name], "sources"), f"{command} {name}"
+        for action in (*parser.options(), *parser._positionals._group_actions):
+            assert action.help, f"{command}: {action.option_strings or action.dest} says nothing"
+
+
+def test_help_reads_like_help(parsers):
+    for command, parser in parsers.items():
+        text = parser.format_help()
+        assert "%%" not in text and "SUPPRESS" not in text, command
+        assert text.startswith(f"usage: {command} ")
+        assert "Example: " in text
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new", "value"),
+    [
+        ("nnssl_label_efficiency", "--device", "-device", "cpu"),
+        ("nnssl_label_efficiency", "-n", "--jobs", "2"),
+        ("nnssl_label_efficiency", "-o", "--output", "there"),
+        ("nnssl_probe", "-o", "--output", "there"),
+        ("nnssl_transferability", "-o", "--output", "there"),
+        ("nnssl_add_images", "-n", "--name", "Scans"),
+        ("nnssl_pretrain", "--device", "-device", "mps"),
+    ],
+)
+def test_old_spellings_work_and_tell_the_new_one(parsers, capsys, command, old, new, value):
+    rest = {
+        "nnssl_label_efficiency": ["x.yaml"],
+        "nnssl_probe": ["-d", "1"],
+        "nnssl_transferability": ["-d", "1", "x.pth"],
+        "nnssl_add_images": ["-d", "1", "folder"],
+        "nnssl_pretrain": [],
+    }[command]
+    before = parsers[command].parse_args([*rest, old, value])
+    assert f"{old} is now called {new}" in capsys.readouterr().err
+    assert vars(before) == vars(parsers[command].parse_args([*rest, new, value]))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", ["nnssl_pretrain", "nnssl_plan", "nnssl_info"])
+def test_an_unknown_option_is_refused_in_one_line(parsers, capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        parsers[command].parse_args(["-d", "1", "--verbos"] if command != "nnssl_info" else ["x", "--verbos"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.count("\n") == 1
+    assert f"--verbos is no option of {command}. Did you mean '--verbose'?" in err
+
+
+def test_version(parsers, capsys):
+    import nnunetv2  # noqa: F401  is installed
+
+    from nnssl import __version__
+
+    with pytest.raises(SystemExit) as stop:
+        parsers["nnssl_plan"].parse_args(["--version"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"nnssl_plan: nnssl {__version__}, nnunetv2 2.")
+
+
+def parser():
+    p = CommandParser("tool", "[options]", "A tool.")
+    p.share(p.group("what"), "device", "adapt")
+    p.renamed("--device", "-device")
+    return p
+
+
+def test_quiet_and_verbose_change_the_terminal_only(capsys):
+    log = logging.getLogger("nnssl")
+
+    def body():
+        log.debug("a detail")
+        log.info("a line")
+        log.warning("a warning")
+        show("the result")
+
+    for words, wanted in (
+        ([], {"a line", "a warning", "the result"}),
+        (["-q"], {"a warning", "the result"}),
+        (["-v"], {"a detail", "a line", "a warning", "the result"}),
+    ):
+        assert run_command(body, parser().parse_args(words)) == 0
+        assert set(capsys.readouterr().out.splitlines()) == wanted
+    assert log.isEnabledFor(logging.DEBUG)  # for the log files of runs
+    with pytest.raises(SystemExit):
+        parser().parse_args(["-q", "-v"])
+
+
+def test_exit_codes(capsys):
+    def refuse(error):
+        def body():
+            raise error
+
+        return body
+
+    assert run_command(refuse(NnsslError("mend it"))) == 1
+    assert run_command(refuse(UsageError("not so"))) == 2
+    assert capsys.readouterr().err == "Error: mend it\nError: not so\n"
+    assert run_command(refuse(NnsslError("mend it")), parser().parse_args(["-v"])) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_warnings_of_other_packages_are_details(capfd):
+    logger = logging.getLogger("nibabel.global")
+    logger.addHandler(logging.StreamHandler(sys.stderr))
+
+    def body(word="deprecated"):
+        warnings.warn(f"it is {word}", FutureWarning, stacklevel=1)
+        logger.warning("pixdim is odd")
+        code = "import warnings; warnings.warn('of a child', FutureWarning)"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    try:
+        run_command(body)
+        out, err = capfd.readouterr()
+        assert "deprecated" not in out + err and "pixdim" not in out + err and "child" not in out + err
+        assert "PYTHONWARNINGS" not in os.environ
+        run_command(lambda: body("old"), parser().parse_args(["-v"]))
+        out, err = capfd.readouterr()
+        assert "FutureWarning: it is old" in out and "nibabel.global: pixdim is odd" in out and "of a child" in err
+    finally:
+        logger.handlers.clear()
+
+
+def test_what_the_user_asked_of_warnings_is_kept(monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "error::ResourceWarning")
+    with others_quiet():
+        assert os.environ["PYTHONWARNINGS"] == "error::ResourceWarning"
+    assert os.environ["PYTHONWARNINGS"] == "error::ResourceWarning"
+
+
+def test_values(capsys):
+    assert whole_numbers("8,16,32") == whole_numbers("[8, 16, 32]") == whole_numbers("8x16x32") == (8, 16, 32)
+    assert pair("a=b")("channels=repeat=x") == ("channels", "repeat=x")
+    wrong = {
+        "--adapt": ("channels", "'channels' is not of the form name=value"),
+        "-device": ("gpu", "it can be cuda, cpu, mps."),
+    }
+    for option, (value, told) in wrong.items():
+        with pytest.raises(SystemExit) as stop:
+            parser().parse_args([option, value])
+        assert stop.value.code == 2
+        assert told in capsys.readouterr().err
