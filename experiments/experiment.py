@@ -17,8 +17,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from nnssl.errors import NnsslError, raise_problems
-from nnssl.experiments.schema import build, check_keys, key, read_names, read_yaml, resolve_path
+from nnssl.errors import NnsslError, ProblemsError, raise_problems
+from nnssl.experiments.schema import THE_FILE, build, check_keys, key, read_names, read_yaml, resolve_path
 from nnssl.plans.figures import MEAN_TEACHER, check_options, family_name
 from nnssl.plans.variants import check_name
 
@@ -186,6 +186,9 @@ def load_experiment(path: str | Path) -> Experiment:
         settings = _settings(several, shared, file.parent)
         top = build(_Top, {k: given[k] for k in _TOP & set(given) - {"settings"}})
         name = check_name(top.name or re.sub(r"[^A-Za-z0-9]+", "-", file.stem).strip("-"), "name")
+    except ProblemsError as error:
+        raise_problems(error.problems, str(file))
+        raise
     except NnsslError as error:
         raise NnsslError(f"{file}: {error}") from error
     published = resolve_path(top.published, file.parent) if top.published else None
@@ -216,20 +219,20 @@ def _settings(several: Any, shared: dict[str, Any], folder: Path) -> tuple[Setti
     out = []
     for i, own in enumerate(several):
         where = f"settings, {own.get('name', f'number {i + 1}')}: "
-        raise_problems(check_keys(own, _OF_SETTING, where), "the experiment")
+        raise_problems(check_keys(own, _OF_SETTING, where), THE_FILE)
         merged = {**shared, **own}
         for section in ("training", "pretraining", "network"):
             if isinstance(shared.get(section), Mapping) and isinstance(own.get(section), Mapping):
                 merged[section] = {**shared[section], **own[section]}
         out.append(_setting(merged, folder, where))
     names = [s.name or s.dataset for s in out]
-    raise_problems([f"two are called '{n}'" for n in dict.fromkeys(names) if names.count(n) > 1], "settings")
+    raise_problems([f"settings: two are called '{n}'" for n in dict.fromkeys(names) if names.count(n) > 1], THE_FILE)
     return tuple(out)
 
 
 def _setting(given: dict[str, Any], folder: Path, where: str) -> Setting:
     missing = [k for k in ("dataset", "methods", "labels") if given.get(k) in (None, "", [])]
-    raise_problems([f"{where}'{k}' is missing" for k in missing], "the experiment")
+    raise_problems([f"{where}'{k}' is missing" for k in missing], THE_FILE)
     training = build(Training, given.get("training") or {}, f"{where}training: ")
     pretraining = build(Pretraining, given.get("pretraining") or {}, f"{where}pretraining: ")
     values = {k: v for k, v in given.items() if k not in ("methods", "training", "pretraining", "splits", "test")}
@@ -252,7 +255,7 @@ def _setting(given: dict[str, Any], folder: Path, where: str) -> Setting:
         )
     if given.get("splits") is not None and setting.folds:
         problems.append(f"{where}splits and folds exclude each other: splits names the test cases")
-    raise_problems(problems, "the experiment")
+    raise_problems(problems, THE_FILE)
     splits = resolve_path(str(given["splits"]), folder) if given.get("splits") else None
     return replace(setting, arms=arms, splits=splits, test=_test(given.get("test"), folder))
 
@@ -286,7 +289,7 @@ def _arm(given: Any, training: Training, pretraining: Pretraining, folder: Path,
         problems.append(f"{at}adapt and coverage belong to a checkpoint")
     if method in FROM_RANDOM and (given.get("options") or given.get("pretraining")):
         problems.append(f"{at}there is no pretraining, so it has no options")
-    raise_problems(problems, "the experiment")
+    raise_problems(problems, THE_FILE)
     own = dict(given.get("pretraining") or {})
     fitted = dict(given.get("training") or {})
     if method == TEACHER:

@@ -21,7 +21,7 @@ from nnssl.experiments.schema import read_names
 from nnssl.files import sha256_of
 from nnssl.paths import preprocessed_folder, results_folder
 from nnssl.plans import dataset_id, resolve_dataset
-from nnssl.plans.figures import PRIMUS, Figures, family_name, trainer_for
+from nnssl.plans.figures import PRIMUS, Figures, family_name, spelt, trainer_for
 from nnssl.plans.figures import SCRATCH as SCRATCH_TRAINER
 from nnssl.plans.figures import TEACHER as TEACHER_TRAINER
 
@@ -302,7 +302,7 @@ class _Builder:
             "--name",
             name,
         ]
-        command += ["--schedule", family.replace("_", "-"), "--labels", self._text(f"labels-{name}.txt", draw.cases)]
+        command += ["--schedule", spelt(family), "--labels", self._text(f"labels-{name}.txt", draw.cases)]
         command += ["--seed", str(draw.seed)]
         if not self.resolved.by_folds:
             command += ["--validate", self._text(f"validate-{name}.txt", draw.validating)]

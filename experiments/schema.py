@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 
 import yaml
 
-from nnssl.errors import NnsslError, nearest, raise_problems
+from nnssl.errors import NnsslError, ProblemsError, nearest, raise_problems
 
 __all__ = ["build", "check_keys", "key", "number", "read_names", "read_yaml", "resolve_path"]
 
 T = TypeVar("T")
+THE_FILE = "the experiment"
+"""What problems belong to until the file's name is put in its place."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -123,9 +125,8 @@ def build(cls: type[T], given: Mapping[str, Any], where: str = "") -> T:
     """
     if not isinstance(given, Mapping):
         title = where.rstrip(": ") or "the file"
-        raise NnsslError(
-            f"the experiment: {title}: keys such as '{fields(cls)[0].name}: ...' are wanted, not {_shown(given)}"
-        )  # type: ignore[arg-type]
+        wanted = f"keys such as '{fields(cls)[0].name}: ...' are wanted, not {_shown(given)}"  # type: ignore[arg-type]
+        raise_problems([f"{title}: {wanted}"], THE_FILE)
     out, problems = {}, check_keys(given, (f.name for f in fields(cls)), where)  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for f in fields(cls):  # type: ignore[arg-type]
@@ -134,11 +135,13 @@ def build(cls: type[T], given: Mapping[str, Any], where: str = "") -> T:
         try:
             out[f.name] = _convert(hints[f.name], given[f.name], f"{where}{f.name}: ")
             problems += _range(f, out[f.name], where)
+        except ProblemsError as error:
+            problems += error.problems
         except NnsslError as error:
             problems.append(str(error))
         except (ValueError, TypeError, ArithmeticError) as error:
             problems.append(f"{where}{f.name}: {error}")
-    raise_problems(problems, "the experiment")
+    raise_problems(problems, THE_FILE)
     return cls(**out)
 
 
@@ -175,6 +178,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return build(hint, {str(k): v for k, v in value.items()}, where)  # type: ignore[arg-type]
     if origin is tuple:
         item = typing.get_args(hint)[0]
+        if isinstance(value, str) and item in (int, float) and "," in value:
+            value = [part.strip() for part in value.strip("[]() ").split(",")]  # as the commands take it: 8,16,32
         parts = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(item, part, where) for part in parts)
     if hint is bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["NnsslError", "PeerLostError", "UsageError", "nearest", "raise_problems"]
+__all__ = ["NnsslError", "PeerLostError", "ProblemsError", "UsageError", "nearest", "raise_problems"]
 
 
 class NnsslError(RuntimeError):
@@ -29,11 +29,31 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{match[0]}'?" if match else ""
 
 
-def raise_problems(problems: list[str], what: str) -> None:
-    """Raise one :class:`NnsslError` that lists all ``problems``, or return where there are none."""
+class ProblemsError(NnsslError):
+    """Several problems at once.
+
+    Attributes:
+        problems: one sentence for each, without what they belong to.
+    """
+
+    def __init__(self, message: str, problems: list[str]) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
+def raise_problems(problems: list[str], what: str, *, more: int = 0, advice: str = "") -> None:
+    """Raise one :class:`ProblemsError` that lists all ``problems``, or return where there are none.
+
+    Args:
+        problems: one sentence for each.
+        what: what they belong to, at the front.
+        more: so many others that are not listed.
+        advice: what to do about all of them, at the end; not counted.
+    """
     if not problems:
         return
-    if len(problems) == 1:
-        raise NnsslError(f"{what}: {problems[0]}")
-    lines = "\n".join(f"  - {p}" for p in problems)
-    raise NnsslError(f"{what}: found {len(problems)} problems:\n{lines}")
+    end = f"\n{advice}" if advice else ""
+    if len(problems) == 1 and not more:
+        raise ProblemsError(f"{what}: {problems[0]}{end}", problems)
+    lines = "".join(f"\n  - {p}" for p in problems) + (f"\n  and {more} more" if more > 0 else "")
+    raise ProblemsError(f"{what}: found {len(problems) + max(0, more)} problems:{lines}{end}", problems)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnssl.command import run_command, show
@@ -124,7 +124,7 @@ def _table(variants: list[Variant]) -> str:
         )
     ]
     for v in variants:
-        told = [v.nnssl.get(key) for key in rows[0][5:]]
+        told = [None if v.nnssl.get(key) is None else _said(key, v.nnssl[key]) for key in rows[0][5:]]
         sizes = ["x".join(map(str, v.patch_size)), ",".join(map(str, v.features))]
         cells = [v.plans_name, v.nnssl.get("configuration"), v.nnssl.get("base_plans"), *sizes, *told]
         rows.append(tuple("-" if cell is None else str(cell) for cell in cells))
@@ -134,8 +134,9 @@ def _table(variants: list[Variant]) -> str:
 
 def _summary(plan: Plan) -> str:
     number = dataset_id(plan.dataset_name)
-    hidden = ("schema", "sha256", "configuration", "train_cases", "val_cases")
+    hidden = ("schema", "sha256", "configuration", "base_plans", "train_cases", "val_cases")
     told = {k: v for k, v in plan.nnssl.items() if k not in hidden}
+    width = max((len(k) for k in told), default=0)
     cases = plan.nnssl.get("train_cases", {})
     return "\n".join(
         [
@@ -143,12 +144,24 @@ def _summary(plan: Plan) -> str:
             f"  patch     {' x '.join(map(str, plan.patch_size))} voxels, total stride {plan.total_stride}, "
             f"batch {plan.batch_size}",
             f"  data      {plan.data_identifier} (shared with {plan.base_plans})",
-            f"  trainer   {', '.join(f'{k} {v}' for k, v in told.items())}",
+            *(["  trainer"] if told else []),
+            *(f"    {k.replace('_', ' '):<{width}}  {_said(k, v)}" for k, v in told.items()),
             *(f"  fold {fold:<4} trains on {len(names)}: {', '.join(names)}" for fold, names in cases.items()),
             f"Next: nnUNetv2_train {number} {plan.configuration} 0 -p {plan.plans_name} "
             f"-tr {trainer_for(plan.nnssl.get('schedule') or DEFAULT_FAMILY, plan.is_primus)}",
         ]
     )
+
+
+def _said(key: str, value: Any) -> str:
+    """A value of the plan as a person types or reads it."""
+    if key == "schedule":
+        return spelt(str(value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}={_said('', v)}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _lengthen(args: argparse.Namespace) -> None:

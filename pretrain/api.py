@@ -24,8 +24,9 @@ from nnssl.pretrain.engine.devices import pick_device, process_group, restarted,
 from nnssl.pretrain.engine.estimate import estimate
 from nnssl.pretrain.engine.folder import LOCK, RunFolder
 from nnssl.pretrain.engine.logs import add_log_file, keep_lines
-from nnssl.pretrain.engine.loop import Engine, Outcome, RunSpec, disk_advice
+from nnssl.pretrain.engine.loop import Engine, Outcome, RunSpec
 from nnssl.pretrain.engine.resume import load_state
+from nnssl.pretrain.engine.told import disk_advice
 from nnssl.pretrain.engine.watch import RobustnessHook
 from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.methods.registry import origin
@@ -38,6 +39,7 @@ from nnssl.pretrain.resolve import batch_size, identity, method_folder, resolve
 from nnssl.results import CONFIG, output_folder
 from nnssl.variables import variables
 from nnssl.weights import prove_loadable
+from nnssl.words import counted
 
 __all__ = ["RunResult", "pretrain", "run"]
 
@@ -299,6 +301,7 @@ def _payload(engine: Engine, sources: list[str], training: dict[str, Any] | None
         },
         citations=spec.method.citation,
         training=training,
+        epoch=engine.step // spec.iterations,
         step=engine.step,
         steps=spec.steps,
         **extra,
@@ -337,7 +340,7 @@ def _introduce(spec: RunSpec, sources: list[str]) -> None:
     log.info("Cases: %d to learn from, %d held out.", len(spec.pool.train), len(spec.pool.held_out))
     log.info("%s It is read in windows of %s.", request.explanation, "x".join(map(str, request.window)))
     log.info(
-        "Batch: %d crops a step (plan: %d patches of %s); %d epochs of %d steps; seed %d; %s, %d process(es).",
+        "Batch: %d crops a step (plan: %d patches of %s); %d epochs of %d steps; seed %d; %s, %s.",
         spec.batch_size,
         plan.batch_size,
         "x".join(map(str, plan.patch_size)),
@@ -345,7 +348,7 @@ def _introduce(spec: RunSpec, sources: list[str]) -> None:
         spec.iterations,
         spec.seed,
         spec.device,
-        world_size(),
+        counted(world_size(), "process", "processes"),
     )
     log.info("Output: %s", spec.folder.path)
 

@@ -105,7 +105,7 @@ def start_from(
     loaded = checkpoint.load(init, key=key, prefix=prefix)
     adaptation = Adaptation.from_told({"adapt": adapt, "coverage": coverage})
     if loaded.verdict is not None and not loaded.verdict[0]:
-        log.warning("--init %s says of itself that it did not learn: %s", init, loaded.verdict[1])
+        log.warning("Warning: the own verdict of --init %s: %s", init, loaded.verdict[1])
     return Start(loaded, sha256_of(init), adaptation, place)
 
 

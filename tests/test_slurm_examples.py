@@ -65,7 +65,13 @@ def test_each_job_of_the_array_takes_its_part(slurm):
     words = slurm.record()[-1].split()
     assert words[0] == "nnssl_pretrain"
     args = parsed(words[1:])
-    assert (args.d, args.t, args.part, args.np, args.preprocess_only) == (["500"], "501", "3/16", 4, True)
+    assert (args.sources, args.target, args.part, args.processes, args.preprocess_only) == (
+        ["500"],
+        "501",
+        "3/16",
+        4,
+        True,
+    )
 
 
 def test_the_pretraining_starts_one_process_per_gpu_and_continues_by_itself(slurm):

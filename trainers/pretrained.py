@@ -191,9 +191,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         source = find_weights(plan)
         loaded = checkpoints.load(source.path, key=source.place.get("key"), prefix=source.place.get("prefix"))
         if loaded.verdict is not None and not loaded.verdict[0]:
-            self.print_to_log_file(
-                f"nnssl: WARNING: {source.path} says of itself that it did not learn: {loaded.verdict[1]}"
-            )
+            self.print_to_log_file(f"nnssl: WARNING: {source.path} says of itself: {loaded.verdict[1]}")
         parts = parts_for(plan.nnssl, self.family)
         report = transfer.apply(self.pretrained_network(), loaded, plan=plan, parts=parts)
         self.check_transfer(report, source.path)

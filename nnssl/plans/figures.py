@@ -175,7 +175,7 @@ class Figures:
         where = f"Plans '{name}' cannot be trained with {trainer}"
         asked, primus = ours.get("schedule") or family, trainer in PRIMUS
         if primus and asked not in PRIMUS_FAMILIES:
-            can = ", ".join(f.replace("_", "-") for f in PRIMUS_FAMILIES)
+            can = ", ".join(map(spelt, PRIMUS_FAMILIES))
             raise NnsslError(f"{where}: the schedule '{asked}' is for U-Nets only. For Primus there are {can}.")
         if asked != family:
             known = FAMILIES.get(asked)
@@ -260,7 +260,7 @@ def family_name(text: str) -> str:
     """
     name = text.strip().lower().replace("-", "_")
     if name not in FAMILIES:
-        known = [family.replace("_", "-") for family in FAMILIES]
+        known = [spelt(family) for family in FAMILIES]
         raise NnsslError(f"There is no schedule '{text}'.{nearest(text, known)} There are: {', '.join(known)}.")
     return name
 
@@ -285,4 +285,4 @@ def check_options(options: Mapping[str, Any], family: str) -> None:
             )
         else:
             problems += _check(key, value)
-    raise_problems(problems, "-o")
+    raise_problems(problems, "option -o")

@@ -33,9 +33,10 @@ class Measured:
     Attributes:
         path: the file.
         run: key of its run: folder, and what the file tells of method, options and data.
-        epoch: epochs (or optimiser steps, where only these are known) trained; None where neither file nor name tells.
+        epoch: epochs (or what ``unit`` says) trained; None where neither file nor name tells.
         encoder_percent: share of the encoder's parameters that the file filled.
         result: the measurement.
+        unit: ``"epochs"``; ``"steps"`` where the file tells these only; ``"in order"`` where neither is told.
     """
 
     path: Path
@@ -43,6 +44,12 @@ class Measured:
     epoch: int | None
     encoder_percent: float
     result: RobustnessResult
+    unit: str = "epochs"
+
+    @property
+    def trained(self) -> str:
+        """``3 epochs``, ``750 steps``, a dash."""
+        return "-" if self.epoch is None else f"{self.epoch:,} {self.unit}"
 
 
 @dataclass
@@ -77,14 +84,15 @@ class Run:
         return values[1] - values[0] if len(values) > 1 else math.nan
 
 
-def _epoch_of(checkpoint: Checkpoint) -> int | None:
-    """Epochs trained, from the content, else the last number in the file's name."""
+def _trained(checkpoint: Checkpoint) -> tuple[int | None, str]:
+    """How long was trained and in which unit, from the content, else the last number in the file's name."""
     own, content = checkpoint.nnssl, checkpoint.content
-    for value in (own.get("epoch"), own.get("step"), content.get("current_epoch")):
+    found = ((own.get("epoch"), "epochs"), (own.get("step"), "steps"), (content.get("current_epoch"), "epochs"))
+    for value, unit in found:
         if isinstance(value, int) and not isinstance(value, bool):
-            return value
+            return value, unit
     numbers = re.findall(r"\d+", checkpoint.path.stem)
-    return int(numbers[-1]) if numbers else None
+    return (int(numbers[-1]) if numbers else None), "epochs"
 
 
 def _run_of(checkpoint: Checkpoint) -> tuple[str, str]:
@@ -125,7 +133,8 @@ def measure_checkpoints(
         run = _run_of(checkpoint)
         methods[run] = checkpoint.method
         result = evaluator.evaluate(network.to(device))
-        measured.append(Measured(path, run, _epoch_of(checkpoint), report.part("encoder").percent, result))
+        epoch, unit = _trained(checkpoint)
+        measured.append(Measured(path, run, epoch, report.part("encoder").percent, result, unit))
     raise_problems(problems, "Checkpoints")
     return measured, methods
 
@@ -153,7 +162,9 @@ def _ordered(rows: list[Measured], name: str) -> list[Measured]:
     for row in rows:
         if row.epoch is None or (row.epoch in known and known[row.epoch].result.loss != row.result.loss):
             log.warning("%s: the checkpoints do not all tell their epoch; the order given counts instead.", name)
-            return [Measured(r.path, r.run, i, r.encoder_percent, r.result) for i, r in enumerate(rows, start=1)]
+            return [
+                Measured(r.path, r.run, i, r.encoder_percent, r.result, "in order") for i, r in enumerate(rows, start=1)
+            ]
         if row.epoch in known:
             log.info("%s is the same as %s and is left out.", row.path.name, known[row.epoch].path.name)
         known.setdefault(row.epoch, row)

@@ -46,7 +46,7 @@ def robustness_table(runs: Sequence[Run], baseline: Baseline) -> str:
             if m.encoder_percent < 99.95:
                 mark += f" (only {m.encoder_percent:.0f} % of the encoder is from this file)"
             cells = [_number(v) for v in (r.loss, r.score, r.positive, r.negative, r.bottleneck)]
-            rows.append((m.path.name, str(m.epoch), *cells, f"{z:+.1f}" if math.isfinite(z) else "-", mark.strip()))
+            rows.append((m.path.name, m.trained, *cells, f"{z:+.1f}" if math.isfinite(z) else "-", mark.strip()))
         out.append(f"\nRun {run.name} ({run.method})\n{_table(rows)}")
         if best is not None and math.isfinite(run.lead) and run.lead < TIE:
             out.append(f"The runner-up is within {run.lead:.1e} of the lowest: take them as equal.")
@@ -82,16 +82,17 @@ def _write(path: Path, rows: Sequence[Sequence[object]]) -> None:
 def write_robustness_csv(path: Path, runs: Sequence[Run], baseline: Baseline) -> None:
     """One line per checkpoint and per random initialisation, with the losses at all margins."""
     margins = list(runs[0].rows[0].result.margins)
-    head = ["run", "method", "checkpoint", "epoch", "loss", "score", "distance_positive", "distance_negative"]
+    head = ["run", "method", "checkpoint", "epoch", "step", "loss", "score", "distance_positive", "distance_negative"]
     rows: list[list[object]] = [[*head, "loss_bottleneck", "crops", "clipped", "encoder_percent"]]
     rows[0] += [f"loss_margin_{m:g}" for m in margins]
     for run in runs:
         for m in run.rows:
             r = m.result
             values = [r.loss, r.score, r.positive, r.negative, r.bottleneck, r.n, r.clipped, m.encoder_percent]
-            rows.append([run.name, run.method, str(m.path), m.epoch, *values, *r.margins.values()])
-    blank = [""] * (len(rows[0]) - 5)
-    rows += [["random initialisation", "", str(i), 0, loss, *blank] for i, loss in enumerate(baseline.losses)]
+            epoch, step = (m.epoch, "") if m.unit == "epochs" else ("", m.epoch if m.unit == "steps" else "")
+            rows.append([run.name, run.method, str(m.path), epoch, step, *values, *r.margins.values()])
+    blank = [""] * (len(rows[0]) - 6)
+    rows += [["random initialisation", "", str(i), 0, 0, loss, *blank] for i, loss in enumerate(baseline.losses)]
     _write(path, rows)
 
 

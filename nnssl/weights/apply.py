@@ -261,7 +261,7 @@ def _notes(checkpoint: Checkpoint, plan: Plan | None, stale: int) -> list[str]:
     notes = list(checkpoint.told)
     verdict = checkpoint.verdict
     if verdict is not None and not verdict[0]:
-        notes.append(f"WARNING: by its own verdict the pretraining did not learn: {verdict[1]}")
+        notes.append(f"WARNING, the pretraining's own verdict: {verdict[1]}")
     if plan is not None:
         notes += differences(checkpoint, plan)
     if stem_name(checkpoint.weights) is None and not is_transformer(checkpoint.weights):

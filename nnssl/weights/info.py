@@ -87,7 +87,7 @@ def describe(
 
 def _verdict(checkpoint: Checkpoint) -> str | None:
     told = checkpoint.verdict
-    return None if told is None else f"{'learnt' if told[0] else 'DID NOT LEARN'}: {told[1]}"
+    return None if told is None else told[1]
 
 
 def _length(checkpoint: Checkpoint) -> str | None:

@@ -13,6 +13,7 @@ from nnssl.networks import build_network
 from nnssl.pretrain.engine.speed import apply_options
 from nnssl.pretrain.engine.stepping import Stepper, views_in_parts
 from nnssl.pretrain.types import Crops
+from nnssl.words import spoken
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import RunSpec
@@ -64,11 +65,10 @@ def estimate(spec: RunSpec) -> str:
         stepper.step(batch, step, crops.case, stop=False, parts=parts)[0].read()
         seconds.append(time.perf_counter() - begin)
     per_step = min(seconds[1:])
-    hours = per_step * spec.steps / 3600
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     return (
-        f"Estimate: {per_step:.2f} s/step, {spec.steps} steps in {hours:.1f} h; peak memory {_peak(device)}; "
-        f"{trained / 1e6:.1f} M trained parameters. Nothing was written."
+        f"Estimate: {per_step:.2f} s/step, {spec.steps} steps in about {spoken(per_step * spec.steps)}; peak memory "
+        f"{_peak(device)}; {trained / 1e6:.2g} million trained parameters. Nothing was written."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import signal
@@ -33,23 +32,13 @@ from nnssl.pretrain.engine.place import place_sentence
 from nnssl.pretrain.engine.signals import StopSignals
 from nnssl.pretrain.engine.speed import Transfers, apply_options
 from nnssl.pretrain.engine.stepping import Numbers, Stepper, views_in_parts
+from nnssl.pretrain.engine.told import clock, disk_reason, epoch_line, memory_advice, non_finite_advice
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import CropRequest, Crops, Progress
 
-__all__ = ["Engine", "NonFiniteError", "Outcome", "RunSpec", "disk_advice"]
+__all__ = ["Engine", "NonFiniteError", "Outcome", "RunSpec"]
 
 log = logging.getLogger("nnssl")
-
-_DISK_ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable"),
-    **dict.fromkeys((errno.EIO, errno.ESTALE), "See to the file system"),
-}
-
-
-def disk_advice(error: OSError) -> str:
-    """What to do about a disk that fails, without a full stop."""
-    return _DISK_ADVICE.get(error.errno or 0, "See to the file system")
 
 
 class NonFiniteError(NnsslError):
@@ -288,9 +277,9 @@ class Engine:
         try:
             return self._fit()
         except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-            raise NnsslError(self._memory_advice()) from error
+            raise NnsslError(memory_advice(self.spec)) from error
         except OSError as error:
-            advice = _DISK_ADVICE.get(error.errno or 0)
+            advice = disk_reason(error)
             if advice is None:
                 raise
             whole = "The checkpoint saved last is whole. " if self.spec.folder.latest.is_file() else ""
@@ -383,7 +372,7 @@ class Engine:
         skipped = self.stepper.scaler is not None and not math.isfinite(values["grad_norm"])
         if not math.isfinite(values["total"]) or (not math.isfinite(values["grad_norm"]) and not skipped):
             bad = ", ".join(k for k, v in values.items() if not math.isfinite(v))
-            raise NonFiniteError(self._non_finite_advice(numbers.step, bad, numbers.cases))
+            raise NonFiniteError(non_finite_advice(self.spec.folder, numbers.step, bad, numbers.cases))
         for key, value in values.items():
             if not (skipped and key == "grad_norm"):
                 self._sums[key] = self._sums.get(key, 0.0) + value
@@ -395,7 +384,7 @@ class Engine:
     def _show(self, bar: tqdm, seconds: float, wait: float) -> None:
         left = (self.spec.steps - self.step) * seconds
         shown = {k: f"{v:.3g}" for k, v in list(self._last.items())[:4]}
-        bar.set_postfix({**shown, "s/step": f"{seconds:.2f}", "data": f"{wait:.0%}", "left": _duration(left)})
+        bar.set_postfix({**shown, "s/step": f"{seconds:.2f}", "data": f"{wait:.0%}", "left": clock(left)})
         bar.update()
 
     def _look_at_untrained(self) -> None:
@@ -415,7 +404,7 @@ class Engine:
             sums = [p.detach().float().square().sum() for p in self.method.network.parameters()]
             finite = bool(torch.isfinite(torch.stack(sums)).all())
         if not finite:
-            raise NonFiniteError(self._non_finite_advice(self.step - 1, "a weight after it", self._cases))
+            raise NonFiniteError(non_finite_advice(self.spec.folder, self.step - 1, "a weight after it", self._cases))
 
     def _end_epoch(self, epoch: int, seconds: float, wait: float) -> None:
         spec = self.spec
@@ -437,25 +426,9 @@ class Engine:
             hook.after_epoch(self, row)
         self.log.epoch(row)
         left = (spec.steps - self.step) * seconds
-        text = f"epoch {epoch + 1}/{spec.epochs}: loss {means['total']:.4g}"
-        if self.held_out:
-            text += f", held out {row['held_out/total']:.4g}"
         prefix = "held_out/" if self.held_out else "train/"
         note = self.method.note({k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)})
-        text += f", {note}" if note else ""
-        told = [
-            (k, v) for k, v in means.items() if v or not k.endswith("skipped")
-        ]  # crops left out, where there are any
-        terms = ", ".join(f"{k} {v:.3g}" for k, v in told[1:5])
-        log.info(
-            "%s (%s); lr %.2g, %.2f s/step, %.0f %% waiting for data, %s left",
-            text,
-            terms,
-            row["lr"],
-            seconds,
-            100 * wait,
-            _duration(left),
-        )
+        log.info("%s", epoch_line(row, spec.epochs, note, left))
         last = self.step >= spec.steps or self.stop_reason is not None
         if last:
             return  # the final checkpoint comes first, then what is drawn
@@ -523,21 +496,6 @@ class Engine:
         closing = [s for s in (h.finish(self) for h in self.spec.hooks) if s]
         return Outcome(True, learnt, " ".join([sentence, *closing]), first, last, self.log.history)
 
-    def _non_finite_advice(self, step: int, bad: str, cases: list[str]) -> str:
-        before = f" The last checkpoint in {self.spec.folder.path} is from before this step."
-        return (
-            f"step {step}: {bad} is not finite. Cases of the batch: {', '.join(dict.fromkeys(cases))}. Look at these images, or "
-            "leave them out with --exclude; or lower -o lr or -o grad_clip."
-            + (before if self.spec.folder.latest.is_file() else "")
-        )
-
-    def _memory_advice(self) -> str:
-        b, size = self.spec.batch_size, "x".join(map(str, self.spec.request.size))
-        return (
-            f"out of memory with {b} crops of {size} voxels a step. Lower -o batch_size (fewest for this method: "
-            f"{self.spec.request.min_batch}), choose a smaller --crop, or spread the batch with -num_gpus."
-        )
-
 
 @contextmanager
 def _only_told(what: str) -> Iterator[None]:
@@ -546,9 +504,3 @@ def _only_told(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001  drawing code, and disks
         log.warning("%s could not be written (%s: %s); the run goes on.", what, type(error).__name__, error)
-
-
-def _duration(seconds: float) -> str:
-    seconds = int(seconds)
-    hours, minutes = seconds // 3600, seconds % 3600 // 60
-    return f"{hours}h{minutes:02d}" if hours else f"{minutes}:{seconds % 60:02d}"

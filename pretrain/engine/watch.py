@@ -175,7 +175,9 @@ class RobustnessHook(Hook):
         schedule = plan_schedule(spec.epochs, spec.iterations * spec.batch_size, len(cases), every=self.every or None)
         if schedule is None:
             reason = (
-                f"{len(cases)} cases are not learnt from" if len(cases) < 2 else "the run is too short for 3 % of it"
+                f"it compares cases that are not learnt from, at least 2, and {len(cases)} of them is there"
+                if len(cases) < 2
+                else "the run is too short for 3 % of it"
             )
             log.info("Robustness is not measured: %s.", reason)
             if self.stop:
@@ -187,10 +189,10 @@ class RobustnessHook(Hook):
         crops = read_crops([cases[k] for k in chosen], spec.plan, size, seed=spec.seed)
         evaluator = RobustnessEvaluator(crops, config, groups=chosen, spacing=spec.plan.spacing)
         log.info(
-            "Robustness: %d crops of %s, every %d epoch(s), %d times, about %.1f %% of the time; views by %s.",
+            "Robustness: %d crops of %s, every %s, %d times, about %.1f %% of the time; views by %s.",
             len(chosen),
             where,
-            schedule.every,
+            "epoch" if schedule.every == 1 else f"{schedule.every} epochs",
             schedule.evaluations,
             100 * schedule.share,
             ", ".join(families),

@@ -27,6 +27,7 @@ from nnssl.pretrain.images.kinds import KEEP
 from nnssl.pretrain.images.scan import scan
 from nnssl.pretrain.prepare.preprocess import temporary_folder
 from nnssl.pretrain.prepare.processes import run_jobs
+from nnssl.words import counted
 
 __all__ = ["Summary", "add_images"]
 
@@ -282,7 +283,7 @@ def _counts(rejected: Sequence[Rejected]) -> str:
     for one in rejected:
         counts[one.reason] += one.count
     lines = "".join(f"\n  {n:6d}  {reason}" for reason, n in counts.most_common())
-    return f"{sum(counts.values())} file(s) are not used:{lines}" if counts else ""
+    return f"{counted(sum(counts.values()), 'file is', 'files are')} not used:{lines}" if counts else ""
 
 
 def _nothing(report: Path | None, rejected: Sequence[Rejected]) -> str:
@@ -295,9 +296,9 @@ def _tell(summary: Summary) -> None:
     names = f" ({summary.added[0]} to {summary.added[-1]})" if len(summary.added) > 1 else ""
     names = f" ({summary.added[0]})" if len(summary.added) == 1 else names
     links = f"; {summary.linked} of their images are links to your files" if summary.linked else ""
-    log.info("%s: %d case(s) added%s%s.", summary.dataset, len(summary.added), names, links)
+    log.info("%s: %s added%s%s.", summary.dataset, counted(len(summary.added), "case"), names, links)
     if summary.known:
-        log.info("%d case(s) had been added before and are as they were.", summary.known)
-    log.info("%d file(s) are in these cases.", summary.files)
+        log.info("%s added before, left as before.", counted(summary.known, "case was", "cases were"))
+    log.info("%s in these cases.", counted(summary.files, "file is", "files are"))
     if summary.rejected:
         log.info("%s\nOne by one: %s", _counts(summary.rejected), summary.report)

@@ -10,6 +10,7 @@ from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization impo
 from nnssl.errors import NnsslError, raise_problems
 from nnssl.plans import Plan
 from nnssl.pretrain.prepare.raw import RawSource
+from nnssl.words import counted
 
 __all__ = ["match_channels", "modality_of", "same_name"]
 
@@ -77,7 +78,7 @@ def match_channels(raw: RawSource, source: str, plan: Plan, *, allow_mismatch: b
         )
     problems = []
     if raw.n_channels != len(target):
-        problems.append(f"{source} has {raw.n_channels} channel(s), {plan.dataset_name} has {len(target)}")
+        problems.append(f"{source} has {counted(raw.n_channels, 'channel')}, {plan.dataset_name} has {len(target)}")
     for c, name in names.items():
         if c < len(target) and clean[c] != wanted[c]:
             text = f"channel {c} is '{name}' in {source} and '{target[c]}' in {plan.dataset_name}"
@@ -88,8 +89,8 @@ def match_channels(raw: RawSource, source: str, plan: Plan, *, allow_mismatch: b
     if not problems:
         return None
     if not allow_mismatch:
-        problems.append("give --allow-mismatch if the images are of the same kind all the same")
-        raise_problems(problems, "Source and target differ in their channels")
+        advice = "Give --allow-mismatch if the images are of the same kind all the same."
+        raise_problems(problems, "Source and target differ in their channels", advice=advice)
     by_name = {n: c for c, n in clean.items()}
     if all(w in by_name for w in wanted) and len(set(wanted)) == len(wanted):
         log.warning("%s: channels are matched by name: %s.", source, ", ".join(names[by_name[w]] for w in wanted))

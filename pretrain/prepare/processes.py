@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from nnssl.errors import NnsslError
+from nnssl.words import counted
 
 __all__ = ["run_jobs"]
 
@@ -100,8 +101,8 @@ def _in_processes(worker: Callable[[J], R], jobs: Sequence[J], n: int, killed: C
         n = max(1, n // 2)
         log.warning(
             "A process was killed, most likely because memory ran out. What was at work is done again, one by one; then the rest "
-            "with %d process(es).",
-            n,
+            "with %s.",
+            counted(n, "process", "processes"),
         )
         while broken:
             todo = iter(broken)

@@ -245,8 +245,8 @@ def list_unplanned(source: str) -> RawSource | None:
     found = _list(source, "imagesTr", supported, "nnU-Net does not read")
     if found is not None and describe(source).get("dataset"):
         gone = [f"{b.case} names {b.file}" for b in found.bad if "cannot be reached" in b.reason]
-        more = [f"{len(gone) - NAMED} more entries name files that are not there"] if len(gone) > NAMED else []
-        raise_problems([*gone[:NAMED], *more], f'Entries of "dataset" in {source}\'s dataset.json are not there')
+        what = f'Entries of "dataset" in {source}\'s dataset.json are not there'
+        raise_problems(gone[:NAMED], what, more=max(0, len(gone) - NAMED))
     return found
 
 

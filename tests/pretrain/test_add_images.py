@@ -601,7 +601,7 @@ def test_datasets_that_cannot_take_images(place, tiny_raw_dataset):
 def test_nothing_usable_makes_no_dataset(place):
     (place.export / "a.txt").write_text("x")
     with pytest.raises(
-        NnsslError, match=r"(?s)Nothing that can be added was found; why is told in .*csv.*1 file\(s\) are not used"
+        NnsslError, match=r"(?s)Nothing that can be added was found; why is told in .*csv.*1 file is not used"
     ):
         place.add()
     assert not place.dataset.exists()
@@ -646,7 +646,7 @@ def test_the_command(place, capsys):
     write(place.export / "a_t2.nrrd", volume(2))
     arguments = ["-d", "500", "--name", "Scans", str(place.export), "--channels", "T1=_t1", "T2=_t2", "-np", "1"]
     assert command.main([*arguments, "--report", str(place.tmp / "r.csv")]) == 0
-    assert "1 case(s) added (Scans_0001)" in capsys.readouterr().out and not (place.tmp / "r.csv").exists()
+    assert "1 case added (Scans_0001)" in capsys.readouterr().out and not (place.tmp / "r.csv").exists()
     assert command.main(["-d", "500", str(place.tmp / "nowhere")]) == 1
     assert "does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit):

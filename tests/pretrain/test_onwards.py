@@ -209,17 +209,17 @@ def test_the_verdict_is_stored_shown_and_warned_of(dataset, tmp_path, capsys, ca
     assert not result.learnt and loaded.verdict[0] is False and result.sentence.startswith(loaded.verdict[1])
     assert info_main([str(result.checkpoint)]) == 0
     out = capsys.readouterr().out
-    assert "DID NOT LEARN" in out and "1 of 1 steps" in out and "Dataset901_Tiny" in out
+    assert "did not learn" in out and "1 of 1 steps" in out and "Dataset901_Tiny" in out
     caplog.clear()
     assert plan_main(["-d", "901", "--checkpoint", str(result.checkpoint), "--epochs", "1", "--name", "bad"]) == 0
-    assert "the pretraining did not learn" in caplog.text
+    assert "WARNING, the pretraining's own verdict: " in caplog.text
     plans = json.loads((dataset / "nnUNetPlans_bad.json").read_text()) | {"continue_training": False}
     info = json.loads((dataset / "dataset.json").read_text())
     trainer = nnUNetTrainerPretrained(plans, "3d_fullres", 0, info, torch.device("cpu"))
     trainer.get_dataloaders = lambda: (None, None)
     trainer.on_train_start()
     log = Path(trainer.log_file).read_text()
-    assert log.index("says of itself that it did not learn") < log.index("Transfer report")
+    assert log.index("says of itself: ") < log.index("Transfer report")
 
 
 def test_a_run_that_learnt_says_so_in_its_file(dataset):

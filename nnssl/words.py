@@ -1,0 +1,27 @@
+"""Numbers as a person says them."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["counted", "spoken"]
+
+
+def counted(number: int, one: str, several: str = "") -> str:
+    """``1 case``, ``2 cases``; ``several`` where it is not ``one`` with an s."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+def spoken(seconds: float) -> str:
+    """A duration rounded up to what matters: ``8 s``, ``12 min``, ``1 h 30 min``, ``3 days 4 h``."""
+    seconds = max(0.0, seconds)
+    if seconds < 99.5:
+        return f"{math.ceil(seconds)} s"
+    minutes = math.ceil(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {rest:02d} min"
+    hours = math.ceil(minutes / 60)
+    return f"{hours // 24} days {hours % 24} h"

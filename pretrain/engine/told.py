@@ -1,0 +1,89 @@
+"""What a run says to a person: the line of an epoch, and what to do where it fails."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nnssl.pretrain.engine.folder import RunFolder
+    from nnssl.pretrain.engine.loop import RunSpec
+
+__all__ = ["clock", "disk_advice", "disk_reason", "epoch_line", "memory_advice", "non_finite_advice"]
+
+_DISK_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "See to the file system"),
+}
+_DIAGNOSTIC = ("_collapse", "_cos", "_std", "_sd", "_norm")
+"""Endings of terms that are watched and are no part of the loss; they are in metrics.jsonl and progress.png."""
+SHOWN_TERMS = 4
+
+
+def clock(seconds: float) -> str:
+    """``12:34`` (minutes, seconds) or ``3h05``."""
+    seconds = int(seconds)
+    hours, minutes = seconds // 3600, seconds % 3600 // 60
+    return f"{hours}h{minutes:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+
+
+def epoch_line(row: Mapping[str, Any], epochs: int, note: str | None, left: float) -> str:
+    """The line of an epoch: loss in training and held out, each with its own terms, then what the method notes, then speed.
+
+    Args:
+        row: of the epoch, with ``train/*`` and ``held_out/*``.
+        epochs: of the run.
+        note: the method's.
+        left: seconds.
+    """
+    text = f"epoch {row['epoch']}/{epochs}: loss in training {_losses(row, 'train/')}"
+    if "held_out/total" in row:
+        text += f", held out {_losses(row, 'held_out/')}"
+    text += f"; {note}" if note else ""
+    speed = f"{row['step_s']:.2f} s/step ({100 * row['data_wait']:.0f} % of it waiting for data)"
+    return f"{text}; learning rate {row['lr']:.2g}, {speed}, {clock(left)} left"
+
+
+def _losses(row: Mapping[str, Any], prefix: str) -> str:
+    """``0.876 (image 0.5, dense 0.376)``; a single term is the loss itself and is not repeated."""
+    names = [k.removeprefix("train/") for k in row if k.startswith("train/") and k != "train/total"]
+    names = [n for n in names if not n.endswith(_DIAGNOSTIC) and not n.startswith("n_") and n in _there(row, prefix)]
+    skipped = [n for n in names if n.endswith("skipped")]  # crops left out, where there are any
+    parts = [n for n in names if n not in skipped]
+    shown = (parts[:SHOWN_TERMS] if len(parts) > 1 else []) + [n for n in skipped if row[prefix + n]]
+    terms = ", ".join(f"{n.replace('_', ' ')} {row[prefix + n]:.3g}" for n in shown)
+    return f"{row[prefix + 'total']:.4g}" + (f" ({terms})" if terms else "")
+
+
+def _there(row: Mapping[str, Any], prefix: str) -> set[str]:
+    return {k.removeprefix(prefix) for k, v in row.items() if k.startswith(prefix) and v is not None}
+
+
+def disk_reason(error: OSError) -> str | None:
+    """What to do about a disk that fails; None for other errors."""
+    return _DISK_ADVICE.get(error.errno or 0)
+
+
+def disk_advice(error: OSError) -> str:
+    """The same without None, and without a full stop."""
+    return disk_reason(error) or "See to the file system"
+
+
+def non_finite_advice(folder: RunFolder, step: int, bad: str, cases: Sequence[str]) -> str:
+    """What to do about a loss that is not finite."""
+    before = f" The last checkpoint in {folder.path} is from before this step." if folder.latest.is_file() else ""
+    return (
+        f"step {step}: {bad} is not finite. Cases of the batch: {', '.join(dict.fromkeys(cases))}. Look at these images, or "
+        f"leave them out with --exclude; or lower -o lr or -o grad_clip.{before}"
+    )
+
+
+def memory_advice(spec: RunSpec) -> str:
+    """What to lower where memory is out."""
+    b, size = spec.batch_size, "x".join(map(str, spec.request.size))
+    return (
+        f"out of memory with {b} crops of {size} voxels a step. Lower -o batch_size (fewest for this method: "
+        f"{spec.request.min_batch}), choose a smaller --crop, or spread the batch with -num_gpus."
+    )
