@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +23,7 @@ from nnssl.experiments.jobs import PHASES, Graph, Job, build_graph
 from nnssl.experiments.records import Records, try_lock
 from nnssl.files import remove_temporary, write_atomic
 from nnssl.grammar import CommandParser
+from nnssl.words import counted, spoken
 
 __all__ = ["main", "parser", "run_experiment"]
 
@@ -113,6 +115,7 @@ def _show(graph: Graph, records: Records, folder: Path, device: str, slots: int 
             f"{setting.name}: {p.dataset_name}, {p.configuration}, {p.plans_name}; {', '.join(map(str, counts))} labelled of "
             f"{len(setting.pool)} cases; evaluated on {where}."
         )
+    log.info("%s", overview(graph, {job.id for job in pending}, times.seconds))
     for job in graph.jobs.values():
         seconds = times.seconds.get(job.id)
         record = records.read(job.id)
@@ -122,6 +125,9 @@ def _show(graph: Graph, records: Records, folder: Path, device: str, slots: int 
         about = "" if seconds is None else "  ?" if math.isnan(seconds) else f"  {clock(seconds)}"
         log.info(f"{state:13} {job.id}{about}\n              $ {job.shown}")
     log.info(f"\n{len(graph.jobs)} jobs, {len(graph.jobs) - len(pending)} of them finished. Output: {folder}")
+    log.info(
+        "Each line with $ can be typed, in this order; the lists of cases that they name are in %s.", folder / "lists"
+    )
     if not pending:
         return
     known = [s for s in times.seconds.values() if not math.isnan(s)]
@@ -132,7 +138,36 @@ def _show(graph: Graph, records: Records, folder: Path, device: str, slots: int 
     note = (
         f" (rough for {', '.join(rough)}: a few steps were timed)" if rough else " (from the jobs that have finished)"
     )
-    log.info(f"Time: about {clock(times.total(slots or 1))} with {slots or 1} job(s) at a time{note}.")
+    log.info(f"Time: about {clock(times.total(slots or 1))} with {counted(slots or 1, 'job')} at a time{note}.")
+
+
+def overview(graph: Graph, pending: set[str], seconds: Mapping[str, float]) -> str:
+    """Methods by numbers of labels: draws that are evaluated and to do, and how long; pretrainings have lines of their own."""
+    lines = [("", "labels", "done", "to do", "time")]
+    for setting in graph.settings:
+        before = [j for j in graph.jobs.values() if j.about.get("setting") == setting.name and "labels" not in j.about]
+        for job in before:
+            what = job.about.get("method") or "network"
+            word = "pretraining" if job.phase == "pretrain" else "plan"
+            lines.append(_line(f"{what}, {word}", "", [job.id], [job.id], pending, seconds))
+        runs = [run for run in graph.runs if run.resolved.name == setting.name]
+        for arm, count in dict.fromkeys((run.arm.name, run.draw.count) for run in runs):
+            mine = [run for run in runs if (run.arm.name, run.draw.count) == (arm, count)]
+            jobs = [i for run in mine for i in run.jobs if "labels" in graph.jobs[i].about]
+            lines.append(_line(arm, str(count), [run.jobs[-1] for run in mine], jobs, pending, seconds))
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))])
+        for line in lines
+    )
+
+
+def _line(what: str, labels: str, ends: Sequence[str], jobs: Sequence[str], pending: set[str],
+          seconds: Mapping[str, float]) -> tuple[str, str, str, str, str]:  # fmt: skip
+    todo = sum(i in pending for i in ends)
+    known = [seconds[i] for i in dict.fromkeys(jobs) if i in pending]
+    time = "" if not known else "?" if any(math.isnan(s) for s in known) else spoken(sum(known))
+    return what, labels, str(len(ends) - todo), str(todo), time
 
 
 def _report(folder: Path, experiment: Experiment, published: Path | None, *, last: bool) -> None:
@@ -184,10 +219,18 @@ def run_experiment(
         raise UsageError(f"--jobs {slots}: at least 1.")
     graph, records = build_graph(experiment, folder, device), Records(folder)
     if dry_run:
+        _write_inputs(graph)
         _show(graph, records, folder, device, slots)
         return Outcome(finished=[j.id for j in graph.jobs.values() if records.finished(j)])
     need_surface_library()
     lock = try_lock(folder / ".lock")
+    if lock is None and report_only:
+        outcome = _waiting(graph, records)
+        done = collect(folder, experiment, graph, records, outcome, device)
+        _report(folder, experiment, published, last=True)
+        log.info("Another process is at work in this folder; this report shows what is there by now.")
+        _tell(outcome, graph, records, folder, done)
+        return outcome
     if lock is None:
         raise NnsslError(
             f"another process is at work in {folder}. Wait for it, or choose another folder with --output."
@@ -198,11 +241,11 @@ def run_experiment(
         settle_lost(graph.jobs.values(), records)
         _write_inputs(graph)
         pending = [job for job in graph.jobs.values() if not records.finished(job)]
-        outcome = Outcome(finished=[j.id for j in graph.jobs.values() if records.finished(j)])
-        if report_only:
-            found = {job.id: records.read(job.id) for job in pending}
-            outcome.failed = {i: str(r.get("reason", "")) for i, r in found.items() if r.get("status") == "failed"}
-        elif pending:
+        outcome = _waiting(graph, records)
+        command = None if report_only else _typed(file, out, device, executor, slots, published, experiment)
+        if not report_only:
+            outcome.failed = {}
+        if pending and not report_only:
             gpus = _gpus(device, executor == "local" and backend is None and any(job.gpu for job in pending))
             if backend is None:
                 backend = _backend(executor, records, experiment, gpus)
@@ -210,12 +253,31 @@ def run_experiment(
             log.info(
                 "%d of %d jobs to do, %d at a time. Logs: %s", len(pending), len(graph.jobs), number, folder / "logs"
             )
-            watch = _Watch(folder, experiment, graph, records, published, device)
+            watch = _Watch(folder, experiment, graph, records, published, device, command, number)
             outcome = run_jobs(graph.jobs.values(), records, backend, number, watch)
-        done = collect(folder, experiment, graph, records, outcome, device)
+        done = collect(folder, experiment, graph, records, outcome, device, command)
         _report(folder, experiment, published, last=True)
     _tell(outcome, graph, records, folder, done)
     return outcome
+
+
+def _waiting(graph: Graph, records: Records) -> Outcome:
+    """What is finished, and what failed when it was tried last."""
+    outcome = Outcome(finished=[j.id for j in graph.jobs.values() if records.finished(j)])
+    found = {i: records.read(i) for i in graph.jobs if i not in set(outcome.finished)}
+    outcome.failed = {i: str(r.get("reason", "")) for i, r in found.items() if r.get("status") == "failed"}
+    return outcome
+
+
+def _typed(file: Path, out: Path | None, device: str, executor: str, slots: int | None, published: Path | None,
+           experiment: Experiment) -> str:  # fmt: skip
+    """The command line of this call, with every option that is not the default."""
+    words = ["nnssl_label_efficiency", str(file), *(["-device", device] if device != "cuda" else [])]
+    words += ["--executor", executor] if executor != "local" else []
+    words += ["--jobs", str(slots)] if slots is not None else []
+    words += ["--compare", str(published)] if published not in (None, experiment.published) else []
+    words += ["--output", str(out)] if out is not None else []
+    return shlex.join(words)
 
 
 def _backend(executor: str, records: Records, experiment: Experiment, gpus: Sequence[str]) -> Backend:
@@ -227,16 +289,17 @@ def _backend(executor: str, records: Records, experiment: Experiment, gpus: Sequ
 
 
 class _Watch:
-    """Writes the tables anew whenever all methods of one draw of labelled cases are through."""
+    """Tells each end of a job with what is left, and writes the tables anew whenever all methods of one draw are through."""
 
     def __init__(self, folder: Path, experiment: Experiment, graph: Graph, records: Records, published: Path | None,
-                 device: str) -> None:  # fmt: skip
+                 device: str, command: str | None, slots: int) -> None:  # fmt: skip
         self.folder, self.experiment, self.graph, self.records = folder, experiment, graph, records
-        self.published, self.device = published, device
+        self.published, self.device, self.command, self.slots = published, device, command, slots
         self.through: set[tuple] = set()
 
     def __call__(self, job: Job, outcome: Outcome) -> None:
-        """Look at the groups after a job has ended."""
+        """Look at the jobs and groups after a job has ended."""
+        self._tell(job, outcome)
         ended = {*outcome.finished, *outcome.done, *outcome.failed, *outcome.blocked}
         groups = {run.group for run in self.graph.runs}
         waiting = {run.group for run in self.graph.runs if run.jobs[-1] not in ended}
@@ -244,9 +307,25 @@ class _Watch:
         if not new or job.phase != "evaluate":
             return
         self.through |= new
-        collect(self.folder, self.experiment, self.graph, self.records, outcome, self.device)
+        collect(self.folder, self.experiment, self.graph, self.records, outcome, self.device, self.command)
         _report(self.folder, self.experiment, self.published, last=False)
-        log.info("%d of %d groups are through; tables: %s", len(self.through), len(groups), self.folder / "table.md")
+        through = counted(len(self.through), "draw is", "draws are")
+        log.info("%s of %d evaluated for all methods; tables: %s", through, len(groups), self.folder / "table.md")
+
+    def _tell(self, job: Job, outcome: Outcome) -> None:
+        """``train-... done in 3 min: 23 of 34, about 40 min left``."""
+        over = {*outcome.finished, *outcome.done}
+        gone = {*outcome.failed, *outcome.blocked}
+        left = [j for j in self.graph.jobs.values() if j.id not in over | gone]
+        seconds = estimate_jobs(self.graph, self.records, left, self.device, timed=False).seconds.values()
+        known = [s for s in seconds if not math.isnan(s)]
+        word = "about" if len(known) == len(left) else "more than"
+        time = f", {word} {spoken(sum(known) / max(1, self.slots))} left" if known else ""
+        time = time or (", time unknown yet" if left else "")
+        how = "done" if job.id in over else "FAILED"
+        took = float(self.records.read(job.id).get("seconds") or 0.0)
+        bad = f", {len(gone)} failed or not run" if gone else ""
+        log.info("%s %s in %s: %d of %d%s%s", job.id, how, spoken(took), len(over), len(self.graph.jobs), bad, time)
 
 
 def _tell(outcome: Outcome, graph: Graph, records: Records, folder: Path, done: int) -> None:
@@ -254,7 +333,7 @@ def _tell(outcome: Outcome, graph: Graph, records: Records, folder: Path, done: 
     if outcome.failed:
         lines = [f"  {i}: {reason}\n    log: {records.log(i)}" for i, reason in outcome.failed.items()]
         text = (
-            f"{len(outcome.failed)} job(s) failed, {len(outcome.blocked)} that need them were not run:\n"
+            f"{counted(len(outcome.failed), 'job')} failed, {len(outcome.blocked)} that need them were not run:\n"
             + "\n".join(lines)
         )
         log.warning("%s\nThe same command tries them again.", text)

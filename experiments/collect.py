@@ -10,6 +10,7 @@ import platform
 import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from nnssl.errors import NnsslError
 from nnssl.experiments.cases import Resolved, cases_in
 from nnssl.experiments.executor import Outcome
 from nnssl.experiments.experiment import Experiment
-from nnssl.experiments.jobs import Graph, Run
+from nnssl.experiments.jobs import Graph, Job, Run, typed
 from nnssl.experiments.records import Records
 from nnssl.files import read_json, write_atomic, write_json
+from nnssl.variables import variables
 from nnssl.weights.save import package_versions
 
 __all__ = ["CASE_COLUMNS", "CURVE_COLUMNS", "collect"]
@@ -32,7 +34,13 @@ FAILURE_COLUMNS = ("job", "phase", "method", "labels", "setting", "seed", "fold"
 
 
 def collect(
-    folder: Path, experiment: Experiment, graph: Graph, records: Records, outcome: Outcome | None, device: str
+    folder: Path,
+    experiment: Experiment,
+    graph: Graph,
+    records: Records,
+    outcome: Outcome | None,
+    device: str,
+    command: str | None = None,
 ) -> int:
     """Write cases.csv, runs.csv, failures.csv, images.json and experiment.json.
 
@@ -42,6 +50,8 @@ def collect(
         records: of the jobs.
         outcome: of this call's jobs, for the failures; None leaves failures.csv empty.
         device: that the jobs ran on.
+        command: the command line of this call; None where it runs nothing, and what an earlier call has noted of commands,
+            hardware and versions stays.
 
     Returns:
         The number of runs that are evaluated.
@@ -62,7 +72,13 @@ def collect(
     _write_csv(folder / "runs.csv", CURVE_COLUMNS, curves)
     _write_csv(folder / "failures.csv", FAILURE_COLUMNS, _failures(graph, records, outcome))
     write_json(folder / "images.json", _images(done, labels))
-    write_json(folder / "experiment.json", describe(experiment, graph, records, device))
+    about = describe(experiment, graph, records, device, command or f"nnssl_label_efficiency {experiment.file.name}")
+    file = folder / "experiment.json"
+    if command is None and file.is_file():
+        with suppress(NnsslError):
+            before = read_json(file)
+            about |= {k: before[k] for k in ("commands", "hardware", "versions") if before.get(k)}
+    write_json(file, about)
     return len(done)
 
 
@@ -111,7 +127,7 @@ def _fold_images(run: Run) -> dict[str, Any]:
     }
 
 
-def describe(experiment: Experiment, graph: Graph, records: Records, device: str) -> dict[str, Any]:
+def describe(experiment: Experiment, graph: Graph, records: Records, device: str, command: str) -> dict[str, Any]:
     """``experiment.json``: everything resolved, with how long it took and on what."""
     all_records = records.all()
     mine = [all_records[i] for i in graph.jobs if i in all_records]
@@ -134,9 +150,12 @@ def describe(experiment: Experiment, graph: Graph, records: Records, device: str
         "notes": list(experiment.notes),
         "versions": package_versions(),
         "hardware": _hardware(device),
-        "commands": _commands(experiment),
+        "commands": _commands(experiment, command),
         "asked": [_asked(s) for s in graph.settings],
-        "jobs": {i: {"command": job.shown, **_short(all_records.get(i, {}))} for i, job in graph.jobs.items()},
+        "jobs": {
+            i: {"command": _command(job, all_records.get(i, {})), **_short(all_records.get(i, {}))}
+            for i, job in graph.jobs.items()
+        },
     }
 
 
@@ -159,9 +178,16 @@ def _short(record: Mapping[str, Any]) -> dict[str, Any]:
     return {k: record[k] for k in ("status", "seconds", "reason") if k in record}
 
 
-def _commands(experiment: Experiment) -> list[str]:
-    exports = [f"export {k}={shlex.quote(v)}" for k, v in experiment.environment.items()]
-    return [*exports, f"nnssl_label_efficiency {experiment.file.name}"]
+def _command(job: Job, record: Mapping[str, Any]) -> str:
+    """What was run where it is known, else what would be."""
+    run = [str(word) for word in record.get("command") or job.command]
+    return shlex.join(typed(run[:-1] if run[-1] == "--c" else run))
+
+
+def _commands(experiment: Experiment, command: str) -> list[str]:
+    """What repeats the experiment; nnU-Net's three folders are each machine's own."""
+    environment = {**variables(), **experiment.environment}
+    return [*(f"export {k}={shlex.quote(v)}" for k, v in environment.items()), command]
 
 
 def _asked(resolved: Resolved) -> dict[str, Any]:

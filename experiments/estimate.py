@@ -41,11 +41,12 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
-def estimate_jobs(graph: Graph, records: Records, pending: Iterable[Job], device: str) -> Estimate:
+def estimate_jobs(graph: Graph, records: Records, pending: Iterable[Job], device: str, timed: bool = True) -> Estimate:
     """Estimate what is not finished.
 
     A phase of which jobs have finished takes their median time per step or case (pretraining: of the same method); else a
-    few steps are timed, once for each network, where the device is there.
+    few steps are timed, once for each network, where the device is there. Without ``timed`` none are: what no finished job tells
+    is NaN.
     """
     pending = list(pending)
     rates = _rates(graph, records)
@@ -59,7 +60,7 @@ def estimate_jobs(graph: Graph, records: Records, pending: Iterable[Job], device
             continue
         setting = str(job.about.get("setting", ""))
         if job.gpu and setting not in steps:
-            steps[setting] = step_seconds(plans[setting], device)
+            steps[setting] = step_seconds(plans[setting], device) if timed else None
         seconds[job.id] = START_SECONDS[job.phase] + _rule(job, plans[setting], steps.get(setting))
     return Estimate(seconds, frozenset(phase for phase in PHASES if any(k[0] == phase for k in rates)))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(result, found)
 
     return run_command(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

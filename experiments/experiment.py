@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,7 @@ class Experiment:
         published: a CSV of published figures to put beside ours.
         notes: sentences for the report.
         file: the file itself.
+        datasets: number or name -> what it is and where to get it, told where it is missing.
     """
 
     name: str
@@ -163,9 +164,10 @@ class Experiment:
     published: Path | None
     notes: tuple[str, ...]
     file: Path
+    datasets: dict[str, str] = field(default_factory=dict)
 
 
-_TOP = {"name", "title", "settings", "pictures", "environment", "slurm", "published", "notes"}
+_TOP = {"name", "title", "settings", "pictures", "environment", "slurm", "published", "notes", "datasets"}
 _OF_SETTING = {f.name for f in fields(Setting)} - {"arms"} | {"methods", "training", "pretraining"}
 _OF_ARM = {"name", "method", "checkpoint", "adapt", "coverage", "options", "training", "pretraining"}
 
@@ -193,8 +195,9 @@ def load_experiment(path: str | Path) -> Experiment:
         raise NnsslError(f"{file}: {error}") from error
     published = resolve_path(top.published, file.parent) if top.published else None
     environment = {k: str(v) for k, v in top.environment.items()}
+    sources = {k: str(v) for k, v in top.datasets.items()}
     return Experiment(
-        name, top.title or name, settings, top.pictures, environment, top.slurm, published, top.notes, file
+        name, top.title or name, settings, top.pictures, environment, top.slurm, published, top.notes, file, sources
     )
 
 
@@ -207,6 +210,7 @@ class _Top:
     slurm: dict[str, Any] = key({}, "")
     published: str | None = None
     notes: tuple[str, ...] = ()
+    datasets: dict[str, Any] = key({}, "")
 
 
 def _settings(several: Any, shared: dict[str, Any], folder: Path) -> tuple[Setting, ...]:

@@ -36,7 +36,8 @@ nav { margin: 14px 0 0; font-size: .95rem; }
 nav a { margin-right: 16px; display: inline-block; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
-.scroll { overflow-x: auto; margin: 10px 0 6px; }
+.scroll { overflow-x: auto; max-width: 100%; margin: 10px 0 6px; }
+.scroll th.left:first-child, .scroll td.left:first-child { position: sticky; left: 0; background: #fff; }
 table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums; min-width: 50%; }
 th, td { padding: 5px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { background: var(--soft); font-weight: 600; vertical-align: bottom; border-bottom: 2px solid #b8c0ca; }

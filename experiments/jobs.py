@@ -17,6 +17,7 @@ from typing import Any
 from nnssl.errors import NnsslError
 from nnssl.experiments.cases import Draw, Resolved, digest, forbidden_cases, resolve_setting
 from nnssl.experiments.experiment import FROM_RANDOM, SCRATCH, TEACHER, Arm, Experiment
+from nnssl.experiments.needs import need_datasets
 from nnssl.experiments.schema import read_names
 from nnssl.files import sha256_of
 from nnssl.paths import preprocessed_folder, results_folder
@@ -25,8 +26,10 @@ from nnssl.plans.figures import PRIMUS, Figures, family_name, spelt, trainer_for
 from nnssl.plans.figures import SCRATCH as SCRATCH_TRAINER
 from nnssl.plans.figures import TEACHER as TEACHER_TRAINER
 
-__all__ = ["PHASES", "Graph", "Job", "Run", "build_graph"]
+__all__ = ["PHASES", "Graph", "Job", "Run", "build_graph", "typed"]
 
+EVALUATE = "nnssl_evaluate"
+"""What :mod:`nnssl.experiments.launch` calls the evaluation."""
 PHASES = ("network", "pretrain", "plan", "train", "predict", "evaluate")
 
 
@@ -60,8 +63,15 @@ class Job:
 
     @property
     def shown(self) -> str:
-        """The command line."""
-        return shlex.join(self.command)
+        """The command line as it can be typed."""
+        return shlex.join(typed(self.command))
+
+
+def typed(command: Sequence[str]) -> tuple[str, ...]:
+    """A job's command as it can be typed: the evaluation has no command of its own."""
+    if command and command[0] == EVALUATE:
+        return ("python", "-m", "nnssl.experiments.evaluate", *command[1:])
+    return tuple(command)
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,7 @@ def build_graph(experiment: Experiment, folder: Path, device: str = "cuda") -> G
     Raises:
         NnsslError: whatever would make a job fail that can be known before: plans, cases, checkpoints, leaks.
     """
+    need_datasets(experiment)
     graph = Graph()
     for setting in experiment.settings:
         resolved = resolve_setting(setting, experiment.name)
@@ -373,7 +384,7 @@ class _Builder:
         result = self.folder / "runs" / f"{key}.json"
         path = self.folder / "lists" / f"evaluate-{key}.json"
         self.graph.texts[path] = json.dumps({**spec, "result": str(result)}, indent=1) + "\n"
-        command = ("nnssl_evaluate", str(path))
+        command = (EVALUATE, str(path))
         return Job(f"evaluate-{key}", "evaluate", command, (last,), (result,), about=about, amount=len(cases)), result
 
 

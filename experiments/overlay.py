@@ -42,6 +42,7 @@ class CasePicture:
         file: the PNG. case: its name. rank: ``"best 1"`` to ``"worst 3"``. key, seed: whose prediction is shown beside the
             baseline's.
         dice: its Dice averaged over labels, 0..1. scratch: the same of scratch; NaN where there is none.
+        where: plane and slice, ``"axial slice 17 of 36"``.
     """
 
     file: Path
@@ -51,6 +52,7 @@ class CasePicture:
     seed: str
     dice: float
     scratch: float
+    where: str = ""
 
 
 def pictured_cell(rows: Sequence[Row], setting: str) -> Key | None:
@@ -102,6 +104,42 @@ def best_slice(reference: np.ndarray, prediction: np.ndarray) -> int:
     return int(np.argmax(np.sum(area, axis=0) * (voxels.max() + 1.0) + voxels))
 
 
+PLANES = {"L": "sagittal", "R": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
+OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "S": "I", "I": "S"}
+
+
+def directions(file: Path) -> str:
+    """For each axis of the array the side of the patient that its index runs towards, for example ``"SPL"``; of an image that is
+    not 3D an empty text. Where a header tells no direction, these are its format's default."""
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(file))
+    reader.ReadImageInformation()
+    if reader.GetDimension() != 3:
+        return ""
+    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(reader.GetDirection())
+    return code[::-1] if set(code) <= set(PLANES) else ""
+
+
+def _mark(panel: Any, towards: str, flipped: bool) -> None:
+    """Letters at the four sides of a panel; ``towards`` of its rows and columns."""
+    down, right = towards
+    up = OPPOSITE[down]
+    sides = {
+        (0.5, 0.97): down if flipped else up,
+        (0.5, 0.03): up if flipped else down,
+        (0.03, 0.5): OPPOSITE[right],
+        (0.97, 0.5): right,
+    }
+    for (x, y), letter in sides.items():
+        align = {
+            "ha": "center" if x == 0.5 else "left" if x < 0.5 else "right",
+            "va": "center" if y == 0.5 else "top" if y > 0.5 else "bottom",
+        }
+        panel.text(x, y, letter, transform=panel.transAxes, color="#fff27a", fontsize=9, fontweight="bold", **align)
+
+
 def _read(file: Path) -> tuple[np.ndarray, tuple[float, ...]]:
     """Array ``(D, H, W)`` and spacing in mm; of a 4D image the first channel, of a 2D one a single slice."""
     import SimpleITK as sitk
@@ -142,7 +180,7 @@ def _box(mask: np.ndarray, spacing: Sequence[float]) -> tuple[slice, slice]:
 
 def draw_case(
     image: Path, reference: Path, predictions: Sequence[tuple[str, Path]], labels: Sequence[int], file: Path
-) -> None:
+) -> str:
     """Draw one case: the reference, then each prediction over a thin white reference contour, on one slice, side by side.
 
     Args:
@@ -151,6 +189,9 @@ def draw_case(
         predictions: title and label map of each panel; the last one is the one that the slice is chosen for.
         labels: values to draw; one colour each.
         file: the PNG to write.
+
+    Returns:
+        Plane and slice that are shown, counted from 1.
 
     Raises:
         ValueError: the sizes differ. RuntimeError: a file cannot be read.
@@ -168,6 +209,7 @@ def draw_case(
         raise ValueError(f"{image.name}: image and label maps differ in size")
     axis = _thick_axis(spacing)
     z = best_slice(np.moveaxis(truth, axis, 0), np.moveaxis(maps[-1][1], axis, 0))
+    towards = directions(image)
     flat = [np.take(a, z, axis) for a in (scan, truth, *(m for _, m in maps))]
     pixel = [s for a, s in enumerate(spacing) if a != axis]
     box = _box(np.any([m > 0 for m in flat[1:]], axis=0), pixel)
@@ -194,9 +236,13 @@ def draw_case(
         panel.axis("off")
         if axis:  # coronal and sagittal slices: the head is up
             panel.invert_yaxis()
+        if towards:
+            _mark(panel, towards[:axis] + towards[axis + 1 :], flipped=bool(axis))
     drawn: dict[str, Any] = {"format": "png", "dpi": 110, "facecolor": "white", "metadata": {"Software": None}}
     write_atomic(file, lambda out: figure.savefig(out, **drawn))
     plt.close(figure)
+    plane = PLANES[towards[axis]] if towards else f"axis {axis},"
+    return f"{plane} slice {z + 1} of {scan.shape[axis]}"
 
 
 def _contour(panel: Any, mask: np.ndarray, colour: str, width: float) -> None:
@@ -270,7 +316,7 @@ def write_overlays(
             panels.insert(0, (f"{base.method}: Dice {100 * before:.1f}", theirs))
         file = out / f"{_safe(setting)}{rank.replace(' ', '_')}.png"
         try:
-            draw_case(
+            where = draw_case(
                 Path(known["image"]),
                 Path(known["reference"]),
                 panels,
@@ -280,7 +326,7 @@ def write_overlays(
         except (RuntimeError, ValueError, OSError) as error:
             log.warning("No picture of %s: %s", case, error)
             continue
-        drawn.append(CasePicture(file, case, rank, key, seed, dice, before))
+        drawn.append(CasePicture(file, case, rank, key, seed, dice, before, where))
     return drawn
 
 

@@ -25,12 +25,12 @@ def lead(about: Mapping[str, Any], rows: Sequence[Row], failed: Sequence[Mapping
     if about.get("minutes"):
         facts.append(_duration(float(about["minutes"])))
     there = sum(bool(r.values) for r in rows)
-    facts.append(f"{there} of {len(rows)} cells measured")
+    facts.append(f"{there} of {len(rows)} combinations of method and number of labels measured")
     out = html.paragraph(" · ".join(facts), "muted")
     warnings = []
     if there < len(rows) or any(r.done < r.wanted for r in rows):
         warnings.append(
-            "This experiment is not finished: some cells are missing or incomplete, and the statistics may change."
+            "This experiment is not finished: some combinations are missing or incomplete, and the statistics may change."
         )
     if failed:
         warnings.append(f"{len(failed)} job{'s' * (len(failed) != 1)} failed, see **Failed jobs**.")
@@ -51,7 +51,7 @@ def failures(rows: Sequence[Mapping[str, str]]) -> str:
     used = [c for c in columns if any(r.get(c) for r in rows)]
     content = Table("Failed jobs", used, [[str(r.get(c) or "") for c in used] for r in rows], left=len(used))
     return html.paragraph(
-        "Their cells are missing or incomplete above. The same command tries them again."
+        "Their figures are missing or incomplete above. The same command tries them again."
     ) + html.table(content)
 
 

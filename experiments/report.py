@@ -1,8 +1,8 @@
 """Tables, curves and one page from the result folder of an experiment, finished or not.
 
-Written into the folder: ``table.md``, ``table.csv``, ``table.tex``, ``dice_over_labels*.png`` and ``.svg``,
-``training_curves*.png`` and ``.svg``, ``overlays/*.png`` and ``report.html``, which opens offline and holds all of it. What is
-read is described in :mod:`nnssl.experiments.scores`.
+Written into the folder: ``table.md``, ``table.csv``, ``table.tex`` (compiles, and shows ``table_body.tex``),
+``dice_over_labels*.png`` and ``.svg``, ``training_curves*.png`` and ``.svg``, ``overlays/*.png`` and ``report.html``, which opens
+offline and holds all of it. What is read is described in :mod:`nnssl.experiments.scores`.
 """
 
 from __future__ import annotations
@@ -121,7 +121,10 @@ def _heading(setting: str) -> str:
 
 
 def _write_tables(data: _Data) -> None:
-    parts, latex = [f"# {_title(data)}"], ["% needs \\usepackage{booktabs}"]
+    parts, latex = (
+        [f"# {_title(data)}"],
+        ["% needs \\usepackage{booktabs} and \\usepackage{graphicx}; table.tex shows them"],
+    )
     for setting in data.scores.settings:
         parts.append(f"## {_heading(setting)}")
         parts += [f"- {line}" for line in words.answers(data.of(setting))]
@@ -134,7 +137,8 @@ def _write_tables(data: _Data) -> None:
         parts += [f"## {rest.title}", f"{len(rest.rows)} figures are listed in report.html, of: {_names_of(rest)}."]
     parts += ["## How to read this", *(f"- {line}" for line in words.EXPLANATIONS)]
     _write_text(data.folder / "table.md", _joined(parts))
-    _write_text(data.folder / "table.tex", "\n\n".join(latex) + "\n")
+    _write_text(data.folder / "table_body.tex", "\n\n".join(latex) + "\n")
+    _write_text(data.folder / "table.tex", tables.TEX_PAGE)
     _write_text(data.folder / "table.csv", tables.csv_text(data.rows))
 
 
@@ -182,12 +186,18 @@ def _cases(data: _Data, setting: str, drawn: Sequence[CasePicture]) -> str:
         for i, n in enumerate(names)
     )
     cell = f"`{key.method}` with {tables.labels_text(key.labels)}, seed {drawn[0].seed}"
-    lead = f"By the Dice of {cell}. White lines: the reference."
+    most = ", where the methods differ most" if key.method != base else ""
+    lead = (
+        f"The test cases with the highest and the lowest Dice (mean over labels) of {cell}: the best method with the fewest "
+        f"labels{most}. Of each the slice that shows most labels, then most foreground. White lines: the reference. Letters: the "
+        "patient's right (R), left (L), front (A), back (P), head (S) and feet (I), as the image's header tells them."
+    )
     figures = [
         html.figure(
             c.file,
             f"**{c.rank}**: {c.case}, Dice {tables.percent(c.dice)}"
-            + (f", {base} {tables.percent(c.scratch)}" if c.scratch == c.scratch else ""),
+            + (f", {base} {tables.percent(c.scratch)}" if c.scratch == c.scratch else "")
+            + (f"; {c.where}" if c.where else ""),
             f"{c.rank}: {c.case}, contours of reference and predictions",
         )
         for c in drawn

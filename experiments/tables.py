@@ -243,13 +243,28 @@ _TEX = {
 _TEX.update({c: "\\" + c for c in "&%$#_{}"})
 
 
+FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+"""As wide as it is, but never wider than the text."""
+TEX_PAGE = r"""% pdflatex table.tex. In a paper: \input{table_body.tex}, with these packages in the preamble.
+\documentclass{article}
+\usepackage[T1]{fontenc}
+\usepackage[utf8]{inputenc}
+\usepackage[margin=2.5cm]{geometry}
+\usepackage{booktabs}
+\usepackage{graphicx}
+\begin{document}
+\input{table_body.tex}
+\end{document}
+"""
+
+
 def tex_escape(text: str) -> str:
     """Text for LaTeX."""
     return re.sub(r"(?<!\w)-(?=\d)", "$-$", "".join(_TEX.get(c, c) for c in text))
 
 
 def tex(table: Table, caption: str) -> str:
-    """A ``table`` environment; needs ``\\usepackage{booktabs}`` and nothing else."""
+    """A ``table`` environment, shrunk where it is wider than the text; needs the packages booktabs and graphicx."""
     columns = "l" * table.left + "r" * (len(table.head) - table.left)
     body: list[str] = []
     for i, line in enumerate(table.rows):
@@ -257,9 +272,10 @@ def tex(table: Table, caption: str) -> str:
             body.append(r"\addlinespace")
         body.append(" & ".join(map(tex_escape, line)) + r" \\")
     head = " & ".join(map(tex_escape, table.head)) + r" \\"
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{tex_escape(caption)}}}", rf"\begin{{tabular}}{{{columns}}}",
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{tex_escape(caption)}}}", FIT,
+    rf"\begin{{tabular}}{{{columns}}}",
     r"\toprule", head,
-             r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table}"]  # fmt: skip
+             r"\midrule", *body, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -199,7 +199,7 @@ class CommandParser(argparse.ArgumentParser):
             dest=action.dest,
             action=_Renamed,
             new=new,
-            type=action.type,
+            type=action.type or str,
             choices=action.choices,
             default=argparse.SUPPRESS,
             help=argparse.SUPPRESS,

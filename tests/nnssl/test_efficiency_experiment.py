@@ -128,3 +128,27 @@ def test_examples_can_be_read(monkeypatch):
     assert {"hippocampus.yaml", "hippocampus_cpu.yaml", "left_atrium.yaml", "smoke.yaml"} <= {f.name for f in files}
     experiments = {f.name: load_experiment(f) for f in files}
     assert not experiments["left_atrium.yaml"].pictures, "no picture of it may be published"
+
+
+def test_features_are_written_as_in_yaml_or_as_the_commands_take_them(tmp_path):
+    found = []
+    for features in ("[8, 16, 32]", '"8,16,32"', "8,16,32"):
+        file = tmp_path / "x.yaml"
+        file.write_text(f"dataset: 4\nmethods: [scratch]\nlabels: [4]\nnetwork: {{features: {features}}}\n".replace(
+            "{features: 8,16,32}", "\n  features: 8,16,32"))  # fmt: skip
+        found.append(load_experiment(file).settings[0].network.features)
+    assert found == [(8, 16, 32)] * 3
+
+
+def test_problems_are_told_once_with_the_file_and_counted(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "dataset: 4\nmethods: [scratch]\nlabels: [4]\nnetwork: {features: [a], pach: [1]}\ntraining: {epochs: 0}\n"
+    )
+    with pytest.raises(NnsslError) as error:
+        load_experiment(file)
+    assert str(error.value).startswith(f"{file}: ") and "the experiment" not in str(error.value)
+    file.write_text("dataset: 4\nmethods: [scratch]\nlabels: [4]\nnetwork: {features: [a], pach: [1]}\n")
+    with pytest.raises(NnsslError, match="found 2 problems") as error:
+        load_experiment(file)
+    assert str(error.value).count("network: ") == 2
