@@ -18,7 +18,8 @@ from nnssl.errors import NnsslError
 from nnssl.experiments.cases import Resolved, cases_in
 from nnssl.experiments.executor import Outcome
 from nnssl.experiments.experiment import Experiment
-from nnssl.experiments.jobs import Graph, Job, Run, typed
+from nnssl.experiments.jobs import Graph, Job, Run
+from nnssl.experiments.launch import typed
 from nnssl.experiments.records import Records
 from nnssl.files import read_json, write_atomic, write_json
 from nnssl.variables import variables

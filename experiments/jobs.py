@@ -17,6 +17,7 @@ from typing import Any
 from nnssl.errors import NnsslError
 from nnssl.experiments.cases import Draw, Resolved, digest, forbidden_cases, resolve_setting
 from nnssl.experiments.experiment import FROM_RANDOM, SCRATCH, TEACHER, Arm, Experiment
+from nnssl.experiments.launch import EVALUATE, typed
 from nnssl.experiments.needs import need_datasets
 from nnssl.experiments.schema import read_names
 from nnssl.files import sha256_of
@@ -26,10 +27,8 @@ from nnssl.plans.figures import PRIMUS, Figures, family_name, spelt, trainer_for
 from nnssl.plans.figures import SCRATCH as SCRATCH_TRAINER
 from nnssl.plans.figures import TEACHER as TEACHER_TRAINER
 
-__all__ = ["PHASES", "Graph", "Job", "Run", "build_graph", "typed"]
+__all__ = ["PHASES", "Graph", "Job", "Run", "build_graph"]
 
-EVALUATE = "nnssl_evaluate"
-"""What :mod:`nnssl.experiments.launch` calls the evaluation."""
 PHASES = ("network", "pretrain", "plan", "train", "predict", "evaluate")
 
 
@@ -65,13 +64,6 @@ class Job:
     def shown(self) -> str:
         """The command line as it can be typed."""
         return shlex.join(typed(self.command))
-
-
-def typed(command: Sequence[str]) -> tuple[str, ...]:
-    """A job's command as it can be typed: the evaluation has no command of its own."""
-    if command and command[0] == EVALUATE:
-        return ("python", "-m", "nnssl.experiments.evaluate", *command[1:])
-    return tuple(command)
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,26 @@ from pathlib import Path
 
 from nnssl.trainers.discovery import activate
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "EVALUATE", "main", "typed"]
+
+EVALUATE = "nnssl_evaluate"
+"""Name of the evaluation here; it has no console command of its own."""
 
 COMMANDS = {
     "nnssl_pretrain": "nnssl.pretrain.cli:main",
     "nnssl_plan": "nnssl.plan_command:main",
-    "nnssl_evaluate": "nnssl.experiments.evaluate:main",
+    EVALUATE: "nnssl.experiments.evaluate:main",
     "nnUNetv2_train": "nnunetv2.run.run_training:run_training_entry",
     "nnUNetv2_predict": "nnunetv2.inference.predict_from_raw_data:predict_entry_point",
 }
 """Name of each command -> where its function lies."""
+
+
+def typed(command: Sequence[str]) -> tuple[str, ...]:
+    """A job's command as it can be typed in a shell."""
+    if command and command[0] == EVALUATE:
+        return ("python", "-m", "nnssl.experiments.evaluate", *command[1:])
+    return tuple(command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -356,11 +356,23 @@ def test_interrupting_ends_the_job_and_the_next_start_goes_on(lab):
 
 
 def test_dry_run_writes_nothing_and_tells_what_is_there(lab, caplog):
-    before = sorted(p for p in lab.folder.rglob("*"))
+    def there():
+        """All but the lists and links that the shown commands name."""
+        mine = [lab.out / name for name in ("lists", "test")]
+        return sorted(
+            p for p in lab.folder.rglob("*") if p != lab.out and not any(m == p or m in p.parents for m in mine)
+        )
+
+    before = there()
     with caplog.at_level(logging.INFO, logger="nnssl"):
         cli.run_experiment(lab.file, out=lab.out, device="cpu", dry_run=True)
-    assert sorted(p for p in lab.folder.rglob("*")) == before
+    assert there() == before
     graph = lab.graph()
+    named = {w for j in graph.jobs.values() for w in j.command if w.startswith(str(lab.out / "lists"))}
+    assert named and all(Path(w).is_file() for w in named), "each line with $ can be typed"
+    assert "nnssl_evaluate" not in caplog.text and "$ python -m nnssl.experiments.evaluate " in caplog.text
+    (head,) = [line for line in caplog.text.splitlines() if "labels  done  to do" in line]
+    assert caplog.text.index(head) < caplog.text.index("$ ")
     assert all(f"{'to do':13} {i}" in caplog.text for i in graph.jobs)
     assert "10 jobs, 0 of them finished" in caplog.text and "a few steps were timed" in caplog.text
     assert "$ nnUNetv2_train 901 3d_fullres all -p nnUNetPlans_exp-" in caplog.text
@@ -400,8 +412,14 @@ def test_two_at_a_time_in_one_folder_are_refused_and_report_only_runs_nothing(la
     (lab.out / "cases.csv").unlink()
     graph = lab.graph()
     next(iter(graph.jobs.values())).outputs[0].unlink()
+    command = json.loads((lab.out / "experiment.json").read_text())["commands"][-1]
+    assert command.startswith(f"nnssl_label_efficiency {lab.file}") and f"--output {lab.out}" in command
+    with try_lock(lab.out / ".lock"):
+        lab.run(report_only=True)  # beside a running experiment
+        assert len(lab.rows("cases.csv")) == 4
     outcome = lab.run(report_only=True)
     assert not outcome.done and len(lab.rows("cases.csv")) == 4
+    assert json.loads((lab.out / "experiment.json").read_text())["commands"][-1] == command
 
 
 def test_report_only_names_what_failed_before(lab):
@@ -493,3 +511,26 @@ def test_a_job_killed_in_its_validation_beside_a_killed_program(tmp_path):
     records.write("b", status="running", pid=os.getpid())
     settle_lost(jobs, records)
     assert records.read("b")["status"] == "running"
+
+
+def test_all_missing_datasets_are_named_at_once_with_where_they_come_from(lab, tmp_path):
+    file = tmp_path / "paper.yaml"
+    file.write_text(
+        "methods: [scratch, mae]\nlabels: [1]\ndatasets: {27: 'ACDC, from its organisers'}\npretraining: {datasets: [301]}\n"
+        "settings: [{name: ACDC, dataset: 27}, {name: Spleen, dataset: 9}, {name: here, dataset: 901}]\n"
+    )
+    with pytest.raises(NnsslError, match="found 3 problems") as error:
+        cli.run_experiment(file, out=tmp_path / "out", device="cpu", dry_run=True)
+    text = str(error.value)
+    assert "dataset 27, for ACDC: ACDC, from its organisers" in text and "dataset 9, for Spleen" in text
+    assert "dataset 301, for the pretraining for ACDC" in text and text.endswith("or leave out what needs it.")
+
+
+def test_each_end_of_a_job_tells_what_is_left(lab, caplog):
+    with caplog.at_level(logging.INFO, logger="nnssl"):
+        lab.run()
+    ends = [line for line in caplog.text.splitlines() if " done in " in line]
+    assert len(ends) == 10 and all(f": {i} of 10" in line for i, line in enumerate(ends, start=1))
+    assert ": 10 of 10" in ends[-1] and "left" not in ends[-1]
+    assert all(line.endswith(" left") or line.endswith("time unknown yet") for line in ends[:-1])
+    assert any("about" in line for line in ends[:-1])
