@@ -42,13 +42,13 @@ def flag(*names: str, **keywords: Any) -> Flag:
     return Flag(names, keywords)
 
 
-def pair(example: str) -> Callable[[str], tuple[str, str]]:
-    """What reads ``name=value``; ``example`` is shown where that is not what was typed."""
+def pair(example: str, form: str = "name=value") -> Callable[[str], tuple[str, str]]:
+    """What reads ``name=value``; ``form`` and ``example`` are shown where that is not what was typed."""
 
     def read(text: str) -> tuple[str, str]:
         key, equals, value = text.partition("=")
         if not (key and equals and value):
-            raise argparse.ArgumentTypeError(f"'{text}' is not of the form name=value, such as {example}")
+            raise argparse.ArgumentTypeError(f"'{text}' is not of the form {form}, such as {example}")
         return key, value
 
     return read

@@ -14,7 +14,7 @@ from torch import nn
 
 from nnssl import checkpoint
 from nnssl.checkpoint import Checkpoint
-from nnssl.errors import NnsslError
+from nnssl.errors import NnsslError, UsageError
 from nnssl.files import sha256_of, write_atomic, write_json
 from nnssl.paths import encode_path, preprocessed_folder
 from nnssl.plans import Plan, dataset_id
@@ -100,7 +100,7 @@ def start_from(
     if init is None:
         given = [f"--{name}" for name in place] + ["--adapt"] * bool(adapt) + ["--coverage"] * (coverage is not None)
         if given:
-            raise NnsslError(f"{', '.join(given)}: only with --init FILE.")
+            raise UsageError(f"{', '.join(given)}: only with --init FILE.")
         return None
     loaded = checkpoint.load(init, key=key, prefix=prefix)
     adaptation = Adaptation.from_told({"adapt": adapt, "coverage": coverage})

@@ -34,7 +34,7 @@ def parser() -> CommandParser:
     made.add_argument(
         "--channels",
         nargs="+",
-        type=pair("T1=_t1"),
+        type=pair("T1=_t1", "NAME=PATTERN"),
         metavar="NAME=PATTERN",
         help="cases of several images: a name and a regular expression for each channel, for example T1=_t1 T1CE=_t1ce; the "
         "longest match counts",

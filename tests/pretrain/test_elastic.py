@@ -94,9 +94,9 @@ def test_the_command_hands_restarts_to_the_launcher(monkeypatch, capsys):
     assert main(arguments) == 0
     assert seen[0].max_restarts == 3 and seen[0].nproc_per_node == 2
     assert seen[1] == ("-m", "nnssl.pretrain.cli", *arguments)
-    assert main(arguments[:-4] + ["--restarts", "1"]) == 1
+    assert main(arguments[:-4] + ["--restarts", "1"]) == 2
     assert "--auto-continue" in capsys.readouterr().err
-    assert main(arguments[:-1] + ["-1"]) == 1
+    assert main(arguments[:-1] + ["-1"]) == 2
     assert devices.restarted() is False
 
 
