@@ -241,7 +241,9 @@ def _execute(
                     keep_first_end(folder.final, saved_epochs, spec.epochs)
             if not (resuming and folder.images_file.is_file()):
                 folder.write_images(*images)
-            write_json(folder.config_file, {**_record(spec, who), **record})
+            write_json(
+                folder.config_file, {**_record(spec, who), **(_continued(folder, record) if resuming else record)}
+            )
             if engine.start is not None:
                 engine.start.save_report(path)
             prove_loadable(_payload(engine, who["sources"]), spec.plan)
@@ -258,6 +260,13 @@ def _execute(
     final = folder.final if outcome.finished else None
     last, stopped = outcome.last, outcome.signal
     return RunResult(path, final, outcome.finished, outcome.learnt, outcome.sentence, last, stopped)
+
+
+def _continued(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run that goes on: what began it stays, and what continues it is added."""
+    before = folder.saved_config() or {}
+    first = {k: before[k] for k in ("asked", "command", "environment") if k in before}
+    return {**record, **first, "continued": [*before.get("continued", ()), record["command"]]}
 
 
 def _record(spec: RunSpec, who: dict[str, Any]) -> dict[str, Any]:

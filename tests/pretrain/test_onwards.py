@@ -263,3 +263,34 @@ def test_without_labels_no_training_is_advised(tiny_preprocessed, caplog):
     tiny_preprocessed(901, "Tiny", 6, False, plan_options={"features": (4, 8, 8), "patch": (16, 16, 16)})
     go()
     assert "no labels to fine-tune on" in caplog.text and "nnUNetv2_train" not in caplog.text
+
+
+def test_the_record_holds_the_command_that_repeats_the_run(dataset, monkeypatch, caplog):
+    """Made from what was asked, whether from Python or typed; a continued run keeps it and adds its own."""
+    import shlex
+
+    from nnssl.pretrain.cli import parser
+    from nnssl.pretrain.options import RunOptions, command_of, from_args
+
+    monkeypatch.setenv("nnssl_malloc", "0")
+    caplog.set_level(logging.INFO, logger="nnssl")
+    how = {"method": "mae", "device": "cpu", "epochs": 1, "iterations": 1, "robustness_every": 0}
+    options = {"workers": 0, "picture_every": 0, "held_out_batches": 1}
+    result = run(901, **how, options=options, name="told")
+    saved = json.loads((result.folder / "config.json").read_text())
+    assert saved["environment"]["nnssl_malloc"] == "0" and saved["asked"]["options"] == options
+    again = from_args(parser().parse_args(shlex.split(saved["command"])[1:]), False)
+    assert {**vars(again), "options": None, "sources": None} == {
+        **vars(RunOptions(901, **how, name="told")),
+        "options": None,
+        "sources": None,
+    }
+    assert again.options == {k: str(v) for k, v in options.items()} and again.sources == ["901"]
+    run(901, **{**how, "epochs": 2}, options=options, name="told", continue_run=True)
+    later = json.loads((result.folder / "config.json").read_text())
+    assert later["command"] == saved["command"] and "--epochs 2" in later["continued"][0]
+    log = min(result.folder.glob("training_log*.txt")).read_text()
+    assert "Cases: " in log and "Batch: " in log and log.index("Batch: ") < log.index("epoch 1/1")
+    assert command_of(RunOptions({500: 8, 501: 1}, method="mae", crop=(8, 16, 8), skip_bad=True)) == (
+        "nnssl_pretrain -d 500:8 501:1 -m mae --crop 8,16,8 --skip-bad"
+    )
