@@ -247,7 +247,7 @@ class _Builder:
         content = [self.key, arm.method, sources, told.epochs, told.iterations, told.options, told.crop, seed, barred,
                    told.skip_bad, told.allow_mismatch]  # fmt: skip
         if told.labelled:
-            content.append(draw.cases)
+            content.append(list(draw.cases))
         key = digest(content)
         name = f"{self.prefix}-{key}"
         cls = get_method(arm.method)

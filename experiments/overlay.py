@@ -124,7 +124,7 @@ def directions(file: Path) -> str:
 
 def _mark(panel: Any, towards: str, flipped: bool) -> None:
     """Letters at the four sides of a panel; ``towards`` of its rows and columns."""
-    down, right = towards
+    down, right = towards[0], towards[1]
     up = OPPOSITE[down]
     sides = {
         (0.5, 0.97): down if flipped else up,

@@ -136,8 +136,10 @@ def others_quiet(loud: bool = False) -> Iterator[None]:
     """
     old, variable = warnings.showwarning, "PYTHONWARNINGS"
 
-    def tell(message: Any, category: type[Warning], filename: str, line: int, *_: Any) -> None:
-        log.debug("%s: %s (%s:%d)", category.__name__, message, filename, line)
+    def tell(
+        message: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        log.debug("%s: %s (%s:%d)", category.__name__, message, filename, lineno)
 
     asked = variable in os.environ
     warnings.showwarning = tell

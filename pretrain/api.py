@@ -265,7 +265,7 @@ def _execute(
 def _continued(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
     """The record of a run that goes on: what began it stays, and what continues it is added."""
     before = folder.saved_config() or {}
-    first = {k: before[k] for k in ("asked", "command", "environment") if k in before}
+    first: dict[str, Any] = {k: before[k] for k in ("asked", "command", "environment") if k in before}
     return {**record, **first, "continued": [*before.get("continued", ()), record["command"]]}
 
 
