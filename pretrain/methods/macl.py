@@ -188,9 +188,9 @@ class MACL(Method):
             terms["image_collapse"] = losses.collapse_value(valid.sum().clamp(min=1), *list(kernel.values()))
             terms["image_pos_cos"], terms["image_neg_cos"] = losses.pair_similarity(aux, dominant, positives, valid)
             terms["off_diagonal_cos"] = sum(losses.off_diagonal_cosine(z, valid) for z in (aux, dominant)) / 2
-            terms["n_pos"] = 2.0 * positives.float().sum(1).mean() - 1
-            terms["n_neg"] = 2.0 * (~positives).float().sum(1).mean()
-            terms["min_norm"] = torch.cat([aux, dominant]).detach().float().norm(dim=1).min()
+            terms["n_positives"] = 2.0 * positives.float().sum(1).mean() - 1
+            terms["n_negatives"] = 2.0 * (~positives).float().sum(1).mean()
+            terms["shortest_norm"] = torch.cat([aux, dominant]).detach().float().norm(dim=1).min()
         if c.dense_weight > 0 or c.equivariance_weight > 0:
             maps, bottlenecks = self.dense_maps(batch["i_aux"], batch["i_dominant"])
             terms["bottleneck_std"] = losses.channel_std(bottlenecks[1])

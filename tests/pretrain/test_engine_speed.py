@@ -113,7 +113,7 @@ def test_a_contrast_is_within_the_micro_batch(plan):
     _, x = gradients(method, batch, 1)
     _, y = gradients(method_of("macl", plan()), batch, 2)
     assert y["image_collapse"] < x["image_collapse"]
-    assert y["n_neg"] < x["n_neg"]
+    assert y["n_negatives"] < x["n_negatives"]
     assert y["equivariance"] == pytest.approx(x["equivariance"], rel=1e-4)
 
 

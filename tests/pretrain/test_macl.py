@@ -263,11 +263,11 @@ def test_labels_are_the_crops_own(make):  # T16
     batch = method.views(crops, Draws(0, 0, 4))
     assert torch.equal(batch["position"], crops.position) and batch["position"].dtype == torch.float64
     terms = method(batch)
-    assert terms["n_pos"] == 1 and terms["n_neg"] == 6
+    assert terms["n_positives"] == 1 and terms["n_negatives"] == 6
     near = {**batch, "position": batch["position"] * torch.tensor([1.0, 1.0, 0.2])}
     changed = method(near)
     # Near along the body's axis only: positive for the image, not for a place in it.
-    assert changed["n_pos"] > 1 and not torch.equal(changed["image"], terms["image"])
+    assert changed["n_positives"] > 1 and not torch.equal(changed["image"], terms["image"])
     assert torch.equal(changed["dense"], terms["dense"])
     sideways = {**batch, "position": batch["position"] * torch.tensor([0.2, 1.0, 1.0])}
     assert torch.equal(method(sideways)["image"], terms["image"])
@@ -286,8 +286,8 @@ def test_which_samples_are_dense_positives(make):
 def test_position_axis_is_an_option(make):
     batch = batch_for(make())
     batch["position"] = batch["position"] * torch.tensor([1.0, 0.2, 0.2])
-    assert make(position_axis="right-left")(batch)["n_pos"] == 1
-    assert make(position_axis="inferior-superior")(batch)["n_pos"] > 1
+    assert make(position_axis="right-left")(batch)["n_positives"] == 1
+    assert make(position_axis="inferior-superior")(batch)["n_positives"] > 1
 
 
 def test_equal_positions_leave_own_views_only(make):
@@ -295,7 +295,7 @@ def test_equal_positions_leave_own_views_only(make):
     batch = batch_for(method)
     batch["position"] = torch.full((4, 3), 0.5, dtype=torch.float64)
     terms = method(batch)
-    assert terms["n_pos"] == 1 and terms["n_neg"] == 6
+    assert terms["n_positives"] == 1 and terms["n_negatives"] == 6
     request = MACL.crops(method.plan, SourceStats((16, 24, 16), 3), method.config, (16, 24, 16))
     assert "only a crop's own views are positives" in request.explanation
     assert "own views" not in method.request.explanation

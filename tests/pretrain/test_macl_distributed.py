@@ -13,7 +13,7 @@ from nnssl.pretrain.methods import Crops, SourceStats
 from nnssl.pretrain.methods.macl import MACL, MACLConfig
 
 B = 4
-TERMS = ("total", "image", "dense", "equivariance", "image_collapse", "n_pos", "n_neg", "off_diagonal_cos")
+TERMS = ("total", "image", "dense", "equivariance", "image_collapse", "n_positives", "n_negatives", "off_diagonal_cos")
 
 
 def method_of(plans, dataset_json, negatives):
