@@ -295,7 +295,11 @@ def _tell(summary: Summary) -> None:
     """What the call did, in numbers; it names no file."""
     names = f" ({summary.added[0]} to {summary.added[-1]})" if len(summary.added) > 1 else ""
     names = f" ({summary.added[0]})" if len(summary.added) == 1 else names
-    links = f"; {summary.linked} of their images are links to your files" if summary.linked else ""
+    links = (
+        f"; {summary.linked} of their images are links to your files (other names of the same files, no copies)"
+        if summary.linked
+        else ""
+    )
     log.info("%s: %s added%s%s.", summary.dataset, counted(len(summary.added), "case"), names, links)
     if summary.known:
         log.info("%s added before, left as before.", counted(summary.known, "case was", "cases were"))
