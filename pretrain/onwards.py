@@ -18,7 +18,7 @@ from nnssl.errors import NnsslError, UsageError
 from nnssl.files import sha256_of, write_atomic, write_json
 from nnssl.paths import encode_path, preprocessed_folder
 from nnssl.plans import Plan, dataset_id
-from nnssl.plans.figures import DEFAULT_FAMILY, trainer_for
+from nnssl.plans.figures import DEFAULT_FAMILY, MEAN_TEACHER, trainer_for
 from nnssl.results import find_pretrainings
 from nnssl.transfer import Adaptation, TransferReport, apply
 
@@ -162,6 +162,8 @@ def next_lines(plan: Plan, final: Path) -> list[str]:
     option = "" if p == "nnUNetPlans" else f" -p {p}"
     trainer = trainer_for(plan.nnssl.get("schedule") or DEFAULT_FAMILY, plan.is_primus)
     train = "nnUNetv2_train {} {} 0 -tr {}"
+    few = f"With few labels take -tr {trainer_for(MEAN_TEACHER)}: it goes on learning from the images without labels."
+    hint = [] if plan.is_primus or plan.nnssl.get("schedule") else [few]
     if not _is_labelled(plan):
         return [
             f"{plan.dataset_name} has no labels to fine-tune on. Next, for a labelled dataset N that is planned:",
@@ -169,7 +171,7 @@ def next_lines(plan: Plan, final: Path) -> list[str]:
         ]
     others = [run for run in find_pretrainings(plan) if run.finished and run.folder != final.parent]
     if not others and not plan.nnssl.get("checkpoint"):
-        return [f"Next: {train.format(number, plan.configuration, trainer)}{option}"]
+        return [f"Next: {train.format(number, plan.configuration, trainer)}{option}", *hint]
     why = (
         f"{p} names another checkpoint"
         if plan.nnssl.get("checkpoint")
@@ -180,6 +182,7 @@ def next_lines(plan: Plan, final: Path) -> list[str]:
         f"{why}, so this one is named in a plan of its own. Next:",
         f"  nnssl_plan -d {number} -c {plan.configuration}{option} --checkpoint {final} --name {name}",
         f"  {train.format(number, plan.configuration, trainer)} -p {p}_{name}",
+        *hint,
     ]
 
 

@@ -235,17 +235,18 @@ def test_a_run_that_learnt_says_so_in_its_file(dataset):
 def test_the_next_line_works_where_several_fit(dataset, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "nnssl")
     go()
-    assert "Next: nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerPretrained" in caplog.text
+    assert "Next: nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerPretrained\n" in caplog.text
+    assert "With few labels take -tr nnUNetTrainerPretrainedMeanTeacher" in caplog.text
     caplog.clear()
     second = go(name="two")
-    lines = caplog.messages[-2:]
+    lines = caplog.messages[-3:-1]
     assert lines[0].split()[0] == "nnssl_plan" and str(second.checkpoint) in lines[0]
     assert plan_main(lines[0].split()[1:]) == 0
     plans = lines[1].split("-p ")[1]
     assert load_plan(901, plans_name=plans).nnssl["checkpoint"].endswith("checkpoint_final.pth")
     caplog.clear()
     go(name="two", epochs=3, continue_run=True)
-    assert f"--name {plans.removeprefix('nnUNetPlans_')}-2" in caplog.messages[-2], "a name that is free"
+    assert f"--name {plans.removeprefix('nnUNetPlans_')}-2" in caplog.messages[-3], "a name that is free"
 
 
 def test_a_plan_that_named_the_shorter_run_still_finds_its_weights(dataset):
