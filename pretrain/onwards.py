@@ -81,7 +81,7 @@ class Start:
         if self.report is not None:
             source = {"source": encode_path(self.loaded.path), "sha256": self.sha256, "method": self.loaded.method}
             write_json(folder / "transfer_report.json", {**source, "report": self.report.to_dict()})
-            (folder / "transfer_report.txt").write_text(f"{self.report}\n", encoding="utf-8")
+            write_atomic(folder / "transfer_report.txt", lambda file: file.write(f"{self.report}\n".encode()))
 
 
 def start_from(

@@ -127,3 +127,12 @@ def test_defaults_and_first_weights():
         assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.03)
     assert all(not m.bias.any() for m in head.mlp if isinstance(m, nn.Linear))
     assert DinoHead(4).prototypes.shape == (4096, 256) and DinoHead(4).mlp[0].out_features == 1024
+
+
+def test_norms_of_the_heads_are_nnunets():
+    head = pixel_projector(4, 6, dim=3, norm=nn.InstanceNorm3d, hidden=5, layers=3)
+    norms = [m for m in head.modules() if isinstance(m, nn.InstanceNorm3d)]
+    assert [(n.num_features, n.eps, n.affine) for n in norms] == [(5, 1e-5, True), (5, 1e-5, True), (6, 1e-5, True)]
+    assert all(m.bias is not None for m in head.modules() if isinstance(m, nn.Conv3d))
+    norms = [m for m in restoration_head(8, 2, dim=2, layers=2) if isinstance(m, nn.InstanceNorm2d)]
+    assert [(n.num_features, n.affine) for n in norms] == [(8, True), (4, True)]

@@ -3,7 +3,7 @@ import torch
 
 from nnssl.pretrain.augment.box import image_bounds
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.pairs import cut, draw_pairs, mean_overlap
+from nnssl.pretrain.augment.pairs import _between, cut, draw_pairs, mean_overlap
 
 WINDOWS = [((20, 30, 24), (8, 16, 12)), ((16, 9, 31), (16, 5, 8)), ((12, 12), (8, 5))]
 
@@ -129,3 +129,10 @@ def test_mean_overlap_by_hand():
     a = torch.zeros(4, 2, dtype=torch.long)
     b = torch.tensor([[0, 0], [1, 2], [4, 0], [0, 9]])
     assert mean_overlap((4, 6), torch.stack([a, b])).tolist() == pytest.approx([1.0, 3 * 4 / 24, 0.0, 0.0])
+
+
+def test_a_place_between_two_by_hand():
+    """2 to 5 are four places of a quarter each; a share that rounds to 1 is the last; no room is the first."""
+    first, last = torch.tensor([2, 2, 2, 2, 2, 7]), torch.tensor([5, 5, 5, 5, 5, 3])
+    share = torch.tensor([0.0, 0.24, 0.26, 0.76, 1.0, 0.9])
+    assert _between(first, last, share).tolist() == [2, 2, 3, 5, 5, 7]

@@ -212,6 +212,23 @@ def test_segment_equals_the_stock_forward(tiny_plans, tiny_dataset_json, arch, d
     assert torch.equal(segment(network, network.encoder(x), deep=False)[0], network(x))
 
 
+def test_batch_dice_is_over_all_ranks_only_where_they_have_the_same_annotations(
+    tiny_plans, tiny_dataset_json, monkeypatch
+):
+    from nnssl.pretrain.omni import loss as module
+
+    plan = make_plan(tiny_plans, tiny_dataset_json, batch_dice=True)
+    loss = SegmentationLoss(plan, None)
+    assert loss.scales[0] == [1.0, 1.0, 1.0] and len(loss.scales) == len(plan.config.pool_op_kernel_sizes) - 1
+    monkeypatch.setattr(module, "is_distributed", lambda: True)
+
+    def over_ranks(**options):
+        parts = SegmentationLoss(plan, None, **options).modules()
+        return {m.ddp for m in parts if isinstance(m, MemoryEfficientSoftDiceLoss)}
+
+    assert over_ranks() == {True} and over_ranks(varied=True) == {False}
+
+
 def test_weights_are_nnunets():
     assert deep_weights(4) == pytest.approx([4 / 7, 2 / 7, 1 / 7, 0])
     assert deep_weights(1) == [1.0]
