@@ -423,6 +423,39 @@ def test_overfits_one_volume(make, mode, make_crops):
     assert terms["reconstruction"] < 0.5 * terms["surround"]
 
 
+@pytest.mark.slow
+def test_learns_to_go_on_with_waves_it_has_not_seen(tiny_plans, tiny_dataset_json, make_crops):
+    """Waves of 5, 7 and 6 voxels and any phase: what is hidden follows from what is around, but not by interpolation."""
+    plans = tiny_plans(3, "resenc", strides=ISO, patch=(16, 16, 16), features=(8, 16, 16))
+    options = {"optimiser": "adamw", "lr": 3e-3, "augment_p": 0, "mirror": False, "block": "4,4,4", "mask_ratio": 0.5}
+    method = build(plans, tiny_dataset_json(), options)
+
+    def waves(n, seed):
+        phases = 2 * math.pi * torch.rand(n, 3, generator=torch.Generator().manual_seed(seed))
+        crops = make_crops(method, n)
+        grid = torch.meshgrid(*[torch.arange(w).float() for w in crops.data.shape[2:]], indexing="ij")
+        periods = (5.0, 7.0, 6.0)
+        waves = [sum(torch.sin(2 * math.pi * x / t + p) for x, t, p in zip(grid, periods, row)) for row in phases]
+        crops.data, crops.body = torch.stack(waves)[:, None], torch.ones_like(crops.body)
+        return method.views(crops, Draws(0, seed, n))
+
+    def unseen():
+        method.eval()
+        with torch.no_grad():
+            return {k: float(v) for k, v in method(waves(8, 10**6)).items()}
+
+    first, optimiser = unseen(), method.optimiser()
+    method.train()
+    for step in range(60):
+        optimiser.zero_grad()
+        method(waves(4, step))["total"].backward()
+        nn.utils.clip_grad_norm_(method.parameters(), method.grad_clip)
+        optimiser.step()
+    last = unseen()
+    assert not method.verdict(first, first)[0] and method.verdict(first, last)[0]
+    assert last["reconstruction"] < 0.3 * min(last["inpainting"], last["surround"])
+
+
 def test_guesses_do_not_see_what_is_hidden(make, make_batch):
     """If a guess stays as it is while what is hidden moves by +c and -c, its mean squared errors add up to 2 (e + c^2)."""
     method = make(channels=2).eval()
