@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -17,13 +17,14 @@ from nnssl import checkpoint
 from nnssl.distributed import rank, world_size
 from nnssl.errors import NnsslError, UsageError
 from nnssl.files import write_json
+from nnssl.loggers import open_loggers
 from nnssl.plans import resolve_dataset
 from nnssl.plans.unlabelled import case_key_hash
 from nnssl.pretrain.data.weights import parse_sources, relative
 from nnssl.pretrain.engine.devices import pick_device, process_group, restarted, shared_preparation
 from nnssl.pretrain.engine.estimate import estimate
 from nnssl.pretrain.engine.folder import LOCK, RunFolder
-from nnssl.pretrain.engine.logs import add_log_file, keep_lines
+from nnssl.pretrain.engine.logs import add_log_file, choose_loggers, keep_lines, run_settings
 from nnssl.pretrain.engine.loop import Engine, Outcome, RunSpec
 from nnssl.pretrain.engine.resume import load_state
 from nnssl.pretrain.engine.told import disk_advice
@@ -79,6 +80,7 @@ def _pretrain(asked: RunOptions, said: MemoryHandler) -> RunResult:
     cls = get_method(asked.method)
     if asked.stop not in (None, "robustness"):
         raise NnsslError(f"--stop {asked.stop}: only 'robustness' is known.")
+    loggers = choose_loggers(asked.logger)
     watch = RobustnessHook(asked.robustness_every, True if asked.stop else None)
     options, omni_options = take_omni(asked.options)
     target = _labelled_target(asked, omni_options)
@@ -165,7 +167,7 @@ def _pretrain(asked: RunOptions, said: MemoryHandler) -> RunResult:
             "command": command_of(asked),
             "environment": variables(),
         }
-        return _execute(spec, who, auto or bool(go_on), record, said)
+        return _execute(spec, who, auto or bool(go_on), record, said, loggers)
 
 
 run = as_function(
@@ -218,7 +220,12 @@ def _before(saved: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _execute(
-    spec: RunSpec, who: dict[str, Any], continue_run: bool, record: dict[str, Any], said: MemoryHandler
+    spec: RunSpec,
+    who: dict[str, Any],
+    continue_run: bool,
+    record: dict[str, Any],
+    said: MemoryHandler,
+    loggers: Sequence[str],
 ) -> RunResult:
     """Admit, record, train, judge."""
     folder, path = spec.folder, spec.folder.path
@@ -232,7 +239,12 @@ def _execute(
         return RunResult(path, folder.final, True, learnt, sentence, {})
     state = load_state(folder, who) if resuming else None
     handler = add_log_file(path, said) if rank() == 0 else None
+    outcome = None
     try:
+        if rank() == 0:
+            spec.loggers = open_loggers(loggers, path, path.name, resume=resuming)
+            for each in spec.loggers:
+                each.settings(run_settings(spec, who))
         engine = Engine(spec, state)
         if rank() == 0:
             if resuming and folder.final.exists():
@@ -253,7 +265,11 @@ def _execute(
         if rank() == 0 and outcome.finished:
             folder.previous.unlink(missing_ok=True)
         _tell(spec, outcome)
+        for each in spec.loggers if outcome.finished else ():
+            each.summary({"learnt": float(outcome.learnt), "verdict": outcome.sentence})
     finally:
+        for each in spec.loggers:
+            each.close(outcome is not None and outcome.finished)
         if handler is not None:
             log.removeHandler(handler)
             handler.close()

@@ -154,6 +154,15 @@ class RunOptions:
     )
     device: str = given("cuda", MACHINE, help="cuda (default), cpu or mps")
     processes: int | None = given(None, MACHINE, help="processes for preprocessing (default: nnU-Net's)")
+    logger: str | Sequence[str] | None = given(
+        None,
+        MACHINE,
+        "--logger",
+        metavar="NAME",
+        nargs="+",
+        help="show the run's numbers in tensorboard, wandb or mlflow too; none: in no program (default: those of the variable "
+        "nnssl_logger, else tensorboard where it is installed)",
+    )
     init: str | Path | None = given(
         None,
         START,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "CropRequest", "Crops", "Picture", "Progress", "SourceStats"]
+__all__ = ["Batch", "CropRequest", "Crops", "Curve", "Level", "Picture", "Progress", "SourceStats"]
 
 Batch = dict[str, Any]
 
@@ -124,13 +124,60 @@ class Progress:
 
 @dataclass
 class Picture:
-    """One panel of ``views_epoch_*.png``: rows of equally sized 2D images with a caption per column.
+    """``views_epoch_*.png``: one row per crop, one captioned column per kind of image, and a sentence on how to read it.
 
     Attributes:
         columns: caption -> ``(rows, H, W)`` grey or ``(rows, H, W, 3)`` RGB array; a grey column is scaled as a whole
-            unless it is in [0, 1].
-        title: what a person should look for.
+            unless it is in [0, 1]. Captions are words for somebody who does not know the method.
+        title: what is shown.
+        note: how to read it, and what a network that has learnt looks like.
+        scales: caption -> what the grey values of that column mean; it is drawn with a colour scale and a bar from 0 to the
+            column's highest value.
+        boxes: caption -> ``(rows, 4)`` frames: top, left, height, width in pixels of the column.
+        points: caption -> ``(rows, 2)`` crosses: row and column in pixels of the column; NaN: none.
+        tags: caption -> a text for each row, below its image.
     """
 
     columns: dict[str, np.ndarray]
     title: str = ""
+    note: str = ""
+    scales: dict[str, str] = field(default_factory=dict)
+    boxes: dict[str, np.ndarray] = field(default_factory=dict)
+    points: dict[str, np.ndarray] = field(default_factory=dict)
+    tags: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A value that a curve is compared with, drawn as a dashed line: what a network that knows nothing gets, or the mark to pass.
+
+    Attributes:
+        term: a logged term, or ``""`` for ``factor`` itself as a fixed number.
+        label: what has this value, in words.
+        factor: of the term.
+    """
+
+    term: str
+    label: str
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One panel of ``progress.png``: one question that a person asks of the run.
+
+    Attributes:
+        title: the question or the quantity, in words.
+        unit: label of the vertical axis: what is measured, and in which unit.
+        lines: logged term -> what it is. One: held-out cases are drawn beside training cases. Several: held-out cases only.
+        levels: what to compare with.
+        hint: which way is good.
+        percent: values are shares and are drawn in %.
+    """
+
+    title: str
+    unit: str
+    lines: dict[str, str]
+    levels: tuple[Level, ...] = ()
+    hint: str = ""
+    percent: bool = False

@@ -17,6 +17,7 @@ __all__ = [
     "pair_similarity",
     "place_share",
     "principal_colours",
+    "resemblance",
 ]
 
 
@@ -120,6 +121,20 @@ def principal_colours(*maps: Tensor) -> list[Tensor]:
         colours = torch.cat([colours, colours.new_zeros(len(colours), 3 - colours.shape[1])], 1)
         out.append(colours.T.reshape(3, m.shape[0], *m.shape[2:]).transpose(0, 1))
     return out
+
+
+@torch.no_grad()
+def resemblance(vectors: Tensor, maps: Tensor) -> Tensor:
+    """Cosine between one vector of each sample and the features at each place of its map.
+
+    Args:
+        vectors: ``(B, C)``.
+        maps: ``(B, C, *s)``.
+
+    Returns:
+        ``(B, *s)`` in [-1, 1].
+    """
+    return torch.einsum("bc,bc...->b...", safe_normalise(vectors), safe_normalise(maps, 1))
 
 
 @torch.no_grad()

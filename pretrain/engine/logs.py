@@ -1,4 +1,4 @@
-"""What a run tells: the log file, ``metrics.jsonl``, TensorBoard where it is installed, and ``progress.png``."""
+"""What a run tells: the log file, ``metrics.jsonl``, the loggers that the user chose, and the pictures of the curves."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import datetime
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nnssl.files import write_atomic
+from nnssl.loggers import Logger, check_loggers, installed, logger_names
+from nnssl.pretrain.engine.progress import plot_details, plot_progress
+from nnssl.pretrain.types import Curve
 
-__all__ = ["RunLog", "add_log_file", "keep_lines", "plot_progress"]
+if TYPE_CHECKING:
+    from nnssl.pretrain.engine.loop import RunSpec
+
+__all__ = ["RunLog", "add_log_file", "choose_loggers", "keep_lines", "run_settings"]
 
 log = logging.getLogger("nnssl")
 
@@ -52,13 +58,16 @@ class RunLog:
     Args:
         folder: the run's folder, or None for a rank that only computes.
         history: epoch rows of the part of the run that is being continued.
+        loggers: get every number of an event that has a step, as ``kind/name``.
     """
 
-    def __init__(self, folder: Path | None, history: list[dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self, folder: Path | None, history: list[dict[str, Any]] | None = None, loggers: Sequence[Logger] = ()
+    ) -> None:
         self.folder = folder
         self.history = list(history or [])
         self.panels: list[Callable[[Any], None]] = []
-        self._tensorboard = _tensorboard(folder)
+        self.loggers = list(loggers)
 
     def event(self, kind: str, **values: Any) -> None:
         """Append one line ``{"event": kind, "time": ..., ...}``."""
@@ -67,25 +76,33 @@ class RunLog:
         row = {"event": kind, "time": round(time.time(), 3), **{k: _plain(v) for k, v in values.items()}}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
-        if self._tensorboard is not None and "step" in values:
-            for key, value in row.items():
-                if isinstance(value, (int, float)) and key not in ("step", "time", "epoch"):
-                    self._tensorboard.add_scalar(f"{kind}/{key}", value, values["step"])
+        if self.loggers and "step" in values:
+            names = [k for k, v in row.items() if isinstance(v, (int, float)) and k not in ("step", "time", "epoch")]
+            for logger in self.loggers if names else ():
+                logger.log({f"{kind}/{k}": row[k] for k in names}, values["step"])
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Record an epoch's row."""
         self.history.append({k: _plain(v) for k, v in row.items()})
         self.event("epoch", **row)
 
-    def draw(self) -> None:
-        """Redraw ``progress.png``."""
+    def draw(
+        self,
+        curves: Sequence[Curve] = (),
+        *,
+        first: Mapping[str, float] | None = None,
+        title: str = "",
+        sentence: str = "",
+    ) -> None:
+        """Redraw ``progress.png``; see :func:`plot_progress`."""
         if self.folder is not None and self.history:
-            plot_progress(self.history, self.folder / "progress.png", self.panels)
+            words = {"title": title, "sentence": sentence}
+            plot_progress(self.history, self.folder / "progress.png", curves, self.panels, first=first, **words)
 
-    def close(self) -> None:
-        """Flush TensorBoard."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+    def draw_details(self) -> None:
+        """Redraw ``progress_details.png``, which takes longer."""
+        if self.folder is not None and self.history:
+            plot_details(self.history, self.folder / "progress_details.png")
 
 
 def _plain(value: Any) -> Any:
@@ -94,70 +111,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _tensorboard(folder: Path | None) -> Any:
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"))
+def choose_loggers(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the run's loggers; TensorBoard where nothing is asked for and it is installed.
 
-
-def plot_progress(history: list[dict[str, Any]], path: Path, panels: Sequence[Callable[[Any], None]] = ()) -> None:
-    """Draw losses, diagnostics of the embedding, learning rate and speed over epochs.
-
-    Args:
-        history: epoch rows; keys ``train/*`` and ``held_out/*`` are losses and diagnostics by term; a term
-            ``x_collapse`` is a level drawn beside ``x``.
-        path: the PNG.
-        panels: draw more, each into an axis of its own.
+    Raises:
+        NnsslError: an unknown name, or a package that is missing.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    epochs = [r["epoch"] for r in history]
-    terms = [k.split("/", 1)[1] for k in history[-1] if k.startswith("train/")]
-    levels = {t for t in terms if t.endswith("_collapse")}
-    terms = ["total"] + [t for t in terms if t != "total" and t not in levels]
-    rows = math.ceil((len(terms) + 3 + len(panels)) / 3)
-    figure = Figure(figsize=(18, 3.2 * rows))
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 3, squeeze=False).ravel()
-    for ax, term in zip(axes, terms):
-        _line(ax, epochs, [r.get(f"train/{term}") for r in history], "training")
-        _line(ax, epochs, [r.get(f"held_out/{term}") for r in history], "held out")
-        if f"{term}_collapse" in levels:
-            level = [r.get(f"train/{term}_collapse") for r in history]
-            _line(ax, epochs, level, "all embeddings alike", "grey", style="--")
-        ax.set_title(term)
-    used = len(terms)
-    extra = {
-        "learning rate and gradient norm": ("lr", "grad_norm"),
-        "embedding of held-out crops": ("embedding_sd", "effective_rank"),
-        "seconds per step, share waiting for data": ("step_s", "data_wait"),
-    }
-    for ax, (title, keys) in zip(axes[used:], extra.items()):
-        twin = ax.twinx()
-        for a, key, colour in ((ax, keys[0], "C0"), (twin, keys[1], "C1")):
-            _line(a, epochs, [r.get(key) for r in history], key, colour)
-            a.set_ylabel(key, color=colour)
-        ax.set_title(title)
-    shown = used + len(extra) + len(panels)
-    for ax, panel in zip(axes[used + len(extra) :], panels):
-        panel(ax)
-    for ax in axes[shown:]:
-        ax.axis("off")
-    for ax in axes[:shown]:
-        ax.set_xlabel("epoch")
-        ax.grid(alpha=0.3)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=8)
-    figure.tight_layout()
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=70))
+    names = logger_names(given, default=("tensorboard",) if installed("tensorboard") else ())
+    check_loggers(names)
+    return names
 
 
-def _line(ax: Any, x: list[int], y: list[Any], label: str, colour: str | None = None, style: str = "-") -> None:
-    points = [(a, b) for a, b in zip(x, y) if b is not None]
-    if points:
-        ax.plot(*zip(*points), label=label, color=colour, linestyle=style, marker="." if len(points) < 40 else None)
+def run_settings(spec: RunSpec, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What loggers are told of a run: numbers, and names of the method, the plan and the datasets; no case and no path."""
+    keys = ("method", "dataset", "plans_name", "configuration", "epochs", "iterations", "batch_size", "seed")
+    told = {k: identity[k] for k in keys}
+    told |= {"sources": " ".join(identity["sources"]), "crop": "x".join(map(str, spec.request.size))}
+    told |= {"cases": len(spec.pool.train), "held_out_cases": len(spec.pool.held_out)}
+    return told | {f"option/{f.name}": str(getattr(spec.config, f.name)) for f in fields(spec.config)}

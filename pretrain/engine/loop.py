@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from nnssl.distributed import is_distributed, rank, world_size
 from nnssl.errors import NnsslError
+from nnssl.loggers import Logger
 from nnssl.networks import build_network
 from nnssl.plans import Plan
 from nnssl.pretrain.data import Pool, make_loader
@@ -57,6 +58,7 @@ class RunSpec:
         companion: what is read beside the crops: ``reader(split)`` gives the loader's companion, ``random(crops)`` puts random
             values beside random crops.
         identity: what makes the run what it is; the checkpoint carries it.
+        loggers: get the numbers of rank 0; whoever opens them closes them.
     """
 
     method: type[Method]
@@ -78,6 +80,7 @@ class RunSpec:
     companion: Any = None
     identity: dict[str, Any] = field(default_factory=dict)
     start: Any = None
+    loggers: Sequence[Logger] = ()
 
     @property
     def steps(self) -> int:
@@ -152,7 +155,7 @@ class Engine:
         self._last: dict[str, float] = {}
         self._stop_agreed = False
         self._cases: list[str] = []
-        self.log = RunLog(spec.folder.path if rank() == 0 else None)
+        self.log = RunLog(spec.folder.path if rank() == 0 else None, loggers=spec.loggers)
         if state is not None:
             self._restore(state)
         total, place = spec.batch_size // self.parts, spec.engine.place_crops
@@ -315,7 +318,6 @@ class Engine:
         else:
             name = signals.name or "a signal to another process"
             log.info("Stopped by %s after step %d of %d; continue with --c.", name, self.step, spec.steps)
-        self.log.close()
         outcome = self._outcome(finished)
         return outcome if finished else replace(outcome, signal=signals.number or int(signal.SIGTERM))
 
@@ -440,9 +442,14 @@ class Engine:
         """Rank 0 draws the curves and, every few epochs, a picture; what cannot be drawn or written is told, no more."""
         every = self.spec.engine.picture_every
         every = max(1, self.spec.epochs // 10) if every is None else every
-        with _only_told("progress.png"):
-            self.log.draw()
+        if rank() == 0:
+            with _only_told("progress.png"):
+                first, now = self._ends()
+                words = {"title": self._heading(epoch), "sentence": self.method.verdict(first, now)[1]}
+                self.log.draw(self.method.curves(), first=self.first, **words)
         if every and (last or epoch % every == 0):
+            with _only_told("progress_details.png"):
+                self.log.draw_details()
             self._picture(epoch)
 
     def _picture(self, epoch: int, method: Method | None = None) -> None:
@@ -458,9 +465,18 @@ class Engine:
             with _only_told(name), own_rng, torch.no_grad(), self.stepper.autocast():
                 picture = method.pictures(self.held_out.batch(method, 0))
                 if picture is not None:
-                    save_picture(picture, self.spec.folder.path / name)
+                    spacing = self.spec.plan.spacing
+                    look = {
+                        "heading": f"{self._heading(epoch)}, on held-out images",
+                        "aspect": spacing[-2] / spacing[-1],
+                    }
+                    save_picture(picture, self.spec.folder.path / name, **look)
         finally:
             method.train(training)
+
+    def _heading(self, epoch: int) -> str:
+        when = f"after epoch {epoch} of {self.spec.epochs}" if epoch else "before training"
+        return f"{self.method.name}, pretraining for {self.spec.plan.dataset_name}, {when}"
 
     # ---- words ---------------------------------------------------------------------------------------------------
 

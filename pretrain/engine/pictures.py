@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,42 +13,112 @@ from nnssl.pretrain.types import Picture
 
 __all__ = ["middle_slice", "save_picture"]
 
+WIDTH = 2.2
+"""Inches of a column."""
+_MARK, _FRAME = "#00e5ff", "#ffd500"
+
 
 def middle_slice(x: np.ndarray) -> np.ndarray:
     """``(B, H, W)`` or ``(B, D, H, W)`` -> ``(B, H, W)``: the middle slice along the first spatial axis of a volume."""
     return x if x.ndim == 3 else x[:, x.shape[1] // 2]
 
 
-def save_picture(picture: Picture, path: Path) -> None:
-    """Draw one row per crop and one captioned column per kind of image.
+def save_picture(picture: Picture, path: Path, *, heading: str = "", aspect: float = 1.0) -> None:
+    """Draw one row per crop and one captioned column per kind of image, with the title above and the note below.
 
     Args:
         picture: columns ``caption -> (rows, H, W)`` or ``(rows, H, W, 3)``.
         path: the PNG.
+        heading: what run and epoch it is from, above the title.
+        aspect: height of a pixel by its width, in mm / mm.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = min(len(c) for c in picture.columns.values())
-    columns = len(picture.columns)
-    figure = Figure(figsize=(1.9 * columns, 1.9 * rows + 0.8))
+    columns = {caption: np.asarray(images, dtype=np.float32) for caption, images in picture.columns.items()}
+    rows = min(len(c) for c in columns.values())
+    shape = next(iter(columns.values())).shape[1:3]
+    tall = WIDTH * min(2.0, max(0.5, aspect * shape[0] / shape[1]))
+    width = max(WIDTH * len(columns) + 0.3, 5.0)
+    top = [*_wrapped(heading, width, 10), *_wrapped(picture.title, width, 12)]
+    bottom = _wrapped(picture.note, width, 9.5)
+    captions = max(len(_caption(c).splitlines()) for c in columns)
+    above = 0.2 * len(top) + 0.17 * captions + 0.25
+    below = (
+        0.18 * len(bottom) + (0.55 if picture.scales else 0.0) + (0.2 if picture.scales and picture.tags else 0.0) + 0.2
+    )
+    space = 0.3 if picture.tags else 0.1
+    height = above + below + rows * (tall + space)
+    figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for j, (caption, images) in enumerate(picture.columns.items()):
-        images = np.asarray(images, dtype=np.float32)
-        grey = images.ndim == 3
-        inside = float(images.min()) >= 0 and float(images.max()) <= 1
-        low, high = (0.0, 1.0) if inside else np.percentile(images, (0.5, 99.5))
+    grid = {"left": 0.15 / width, "right": 1 - 0.15 / width, "top": 1 - above / height, "bottom": below / height}
+    spaces = {"wspace": 0.05, "hspace": space / tall}
+    axes = figure.subplots(rows, len(columns), squeeze=False, gridspec_kw={**grid, **spaces})
+    for j, (caption, images) in enumerate(columns.items()):
+        shown = _column([row[j] for row in axes], images, caption in picture.scales, aspect)
+        axes[0][j].set_title(_caption(caption), fontsize=9.5)
         for i in range(rows):
-            ax = axes[i][j]
-            ax.set_xticks([])
-            ax.set_yticks([])
-            if grey:
-                ax.imshow(images[i], cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest")
-            else:
-                ax.imshow(np.clip(images[i], 0, 1), interpolation="nearest")
-        axes[0][j].set_title(caption, fontsize=8)
-    if picture.title:
-        figure.suptitle(picture.title, fontsize=9)
-    figure.tight_layout()
+            _marks(axes[i][j], picture, caption, i)
+        if caption in picture.scales:
+            _bar(figure, axes[-1][j], shown, picture.scales[caption], height, 0.2 if caption in picture.tags else 0.0)
+    for k, line in enumerate(top):
+        bold = {"fontsize": 12, "fontweight": "bold"} if k >= len(_wrapped(heading, width, 10)) else {"color": "0.35"}
+        figure.text(0.5, 1 - (0.17 + 0.2 * k) / height, line, ha="center", va="center", **bold)
+    figure.text(0.15 / width, 0.08 / height, "\n".join(bottom), ha="left", va="bottom", fontsize=9.5)
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=90))
+
+
+def _caption(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 29))
+
+
+def _wrapped(text: str, width: float, size: float) -> list[str]:
+    """Lines that fit into ``width`` inches at a font size in points."""
+    return textwrap.wrap(text, max(20, int(width * 72 / (0.53 * size))))
+
+
+def _column(axes: list[Any], images: np.ndarray, scaled: bool, aspect: float) -> Any:
+    inside = float(images.min()) >= 0 and float(images.max()) <= 1
+    low, high = (0.0, 1.0) if inside else np.percentile(images, (0.5, 99.5))
+    if scaled:
+        low, high = min(0.0, float(images.min())), float(images.max())
+    shown = None
+    for ax, image in zip(axes, images):
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.set_anchor("N")
+        kind: dict[str, Any] = {"interpolation": "nearest", "aspect": aspect}
+        if images.ndim == 3:
+            colours = "inferno" if scaled else "gray"
+            shown = ax.imshow(image, cmap=colours, vmin=low, vmax=max(high, low + 1e-6), **kind)
+        else:
+            ax.imshow(np.clip(image, 0, 1), **kind)
+    return shown
+
+
+def _marks(ax: Any, picture: Picture, caption: str, row: int) -> None:
+    if caption in picture.boxes:
+        from matplotlib.patches import Rectangle
+
+        top, left, tall, wide = (float(v) for v in picture.boxes[caption][row])
+        ax.add_patch(Rectangle((left - 0.5, top - 0.5), wide, tall, fill=False, edgecolor=_FRAME, linewidth=2))
+    if caption in picture.points and np.isfinite(picture.points[caption][row]).all():
+        y, x = picture.points[caption][row]
+        limits = ax.get_xlim(), ax.get_ylim()
+        ax.plot(x, y, marker="+", markersize=13, markeredgewidth=3.5, color="black")
+        ax.plot(x, y, marker="+", markersize=12, markeredgewidth=2, color=_MARK)
+        ax.set(xlim=limits[0], ylim=limits[1])
+    if caption in picture.tags:
+        ax.set_xlabel(picture.tags[caption][row], fontsize=8.5, labelpad=3)
+
+
+def _bar(figure: Any, ax: Any, shown: Any, label: str, height: float, lower: float) -> None:
+    """A colour scale below a column."""
+    place = ax.get_position()
+    under = figure.add_axes(
+        (place.x0 + 0.05 * place.width, place.y0 - (0.2 + lower) / height, 0.9 * place.width, 0.09 / height)
+    )
+    bar = figure.colorbar(shown, cax=under, orientation="horizontal")
+    bar.ax.tick_params(labelsize=7.5, length=2, pad=1)
+    bar.ax.locator_params(nbins=3)
+    bar.set_label(label, fontsize=8, labelpad=1)

@@ -3,12 +3,14 @@
 from nnssl.config import option
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.registry import get_method, list_methods, register
-from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, Progress, SourceStats
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, Progress, SourceStats
 
 __all__ = [
     "Batch",
     "CropRequest",
     "Crops",
+    "Curve",
+    "Level",
     "Method",
     "Picture",
     "Progress",

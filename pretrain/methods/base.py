@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nnssl.errors import NnsslError
 from nnssl.networks import unwrap, walk
 from nnssl.pretrain.augment.spatial import central_crop
-from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, Progress, SourceStats
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Picture, Progress, SourceStats
 from nnssl.weights.parts import part_of, wanted_parts
 
 if TYPE_CHECKING:
@@ -161,6 +161,13 @@ class Method(nn.Module, ABC):
     def pictures(self, batch: Batch) -> Picture | None:
         """What a person should see of a held-out batch. Called without gradients every few epochs."""
         return None
+
+    def curves(self) -> list[Curve]:
+        """The panels of ``progress.png``, the most telling first: what the verdict rests on, beside what it is compared with.
+
+        The loop adds what its hooks and its own diagnostics draw, up to six panels in all.
+        """
+        return [Curve("The loss", "loss", {"total": "loss"}, hint="lower is better")]
 
     def note(self, terms: dict[str, float]) -> str:
         """What each epoch's line says beside the losses, from the means of the held-out terms (training's where none are)."""

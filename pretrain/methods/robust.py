@@ -29,7 +29,7 @@ from nnssl.pretrain.augment.intensity import from_unit, to_unit
 from nnssl.pretrain.geometry import choose_crop, rotation_degrees, window_for
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.registry import register
-from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, SourceStats
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Picture, SourceStats
 from nnssl.transferability.distances import DISTANCES
 from nnssl.transferability.objective import FORMS, separation_loss
 from nnssl.transferability.pooling import POOLINGS, pool
@@ -183,13 +183,39 @@ class Robust(Method):
         worst = s.delta.masked_fill(~s.mask, -torch.inf).argmax(1)
         rows = min(4, len(a))
         columns = {
-            "crop": batch["still"][:rows],
-            "view a": batch["a"][:rows],
-            "view b": batch["b"][:rows],
-            "most alike other case": batch["b"][worst[:rows]],
+            CROP: batch["still"][:rows],
+            FIRST: batch["a"][:rows],
+            SECOND: batch["b"][:rows],
+            OTHER: batch["b"][worst[:rows]],
         }
         slices = {k: _middle(v).float().cpu().numpy() for k, v in columns.items()}
-        return Picture(slices, "robust: the views should look like the crop, not like the other case")
+        near = s.positive[:rows].tolist()
+        far = (s.positive - s.delta[range(len(worst)), worst])[:rows].tolist()
+        tags = {
+            SECOND: [f"distance to view 1: {d:.2f}" for d in near],
+            OTHER: [f"distance to view 1: {d:.2f}{' (nearer!)' if d < n else ''}" for d, n in zip(far, near)],
+        }
+        return Picture(slices, "The same crop, moved and with other contrast, must stay itself", NOTE, tags=tags)
+
+    def curves(self) -> list[Curve]:
+        """The criterion, how often the other view is found, and both distances."""
+        pairs = {"distance_same": "two views of one crop", "distance_other": "crops of different cases"}
+        return [
+            Curve(
+                "Is a crop told from other cases?",
+                "robustness loss (0: always)",
+                {"robustness": ""},
+                hint="lower is better",
+            ),
+            Curve(
+                "Is the other view found?",
+                "crops whose other view is nearer\nthan every other case (%)",
+                {"nearest": "found"},
+                hint="higher is better",
+                percent=True,
+            ),
+            Curve("How far apart are crops?", "distance of the descriptions", pairs, hint="the lines should part"),
+        ]
 
     def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
         """Learnt: the criterion fell, and more crops than before find their own other view first."""
@@ -200,6 +226,14 @@ class Robust(Method):
             f"{last['robustness']:.3g} ({first['robustness']:.3g} before), the other view is nearer than every other case for "
             f"{last['nearest']:.0%} ({first['nearest']:.0%} before)."
         )
+
+
+CROP, FIRST = "a held-out crop", "view 1: moved, contrast and noise changed"
+SECOND, OTHER = "view 2: the same crop, changed differently", "the other case that view 1 resembles most"
+NOTE = (
+    "How to read it: each row is a slice of another held-out image; distances are between the network's descriptions. "
+    "Learnt: view 2 is nearer to view 1 than the other case is, so that anatomy counts, and contrast, noise and position do not."
+)
 
 
 def _share(x: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Differs from the released code, and why: docs/methods/omni.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -34,8 +35,8 @@ from nnssl.pretrain.omni.companion import OmniCrops
 from nnssl.pretrain.omni.config import OmniConfig
 from nnssl.pretrain.omni.loss import SegmentationLoss, deep_weights, ignore_value, segment
 from nnssl.pretrain.omni.patches import Patches
-from nnssl.pretrain.omni.pictures import omni_columns
-from nnssl.pretrain.types import Batch, CropRequest, Picture, Progress
+from nnssl.pretrain.omni.pictures import PSEUDO, dice_tags, omni_columns
+from nnssl.pretrain.types import Batch, CropRequest, Curve, Picture, Progress
 from nnssl.teacher.averaging import averaging_momentum
 from nnssl.teacher.components import Class
 from nnssl.teacher.pseudo_labels import confidence, labels_of, pseudo_label
@@ -276,13 +277,27 @@ class OmniMixin(Method):
 
     def pictures(self, batch: Batch) -> Picture | None:
         """The method's own columns, then held-out patches with their labels and what the teacher makes of them."""
-        own = super().pictures(batch["ssl"])
-        columns = dict(own.columns) if own is not None else {}
-        if "labelled" in batch:
-            part = batch["labelled"]
-            columns.update(omni_columns(part["data"], part["label"], self.omni_labels(self.omni_logits(part["data"]))))
-        title = own.title if own is not None else ""
-        return Picture(columns, f"{title}; pseudo-labels should look like labels") if columns else None
+        own = super().pictures(batch["ssl"]) or Picture({})
+        if "labelled" not in batch:
+            return own if own.columns else None
+        part = batch["labelled"]
+        made = self.omni_labels(self.omni_logits(part["data"]))
+        columns = own.columns | omni_columns(part["data"], part["label"], made)
+        note = f"{own.note} The network's labels, one colour for each, should become those of the expert."
+        return replace(
+            own, columns=columns, note=note.strip(), tags=own.tags | {PSEUDO: dice_tags(part["label"], made)}
+        )
+
+    def curves(self) -> list[Curve]:
+        """The segmentation of held-out labelled cases and the pseudo-labels, then the method's own."""
+        own = [
+            replace(c, lines={"ssl" if k == "total" else k: v for k, v in c.lines.items()}) for c in super().curves()
+        ]
+        unit = "nnU-Net's loss, Dice + cross-entropy\n(-1: perfect)"
+        labels = Curve("How well are labelled cases segmented?", unit, {"seg": ""}, hint="lower is better")
+        unit = "nnU-Net's loss against labels\nthat the network has made itself"
+        pseudo = Curve("Are its own labels learnt? (second stage)", unit, {"semi": ""}, hint="lower is better")
+        return [own[0], labels, pseudo, *own[1:]]
 
     def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
         """The method's own, on its own loss."""

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["omni_columns"]
+__all__ = ["LABELS", "PSEUDO", "dice_tags", "omni_columns"]
+
+LABELS, PSEUDO = "a labelled held-out case: the expert's labels", "the same case: labels that the network makes"
 
 _COLOURS = np.array(
     [
@@ -41,7 +43,14 @@ def omni_columns(data: Tensor, label: Tensor, made: Tensor, rows: int = 4) -> di
     grey = image.cpu().numpy()
     low, high = np.percentile(grey, (0.5, 99.5))
     grey = np.clip((grey - low) / max(high - low, 1e-6), 0, 1)
-    return {"held-out labels": _over(grey, labels.cpu().numpy()), "pseudo-labels": _over(grey, pseudo.cpu().numpy())}
+    return {LABELS: _over(grey, labels.cpu().numpy()), PSEUDO: _over(grey, pseudo.cpu().numpy())}
+
+
+def dice_tags(label: Tensor, made: Tensor, rows: int = 4) -> list[str]:
+    """Dice of all labels taken as one, over the whole patch: ``(B, 1, *size)`` integers -> a text for each row."""
+    a, b = (x[:rows].flatten(1) > 0 for x in (label, made))
+    both, all_ = (a & b).sum(1).tolist(), (a.sum(1) + b.sum(1)).tolist()
+    return [f"Dice {2 * n / m:.2f}" if m else "nothing labelled" for n, m in zip(both, all_)]
 
 
 def _over(grey: np.ndarray, label: np.ndarray) -> np.ndarray:

@@ -30,8 +30,9 @@ def no_drawing(monkeypatch):
     """``progress.png`` takes longer than all else of these runs."""
     from nnssl.pretrain.engine import logs
 
-    monkeypatch.setattr(logs, "plot_progress", lambda *args: None)
-    monkeypatch.setattr(logs, "_tensorboard", lambda folder: None)
+    monkeypatch.setattr(logs.RunLog, "draw", lambda *args, **kwargs: None)
+    monkeypatch.setattr(logs.RunLog, "draw_details", lambda self: None)
+    monkeypatch.setenv("nnssl_logger", "none")
 
 
 @pytest.fixture

@@ -421,7 +421,7 @@ def test_what_a_person_sees(make, values, make_batch):
     with torch.no_grad():
         terms, picture, z = method(batch), method.pictures(batch), method.embed(batch)
     kinds = [k for k in ("global", "local") if k in batch]
-    assert len(picture.columns) == 5 * len(kinds)
+    assert len(picture.columns) == 4 * len(kinds)
     for image in picture.columns.values():
         assert len(image) == 3 and np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1
     assert z.ndim == 2 and torch.isfinite(z).all()

@@ -17,6 +17,7 @@ from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.augment.intensity import from_unit, to_unit
 from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
+from nnssl.pretrain.methods.hdense.method import ALIKE, COLOURS, OTHER, OTHER_COLOURS, REAL, RESTORED, SEEN
 from nnssl.pretrain.methods.hdense.window import window_corruption
 
 ISOTROPIC = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
@@ -381,16 +382,17 @@ def test_what_a_person_sees(make):
         with torch.no_grad():
             picture = method.pictures(make_batch(method, 6))
             z = method.embed(make_batch(method, 6))
-        grey = ["clean", "corrupted", "other crop"] + ["restored"] * (name == "hdense")
-        assert set(picture.columns) == {*grey, "embedding (PCA)", "its embedding"}
+        grey = [REAL, SEEN, OTHER, ALIKE] + [RESTORED] * (name == "hdense")
+        assert set(picture.columns) == {*grey, COLOURS, OTHER_COLOURS} == set(picture.points)
         for key, image in picture.columns.items():
             assert image.shape == (4, *method.request.size[-2:]) + (() if key in grey else (3,))
-            assert np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1
+            low = -1 if key == ALIKE else 0
+            assert np.isfinite(image).all() and image.min() >= low - 1e-5 and image.max() <= 1 + 1e-5
         assert z.shape == (12, 8) and torch.isfinite(z).all()
     only = make(contrast_weight=0.0)
     assert only.embed({}) is None
     with torch.no_grad():
-        assert set(only.pictures(make_batch(only)).columns) == {"clean", "corrupted", "restored"}
+        assert set(only.pictures(make_batch(only)).columns) == {REAL, SEEN, RESTORED}
 
 
 def test_pictures_show_the_same_slice_of_both_crops(make):
@@ -398,8 +400,9 @@ def test_pictures_show_the_same_slice_of_both_crops(make):
     crops = make_crops(method, 2)
     crops.data[:] = torch.linspace(-2, 3, method.request.window[0]).view(-1, 1, 1)  # a slice has one value
     with torch.no_grad():
-        columns = method.pictures(method.views(crops, Draws(0, 0, 2))).columns
-    assert np.array_equal(columns["clean"], columns["other crop"])
+        picture = method.pictures(method.views(crops, Draws(0, 0, 2)))
+    columns = picture.columns
+    assert np.array_equal(columns[REAL], columns[OTHER])
 
 
 def test_verdict(make):

@@ -16,6 +16,7 @@ from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.geometry import cells
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 from nnssl.pretrain.methods.macl import MACL, MACLConfig
+from nnssl.pretrain.methods.macl.picture import ALIKE, COARSE, COARSE_COLOURS, COLOURS, FINE, TURNED, TURNED_COARSE
 
 ISO = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
 THIN = ((1, 1, 1), (1, 2, 2), (2, 2, 2))  # U is 2 on each axis, the total stride is not
@@ -418,16 +419,32 @@ def test_pictures(make, dim):
     with torch.no_grad():
         picture = method.pictures(batch)
     height, width = method.request.size[-2:]
-    assert list(picture.columns) == [
-        "I",
-        "V auxiliary",
-        "V dominant (shrunk)",
-        "auxiliary features",
-        "dominant features",
-    ]
+    assert list(picture.columns) == [FINE, COARSE, ALIKE, COLOURS, COARSE_COLOURS, TURNED, TURNED_COARSE]
     for caption, images in picture.columns.items():
-        assert images.shape == (4, height, width, 3) if "features" in caption else (4, height, width), caption
+        assert images.shape == (4, height, width, 3) if "colours" in caption else (4, height, width), caption
         assert np.isfinite(images).all()
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_cross_and_frame_show_one_place_in_both_views(make, dim):
+    method = make(dim, jitter=False)
+    crops = crops_for(method, b=6)
+    window = crops.data.shape[2:]
+    ramp = sum(100.0**-i * torch.arange(n).view([n if a == i else 1 for a in range(dim)]) for i, n in enumerate(window))
+    crops.data[:] = ramp
+    with torch.no_grad():
+        batch = method.views(crops, Draws(3, 0, len(crops)))
+        picture = method.pictures(batch)
+    assert (batch["aux_cell"] != batch["dominant_cell"]).any()
+    for row in range(4):
+        (y, x), (v, u) = picture.points[FINE][row], picture.points[COARSE][row]
+        fine, coarse = (picture.columns[c][row] for c in (FINE, COARSE))
+        step = max(abs(fine[1, 0] - fine[0, 0]), abs(fine[0, 1] - fine[0, 0]))
+        assert abs(fine[y, x] - coarse[v, u]) <= 2 * step + (1 if dim == 3 else 0)
+        for caption, image in ((FINE, fine), (COARSE, coarse)):
+            top, left, tall, wide = picture.boxes[caption][row]
+            assert 0 <= top and top + tall <= image.shape[0] and 0 <= left and left + wide <= image.shape[1]
+    assert np.array_equal(picture.boxes[FINE][:, 2:], picture.boxes[COARSE][:, 2:])
 
 
 def test_verdict(make):

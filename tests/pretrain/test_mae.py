@@ -19,6 +19,7 @@ from nnssl.networks import build_network, walk
 from nnssl.plans import Plan
 from nnssl.pretrain import run
 from nnssl.pretrain.augment.draws import Draws
+from nnssl.masking.picture import ERROR, FILLED, PAINTED, REAL, SHOWN
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 
 ISO = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
@@ -291,14 +292,16 @@ def test_pictures_and_embedding(make, dim, options, make_batch):
     method = make("iso", "plain", dim, 2, **options).eval()
     batch = make_batch(method, 5)
     with torch.no_grad():
-        columns = method.pictures(batch).columns
+        picture = method.pictures(batch)
         z = method.embed(batch)
-    assert list(columns) == ["view", "masked", "reconstruction", "error", "interpolated"]
+    columns = picture.columns
+    assert list(columns) == [SHOWN, PAINTED, REAL, FILLED, ERROR]
+    assert set(picture.tags) == {PAINTED, FILLED} and "Learnt" in picture.note
     for name, image in columns.items():
-        assert image.shape == (4, *method.request.size[-2:]) + ((3,) if name == "masked" else ())
+        assert image.shape == (4, *method.request.size[-2:]) + ((3,) if name == SHOWN else ())
         assert np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1
     hidden = batch["mask"][:4, 0] if dim == 2 else batch["mask"][:4, 0, method.request.size[0] // 2]
-    assert np.array_equal(columns["reconstruction"][~hidden.numpy()], columns["view"][~hidden.numpy()])
+    assert np.array_equal(columns[PAINTED][~hidden.numpy()], columns[REAL][~hidden.numpy()])
     assert z.shape == (5, 16) and torch.isfinite(z).all()
 
 

@@ -9,7 +9,7 @@ from nnssl.plans import Plan
 from nnssl.pretrain.data.pool import CaseRef
 from nnssl.pretrain.omni.agreement import Counts, _counted, _masks
 from nnssl.pretrain.omni.cases import LabelledCase
-from nnssl.pretrain.omni.pictures import omni_columns
+from nnssl.pretrain.omni.pictures import LABELS, PSEUDO, dice_tags, omni_columns
 from nnssl.pretrain.omni.volumes import _dice, choose_volumes
 
 
@@ -68,7 +68,9 @@ def test_pictures_show_the_slice_with_most_labels(size):
     label = torch.zeros(2, 1, *size, dtype=torch.long)
     label[..., 3, 2:5] = 1
     columns = omni_columns(torch.randn(2, 1, *size), label, torch.zeros_like(label))
-    assert columns["held-out labels"].shape == (2, *size[-2:], 3)
-    coloured = columns["held-out labels"] != columns["pseudo-labels"]
+    assert columns[LABELS].shape == (2, *size[-2:], 3)
+    coloured = columns[LABELS] != columns[PSEUDO]
     assert coloured.any(-1).sum() == (6 if len(size) == 2 else coloured.any(-1).sum())
-    assert 0 <= columns["held-out labels"].min() <= columns["held-out labels"].max() <= 1
+    assert dice_tags(label, label) == ["Dice 1.00"] * 2 and dice_tags(label, 0 * label) == ["Dice 0.00"] * 2
+    assert dice_tags(0 * label, 0 * label) == ["nothing labelled"] * 2
+    assert 0 <= columns[LABELS].min() <= columns[LABELS].max() <= 1

@@ -12,6 +12,7 @@ from nnssl.pretrain.omni import OmniConfig, make_omni
 from nnssl.pretrain.omni.companion import OmniCrops
 from nnssl.pretrain.omni.method import running_momentum
 from nnssl.pretrain.omni.patches import Patches
+from nnssl.pretrain.omni.pictures import LABELS, PSEUDO
 
 METHODS = sorted(n for n in list_methods() if n != "toy")
 
@@ -315,7 +316,7 @@ def test_evaluation_does_not_augment_and_has_no_second_stage(tiny_plans, tiny_da
         picture = method.pictures(batch)
         assert method.embed(batch) is not None
     assert "semi" not in terms
-    assert {"crop", "held-out labels", "pseudo-labels"} <= set(picture.columns)
+    assert {"a held-out crop", LABELS, PSEUDO} <= set(picture.columns)
     only = method.views(OmniCrops(crops.ssl, None, None), Draws(0, 0, len(crops)))
     assert set(only) == {"ssl"}
     assert float(method(only)["total"]) == float(method(only)["ssl"])

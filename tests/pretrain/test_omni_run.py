@@ -34,7 +34,8 @@ def quiet_logger():
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """Drawing progress.png takes longer than these runs."""
-    monkeypatch.setattr("nnssl.pretrain.engine.logs.plot_progress", lambda *a: None)
+    monkeypatch.setattr("nnssl.pretrain.engine.logs.RunLog.draw", lambda *a, **k: None)
+    monkeypatch.setattr("nnssl.pretrain.engine.logs.RunLog.draw_details", lambda self: None)
 
 
 @pytest.fixture

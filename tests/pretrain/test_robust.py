@@ -12,6 +12,7 @@ from nnssl.networks import build_network, walk
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
+from nnssl.pretrain.methods.robust import CROP
 from nnssl.transferability import distance_matrix, robustness_loss, separate
 from nnssl.transferability.objective import FORMS, separation_loss
 from nnssl.transferability.pooling import pool
@@ -140,7 +141,7 @@ def test_one_step_trains_the_encoder_and_nothing_else(make, dim, arch, channels)
     assert sum(p.numel() for g in optimiser.param_groups for p in g["params"]) == sum(
         p.numel() for p in method.network.encoder.parameters()
     )
-    assert method.embed(batch).shape[0] == 6 and method.pictures(batch).columns["crop"].shape[0] == 4
+    assert method.embed(batch).shape[0] == 6 and method.pictures(batch).columns[CROP].shape[0] == 4
 
 
 def test_crops_of_one_case_are_not_pushed_apart(make):

@@ -17,6 +17,7 @@ from nnssl.networks import build_network, unwrap
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.methods import Crops, Progress, SourceStats, get_method
+from nnssl.pretrain.methods.voco.picture import CELLS, GUESS, TRUE
 
 FLAT = ((1, 1, 1), (1, 2, 2), (2, 2, 2))  # total stride 2, 4, 4
 SMALL = {"proj_dim": 24, "random_crops": 3}
@@ -449,10 +450,10 @@ def test_anisotropic_plan(tiny_plans, tiny_dataset_json):
 def test_pictures(make):
     method = make().eval()
     picture = method.pictures(batch_of(method, 5))
-    assert list(picture.columns) == ["cells, a random crop", "true overlap", "predicted"]
+    assert list(picture.columns) == [CELLS, TRUE, GUESS]
     for column in picture.columns.values():
         assert column.shape == (4, 24, 16, 3) and column.min() >= 0 and column.max() <= 1
-    true = picture.columns["true overlap"]
+    true = picture.columns[TRUE]
     redness = true[..., 0] - true[..., 1:].mean(-1)
     batch = batch_of(method, 5)
     cell = int(batch["overlap"][0, 0].argmax())

@@ -26,6 +26,7 @@ from nnssl import masking
 from nnssl.config import option
 from nnssl.errors import NnsslError
 from nnssl.losses.consistency import diagnose
+from nnssl.masking.picture import ERROR
 from nnssl.networks import encoder_channels, encoder_module
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
@@ -34,9 +35,9 @@ from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.methods.glmae.self_distillation import STAGES, Agreement
 from nnssl.pretrain.methods.glmae.zoom import box_share, copy_box, place_boxes, zoom
 from nnssl.pretrain.methods.mae.masked import check_options
-from nnssl.pretrain.methods.mae.method import MAE, MaskedConfig, compare
+from nnssl.pretrain.methods.mae.method import MAE, PICTURE_NOTE, MaskedConfig, compare, reconstruction_curve
 from nnssl.pretrain.methods.registry import register
-from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, Progress, SourceStats
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, Progress, SourceStats
 
 __all__ = ["GLMAE", "GLMAEConfig"]
 
@@ -291,15 +292,34 @@ class GLMAE(MAE):
     def pictures(self, batch: Batch) -> Picture:
         """As mae's, for the first global and the first local view of each volume."""
         columns: dict[str, Any] = {}
-        for kind in ("global", "local"):
+        tags: dict[str, list[str]] = {}
+        words = {"global": "large", "local": "small"}
+        for kind in words:
             if kind in batch:
                 view = batch[kind]
                 n = min(3, len(view["input"]) // getattr(self.config, f"{kind}_views"))
                 panel = self.panel(*(view[k][:n] for k in ("input", "target", "mask", "valid")))
-                columns |= {f"{kind} {k}" if k == "view" else f"{k} ({kind})": v for k, v in panel.items()}
-        return Picture(
-            columns, "glmae: hidden blocks are blue; a global view shows more of the volume than a local one"
+                columns |= {f"{words[kind]} view: {k}": v for k, v in panel.columns.items() if k != ERROR}
+                tags |= {f"{words[kind]} view: {k}": v for k, v in panel.tags.items()}
+        note = f"{PICTURE_NOTE} A large view shows more of an image than a small one, at a coarser scale."
+        title = "Most of the image is hidden; the network paints it anew, from afar and from near"
+        return Picture(columns, title, note, tags=tags)
+
+    def curves(self) -> list[Curve]:
+        """Reconstruction of both kinds of views, and whether a local view is recognised as a part of its volume."""
+        kinds = {"global": "large views", "local": "small views"}
+        views = {"global": self.config.global_views, "local": self.config.local_views}
+        made = {k: f"How well are {words} painted?" for k, words in kinds.items() if views[k]}
+        shown = [reconstruction_curve(self.config, f"{k}_", title) for k, title in made.items()]
+        found = Curve(
+            "Is a part recognised as of its image?",
+            "small views whose most similar\nlarge view is of the same image (%)",
+            {"retrieval": "found"},
+            (Level("retrieval_chance", "by chance"),),
+            "higher is better",
+            percent=True,
         )
+        return [*shown, found]
 
     def note(self, terms: dict[str, float]) -> str:
         """How often a local view finds the global one of its volume, and by chance."""

@@ -28,7 +28,7 @@ from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads.balanced import ScaleProjections, gather_pyramid, voxel_projector
 from nnssl.heads.restoration import restoration_head
-from nnssl.losses.diagnostics import principal_colours
+from nnssl.losses.diagnostics import principal_colours, resemblance
 from nnssl.losses.info_nce import InfoNCE, chance_level, nearest_share, similarities
 from nnssl.networks import walk
 from nnssl.plans import Plan
@@ -42,7 +42,7 @@ from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.hdense.local import local_corruption
 from nnssl.pretrain.methods.hdense.window import window_corruption
 from nnssl.pretrain.methods.registry import register
-from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, SourceStats
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, SourceStats
 
 __all__ = ["HDense", "HDenseConfig"]
 
@@ -280,27 +280,53 @@ class HDense(Method):
         return (z * weight).sum(1) / weight.sum(1).clamp_min(1)
 
     def pictures(self, batch: Batch) -> Picture:
-        """Slices through the anchors: clean, corrupted, restored, and the voxel embedding of both crops as colours."""
+        """Slices through the anchors: clean, corrupted, restored, and where the other crop resembles the anchor."""
         rows = min(4, len(batch["valid"]))
         pick = [*range(rows), *range(len(batch["valid"]), len(batch["valid"]) + rows)]
         x, anchor = batch["input"][pick], batch["anchor"][:, :rows].flatten(0, 1)
         levels = self.pyramid(x)
-        seen = to_unit(x, batch["bounds"][pick])
-        images = {"clean": batch["target"][pick], "corrupted": seen}
+        images = {REAL: batch["target"][pick], SEEN: to_unit(x, batch["bounds"][pick])}
         if self.config.restoration_weight > 0:
-            images["restored"] = self.restored(levels[0], x.shape[2:])
+            images[RESTORED] = self.restored(levels[0], x.shape[2:])
         shown = {k: _slices(v[:, :1], anchor)[:, 0].clamp(0, 1) for k, v in images.items()}
         columns = {k: v[:rows].float().cpu().numpy() for k, v in shown.items()}
-        if self.config.contrast_weight > 0:
-            z = self.embedded_slice(levels, anchor, x.shape[2:])
-            colours = [c.movedim(1, -1).cpu().numpy() for c in principal_colours(z[:rows], z[rows:])]
-            columns["embedding (PCA)"] = colours[0]
-            columns["other crop"] = shown["clean"][rows:].float().cpu().numpy()
-            columns["its embedding"] = colours[1]
-        return Picture(
-            columns,
-            f"{self.name}: a slice in both crops of a pair; equal colours are equal embeddings",
+        note = NOTE + (RESTORED_NOTE if RESTORED in columns else "")
+        if self.config.contrast_weight == 0:
+            return Picture(columns, "A crop is spoilt; the network restores it", note)
+        z = self.embedded_slice(levels, anchor, x.shape[2:])
+        at = anchor[:, -2:].cpu()
+        columns[OTHER] = shown[REAL][rows:].float().cpu().numpy()
+        mark = z[list(range(rows)), :, at[:rows, 0], at[:rows, 1]]
+        columns[ALIKE] = resemblance(mark, z[rows:]).float().cpu().numpy()
+        colours = (c.movedim(1, -1).cpu().numpy() for c in principal_colours(z[:rows], z[rows:]))
+        columns |= zip((COLOURS, OTHER_COLOURS), colours)
+        here, there = at[:rows].numpy(), at[rows:].numpy()
+        points = {c: there if c in (OTHER, ALIKE, OTHER_COLOURS) else here for c in columns}
+        scales = {ALIKE: "similarity (cosine)"}
+        title = "The same place, seen in two overlapping crops"
+        return Picture(columns, title, note + CROSS_NOTE, scales, points=points)
+
+    def curves(self) -> list[Curve]:
+        """The contrast beside its chance level, how often the right voxel is the most similar one, and the restoration."""
+        marks = (Level("chance", "all voxels look the same"), Level("chance", "half of it: counts as learnt", 0.5))
+        told = Curve(
+            "Is a place told from others?", "voxel contrast (nats)", {"contrast": ""}, marks, "lower is better"
         )
+        found = Curve(
+            "Is the same voxel found again?",
+            "voxels whose most similar one in\nthe other crops is the right one (%)",
+            {"nearest": "found"},
+            (Level("nearest_chance", "by chance"),),
+            "higher is better",
+            percent=True,
+        )
+        pairs = {"positive_cos": "same voxel in both crops", "other_cos": "different voxels"}
+        parted = Curve(
+            "How alike are descriptions?", "cosine (1: equal, 0: unrelated)", pairs, hint="the lines should part"
+        )
+        unit = "mean squared error\n(1 = square of the image's range)"
+        restored = Curve("How well is a spoilt crop restored?", unit, {"restoration": ""}, hint="lower is better")
+        return [*([told, found, parted] if self.config.contrast_weight > 0 else []), restored]
 
     def embedded_slice(self, levels: Sequence[Tensor], anchor: Tensor, size: Sequence[int]) -> Tensor:
         """Voxel embeddings of the slice through each anchor: ``(B, proj_dim, H, W)``."""
@@ -331,6 +357,16 @@ class HDense(Method):
             f"({last['nearest_chance']:.2g} by chance)."
         )
 
+
+REAL, SEEN, RESTORED = "crop 1: real", "crop 1 as the network sees it: spoilt", "crop 1: restored by the network"
+OTHER, ALIKE = "crop 2: overlaps crop 1", "crop 2: bright where it resembles the cross of crop 1"
+COLOURS, OTHER_COLOURS = "crop 1: descriptions as colours", "crop 2: descriptions as colours"
+NOTE = "How to read it: each row is a slice of another held-out image. "
+RESTORED_NOTE = "Restored: learnt once it looks like the real crop and not like the spoilt one. "
+CROSS_NOTE = (
+    "The cross is one and the same place in both crops. Learnt: the bright spot sits on the cross and is small, and both "
+    "crops colour the same tissue alike (equal colours: equal descriptions by the network)."
+)
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 

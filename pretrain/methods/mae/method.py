@@ -24,7 +24,7 @@ from nnssl.heads.dino import pool_stages
 from nnssl.heads.restoration import restoration_head
 from nnssl.heads.tokens import TokenDecoder
 from nnssl.losses.masked import block_statistics, masked_error
-from nnssl.masking.picture import masked_panel
+from nnssl.masking.picture import ERROR, MaskedPanel, masked_panel
 from nnssl.networks import PrimusEncoder, encoder_channels, encoder_module, partial_decode, walk
 from nnssl.networks.sparse import Densify, check_sparse, sparse_encoder
 from nnssl.plans import Plan
@@ -35,7 +35,7 @@ from nnssl.pretrain.augment.spatial import cut_out, random_affine
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.mae.masked import PRIMUS_CLIP, check_options, make_optimiser, uses_adamw
 from nnssl.pretrain.methods.registry import register
-from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, SourceStats
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, SourceStats
 
 __all__ = ["MAE", "MAEConfig", "MaskedConfig", "compare"]
 
@@ -282,11 +282,22 @@ class MAE(Method):
         return self.summarise(walk(self.network, batch["input"], 0).skips)
 
     def pictures(self, batch: Batch) -> Picture:
-        """Middle slices: view, mask, reconstruction of what is hidden, its error, and linear interpolation."""
-        columns = self.panel(*(batch[k][:4] for k in ("input", "target", "mask", "valid")))
-        return Picture(columns, f"{self.name}: hidden blocks are blue; the error is on the scale of the image")
+        """Middle slices: mask, reconstruction of what is hidden, the image, linear interpolation, and the error."""
+        panel = self.panel(*(batch[k][:4] for k in ("input", "target", "mask", "valid")))
+        scales = {ERROR: "error as a share of the image's range"}
+        return Picture(
+            panel.columns,
+            "Most of the image is hidden; the network paints it anew",
+            PICTURE_NOTE,
+            scales,
+            tags=panel.tags,
+        )
 
-    def panel(self, image: Tensor, target: Tensor, mask: Tensor, valid: Tensor) -> dict[str, Any]:
+    def curves(self) -> list[Curve]:
+        """The reconstruction error beside its guesses."""
+        return [reconstruction_curve(self.config, "", "How well is what was hidden painted?")]
+
+    def panel(self, image: Tensor, target: Tensor, mask: Tensor, valid: Tensor) -> MaskedPanel:
         """The columns of a picture for crops ``(B, C, *size)``."""
         prediction = self.reconstruct(image, mask)[1].float()
         if self.config.target == "block_norm":
@@ -299,6 +310,29 @@ class MAE(Method):
         if "inpainting" not in last:
             return super().verdict(first, last)
         return compare(self.name, "hidden voxels", last, "")
+
+
+PICTURE_NOTE = (
+    "How to read it: each row is a slice of another held-out image. Nothing learnt: the painted blocks are no better than the "
+    "smooth filling-in from the visible ones. Learnt: edges and shapes continue through the blocks, and the mean error is lower."
+)
+
+
+def reconstruction_curve(config: MaskedConfig, prefix: str, title: str) -> Curve:
+    """The panel of one reconstruction error, whose terms start with ``prefix``, beside what can be guessed without learning."""
+    kind = {"mse": "mean squared error", "l1": "mean absolute error"}[config.error]
+    unit = "SD of the image" if config.target == "intensity" else "SD of each block"
+    return Curve(
+        title,
+        f"{kind} of the hidden voxels\n(1 = {'square of the ' if config.error == 'mse' else ''}{unit})",
+        {f"{prefix}reconstruction": "error"},
+        levels=(
+            Level(f"{prefix}inpainting", "smooth filling-in, nothing learnt"),
+            Level(f"{prefix}surround", "mean of what is visible around"),
+            Level(f"{prefix}oracle", "true mean of each block (hard to reach)"),
+        ),
+        hint="learnt once the held-out line is below the upper two grey lines",
+    )
 
 
 def compare(name: str, what: str, last: dict[str, float], prefix: str) -> tuple[bool, str]:

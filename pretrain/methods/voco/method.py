@@ -48,7 +48,7 @@ from nnssl.pretrain.methods.voco.cells import alter_crops, draw_offsets, inside_
 from nnssl.pretrain.methods.voco.grid import FEWEST_CELLS, choose_grid
 from nnssl.pretrain.methods.voco.levels import position_levels
 from nnssl.pretrain.methods.voco.picture import overlap_picture
-from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, Progress, SourceStats
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, Progress, SourceStats
 
 __all__ = ["VoCo", "VoCoConfig"]
 
@@ -351,6 +351,28 @@ class VoCo(Method):
         z, t, _, _ = self.embeddings(batch, everyone=False)
         s = similarity(self._split(z)[1], self._split(t)[0])
         return overlap_picture(batch, s, self.size, self.grid)
+
+    def curves(self) -> list[Curve]:
+        """The loss of positions beside the best constant, how often the right cell is found, and the two other terms."""
+        marks = (
+            Level("constant", "best guess without looking"),
+            Level("constant", "counts as learnt below this", CLEARLY),
+        )
+        place = Curve("Is the place of a crop known?", "loss of the positions", {"intra": ""}, marks, "lower is better")
+        found = Curve(
+            "Is the right cell found?",
+            "crops whose most similar cell\nis the right one (%)",
+            {"top1": "found"},
+            (Level("top1_chance", "by chance"),),
+            "higher is better",
+            percent=True,
+        )
+        spread = {"base_cosine": "neighbouring cells of one image"}
+        apart = Curve(
+            "Are cells told apart?", "cosine (1: all alike, 0: unrelated)", spread, hint="should stay well below 1"
+        )
+        between = Curve("Do different images agree?", "loss between images", {"inter": ""}, hint="lower is better")
+        return [place, found, apart, *([between] if self.config.inter_weight > 0 else [])]
 
     def note(self, terms: dict[str, float]) -> str:
         """How much of the loss that the best constant similarity leaves is gone: 0 % knows nothing, 100 % every overlap."""

@@ -14,6 +14,13 @@ from nnssl.pretrain.types import Picture
 __all__ = ["overlap_picture"]
 
 ROWS = 4
+CELLS = "an image in cells (blue lines); yellow: a crop to be located"
+TRUE = "truth: red where the crop overlaps a cell"
+GUESS = "the network's guess: red where it finds the crop similar"
+NOTE = (
+    "How to read it: each row is a slice of another held-out image. The network gets the crop and the cells, but not where the "
+    "crop was cut. Learnt: the guess is red in the cells of the truth and nowhere else."
+)
 _LINES, _CROP, _HEAT = (0.2, 0.5, 1.0), (1.0, 0.85, 0.0), (1.0, 0.1, 0.1)
 
 
@@ -22,17 +29,18 @@ def overlap_picture(batch: dict[str, Any], predicted: Tensor, size: Sequence[int
     """Draw the first random crop of up to four windows, in the slice through its centre.
 
     Args:
-        batch: ``window`` ``(B, 1, *window)``, ``offset`` ``(B, S, dim)``, ``overlap`` ``(B, S, n)``.
+        batch: ``window`` ``(B, 1, *window)``, ``offset`` ``(B, S, dim)``, ``overlap`` ``(B, S, n)``, ``base`` ``(B, n)`` bool.
         predicted: ``(B, S, n)`` similarities.
         size: voxels of a cell per axis.
         grid: cells per axis.
     """
     rows = min(ROWS, len(predicted))
+    right: list[str] = []
     slices, offset = [], batch["offset"][:rows, 0].cpu()
-    heat = {"true overlap": [], "predicted": []}  # type: dict[str, list[np.ndarray]]
+    heat = {TRUE: [], GUESS: []}  # type: dict[str, list[np.ndarray]]
     for i in range(rows):
         window, at = batch["window"][i, 0].float().cpu(), offset[i].tolist()
-        values = {"true overlap": batch["overlap"][i, 0], "predicted": predicted[i, 0]}
+        values = {TRUE: batch["overlap"][i, 0], GUESS: predicted[i, 0]}
         maps = {k: _spread(v.float().cpu().clamp(0, 1), size, grid) for k, v in values.items()}
         if window.ndim == 3:
             z = at[0] + size[0] // 2
@@ -45,8 +53,11 @@ def overlap_picture(batch: dict[str, Any], predicted: Tensor, size: Sequence[int
             weight = 0.7 * m.numpy()[..., None]
             tinted = np.clip((1 - weight) * image + weight * np.asarray(_HEAT), 0, 1)
             heat[key].append(_frame(_lines(tinted, size[-2:]), at, size[-2:], _CROP))
-    columns = {"cells, a random crop": np.stack(slices), **{k: np.stack(v) for k, v in heat.items()}}
-    return Picture(columns, "voco, red: overlap of the yellow crop with each cell")
+        best = int(predicted[i, 0].masked_fill(~batch["base"][i], -2).argmax())
+        hit = bool(batch["overlap"][i, 0, best] >= batch["overlap"][i, 0].max() - 1e-6)
+        right.append(f"most similar cell (any depth): {'the right one' if hit else 'a wrong one'}")
+    columns = {CELLS: np.stack(slices), **{k: np.stack(v) for k, v in heat.items()}}
+    return Picture(columns, "Where in the image does the crop lie?", NOTE, tags={GUESS: right})
 
 
 def _spread(y: Tensor, size: Sequence[int], grid: Sequence[int]) -> Tensor:

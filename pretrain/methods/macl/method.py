@@ -30,8 +30,9 @@ from nnssl.pretrain.augment import Draws, central_crop, random_affine, random_ji
 from nnssl.pretrain.augment.offsets import OffsetGrid
 from nnssl.pretrain.augment.pairs import cut
 from nnssl.pretrain.methods.base import Method
+from nnssl.pretrain.methods.macl.picture import pair_picture
 from nnssl.pretrain.methods.registry import register
-from nnssl.pretrain.types import Batch, CropRequest, Crops, Picture, SourceStats
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, SourceStats
 
 _AXES = ("right-left", "anterior-posterior", "inferior-superior")  # of Crops.position
 _SITES = ("crops", "places", "both")
@@ -272,16 +273,42 @@ class MACL(Method):
         return self.image_aux(walk(self.network, batch["i_aux"], 0).skips[-1])
 
     def pictures(self, batch: Batch) -> Picture:
-        """Middle slices of the views, and what both branches make of the still one."""
+        """One place in both branches' crops, where the second resembles it, and the turned pair."""
         rows, size = slice(0, 4), batch["i_aux"].shape[2:]
-        shown = {"I": "i_aux", "V auxiliary": "v_aux", "V dominant (shrunk)": "v_dominant"}
-        images = {title: batch[key][rows, :1] for title, key in shown.items()}
+        firsts = [
+            batch.get(k, torch.zeros(len(batch["valid"]), len(size)))[rows].cpu() for k in ("aux_cell", "dominant_cell")
+        ]
+        maps: tuple[Tensor, ...] = ()
         if self.config.dense_weight > 0:
-            same = losses.shrink(batch["i_aux"][rows], self.branches.shrink, self.config.align_corners)  # not shifted
-            maps, _ = self.dense_maps(batch["i_aux"][rows], same)
-            images |= zip(("auxiliary features", "dominant features"), losses.principal_colours(*maps))
-        columns = {t: losses.middle_slice(i, size).squeeze(-1).cpu().numpy() for t, i in images.items()}
-        return Picture(columns, "MACL: equal colours are equal features; both branches should colour a place alike")
+            maps = self.dense_maps(batch["i_aux"][rows], batch["i_dominant"][rows])[0]
+        views = [batch[k][rows, :1] for k in ("i_aux", "i_dominant")]
+        moved = [batch[k][rows, :1] for k in ("v_aux", "v_dominant")]
+        start = [f * torch.tensor(self.plan.total_stride) for f in firsts]
+        return pair_picture(views, start, maps, moved, spacing=self.plan.spacing)
+
+    def curves(self) -> list[Curve]:
+        """Both contrasts beside what equal vectors give, the likeness of crops, and the equivariance."""
+        c = self.config
+        alike = "all images look the same"
+        likeness = {"image_pos_cos": "crops from near places", "image_neg_cos": "crops from distant places"}
+        image = [
+            Curve(
+                "Are crops of one place recognised?",
+                "image-level contrast (nats)",
+                {"image": ""},
+                (Level("image_collapse", alike),),
+                "learnt once the held-out line is below the grey one",
+            ),
+            Curve("How alike are crops?", "cosine (1: equal, 0: unrelated)", likeness, hint="the lines should part"),
+        ]
+        level = (Level("dense_collapse", alike),)
+        dense = Curve("Are places told from others?", "dense contrast (nats)", {"dense": ""}, level, "lower is better")
+        unit = "1 - cosine (0: the same)"
+        same = Curve(
+            "Does the coarse view agree with the fine one?", unit, {"equivariance": ""}, hint="lower is better"
+        )
+        parts = [(c.image_weight, image), (c.dense_weight, [dense]), (c.equivariance_weight, [same])]
+        return [curve for weight, curves in parts if weight > 0 for curve in curves]
 
     def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
         """Learnt: L_g below its collapse value by 1 %, and crops at one height more alike than others by 0.01."""

@@ -1,0 +1,223 @@
+"""``progress.png``: at most six panels that a person needs; ``progress_details.png``: every logged number by its name."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnssl.files import write_atomic
+from nnssl.pretrain.types import Curve, Level
+
+__all__ = ["MOST_PANELS", "PLACE", "SPREAD", "plot_details", "plot_progress"]
+
+MOST_PANELS = 6
+HELD_OUT, TRAINING = "#1f5fa8", "#e0892b"
+_WITHOUT_PREFIX = ("embedding_sd", "effective_rank")
+_COLOURS = (HELD_OUT, "#b5402f", "#3a8f4d", "#7d4ba0")
+
+PLACE = Curve(
+    "Does it look at the image?",
+    "variance of the features that the\nposition inside the crop explains (%)",
+    {"place_crops": "on held-out images", "place_noise": "on pure noise"},
+    hint="both rising far above their start: it counts voxels from the edge",
+    percent=True,
+)
+"""For any method: the diagnostics of :mod:`nnssl.pretrain.engine.place`."""
+
+SPREAD = Curve(
+    "Are images told apart?",
+    "spread of the images' descriptions\n(1: evenly spread, 0: all alike)",
+    {"embedding_sd": "held-out images"},
+    levels=(Level("", "all images look the same to the network", 0.0),),
+    hint="must stay clearly above 0",
+)
+"""For methods that describe each image by a vector."""
+
+Rows = Sequence[Mapping[str, Any]]
+Panel = Callable[[Any], None]
+
+
+def plot_progress(
+    history: Rows,
+    path: Path,
+    curves: Sequence[Curve] = (),
+    panels: Sequence[Panel] = (),
+    *,
+    first: Mapping[str, float] | None = None,
+    title: str = "",
+    sentence: str = "",
+) -> None:
+    """Draw the method's curves, then what hooks draw, then :data:`PLACE` and :data:`SPREAD`: the first six.
+
+    Args:
+        history: epoch rows; keys ``train/*`` and ``held_out/*`` are terms.
+        path: the PNG.
+        curves: of the method; those without any value are left out.
+        panels: draw more, each into an axis of its own.
+        first: held-out terms before the first step: they are drawn at epoch 0.
+        title: what run it is.
+        sentence: what the method itself says of the run so far.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    start = {k if k in _WITHOUT_PREFIX else f"held_out/{k}": v for k, v in (first or {}).items()}
+    rows: list[Mapping[str, Any]] = [{"epoch": 0, **start}] if first else []
+    rows += history
+    drawn = [_panel(c, rows) for c in curves if _has(c, rows)] + list(panels)
+    drawn += [_panel(c, rows) for c in (PLACE, SPREAD) if _has(c, rows)]
+    drawn = drawn[:MOST_PANELS]
+    across = min(3, len(drawn)) if len(drawn) != 4 else 2
+    down = math.ceil(len(drawn) / across)
+    width = 5.2 * across
+    above, below = _wrapped(title, width, 13), _wrapped(sentence, width, 10.5)
+    height = 4.0 * down + 0.25 * len(above) + 0.2 * len(below) + 0.3
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    for ax, panel in zip(axes, drawn):
+        panel(ax)
+        _finish(ax)
+    for ax in axes[len(drawn) :]:
+        ax.axis("off")
+    bottom, top = (0.2 * len(below) + 0.15) / height, 1 - (0.25 * len(above) + 0.1) / height
+    figure.tight_layout(rect=(0, bottom, 1, top), h_pad=2.0, w_pad=2.0)
+    if above:
+        figure.text(0.5, 1 - 0.1 / height, "\n".join(above), ha="center", va="top", fontsize=13, fontweight="bold")
+    if below:
+        figure.text(0.2 / width, 0.1 / height, "\n".join(below), ha="left", va="bottom", fontsize=10.5)
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=80))
+
+
+def plot_details(history: Rows, path: Path) -> None:
+    """Draw every logged number over epochs, by the name that it has in ``metrics.jsonl``.
+
+    Args:
+        history: epoch rows; ``train/x`` and ``held_out/x`` share a panel.
+        path: the PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(_plain_name(k) for row in history for k, v in row.items() if _number(v)))
+    names = [n for n in names if n not in ("epoch", "step")]
+    across = 4
+    figure = Figure(figsize=(17, 2.9 * math.ceil(len(names) / across)), facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(math.ceil(len(names) / across), across, squeeze=False).ravel()
+    for ax, name in zip(axes, names):
+        for prefix, label, colour in (
+            ("train/", "training", TRAINING),
+            ("held_out/", "held out", HELD_OUT),
+            ("", None, "0.3"),
+        ):
+            _line(ax, history, prefix + name, label, colour)
+        ax.set_title(name, fontsize=10)
+        ax.set_xlabel("epoch", fontsize=8)
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=7)
+    for ax in axes[len(names) :]:
+        ax.axis("off")
+    figure.tight_layout()
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=65))
+
+
+def _plain_name(key: str) -> str:
+    return key.removeprefix("train/").removeprefix("held_out/")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _keys(term: str) -> tuple[str, str, str]:
+    """Where a term stands in a row, held out before training."""
+    return f"held_out/{term}", term, f"train/{term}"
+
+
+def _key(rows: Rows, term: str) -> str | None:
+    return next((k for k in _keys(term) if any(_number(r.get(k)) for r in rows)), None)
+
+
+def _has(curve: Curve, rows: Rows) -> bool:
+    return any(_key(rows, term) for term in curve.lines)
+
+
+def _panel(curve: Curve, rows: Rows) -> Panel:
+    return lambda ax: _draw(curve, rows, ax)
+
+
+def _draw(curve: Curve, rows: Rows, ax: Any) -> None:
+    scale = 100.0 if curve.percent else 1.0
+    for i, (term, label) in enumerate(curve.lines.items()):
+        key = _key(rows, term)
+        if key is None:
+            continue
+        if len(curve.lines) > 1 or not key.startswith(("held_out/", "train/")):
+            _line(ax, rows, key, label, _COLOURS[i % len(_COLOURS)], scale=scale, width=2.2)
+            continue
+        if key.startswith("held_out/"):
+            _line(ax, rows, f"train/{term}", "cases that it learns from", TRAINING, scale=scale, width=1.4)
+            _line(ax, rows, key, "held-out cases", HELD_OUT, scale=scale, width=2.4)
+        else:
+            _line(ax, rows, key, "cases that it learns from (none is held out)", TRAINING, scale=scale, width=2.4)
+    for level, style in zip(curve.levels, ("--", ":", "-.")):
+        _level(ax, rows, level, style, scale)
+    if curve.percent:
+        ax.set_ylim(0.0, min(103.0, max(20.0, 1.1 * ax.get_ylim()[1])))
+    ax.set_ylabel(curve.unit, fontsize=9)
+    ax.set_title(curve.title, fontsize=11.5, fontweight="bold", pad=20 if curve.hint else 8)
+    if curve.hint:
+        ax.text(0.5, 1.02, curve.hint, transform=ax.transAxes, ha="center", va="bottom", fontsize=9, color="0.3")
+
+
+def _level(ax: Any, rows: Rows, level: Level, style: str, scale: float) -> None:
+    if not level.term:
+        ax.axhline(level.factor * scale, color="0.35", linestyle=style, linewidth=1.5, label=level.label)
+        return
+    key = _key(rows, level.term)
+    if key is not None:
+        _line(ax, rows, key, level.label, "0.35", style=style, scale=scale * level.factor, width=1.5, marked=False)
+
+
+def _line(
+    ax: Any,
+    rows: Rows,
+    key: str,
+    label: str | None,
+    colour: str,
+    *,
+    style: str = "-",
+    scale: float = 1.0,
+    width: float = 1.5,
+    marked: bool = True,
+) -> None:
+    points = [(r["epoch"], r[key] * scale) for r in rows if _number(r.get(key))]
+    if not points:
+        return
+    marker = "." if marked and len(points) < 40 else None
+    line = {"label": label, "color": colour, "linestyle": style, "linewidth": width}
+    if len(points) == 1 and not marked:
+        ax.axhline(points[0][1], **line)
+    else:
+        ax.plot(*zip(*points), marker=marker, **line)
+
+
+def _finish(ax: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ax.set_xlabel("epoch (0: before training)" if ax.get_xlim()[0] < 0.5 else "epoch", fontsize=9)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    ax.tick_params(labelsize=8.5)
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=8, framealpha=0.85)
+
+
+def _wrapped(text: str, width: float, size: float) -> list[str]:
+    return textwrap.wrap(text, int(width * 72 / (0.52 * size)))

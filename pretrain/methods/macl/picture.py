@@ -1,0 +1,93 @@
+"""What MACL compares: the same place seen in two shifted crops, one of them coarser, and a pair that is turned and scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnssl.losses.diagnostics import middle_slice, principal_colours, resemblance
+from nnssl.pretrain.types import Picture
+
+__all__ = ["pair_picture"]
+
+FINE, COARSE = "view 1: a crop in full detail", "view 2: shifted and coarser"
+ALIKE = "view 2: bright where it resembles the cross of view 1"
+COLOURS, COARSE_COLOURS = "view 1: descriptions as colours", "view 2: descriptions as colours"
+TURNED, TURNED_COARSE = "the crop once more, turned and scaled", "and again, turned otherwise, coarser"
+
+NOTE = "How to read it: each row is a slice of another held-out image. "
+CROSS_NOTE = (
+    "The yellow frame is the part that both views show, the cross one and the same place. Learnt: in the third column the bright "
+    "spot sits on the cross and is small. Nothing learnt: it is bright everywhere, or in the same spot of every row. Equal "
+    "colours are equal descriptions by the network: they should follow the tissue, not the position in the crop. "
+)
+TURNED_NOTE = "The two turned crops are recognised as the same place among the crops of other images."
+
+
+@torch.no_grad()
+def pair_picture(
+    views: Sequence[Tensor],
+    start: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    moved: Sequence[Tensor],
+    *,
+    spacing: Sequence[float],
+) -> Picture:
+    """Draw both views in the slice through the middle of what both show.
+
+    Args:
+        views: ``(B, 1, *size)`` the fine view, ``(B, 1, *s)`` the coarse one of as large a part.
+        start: ``(B, dim)`` first voxel of each in the common window.
+        maps: features of both, ``(B, C, *m)`` of the fine and ``(B, C, *n)`` of the coarse view; none: not drawn.
+        moved: the turned pair, as ``views``.
+        spacing: mm per voxel and axis.
+    """
+    size = views[0].shape[2:]
+    first, second = (s.long().cpu() for s in start)
+    low, high = torch.maximum(first, second), torch.minimum(first, second) + torch.tensor(size)
+    place = (low + high) // 2
+    at = [place - first, place - second]
+    boxes = {c: _boxes(low - s, high - s) for c, s in ((FINE, first), (COARSE, second))}
+    crosses = [a[:, -2:].numpy() for a in at]
+    points = {FINE: crosses[0], COARSE: crosses[1]}
+    columns = {c: _slices(v, size, a)[:, 0].numpy() for c, v, a in zip((FINE, COARSE), views, at)}
+    scales, tags, note = {}, {}, NOTE + TURNED_NOTE
+    if maps:
+        found = [_slices(m, size, a) for m, a in zip(maps, at)]
+        rows = list(range(len(place)))
+        mark = found[0][rows, :, at[0][:, -2], at[0][:, -1]]
+        alike = resemblance(mark, found[1])
+        columns[ALIKE] = alike.numpy()
+        colours = principal_colours(*found)
+        columns |= {c: x.movedim(1, -1).numpy() for c, x in zip((COLOURS, COARSE_COLOURS), colours)}
+        points |= {ALIKE: crosses[1], COLOURS: crosses[0], COARSE_COLOURS: crosses[1]}
+        scales = {ALIKE: "similarity (cosine)"}
+        tags = {ALIKE: [f"brightest {mm:.0f} mm from the cross" for mm in _distances(alike, at[1], spacing)]}
+        note = NOTE + CROSS_NOTE + TURNED_NOTE
+    for caption, image in zip((TURNED, TURNED_COARSE), moved):
+        columns[caption] = middle_slice(image, size).squeeze(-1).cpu().numpy()
+    title = "The same place, seen twice: the network should describe it alike"
+    return Picture(columns, title, note, scales, boxes=boxes, points=points, tags=tags)
+
+
+def _boxes(low: Tensor, high: Tensor) -> np.ndarray:
+    """``(B, 4)`` of the last two axes: top, left, height, width."""
+    return torch.cat([low[:, -2:], (high - low)[:, -2:]], 1).numpy()
+
+
+def _slices(x: Tensor, size: Sequence[int], at: Tensor) -> Tensor:
+    """``(B, C, *s)``, enlarged to ``size`` as it is -> the slice of each through ``at`` ``(B, dim)``: ``(B, C, H, W)``."""
+    x = torch.nn.functional.interpolate(x.float(), size=tuple(size), mode="nearest").cpu()
+    return x if x.ndim == 4 else x[torch.arange(len(x)), :, at[:, 0]]
+
+
+def _distances(alike: Tensor, at: Tensor, spacing: Sequence[float]) -> list[float]:
+    """mm in the slice from the cross to the middle of what is most similar."""
+    out = []
+    for image, cross in zip(alike, at[:, -2:].float()):
+        best = (image >= image.max() - 1e-6).nonzero().float().mean(0)
+        out.append(float(((best - cross) * torch.tensor(list(spacing)[-2:])).norm()))
+    return out
