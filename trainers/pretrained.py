@@ -29,6 +29,7 @@ from nnssl.plans.parts import parts_for
 from nnssl.plans.primus import CLASSES
 from nnssl.trainers.groups import changed_parts
 from nnssl.trainers.inspection import content_of, digests
+from nnssl.trainers.loggers import FineTuningLogger, add_loggers
 from nnssl.trainers.schedule import Figures
 from nnssl.trainers.stepwise import StepwiseTrainer
 from nnssl.trainers.weights import find_weights
@@ -103,6 +104,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         self.initial_lr = figures.peak_lr
         self.provenance: dict[str, Any] = {}
         self._digests: dict[str, str] = {}
+        self._loggers: list[FineTuningLogger] = []
 
     def plan(self) -> Plan:
         """The plan of the network that is pretrained."""
@@ -148,10 +150,28 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
             if self.current_epoch == 0:
                 self._start_weights()
             self.before_loading()
+            self._loggers = add_loggers(self, self._settings())
         except NnsslError as error:
             self.print_to_log_file(f"nnssl: {error}", also_print_to_console=False)
             raise
         super().on_train_start()
+
+    def on_train_end(self) -> None:
+        """As nnU-Net; loggers hear that the training has come to its end."""
+        super().on_train_end()
+        for each in self._loggers:
+            each.finished = True
+
+    def _settings(self) -> dict[str, Any]:
+        """What loggers are told of the training."""
+        plans = self.plans_manager
+        told = {"trainer": type(self).__name__, "dataset": plans.dataset_name, "plans_name": plans.plans_name}
+        told |= {
+            "configuration": self.configuration_name,
+            "fold": str(self.fold),
+            "weights": self.provenance.get("weights", ""),
+        }
+        return {**told, **{k: v for k, v in self.figures.to_dict().items() if v is not None}, "schedule": self.family}
 
     def before_loading(self) -> None:
         """Called once the weights are there, before any data is loaded."""

@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnssl.trainers.schedule import Rates
+
 __all__ = ["describe_rates", "draw_below", "draw_rates", "merge_names"]
 
-Row = Mapping[str, Any]
+MOST_POINTS = 2000
+"""Steps of a training at which its rates are drawn, beside the first of each epoch."""
 
 
 def merge_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,14 +42,15 @@ def describe_rates(rates: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {f'{lr:.4g}' if lr else 'frozen'}" for name, lr in merge_names(rates).items())
 
 
-def draw_rates(rows: Sequence[Row], path: Path) -> None:
-    """Add a panel with each group's learning rate to the bottom of nnU-Net's ``progress.png``.
+def draw_rates(rates: Rates, epochs: int, path: Path) -> None:
+    """Add a panel with each group's learning rate to the bottom of nnU-Net's ``progress.png``: step by step, as they are set.
 
     Args:
-        rows: one per epoch: ``{"epoch": int, "first": {group: lr}, "last": {group: lr}}``, the rates of its first and last step.
+        rates: of the training.
+        epochs: that are done; the rest is drawn thin.
         path: the figure that nnU-Net has just drawn.
     """
-    draw_below(path, lambda ax: _draw(rows, ax))
+    draw_below(path, lambda ax: _draw(rates, epochs, ax))
 
 
 def draw_below(path: Path, draw: Callable[[Any], None]) -> None:
@@ -77,13 +81,19 @@ def draw_below(path: Path, draw: Callable[[Any], None]) -> None:
     temporary.replace(path)
 
 
-def _draw(rows: Sequence[Row], ax: Any) -> None:
-    x = [row["epoch"] + part for row in rows for part in (0.0, 0.99)]
-    curves = {name: tuple(row[part][name] for row in rows for part in ("first", "last")) for name in rows[-1]["last"]}
-    for name, values in merge_names(curves).items():
-        ax.plot(x, values, linewidth=4, label=name if any(values) else f"{name} (frozen)")
-    ax.set_xlabel("epoch", fontsize=30)
-    ax.set_ylabel("learning rate by group", fontsize=30)
+def _draw(rates: Rates, epochs: int, ax: Any) -> None:
+    each, steps = rates.figures.iterations, rates.figures.steps
+    stride = max(1, steps // MOST_POINTS)
+    at = sorted({*range(0, steps, stride), *range(0, steps, each), steps - 1})
+    curves = {name: tuple(rates.at(step, name) for step in at) for name in rates.groups}
+    x, done = [step / each for step in at] + [steps / each], sum(step < epochs * each for step in at)
+    for i, (name, values) in enumerate(merge_names(curves).items()):
+        y, line = [*values, values[-1]], {"drawstyle": "steps-post", "color": f"C{i % 10}"}
+        ax.plot(x[: done + 1], y[: done + 1], linewidth=4, label=name if any(values) else f"{name} (frozen)", **line)
+        ax.plot(x[done:], y[done:], linewidth=1.5, linestyle="--", **line)
+    ax.axvline(epochs, color="0.6", linewidth=2)
+    ax.set_xlabel(f"epoch (of {each} optimiser steps; dashed: still to come)", fontsize=30)
+    ax.set_ylabel("learning rate of each part", fontsize=30)
     ax.tick_params(labelsize=28)
     ax.yaxis.get_offset_text().set_fontsize(28)
     ax.grid(alpha=0.4)

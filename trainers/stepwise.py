@@ -182,5 +182,5 @@ class StepwiseTrainer(nnUNetTrainer):
     def on_epoch_end(self) -> None:
         """As nnU-Net; ``progress.png`` gets a panel with the learning rates of all groups."""
         super().on_epoch_end()
-        if self.local_rank == 0 and self.rates and len(self.optimizer.param_groups) > 1:
-            draw_rates(self.rates, Path(self.output_folder) / "progress.png")
+        if self.local_rank == 0 and self.rates and isinstance(self.lr_scheduler, StepSchedule):
+            draw_rates(self.lr_scheduler.rates, self.current_epoch, Path(self.output_folder) / "progress.png")

@@ -443,7 +443,7 @@ def test_cross_and_frame_show_one_place_in_both_views(make, dim):
         assert abs(fine[y, x] - coarse[v, u]) <= 2 * step + (1 if dim == 3 else 0)
         for caption, image in ((FINE, fine), (COARSE, coarse)):
             top, left, tall, wide = picture.boxes[caption][row]
-            assert 0 <= top and top + tall <= image.shape[0] and 0 <= left and left + wide <= image.shape[1]
+            assert top >= 0 and top + tall <= image.shape[0] and left >= 0 and left + wide <= image.shape[1]
     assert np.array_equal(picture.boxes[FINE][:, 2:], picture.boxes[COARSE][:, 2:])
 
 

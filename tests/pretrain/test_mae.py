@@ -15,11 +15,11 @@ from nnssl import checkpoint
 from nnssl.config import make_config
 from nnssl.errors import NnsslError
 from nnssl.losses.masked import masked_error
+from nnssl.masking.picture import ERROR, FILLED, PAINTED, REAL, SHOWN
 from nnssl.networks import build_network, walk
 from nnssl.plans import Plan
 from nnssl.pretrain import run
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.masking.picture import ERROR, FILLED, PAINTED, REAL, SHOWN
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 
 ISO = ((1, 1, 1), (2, 2, 2), (2, 2, 2))

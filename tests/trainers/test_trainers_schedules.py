@@ -13,7 +13,7 @@ from nnssl.errors import NnsslError
 from nnssl.networks import build_network, canonical_state_dict
 from nnssl.plans import Plan, load_plan
 from nnssl.plans.figures import FAMILIES, Figures, check_options, family_name
-from nnssl.trainers import nnUNetTrainerPretrainedScratch
+from nnssl.trainers import nnUNetTrainerPretrainedScratch, rates
 from nnssl.trainers.groups import backbone_groups, build_optimizer, group_of, hold_statistics, parameter_groups
 from nnssl.trainers.rates import describe_rates, draw_rates, merge_names
 from nnssl.trainers.schedule import Rates, StepSchedule, freeze_unfreeze, sawtooth
@@ -205,13 +205,30 @@ def test_names_are_merged_and_described():
     assert describe_rates(rates) == "seg_layers, decoder stage 1 0.0003, decoder stage 0, encoder stages 1-0 frozen"
 
 
+def frozen_then_not():
+    figures = Figures(epochs=4, iterations=10, peak_lr=1e-3, frozen=0.375, ramp=0.1)
+    return Rates("freeze_unfreeze", figures, ("seg_layers", "encoder stage 0"), ("encoder stage 0",))
+
+
+def test_a_jump_of_the_learning_rate_is_drawn_as_one():
+    """Frozen for 15 of 40 steps: the rate changes within the second epoch, in one step."""
+    from matplotlib.figure import Figure as Canvas
+
+    ax = Canvas().subplots()
+    rates._draw(frozen_then_not(), 2, ax)
+    line = next(line for line in ax.get_lines() if line.get_label() == "encoder stage 0")
+    assert line.get_drawstyle() == "steps-post"
+    drawn = {round(x * 10): y for x, y in line.get_xydata()}
+    assert drawn[14] == 0 and drawn[15] == pytest.approx(1e-4) and max(drawn) == 20
+    assert "10 optimiser steps" in ax.get_xlabel()
+
+
 def test_the_figure_gets_a_panel_below_nnunets(tmp_path):
     from matplotlib.image import imsave
 
     path = tmp_path / "progress.png"
     imsave(path, np.full((300, 1200, 4), 0.5, np.float32))
-    rows = [{"epoch": e, "first": {"a": 1e-3, "b": 0.0}, "last": {"a": 1e-4, "b": 0.0}} for e in range(3)]
-    draw_rates(rows, path)
+    draw_rates(frozen_then_not(), 2, path)
     image = imread(path)
     assert image.shape == (1700, 1200, 3)
     assert np.allclose(image[:300], 0.5, atol=0.01) and image[300:].std() > 0.05

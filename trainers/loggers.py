@@ -1,0 +1,90 @@
+"""The loggers of :mod:`nnssl.loggers` in nnU-Net's own list of loggers, chosen by the environment variable ``nnssl_logger``."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnssl.loggers import Logger, logger_names, open_loggers
+
+__all__ = ["FineTuningLogger", "add_loggers"]
+
+_TIMES = ("epoch_start_timestamps", "epoch_end_timestamps")
+
+
+class FineTuningLogger:
+    """What nnU-Net's ``MetaLogger`` calls, passed on: numbers only, never plans, paths or lists of cases.
+
+    Args:
+        inner: where they go.
+
+    Attributes:
+        finished: whether the training has come to its end; told when the process ends.
+    """
+
+    def __init__(self, inner: Logger) -> None:
+        self.inner = inner
+        self.finished = False
+        atexit.register(self.close)  # nnU-Net validates after the training's end, and tells the result
+
+    def update_config(self, config: Mapping[str, Any]) -> None:
+        """Plain values only."""
+        plain = {k: v for k, v in config.items() if isinstance(v, (int, float, str))}
+        if plain:
+            self.inner.settings(plain)
+
+    def log(self, key: str, value: Any, step: int) -> None:
+        """A number of an epoch."""
+        number = _number(value)
+        if key not in _TIMES and number is not None:
+            self.inner.log({f"finetuning/{key}": number}, step)
+
+    def log_summary(self, key: str, value: Any) -> None:
+        """A number that is told once, such as the Dice of the final validation."""
+        number = _number(value)
+        if number is not None:
+            self.inner.summary({key: number})
+
+    def close(self) -> None:
+        """End the run."""
+        self.inner.close(self.finished)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def add_loggers(trainer: Any, settings: Mapping[str, Any]) -> list[FineTuningLogger]:
+    """Open the loggers that ``nnssl_logger`` names and put them into the trainer's; rank 0 only.
+
+    Weights & Biases is left to nnU-Net where ``nnUNet_wandb_enabled`` is set.
+
+    Args:
+        trainer: an nnU-Net trainer; a continued training goes on in the same run of each program.
+        settings: plain values that describe the training.
+
+    Raises:
+        NnsslError: an unknown name, a missing package, a program that refuses.
+    """
+    names = [
+        n
+        for n in logger_names()
+        if n != "wandb" or os.environ.get("nnUNet_wandb_enabled", "0") in ("0", "false", "False")
+    ]
+    if trainer.local_rank != 0 or not names:
+        return []
+    folder = Path(trainer.output_folder)
+    title = f"{folder.parent.name} {folder.name}"
+    added = [FineTuningLogger(each) for each in open_loggers(names, folder, title, resume=trainer.logger.resume)]
+    for each in added:
+        each.update_config(settings)
+    trainer.logger.loggers.extend(added)
+    return added
