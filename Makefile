@@ -3,6 +3,7 @@
 # make mutants changes the code in PATHS, one small thing at a time, and prints what no test notices
 # make tables  writes the tables of docs/commands.md anew from the commands' parsers
 # make lint    ruff and mypy
+# make docs    the documentation as a site in site/, without a warning; site/index.html opens in a browser
 # make venv    only the environment; PYTHON=python3.12 chooses the Python, VENV=folder the place
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 PATHS ?= nnssl/losses nnssl/heads nnssl/masking
 MUTANT_ARGS ?=
 
-.PHONY: demo test test-slow mutants tables lint format venv help
+.PHONY: demo test test-slow mutants tables lint docs format venv help
 .DEFAULT_GOAL := help
 
 help:
@@ -52,6 +53,9 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .

@@ -326,7 +326,8 @@ class HDense(Method):
         )
         unit = "mean squared error\n(1 = square of the image's range)"
         restored = Curve("How well is a spoilt crop restored?", unit, {"restoration": ""}, hint="lower is better")
-        return [*([told, found, parted] if self.config.contrast_weight > 0 else []), restored]
+        shown = [told, found, parted] if self.config.contrast_weight > 0 else []
+        return shown + ([restored] if self.config.restoration_weight > 0 else [])
 
     def embedded_slice(self, levels: Sequence[Tensor], anchor: Tensor, size: Sequence[int]) -> Tensor:
         """Voxel embeddings of the slice through each anchor: ``(B, proj_dim, H, W)``."""
