@@ -19,6 +19,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *(ROOT / "docs" / n for n in ("getting-started.md", "concepts.md")),
 ]
+PAGES += sorted((ROOT / "docs" / "tasks").glob("*.md"))
 PAGES += [ROOT / "docs" / "commands.md", ROOT / "docs" / "methods" / "README.md"]
 SCRIPTS = dict(
     re.findall(r'^(nnssl_\w+) = "([\w.:]+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)

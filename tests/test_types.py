@@ -3,6 +3,7 @@
 ``make lint`` runs mypy over the package and that file; pyright is asked where it is installed.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,16 @@ def test_mypy_flags_each_wrong_call(wrong):
 def test_mypy_passes_on_the_public_calls():
     pytest.importorskip("mypy")
     command = [sys.executable, "-m", "mypy", "tests/typing_public.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_mypy_passes_on_the_example_of_the_readme(tmp_path):
+    pytest.importorskip("mypy")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "example.py").write_text(code)
+    command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", tmp_path / "example.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

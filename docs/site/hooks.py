@@ -83,16 +83,9 @@ def _option_rows(parser: argparse.ArgumentParser) -> Iterator[str]:
 def options_page() -> str:
     """All options of all commands."""
     parts = ["# Options of the commands", "", "Made from the commands' own parsers: what `--help` says, on one page."]
+    head = ["", "| option | value | meaning |", "|---|---|---|"]
     for command, parser in parsers().items():
-        parts += [
-            "",
-            f"## {command}",
-            "",
-            _escaped(parser.description or ""),
-            "",
-            "| option | value | meaning |",
-            "|---|---|---|",
-        ]
+        parts += ["", f"## {command}", "", _escaped(parser.description or ""), *head]
         parts += _option_rows(parser)
     return "\n".join(parts) + "\n"
 

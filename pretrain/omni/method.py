@@ -297,7 +297,7 @@ class OmniMixin(Method):
         labels = Curve("How well are labelled cases segmented?", unit, {"seg": ""}, hint="lower is better")
         unit = "nnU-Net's loss against labels\nthat the network has made itself"
         pseudo = Curve("Are its own labels learnt? (second stage)", unit, {"semi": ""}, hint="lower is better")
-        return [own[0], labels, pseudo, *own[1:]]
+        return [own[0], labels, pseudo]
 
     def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
         """The method's own, on its own loss."""
