@@ -274,6 +274,28 @@ def test_batches_that_cannot_be_are_refused(dataset):
         go(options={"preset": "fast"})
 
 
+def test_a_logger_gets_the_numbers_the_options_and_the_verdict(dataset, monkeypatch):
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    result = go(logger="mlflow", options={"workers": 0, "log_every": 1})
+    client = MlflowClient(tracking_uri=(result.folder / "mlruns").as_uri())
+    (run,) = client.search_runs([client.get_experiment_by_name("nnssl").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "epoch/held_out/total")
+    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert {m.step: m.value for m in history} == {r["step"]: r["held_out/total"] for r in rows if r["event"] == "epoch"}
+    assert len(client.get_metric_history(run.info.run_id, "step/total")) == 4 and run.info.status == "FINISHED"
+    assert run.data.tags["verdict"] == result.sentence and run.data.metrics["learnt"] == result.learnt
+    assert run.data.params["method"] == "toy" and run.data.params["option/lr"] == "0.01"
+    assert run.data.params["cases"] == "5" and run.data.params["held_out_cases"] == "1"
+    told = "".join(f.read_text(errors="replace") for f in (result.folder / "mlruns").rglob("*") if f.is_file())
+    cases = [p.name.removesuffix(".b2nd") for p in dataset.rglob("*.b2nd") if not p.name.endswith("_seg.b2nd")]
+    assert cases and not any(case in told for case in cases), "case names stay here"
+    with pytest.raises(NnsslError, match="--logger neptune: unknown"):
+        go(logger="neptune", name="other")
+
+
 def test_a_dry_run_writes_nothing(dataset, nnunet_env, caplog):
     caplog.set_level("INFO", "nnssl")
     result = go(dry_run=True)

@@ -35,6 +35,7 @@ def no_variables(monkeypatch):
 def test_what_nnunet_logs_arrives_in_mlflow(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv(VARIABLE, "mlflow")
+    saved = {}
     for resume, epochs in ((False, (0, 1)), (True, (2,))):
         trainer = trainer_in(tmp_path, resume)
         if resume:
