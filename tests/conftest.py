@@ -15,13 +15,14 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
 
-# nnU-Net and torch read these once, when they are imported.
+# nnU-Net and torch read these once, when they are imported; no logger, since opening TensorBoard takes longer than these runs.
 for _name, _value in {
     "OMP_NUM_THREADS": "1",
     "nnUNet_n_proc_DA": "0",
     "nnUNet_def_n_proc": "1",
     "nnUNet_compile": "f",
     "MPLBACKEND": "Agg",
+    "nnssl_logger": "none",
 }.items():
     os.environ.setdefault(_name, _value)
 

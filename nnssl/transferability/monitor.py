@@ -192,13 +192,16 @@ class RobustnessMonitor:
         points = [(row["epoch"], row["loss"]) for row in self.trace if math.isfinite(row["loss"])]
         if self.baseline is not None and math.isfinite(self.baseline.mean):
             mean, sd = self.baseline.mean, self.baseline.sd
-            ax.axhspan(mean - 2 * sd, mean + 2 * sd, color="0.85", label="random initialisations")
+            ax.axhspan(mean - 2 * sd, mean + 2 * sd, color="0.85", label="random weights (mean ± 2 SD)")
             ax.axhline(mean, color="0.6", linewidth=1)
         if points:
             ax.plot(*zip(*points), marker=".", color="C2", label="this run")
         if self.best_epoch is not None:
-            ax.plot(self.best_epoch, self.stopper.best, marker="*", markersize=11, color="C3", label="best")
-        ax.set_title("robustness loss (lower is better)")
+            ax.plot(self.best_epoch, self.stopper.best, marker="*", markersize=11, color="C3", label="best so far")
+        ax.set_title("Is a crop told from others, whatever its contrast?", fontsize=11.5, fontweight="bold", pad=20)
+        hint = "lower is better; below the grey band: better than random weights"
+        ax.text(0.5, 1.02, hint, transform=ax.transAxes, ha="center", va="bottom", fontsize=9, color="0.3")
+        ax.set_ylabel("robustness loss of the encoder", fontsize=9)
         ax.legend(fontsize=8)
 
     # ---- state ---------------------------------------------------------------------------------------------------

@@ -177,13 +177,16 @@ class AgreementHook(Hook):
 
     def _draw(self, axis: Any) -> None:
         epochs = [r["epoch"] for r in self.trace]
-        axis.plot(epochs, [r["dice"] for r in self.trace], label="pseudo-labels, mean", color="black")
+        axis.plot(epochs, [r["dice"] for r in self.trace], label="averaged network, mean", color="black")
         axis.plot(epochs, [r["student_dice"] for r in self.trace], label="network itself, mean", color="grey", ls="--")
         names = [k for k in (self.trace[-1] if self.trace else {}) if k.startswith("dice_")]
         for name in names[:8]:
             axis.plot(epochs, [r.get(name) for r in self.trace], label=name.removeprefix("dice_"), lw=0.8)
         axis.set_ylim(0, 1)
-        axis.set_title("Dice of pseudo-labels with held-out labels")
+        axis.set_title("Are its own labels right?", fontsize=11.5, fontweight="bold", pad=20)
+        hint = "on labelled cases that are held out; higher is better"
+        axis.text(0.5, 1.02, hint, transform=axis.transAxes, ha="center", va="bottom", fontsize=9, color="0.3")
+        axis.set_ylabel("Dice with the expert's labels", fontsize=9)
 
     def checkpoint_info(self) -> dict[str, Any]:
         """``omni``: options, trace, and hashes of the cases whose labels were learnt from; ``heads``: their label set."""
