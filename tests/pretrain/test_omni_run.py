@@ -103,8 +103,8 @@ def test_a_run_leaves_what_the_contract_says(data, nnunet_env, tmp_path, capsys)
     hook.load_state_dict(checkpoint.load(result.folder / "checkpoint_latest.pth").training["hooks"]["omni"])
     hook._draw(axis)
     drawn = {line.get_label(): list(line.get_ydata()) for line in axis.get_lines()}
-    assert {"pseudo-labels, mean", "network itself, mean", "liver", "spleen"} <= set(drawn)
-    assert len(drawn["pseudo-labels, mean"]) == 5
+    assert {"averaged network, mean", "network itself, mean", "liver", "spleen"} <= set(drawn)
+    assert len(drawn["averaged network, mean"]) == 5
     network = build_network(plan)
     report = apply(network, loaded, plan)
     assert all(p.percent == 100 for p in report.parts), "the heads have learnt this very label set"
