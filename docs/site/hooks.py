@@ -7,7 +7,6 @@ so that they cannot differ from what is installed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import os
 import re
@@ -27,7 +26,7 @@ API = {
     "plans": ("Plans", ["nnssl.plans"]),
     "networks": ("Networks", ["nnssl.networks"]),
     "pieces": ("Losses, heads, masking", ["nnssl.losses", "nnssl.heads", "nnssl.masking"]),
-    "teacher": ("Mean teacher", ["nnssl.teacher"]),
+    "teacher": ("Mean teacher", [f"nnssl.teacher.{m}" for m in ("averaging", "pseudo_labels", "components", "stages")]),
     "transferability": ("Transferability and probes", ["nnssl.transferability", "nnssl.probe"]),
     "trainers": ("Trainers", ["nnssl.trainers", "nnssl.trainers.pretrained"]),
     "loggers": ("Loggers", ["nnssl.loggers"]),
@@ -74,9 +73,7 @@ def _option_rows(parser: argparse.ArgumentParser) -> Iterator[str]:
         value = "" if action.nargs == 0 or not action.option_strings else str(action.metavar or action.dest.upper())
         if action.choices:
             value = ", ".join(map(str, action.choices))
-        told = action.help or ""
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            told = told % {**vars(action), "prog": parser.prog}
+        told = parser._get_formatter()._expand_help(action) if action.help else ""
         yield f"| {names} | {_escaped(value)} | {_escaped(told)} |"
 
 
@@ -85,7 +82,7 @@ def options_page() -> str:
     parts = ["# Options of the commands", "", "Made from the commands' own parsers: what `--help` says, on one page."]
     head = ["", "| option | value | meaning |", "|---|---|---|"]
     for command, parser in parsers().items():
-        parts += ["", f"## {command}", "", _escaped(parser.description or ""), *head]
+        parts += ["", f"## {command}", "", _escaped((parser.description or "").replace("%%", "%")), *head]
         parts += _option_rows(parser)
     return "\n".join(parts) + "\n"
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,11 +86,13 @@ def test_wandb(tmp_path):
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
     assert files, "both parts have the run's name, so that wandb sync joins them"
     points, told = {}, ""
-    for record in (r for file in files for r in records(file)):
-        told += str(record)
-        values = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-        if "epoch/held_out/total" in values:
-            points[values["step"]] = values["epoch/held_out/total"]
+    end = time.monotonic() + 60  # wandb's own process writes the end a little later
+    while 30 not in points and time.monotonic() < end:
+        found = [r for file in files for r in records(file)]
+        told = "".join(map(str, found))
+        rows = [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in r.history.item} for r in found]
+        points = {row["step"]: row["epoch/held_out/total"] for row in rows if "epoch/held_out/total" in row}
+        time.sleep(0.2)
     assert points == {10: 1.0, 20: 2.0, 0: 0.0, 30: 3.0}
     assert "mask_ratio" in told and "mae learnt" in told
     assert str(Path(sys.argv[0]).resolve().parent) not in told, "no path of the machine"
