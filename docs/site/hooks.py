@@ -62,7 +62,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
 
 def _escaped(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return " ".join(text.split()).replace("%%", "%").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
 def _option_rows(parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -82,7 +82,7 @@ def options_page() -> str:
     parts = ["# Options of the commands", "", "Made from the commands' own parsers: what `--help` says, on one page."]
     head = ["", "| option | value | meaning |", "|---|---|---|"]
     for command, parser in parsers().items():
-        parts += ["", f"## {command}", "", _escaped((parser.description or "").replace("%%", "%")), *head]
+        parts += ["", f"## {command}", "", _escaped(parser.description or ""), *head]
         parts += _option_rows(parser)
     return "\n".join(parts) + "\n"
 
