@@ -118,6 +118,19 @@ def objectives_page() -> str:
     return "\n".join(parts) + "\n"
 
 
+def run_arguments() -> list[str]:
+    """The arguments of ``nnssl.pretrain.run``, which are made from a dataclass, as a table."""
+    from dataclasses import MISSING, fields
+
+    from nnssl.pretrain.options import RunOptions
+
+    parts = ["", "## Arguments of `nnssl.pretrain.run`", "", "| argument | default | meaning |", "|---|---|---|"]
+    for f in fields(RunOptions):
+        default = "" if f.default is MISSING else f"`{f.default!r}`"
+        parts.append(f"| `{f.name}` | {default} | {_escaped(f.metadata.get('help', ''))} |")
+    return parts
+
+
 def api_pages() -> dict[str, str]:
     """Pages of the public faces; what is in ``__all__`` is public."""
     pages = {}
@@ -125,6 +138,7 @@ def api_pages() -> dict[str, str]:
         parts = [f"# {title}"]
         for module in modules:
             parts += ["", f"## `{module}`", "", f"::: {module}", "    options:", "      heading_level: 3"]
+        parts += run_arguments() if page == "pretrain" else []
         pages[f"reference/{page}.md"] = "\n".join(parts) + "\n"
     return pages
 

@@ -164,7 +164,7 @@ def _draw(curve: Curve, rows: Rows, ax: Any) -> None:
             _line(ax, rows, f"train/{term}", "cases that it learns from", TRAINING, scale=scale, width=1.4)
             _line(ax, rows, key, "held-out cases", HELD_OUT, scale=scale, width=2.4)
         else:
-            _line(ax, rows, key, "cases that it learns from (none is held out)", TRAINING, scale=scale, width=2.4)
+            _line(ax, rows, key, "cases that it learns from (not measured on others)", TRAINING, scale=scale, width=2.4)
     for level, style in zip(curve.levels, ("--", ":", "-.")):
         _level(ax, rows, level, style, scale)
     if curve.percent:

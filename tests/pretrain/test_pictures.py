@@ -102,7 +102,7 @@ def test_at_most_six_panels_and_the_methods_own_come_first(monkeypatch, tmp_path
 def test_training_values_where_nothing_is_held_out(monkeypatch, tmp_path):
     rows = [{"epoch": 1, "train/a": 1.0}, {"epoch": 2, "train/a": 0.5}]
     (ax,) = axes_of(monkeypatch, rows, tmp_path / "p.png", [A])
-    assert "none is held out" in ax.get_lines()[0].get_label() and ax.get_xlabel() == "epoch"
+    assert "not measured on others" in ax.get_lines()[0].get_label() and ax.get_xlabel() == "epoch"
 
 
 def test_shares_are_percents_from_zero(monkeypatch, tmp_path):
