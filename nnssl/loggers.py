@@ -31,7 +31,7 @@ IDENTIFIERS = "loggers.json"
 class Logger(Protocol):
     """Where numbers of a run go."""
 
-    name: ClassVar[str]
+    name: str
 
     def settings(self, values: Mapping[str, Any]) -> None:
         """What the run is: plain values by name."""
@@ -91,10 +91,10 @@ class WandB:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        quiet = {"console": "off", "disable_code": True, "disable_git": True, "x_disable_meta": True}
+        quiet: dict[str, Any] = {"console": "off", "disable_code": True, "disable_git": True, "x_disable_meta": True}
         settings = wandb.Settings(silent=True, **quiet)
         project = os.environ.get("WANDB_PROJECT", "nnssl")
-        given = {"id": identifier, "resume": "allow" if identifier else None}
+        given: dict[str, Any] = {"id": identifier, "resume": "allow" if identifier else None}
         self._run = wandb.init(project=project, name=title, dir=str(folder), settings=settings, **given)
         self.identifier = self._run.id
         self._run.define_metric("step")
