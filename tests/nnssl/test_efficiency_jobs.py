@@ -304,7 +304,7 @@ def test_the_command_tells_failures_by_its_exit_status(lab, monkeypatch, capsys)
     monkeypatch.setattr(cli, "LocalBackend", lambda records, *args: LocalBackend(records, launcher=launcher))
     assert cli.main([str(lab.file), "-device", "cpu", "--output", str(lab.out)]) == 1
     out = capsys.readouterr().out
-    assert "1 job(s) failed, 2 that need them were not run" in out and str(lab.out / "logs" / f"{train}.log") in out
+    assert "1 job failed, 2 that need them were not run" in out and str(lab.out / "logs" / f"{train}.log") in out
     (lab.control / f"fail-{train}").unlink()
     assert cli.main([str(lab.file), "-device", "cpu", "--output", str(lab.out)]) == 0
 
