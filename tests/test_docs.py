@@ -1,5 +1,6 @@
 """The documentation site, the tutorial and the container: built without a warning, and of one mind with the code."""
 
+import argparse
 import importlib.util
 import os
 import re
@@ -31,7 +32,8 @@ def test_options_of_every_command_are_on_the_page(hooks):
     assert list(parsers) == named and len(named) >= 9
     sections = dict(re.findall(r"^## (nnssl_\w+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
     for command, parser in parsers.items():
-        for action in parser._actions:
+        shown = [a for a in parser._actions if a.help != argparse.SUPPRESS]  # the others are old names
+        for action in shown:
             for option in action.option_strings:
                 assert option in ("-h", "--help") or f"`{option}`" in sections[command], f"{command} {option}"
     assert "%(default)" not in page and "%%" not in page
