@@ -3,7 +3,7 @@
 Each case has its own anatomy (places, sizes, a smooth random deformation), its own contrast, noise, bias field, voxel
 size and number of slices. Everything is drawn on a grid twice as fine and averaged down, so that borders are partial
 volume. Two structures are labelled: ``gland`` (a lobed, textured organ close to muscle in brightness, next to look-alikes)
-and ``bladder`` (variably filled, brighter or darker than its surroundings).
+and ``bladder`` (variably filled, brighter than fat).
 
 Usage: python phantoms.py nnUNet_raw [--labelled 5] [--unlabelled 32] [--test 8] [--seed 0]
 """
@@ -108,8 +108,8 @@ def draw_image(rng: np.random.Generator, tissue: np.ndarray, spacing: tuple) -> 
     """Signal without noise: tissue contrast of this scan, texture within tissues, bias field."""
     u = rng.uniform
     muscle, fat = u(0.30, 0.42), u(0.6, 0.9)
-    fluid = fat * (u(1.25, 1.7) if u() < 0.8 else u(0.4, 0.6))
-    gland = muscle * u(0.95, 1.3)
+    fluid = fat * u(1.2, 1.7)
+    gland = muscle * u(1.3, 1.7)
     mean = np.zeros(11)
     mean[[AIR, FAT, MUSCLE, CORTEX, MARROW]] = 0.01, fat, muscle, u(0.05, 0.12), u(0.5, 0.85)
     mean[[VESSEL, NODE, BOWEL, GAS, GLAND]] = u(0.08, 0.9), gland * u(0.9, 1.1), u(0.35, 0.65), 0.03, gland
@@ -124,9 +124,9 @@ def draw_image(rng: np.random.Generator, tissue: np.ndarray, spacing: tuple) -> 
 def make_case(seed: list[int]) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
     """One case: image (int16), labels (uint8), both (Z, Y, X), and the voxel size in mm; a pure function of the seed."""
     rng = np.random.default_rng(seed)
-    plane = rng.uniform(1.5, 1.65)
-    spacing = (float(rng.choice([3.0, 3.3, 3.6])), plane, plane)
-    shape = (int(rng.integers(28, 33)), int(rng.integers(48, 53)), int(rng.integers(48, 53)))
+    plane = rng.uniform(2.2, 2.4)
+    spacing = (float(rng.choice([4.2, 4.5, 4.8])), plane, plane)
+    shape = (int(rng.integers(20, 24)), int(rng.integers(31, 34)), int(rng.integers(31, 34)))
     fine_shape, fine_spacing = tuple(FINE * n for n in shape), tuple(s / FINE for s in spacing)
     tissue = draw_anatomy(rng, fine_shape, fine_spacing)
     blurred = gaussian_filter(draw_image(rng, tissue, fine_spacing), (0.8, 0.7, 0.7))

@@ -32,7 +32,7 @@ CONFIGURATION, PLANS, FOLD = "3d_fullres", "nnUNetPlans_cpu", "0"
 FEW_PROCESSES = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 # Cases: labelled, unlabelled, test. Lengths: epochs x iterations.
-FULL = {"cases": (5, 32, 8), "pretrain": (8, 50), "finetune": (12, 100), "val": 2}
+FULL = {"cases": (5, 32, 8), "pretrain": (4, 50), "finetune": (12, 100), "val": 2}
 QUICK = {"cases": (5, 6, 2), "pretrain": (1, 2), "finetune": (2, 2), "val": 1}
 
 
@@ -61,7 +61,7 @@ def steps(folder: str, size: dict, phantoms: str = "examples/demo/phantoms.py", 
             "small_plan",
             "Derive a plan: two labelled cases, a small network and a short training, so that a CPU can do it",
             ["nnssl_plan", "-d", "901", "-c", CONFIGURATION, "-p", "nnUNetPlans", "--name", "cpu"]
-            + ["--features", "8,16,32", "--patch", "16,40,40", "--labels", "2", "--schedule", "mean-teacher"]
+            + ["--features", "8,16,32", "--patch", "24,32,32", "--labels", "2", "--schedule", "mean-teacher"]
             + ["--epochs", epochs, "--iterations", iterations, "--val-iterations", str(size["val"])],
             result=f"nnUNet_preprocessed/{LABELLED}/{PLANS}.json",
         ),
