@@ -44,7 +44,7 @@ from nnssl.trainers.pool import (
     with_strong_changes,
 )
 from nnssl.trainers.pretrained import nnUNetTrainerPretrained
-from nnssl.trainers.rates import Row, draw_below
+from nnssl.trainers.rates import draw_below
 from nnssl.trainers.schedule import Rates, StepSchedule
 from nnssl.weights import Checkpoint
 
@@ -85,7 +85,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
             )
         self.teacher: EMA | None = None
         self.pool: UnlabelledPool | None = None
-        self.trace: list[Row] = []
+        self.trace: list[dict[str, Any]] = []
         self._followed = 0
         self._largest: list[Any] = []
         self._pretrained_on: dict[str, Any] = {}

@@ -177,7 +177,7 @@ def test_validation_cases_of_fold_all_from_a_file(dataset, tmp_path, capsys):
     assert "validates" not in capsys.readouterr().out and len(told["train_cases"]["all"]) == 2
     arguments[-1] = "other"
     assert (
-        main(arguments) == 1 and "--validate names validation cases beside those of --labels" in capsys.readouterr().err
+        main(arguments) == 2 and "--validate names validation cases beside those of --labels" in capsys.readouterr().err
     )
     file.write_text("case_0003\n")
     assert main([*arguments, "--labels", "2"]) == 1 and "Did you mean 'case_003'" in capsys.readouterr().err
@@ -202,7 +202,7 @@ def test_the_plan_says_exactly_which_cases_train(dataset, capsys):
     assert line.split()[7:10] == ["-", "8", "3"]
     assert main(["-d", "901", "--labels", "8", "--name", "few8s3"]) == 1
     assert "exists already" in capsys.readouterr().err
-    assert main(["-d", "901", "--seed", "3", "--epochs", "3", "--name", "x"]) == 1
+    assert main(["-d", "901", "--seed", "3", "--epochs", "3", "--name", "x"]) == 2
     assert "--seed chooses the cases of --labels" in capsys.readouterr().err
 
 

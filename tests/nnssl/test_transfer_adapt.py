@@ -321,7 +321,7 @@ def test_through_the_plan_variant(nnunet_env, make, tiny_dataset_json, tmp_path,
     arguments = ["-d", "901", "--checkpoint", str(tmp_path / "w.pth"), "--name", "x"]
     assert main(arguments) == 1
     assert "--adapt channels=repeat" in capsys.readouterr().err
-    assert main([*arguments, "--coverage", "0.9"]) == 1
+    assert main([*arguments, "--coverage", "0.9"]) == 2
     assert "--coverage counts where --adapt" in capsys.readouterr().err
     assert main([*arguments, "--adapt", "channels=repeat", "--coverage", "0.9"]) == 0
     assert "adapted: encoder stage 0: input channels 1 -> 2, repeated and divided by 2" in capsys.readouterr().out

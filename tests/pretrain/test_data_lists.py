@@ -117,7 +117,7 @@ def test_entries_that_do_not_exist_are_named_before_planning(tiny_raw_dataset):
     entries = {f"c{i}": {"images": [f"imagesTr/case_00{i}_0000.nii.gz"]} for i in range(7)}
     path.write_text(json.dumps({**json.loads(path.read_text()), "dataset": entries}))
     with pytest.raises(
-        NnsslError, match="(?s)Entries of .dataset. .* are not there: .*c2 names .*case_002.*2 more entr"
+        NnsslError, match="(?s)Entries of .dataset. .* are not there: .*c2 names .*case_002.*and 2 more"
     ):
         planned(["Dataset902_Free"], n_processes=0)
 

@@ -444,7 +444,7 @@ def test_pictures_that_cannot_be_written_end_no_run(target, monkeypatch, caplog)
 
     straight = go(name="straight", options={**OPTIONS, "picture_every": 0})
     monkeypatch.setattr(loop, "save_picture", fail)
-    monkeypatch.setattr(logs, "plot_progress", fail)
+    monkeypatch.setattr(logs.RunLog, "draw", fail)
     other = go(name="blind", options={**OPTIONS, "picture_every": 1})
     assert other.finished and same_weights(straight, other)
     assert "progress.png could not be written" in caplog.text and "views_epoch_0003.png could not" in caplog.text
