@@ -466,11 +466,9 @@ class Engine:
                 picture = method.pictures(self.held_out.batch(method, 0))
                 if picture is not None:
                     spacing = self.spec.plan.spacing
-                    look = {
-                        "heading": f"{self._heading(epoch)}, on held-out images",
-                        "aspect": spacing[-2] / spacing[-1],
-                    }
-                    save_picture(picture, self.spec.folder.path / name, **look)
+                    heading = f"{self._heading(epoch)}, on held-out images"
+                    path = self.spec.folder.path / name
+                    save_picture(picture, path, heading=heading, aspect=spacing[-2] / spacing[-1])
         finally:
             method.train(training)
 
