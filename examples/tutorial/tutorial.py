@@ -53,7 +53,9 @@ subprocess.run([sys.executable, str(phantoms), os.environ["nnUNet_raw"], *counts
 # %%
 binaries = Path(sys.executable).parent
 plan = ["-d", "901", "-c", "3d_fullres"]
-subprocess.run([str(binaries / "nnUNetv2_plan_and_preprocess"), *plan, "-npfp", "1", "-np", "1"], check=True)
+environment = {k: v for k, v in os.environ.items() if k != "nnUNet_n_proc_DA"}  # nnU-Net's planner takes no 0 there
+command = [str(binaries / "nnUNetv2_plan_and_preprocess"), *plan, "-npfp", "1", "-np", "1"]
+subprocess.run(command, check=True, env=environment)
 
 os.environ |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}  # for a machine with few cores, only after planning
 
