@@ -141,7 +141,8 @@ def make_dataset(
 ) -> Any:
     """Write a dataset of ``n`` cases, the first ``different`` of them made and the others links to these; returns its plan.
 
-    The raw images are there too, with voxels of ``spacing`` mm; the plan has 1 mm. With ``preprocessed`` they are preprocessed by nnU-Net, so that they are used as they are.
+    The raw images are there too, with voxels of ``spacing`` mm; the plan has 1 mm. With ``preprocessed`` they are preprocessed by
+    nnU-Net, so that they are used as they are.
     A benchmark that reads needs many different ones: a few stay in the processor's caches, as real data sets do not.
     """
     import SimpleITK as sitk

@@ -7,8 +7,8 @@ crops       a training step against the crops in it: mae, which looks at each al
 cases       the start of a run on preprocessed cases (startup.py's third row), and reading a crop, against the number of cases
 ranks       a training step of macl against the ranks that share its crops (gloo, processes of one machine): all ranks together
 
-CPU seconds of one thread, the least of some repetitions. A slope of 1 is linear, 0 means that the cost does not grow. It is fitted
-to the upper half of a line's points: the lower ones show what a step costs whatever it computes.
+CPU seconds of one thread, the least of some repetitions. A slope of 1 is linear, 0 means that the cost does not grow. It is
+fitted to the upper half of a line's points: the lower ones show what a step costs whatever it computes.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def cases(quick: bool) -> list[tuple[str, int, float]]:
             stream = iter(make_loader(pool, plan, request, seed=0, batch_size=8, steps=10_000))
             next(stream)
             points.append(("start, by cases", n, seconds))
-            points.append(("reading a crop, by cases", n, cpu_seconds(lambda: [next(stream) for _ in range(20)]) / 160))
+            read = cpu_seconds(lambda s=stream: [next(s) for _ in range(20)])  # type: ignore[misc]
+            points.append(("reading a crop, by cases", n, read / 160))
     return points
 
 

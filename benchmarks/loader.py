@@ -4,8 +4,9 @@
 
 For each objective with its default options: read the windows, make the views on one core. nnU-Net: its own loader and its own
 training transforms (spatial, noise, blur, brightness, contrast, low resolution, gamma, mirror), one process, the same crop size
-and the same images. Both are measured in turn, a few crops each, in processes of their own (ours keeps freed memory, as a run on a
-CPU does), over volumes that all differ: links to one volume would stay in the processor's caches. Counted are the voxels of all image tensors that come out. The number to hold is a ratio of 3.
+and the same images. Both are measured in turn, a few crops each, in processes of their own (ours keeps freed memory, as a run on
+a CPU does), over volumes that all differ: links to one volume would stay in the processor's caches. Counted are the voxels of all
+image tensors that come out. The number to hold is a ratio of 3.
 
 ``--folder own`` (default) reads the source as pretraining for another dataset does, from a folder that was preprocessed here;
 ``--folder nnunet`` reads nnU-Net's own, as pretraining on the target's images does.
@@ -94,7 +95,7 @@ class Ours:
         self.cost(self.total)
 
     def cost(self, crops: int, views: bool = True) -> float:
-        """CPU seconds per million voxels that come out, over at least ``crops`` crops; seconds of reading them without ``views``."""
+        """CPU seconds per million voxels that come out, over at least ``crops`` crops; else seconds of reading."""
         from nnssl.pretrain.augment import Draws
 
         begin, voxels = time.process_time(), 0
@@ -165,9 +166,9 @@ def main() -> None:
     p.add_argument("--folder", choices=("own", "nnunet"), default="own", help="which preprocessed folder is read (own)")
     args = p.parse_args()
     torch.set_num_threads(1)
-    from nnssl.pretrain.methods import list_methods
-
     from sides.process import HERE, Process
+
+    from nnssl.pretrain.methods import list_methods
 
     sizes, shape, crops, rounds, cases = args.sizes, (130, 150, 130), args.crops, args.rounds, args.cases
     if args.quick:

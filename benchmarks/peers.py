@@ -18,7 +18,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def row_of(what: str, unit: str, sides: dict[str, Callable[[], float]], rounds: 
             if name != OURS and OURS in found:
                 row[f"{name}/ours"] = f"{found[name]['ratio']:.2f} ({found[name]['low']:.2f}-{found[name]['high']:.2f})"
     if notes:
-        row["note"] = "; ".join(notes)
+        row["note"] = " ".join("; ".join(notes).split())[-300:]
         sys.stderr.write(f"{what}: {row['note']}\n")
     return row
 
@@ -67,36 +68,42 @@ def once(value: Callable[[int], float], first: int = 0) -> Callable[[], float]:
     return lambda: value(next(counter))
 
 
-def rows_of(sides: dict[str, Process], edges: list[int], crops: int, rounds: int) -> list[dict[str, Any]]:
-    """All rows."""
+ROWS = ("loader", "preprocessing", "step", "commands", "memory")
 
-    def each(make: Callable[[Process], Callable[[], float]], only: tuple[str, ...] = ()) -> dict[str, Callable[[], float]]:
-        return {name: make(side) for name, side in sides.items() if not only or name in only}
 
-    rows = []
-    for edge in edges:
-        asked = each(lambda s: lambda: s.ask("loader", edge, crops))
+def rows_of(
+    sides: dict[str, Process], edges: list[int], crops: int, rounds: int, only: Sequence[str] = ROWS
+) -> list[dict[str, Any]]:
+    """All rows, or those of ``only``."""
+
+    def each(
+        make: Callable[[Process], Callable[[], float]], names: tuple[str, ...] = ()
+    ) -> dict[str, Callable[[], float]]:
+        return {name: make(side) for name, side in sides.items() if not names or name in names}
+
+    rows, few = [], min(3, rounds)
+    for edge in edges if "loader" in only else ():
+        asked = each(lambda s, edge=edge: lambda: s.ask("loader", edge, crops))  # type: ignore[misc]
         rows.append(row_of(f"loader, crops of {edge}^3", "s / Mvoxel", asked, rounds))
-    rows.append(
-        row_of("preprocessing a volume", "s", each(lambda s: once(lambda i: s.ask("preprocess", i))), min(4, rounds))
-    )
-    step, bare = ({n: (lambda s=s: s.ask(what)) for n, s in sides.items()} for what in ("step", "bare"))
-    steps = min(4, rounds)
-    rows.append(row_of("training step", "s", step, steps))
-    rows.append(row_of("forward, loss, backward", "s", bare, steps))
-    over: dict[str, Any] = {"what": "step over forward, loss, backward", "unit": "ratio"}
-    for name in sides:
-        try:
-            over[name] = ratios({"bare": bare[name], "step": step[name]}, steps, "bare")["step"]["ratio"]
-        except Failed:
-            continue
-    rows.append(over)
-    few = min(3, rounds)
-    rows.append(row_of("--help", "s", each(lambda s: lambda: s.cpu(ENTRIES[s.side], "--help")), few))
-    rows.append(row_of("--list", "s", each(lambda s: lambda: s.cpu(ENTRIES[s.side], "--list"), (OURS,)), few))
-    rows.append(row_of("command to the end of its first step", "s", each(lambda s: s.first_step), few))
-    memory = each(lambda s: lambda: s.ask("memory", edges[0], crops))
-    rows.append(row_of(f"private memory of a loader process, crops of {edges[0]}^3", "MiB", memory, 1))
+    if "preprocessing" in only:
+        volumes = each(lambda s: once(lambda i: s.ask("preprocess", i)))
+        rows.append(row_of("preprocessing a volume", "s", volumes, few))
+    if "step" in only:
+        step, bare = each(lambda s: lambda: s.ask("step")), each(lambda s: lambda: s.ask("bare"))
+        rows.append(row_of("training step", "s", step, rounds))
+        rows.append(row_of("forward, loss, backward", "s", bare, rounds))
+        over: dict[str, Any] = {"what": "step over forward, loss, backward", "unit": "ratio"}
+        for name in sides:
+            with suppress(Failed):
+                over[name] = ratios({"bare": bare[name], "step": step[name]}, rounds, "bare")["step"]["ratio"]
+        rows.append(over)
+    if "commands" in only:
+        rows.append(row_of("--help", "s", each(lambda s: lambda: s.cpu(ENTRIES[s.side], "--help")), few))
+        rows.append(row_of("--list", "s", each(lambda s: lambda: s.cpu(ENTRIES[s.side], "--list"), (OURS,)), few))
+        rows.append(row_of("command to the end of its first step", "s", each(lambda s: s.first_step), few))
+    if "memory" in only:
+        asked = each(lambda s: lambda: s.ask("memory", edges[0], crops))
+        rows.append(row_of(f"private memory of a loader process, crops of {edges[0]}^3", "MiB", asked, 1))
     return rows
 
 
@@ -132,17 +139,22 @@ def main() -> int:
     p.add_argument("--rounds", type=int, default=6, help="how often the sides are measured in turn (6)")
     p.add_argument("--crops", type=int, default=24, help="crops of each side in each round (24)")
     p.add_argument("--cases", type=int, default=24, help="different volumes of 130 x 150 x 130 (24)")
+    p.add_argument(
+        "--only", nargs="+", choices=ROWS, default=ROWS, metavar="ROWS", help=f"some rows: {', '.join(ROWS)}"
+    )
     args = p.parse_args()
-    edges, shape, features, rounds, crops, cases = [64, 96], (130, 150, 130), [16, 32, 64, 128], args.rounds, args.crops, args.cases
-    small = 32
+    edges, shape, features, small = [64, 96], (130, 150, 130), [16, 32, 64, 128], 32
+    rounds, crops, cases = args.rounds, args.crops, args.cases
     if args.quick:
-        edges, shape, features, rounds, crops, cases, small = [16], (40, 40, 40), [4, 8], 1, 2, 6, 16
+        edges, shape, features, small, rounds, crops, cases = [16], (40, 40, 40), [4, 8], 16, 1, 2, 6
     reason = missing(args.peer_checkout, args.peer_python)
     with workspace() as folder:
         network = {"features": tuple(features), "arch": "resenc"}
         plan = make_dataset(cases, id=901, shape=shape, patch=(max(edges),) * 3, different=cases, **network)
         few = min(4, rounds) + 1
-        unequal = make_dataset(few, id=903, shape=shape, patch=(small,) * 3, different=few, preprocessed=False, spacing=0.8)
+        unequal = make_dataset(
+            few, id=903, shape=shape, patch=(small,) * 3, different=few, preprocessed=False, spacing=0.8
+        )
         content = plans((small,) * 3, tuple(features), plan.dataset_name, shape, "resenc") | {"plans_name": SMALL}
         (Path(os.environ["nnUNet_preprocessed"]) / plan.dataset_name / f"{SMALL}.json").write_text(json.dumps(content))
         (Path(os.environ["nnUNet_preprocessed"]) / plan.dataset_name / "dataset_fingerprint.json").write_text("{}")
@@ -161,7 +173,7 @@ def main() -> int:
                 reason = f"no column of MIC-DKFZ's nnssl: {error}"
                 sides.pop(PEER).close()
         try:
-            rows = rows_of(sides, edges, crops, rounds)
+            rows = rows_of(sides, edges, crops, rounds, args.only)
         finally:
             for side in sides.values():
                 side.close()

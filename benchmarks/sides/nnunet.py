@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loader import Stock
+
 from sides.serve import timed, worker_memory
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loader import Ours
+
 from sides.serve import timed, worker_memory
 
 

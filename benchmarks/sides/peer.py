@@ -67,6 +67,7 @@ class Side:
         if edge not in self._made:
             import torch
             from batchgenerators.utilities.file_and_folder_operations import load_json
+
             from nnssl.experiment_planning.experiment_planners.plan import Plan
 
             self._class = self._class or _adapt(self.settings, self.settings["edge"])
@@ -143,7 +144,10 @@ def describe(name: str, images: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Its ``pretrain_data.json`` of a folder of images, and plans with its default preprocessing at 1 mm."""
     subjects = {}
     for file in sorted(images.iterdir()):
-        case, image = file.name.removesuffix("_0000.nii.gz"), {"name": file.name, "image_path": str(file), "modality": "MR"}
+        case, image = (
+            file.name.removesuffix("_0000.nii.gz"),
+            {"name": file.name, "image_path": str(file), "modality": "MR"},
+        )
         image |= {"associated_masks": {"anonymization_mask": None, "anatomy_mask": None}}
         session = {"session_id": "1", "session_info": None, "images": [image]}
         subjects[case] = {"subject_id": case, "sessions": {"1": session}, "subject_info": None}
