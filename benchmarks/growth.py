@@ -5,7 +5,7 @@
 voxels      a training step of mae against the voxels of its crops, batch 2
 crops       a training step against the crops in it: mae, which looks at each alone, and macl, which compares them
 cases       the start of a run on preprocessed cases (startup.py's third row), and reading a crop, against the number of cases
-ranks       a training step of macl against the ranks that share its crops (gloo, processes of one machine): all ranks together
+ranks       a training step of mae and of macl against the ranks that share its crops (gloo, one machine): all ranks together
 
 CPU seconds of one thread, the least of some repetitions. A slope of 1 is linear, 0 means that the cost does not grow. It is
 fitted to the upper half of a line's points: the lower ones show what a step costs whatever it computes.
@@ -82,7 +82,7 @@ def cases(quick: bool) -> list[tuple[str, int, float]]:
     return points
 
 
-def _rank(rank: int, world: int, total: int, file: str, repeats: int, found: Any) -> None:
+def _rank(rank: int, name: str, world: int, total: int, file: str, repeats: int, found: Any) -> None:
     """In a process of its own: its part of a step, in DistributedDataParallel."""
     import torch.distributed as dist
 
@@ -90,7 +90,7 @@ def _rank(rank: int, world: int, total: int, file: str, repeats: int, found: Any
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    made = training("macl", 32, total)
+    made = training(name, 32, total)
     share = total // world
     part = made.crops.part(rank * share, share)
     made.stepper.module = torch.nn.parallel.DistributedDataParallel(made.method)
@@ -113,19 +113,19 @@ def _rank(rank: int, world: int, total: int, file: str, repeats: int, found: Any
 
 
 def ranks(quick: bool) -> list[tuple[str, int, float]]:
-    """All ranks' time of a step of 16 crops."""
+    """All ranks' time of a step that has 16 crops in all."""
     points, context = [], multiprocessing.get_context("spawn")
-    for world in (1, 2) if quick else (1, 2, 4):
+    for name, world in [(name, world) for name in ("mae", "macl") for world in ((1, 2) if quick else (1, 2, 4))]:
         with tempfile.TemporaryDirectory() as folder:
             found = context.Queue()
-            arguments = (world, 8 if quick else 16, f"{folder}/meet", 2 if quick else 4, found)
+            arguments = (name, world, 8 if quick else 16, f"{folder}/meet", 2 if quick else 4, found)
             processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(world)]
             for process in processes:
                 process.start()
             times = [found.get(timeout=600) for _ in processes]
             for process in processes:
                 process.join()
-        points.append(("step of macl on all ranks, by ranks", world, min(map(sum, zip(*times)))))
+        points.append((f"step of {name} on all ranks, by ranks", world, min(map(sum, zip(*times)))))
     return points
 
 
