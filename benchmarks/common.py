@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import sys
 import tempfile
@@ -136,10 +137,12 @@ def make_dataset(
     preprocessed: bool = True,
     different: int = 1,
     arch: str = "plain",
+    spacing: float = 1.0,
 ) -> Any:
     """Write a dataset of ``n`` cases, the first ``different`` of them made and the others links to these; returns its plan.
 
-    The raw images are there too. With ``preprocessed`` they are preprocessed by nnU-Net, so that they are used as they are.
+    The raw images are there too, with voxels of ``spacing`` mm; the plan has 1 mm. With ``preprocessed`` they are preprocessed by
+    nnU-Net, so that they are used as they are.
     A benchmark that reads needs many different ones: a few stay in the processor's caches, as real data sets do not.
     """
     import SimpleITK as sitk
@@ -155,7 +158,9 @@ def make_dataset(
     for i, case in enumerate(made):
         image, label = phantom(shape, id + 1000 * i)
         for voxels, file in ((image, f"imagesTr/{case}_0000"), (label, f"labelsTr/{case}")):
-            sitk.WriteImage(sitk.GetImageFromArray(voxels[0]), str(raw / f"{file}.nii.gz"))
+            written = sitk.GetImageFromArray(voxels[0])
+            written.SetSpacing((spacing,) * 3)
+            sitk.WriteImage(written, str(raw / f"{file}.nii.gz"))
     content = plans(patch, features, name, shape, arch)
     for folder in (raw, target):
         (folder / "dataset.json").write_text(json.dumps(dataset_json(n)))
@@ -180,6 +185,17 @@ def make_dataset(
     return plan
 
 
+def as_source(plan: Any, id: int = 902) -> str:
+    """Another dataset of the same raw images, which is preprocessed into a folder of our own; returns its name."""
+    name = f"Dataset{id:03d}_Source"
+    raw = Path(os.environ["nnUNet_raw"])
+    (raw / name / "imagesTr").mkdir(parents=True)
+    for file in (raw / plan.dataset_name / "imagesTr").iterdir():
+        os.link(file, raw / name / "imagesTr" / file.name)
+    (raw / name / "dataset.json").write_text((raw / plan.dataset_name / "dataset.json").read_text())
+    return name
+
+
 def request_of(method: Any, plan: Any, stats: Any, config: Any, size: tuple[int, ...] | None = None) -> Any:
     """What a method asks from disk: crops of ``size`` where they are legal, else of its own choice; None where none is."""
     from nnssl.errors import NnsslError
@@ -190,6 +206,36 @@ def request_of(method: Any, plan: Any, stats: Any, config: Any, size: tuple[int,
         except NnsslError as error:
             sys.stderr.write(f"{method.name}: {error}\n")
     return None
+
+
+def used() -> float:
+    """CPU seconds of this process and of its children that have ended."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, kinds))
+
+
+def ratios(sides: dict[str, Callable[[], float]], rounds: int, base: str) -> dict[str, dict[str, float]]:
+    """Costs of several sides, measured in turn (A, B, A, B ...), so that what slows the machine down slows all of them.
+
+    Args:
+        sides: name -> what measures it once and gives its cost.
+        rounds: how often each.
+        base: what the others are compared with.
+
+    Returns:
+        Of each side ``cost``, its mean; ``ratio``, to the base's mean; ``low`` and ``high``, the least and the largest ratio of a
+        round.
+    """
+    costs: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            costs[name].append(side())
+    means = {name: statistics.fmean(values) for name, values in costs.items()}
+    found = {}
+    for name, values in costs.items():
+        each = [a / b for a, b in zip(values, costs[base])]
+        found[name] = {"cost": means[name], "ratio": means[name] / means[base], "low": min(each), "high": max(each)}
+    return found
 
 
 def cpu_seconds(body: Callable[[], Any], repeats: int = 3) -> float:

@@ -1,42 +1,59 @@
-"""Voxels per second and core from disk to augmented views, beside nnU-Net's stock augmentation on the same crops.
+"""CPU seconds per million voxels from disk to augmented views, beside nnU-Net's stock augmentation on crops of the same size.
 
     python benchmarks/loader.py
 
 For each objective with its default options: read the windows, make the views on one core. nnU-Net: its own loader and its own
 training transforms (spatial, noise, blur, brightness, contrast, low resolution, gamma, mirror), one process, the same crop size
-and the same cases. Counted are the voxels of all image tensors that come out. The number to hold is a ratio of 3.
+and the same images. Both are measured in turn, a few crops each, in processes of their own (ours keeps freed memory, as a run on
+a CPU does), over volumes that all differ: links to one volume would stay in the processor's caches. Counted are the voxels of all
+image tensors that come out. The number to hold is a ratio of 3.
+
+``--folder own`` (default) reads the source as pretraining for another dataset does, from a folder that was preprocessed here;
+``--folder nnunet`` reads nnU-Net's own, as pretraining on the target's images does.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, cpu_seconds, make_dataset, report, request_of, workspace
+from common import as_source, make_dataset, parser, ratios, report, request_of, workspace
 
 
-def stock(plan: Any, size: tuple[int, ...], batches: int) -> tuple[float, int]:
-    """CPU seconds and voxels of nnU-Net's loader with its training transforms."""
-    from batchgenerators.utilities.file_and_folder_operations import join
-    from nnunetv2.paths import nnUNet_preprocessed  # noqa: F401
-    from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
-    from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+class Stock:
+    """nnU-Net's loader with its training transforms, in this process."""
 
-    from nnssl.paths import preprocessed_folder
+    def __init__(self, plan: Any, size: tuple[int, ...]) -> None:
+        from batchgenerators.utilities.file_and_folder_operations import join
+        from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
+        from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+        from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+        from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    turn = (-30.0 / 360 * 2 * np.pi, 30.0 / 360 * 2 * np.pi)
-    transforms = nnUNetTrainer.get_training_transforms(size, turn, None, (0, 1, 2), False)
-    folder = join(str(preprocessed_folder()), plan.dataset_name, plan.data_identifier)
-    data = infer_dataset_class(folder)(folder)
-    window = get_patch_size(size, turn, turn, turn, (0.85, 1.25))
-    labels = plan.manager.get_label_manager(plan.dataset_json)
-    loader = nnUNetDataLoader(data, 2, window, size, labels, 0.33, None, transforms=transforms)
-    next(loader)
-    seconds = cpu_seconds(lambda: [next(loader) for _ in range(batches)], 1)
-    return seconds, 2 * batches * int(np.prod(size))
+        from nnssl.paths import preprocessed_folder
+
+        turn = (-30.0 / 360 * 2 * np.pi, 30.0 / 360 * 2 * np.pi)
+        transforms = nnUNetTrainer.get_training_transforms(size, turn, None, (0, 1, 2), False)
+        folder = join(str(preprocessed_folder()), plan.dataset_name, plan.data_identifier)
+        data = infer_dataset_class(folder)(folder)
+        window = get_patch_size(size, turn, turn, turn, (0.85, 1.25))
+        labels = plan.manager.get_label_manager(plan.dataset_json)
+        self.size = size
+        self.loader = nnUNetDataLoader(data, 2, window, size, labels, 0.33, None, transforms=transforms)
+        next(self.loader)
+
+    def cost(self, crops: int) -> float:
+        """CPU seconds per million voxels, over ``crops`` crops."""
+        steps = -(-crops // 2)
+        begin = time.process_time()
+        for _ in range(steps):
+            next(self.loader)
+        return (time.process_time() - begin) / (2 * steps * np.prod(self.size)) * 1e6
 
 
 def images_of(batch: Any, channels: int) -> int:
@@ -51,82 +68,125 @@ def images_of(batch: Any, channels: int) -> int:
     return sum(found.values())
 
 
-def ours(plan: Any, name: str, size: tuple[int, ...], batches: int) -> dict[str, float] | None:
-    """CPU seconds of looking at cases for the first time, of reading alone and of reading and views, and how much that was.
+class Ours:
+    """An objective's loader and views, in this process.
 
-    A loader process remembers what it learnt of 2,048 cases, so that a run on more looks at nearly each for the first time.
-    None where the plan does not fit.
+    Raises:
+        ValueError: the plan does not fit the objective.
     """
-    from nnssl.config import make_config
-    from nnssl.pretrain.augment import Draws
-    from nnssl.pretrain.data import make_loader
-    from nnssl.pretrain.methods import get_method
-    from nnssl.pretrain.prepare import prepare_sources
 
-    cls = get_method(name)
-    config = make_config(cls.Config, {})
-    pool = prepare_sources(plan, [plan.dataset_name], held_out=0.0)
-    request = request_of(cls, plan, pool.stats(), config, size)
-    if request is None:
-        return None
-    from nnssl.networks import build_network
+    def __init__(self, plan: Any, source: str, name: str, size: tuple[int, ...], **options: Any) -> None:
+        from nnssl.config import make_config
+        from nnssl.networks import build_network
+        from nnssl.pretrain.data import make_loader
+        from nnssl.pretrain.methods import get_method
+        from nnssl.pretrain.prepare import prepare_sources
 
-    method = cls(build_network(plan), plan, request, config)
-    total = max(request.min_batch, 2 * request.crops_per_case)
-    voxels = 0
+        cls = get_method(name)
+        config = make_config(cls.Config, options)
+        self.plan, self.pool = plan, prepare_sources(plan, [source], held_out=0.0, n_processes=1)
+        request = request_of(cls, plan, self.pool.stats(), config, size)
+        if request is None:
+            raise ValueError(f"{name}: no crop is legal here")
+        self.method = cls(build_network(plan), plan, request, config)
+        self.total = max(request.min_batch, 2 * request.crops_per_case)
+        self.loader = make_loader(self.pool, plan, request, seed=0, batch_size=self.total, steps=100_000)
+        self.stream, self.step = iter(self.loader), 0
+        self.cost(self.total)
 
-    loader: Any = None
+    def cost(self, crops: int, views: bool = True) -> float:
+        """CPU seconds per million voxels that come out, over at least ``crops`` crops; else seconds of reading."""
+        from nnssl.pretrain.augment import Draws
 
-    def read(views: bool, fresh: bool = False) -> None:
-        nonlocal voxels, loader
-        voxels = 0
-        if fresh or loader is None:
-            steps = max(1, 2 * batches // total)
-            loader = make_loader(pool, plan, request, seed=0, batch_size=total, steps=steps)
-        for step, crops in enumerate(loader):
+        begin, voxels = time.process_time(), 0
+        for _ in range(-(-crops // self.total)):
+            found = next(self.stream)
+            self.step += 1
             if views:
                 with torch.no_grad():
-                    batch = method.views(crops, Draws(0, step, total))
-                voxels += images_of(batch, plan.n_channels)
+                    batch = self.method.views(found, Draws(0, self.step, self.total))
+                voxels += images_of(batch, self.plan.n_channels)
+        return (time.process_time() - begin) / (voxels / 1e6 if views else 1.0)
 
-    read(True)
-    first = cpu_seconds(lambda: read(False, fresh=True), 2)
-    alone, both = cpu_seconds(lambda: read(False), 2), cpu_seconds(lambda: read(True), 2)
-    return {"first": first - alone, "read": alone, "both": both, "voxels": voxels, "crops": len(loader) * total}
+    def share_of_reading(self, crops: int, rounds: int) -> float:
+        """Of the time of reading and views, measured in turn."""
+        times = [0.0, 0.0]
+        for _ in range(rounds):
+            begin = time.process_time()
+            self.cost(crops)
+            times[0] += time.process_time() - begin
+            times[1] += self.cost(crops, views=False)
+        return times[1] / times[0]
+
+    def first_look(self) -> float:
+        """CPU seconds of opening a case for the first time, more than of opening it again.
+
+        A loader process remembers what it learnt of 2,048 cases, so that a run on more looks at nearly each for the first time.
+        """
+        from nnssl.pretrain.data.case import CaseFormat, CaseReader
+
+        reader = CaseReader(CaseFormat.from_plan(self.plan))
+        times = []
+        for _ in range(2):
+            begin = time.process_time()
+            for ref in self.pool.cases:
+                reader.open(ref)
+            times.append(time.process_time() - begin)
+        return (times[0] - times[1]) / len(self.pool.cases)
+
+
+def rows_of(sides: dict[str, Any], names: list[str], edge: int, crops: int, rounds: int) -> list[dict[str, Any]]:
+    """A row for each objective that is legal here, each measured in turn with nnU-Net."""
+    from sides.process import Failed
+
+    rows = []
+    for name in names:
+        asked: dict[str, Callable[[], float]] = {"nnU-Net": lambda: float(sides["nnunet"].ask("loader", edge, crops))}
+        asked["ours"] = lambda name=name: float(sides["ours"].ask("loader", edge, crops, name))  # type: ignore[misc]
+        try:
+            about = sides["ours"].ask("about", edge, crops, name)
+        except Failed as error:
+            sys.stderr.write(f"{name}, {edge}^3: {error}\n")
+            continue
+        found = ratios(asked, rounds, "ours")
+        row: dict[str, Any] = {"what": name, "crop": about["crop"], "s_per_Mvoxel": found["ours"]["cost"]}
+        row |= {"nnU-Net": found["nnU-Net"]["cost"], **{k: found["nnU-Net"][k] for k in ("ratio", "low", "high")}}
+        rows.append(row | {k: about[k] for k in ("share_reading", "first_look_ms")})
+    return rows
 
 
 def main() -> None:
     """Print the table."""
-    args = arguments(__doc__, batches=(12, "batches of two crops"), cases=(24, "different volumes"))
+    p = parser(__doc__)
+    p.add_argument("--crops", type=int, default=24, help="crops of each, in each round (24)")
+    p.add_argument("--rounds", type=int, default=6, help="how often both are measured in turn (6)")
+    p.add_argument("--cases", type=int, default=24, help="different volumes of 130 x 150 x 130 (24)")
+    p.add_argument("--sizes", type=int, nargs="+", default=[64, 96], help="edges of the crops, voxels (64 96)")
+    p.add_argument("--only", nargs="+", metavar="METHOD", help="some objectives (all)")
+    p.add_argument("--folder", choices=("own", "nnunet"), default="own", help="which preprocessed folder is read (own)")
+    args = p.parse_args()
     torch.set_num_threads(1)
+    from sides.process import HERE, Process
+
     from nnssl.pretrain.methods import list_methods
 
-    size, shape, batches, cases = (64, 64, 64), (130, 150, 130), args.batches, args.cases
+    sizes, shape, crops, rounds, cases = args.sizes, (130, 150, 130), args.crops, args.rounds, args.cases
     if args.quick:
-        size, shape, batches, cases = (24, 24, 24), (64, 72, 64), min(4, batches), 4
+        sizes, shape, crops, rounds, cases = [24], (64, 72, 64), min(4, crops), 1, 4
     rows = []
-    with workspace():
-        plan = make_dataset(cases, shape=shape, patch=size, features=(8, 16, 32, 64), different=cases)
-        seconds, voxels = stock(plan, size, 10 * batches)  # its transforms are drawn: a few crops say little
-        base = voxels / seconds
-        crops = voxels / np.prod(size)
-        rows.append({"what": "nnU-Net's stock augmentation", "Mvoxel_per_core_s": base / 1e6})
-        rows[0] |= {"crops_per_core_s": crops / seconds, "ratio": 1.0}
-        for name in list_methods():
-            found = ours(plan, name, size, batches)
-            if found is None:
-                continue
-            rate = found["voxels"] / found["both"]
-            row = {
-                "what": name,
-                "Mvoxel_per_core_s": rate / 1e6,
-                "crops_per_core_s": rate / np.prod(size),
-                "ratio": rate / base,
-            }
-            many = found["voxels"] / (found["both"] + max(0.0, found["first"]))
-            row |= {"ratio_new_cases": many / base, "share_reading": found["read"] / found["both"]}
-            rows.append(row | {"first_look_ms": 1e3 * found["first"] / found["crops"]})
-    report("loader: disk to augmented views", rows, args.out)
+    with workspace() as folder:
+        plan = make_dataset(cases, shape=shape, patch=(max(sizes),) * 3, features=(8, 16, 32, 64), different=cases)
+        source = plan.dataset_name if args.folder == "nnunet" else as_source(plan)
+        settings = folder / "settings.json"
+        settings.write_text(json.dumps({"id": 901, "source": source}))
+        sides = {name: Process(name, sys.executable, [HERE.parent], settings) for name in ("ours", "nnunet")}
+        try:
+            for edge in sizes:
+                rows += rows_of(sides, args.only or list(list_methods()), edge, crops, rounds)
+        finally:
+            for side in sides.values():
+                side.close()
+    report(f"loader: disk to augmented views, {cases} different volumes, {args.folder} folder", rows, args.out)
 
 
 if __name__ == "__main__":

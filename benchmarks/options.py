@@ -1,21 +1,24 @@
-"""What the engine's options cost and save: accumulation, checkpointing, memory format, optimiser kernels.
+"""What the engine's options cost and save: accumulation, checkpointing, memory format, precision, optimiser kernels.
 
     python benchmarks/options.py
+    python benchmarks/options.py --features 8 16 32 64 --crop 64 --only bfloat16    # is nnssl_cpu_bf16=1 faster here?
 
-One objective (mae, AdamW) on one core. ``kept_MiB`` is what a forward pass keeps for its backward pass (the memory that a batch
-needs), counted exactly; ``optimiser_ms`` is the optimiser's step alone.
+One objective (mae, AdamW) on one core. ``ratio`` is to a step without options, measured in turn with it; ``kept_MiB`` is what a
+forward pass keeps for its backward pass (the memory that a batch needs), counted exactly; ``optimiser_ms`` is the optimiser's
+step alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import arguments, cpu_seconds, make_dataset, report, workspace
+from common import cpu_seconds, make_dataset, parser, ratios, report, workspace
 
 
-def one(plan: Any, what: str, options: dict[str, Any], total: int) -> dict[str, Any]:
-    """A row of the table."""
+def one(plan: Any, options: dict[str, Any], total: int) -> tuple[Callable[[], float], dict[str, Any]]:
+    """What measures a step once, and the other columns of a row."""
     from nnssl.config import make_config
     from nnssl.networks import build_network
     from nnssl.pretrain.engine.config import EngineConfig
@@ -29,10 +32,11 @@ def one(plan: Any, what: str, options: dict[str, Any], total: int) -> dict[str, 
     request = cls.crops(plan, SourceStats(plan.patch_size, 8), config)
     torch.manual_seed(0)
     method = cls(build_network(plan), plan, request, config)
-    engine = make_config(EngineConfig, options)
+    engine = make_config(EngineConfig, {k: v for k, v in options.items() if k != "dtype"})
     apply_options(method, engine)
     parts, device = engine.accumulate or 1, torch.device("cpu")
     stepper = Stepper(method, method, device, 100, 12.0, False, engine.optimiser_kernels)
+    stepper.dtype = options.get("dtype")
 
     class Spec:
         batch_size = total
@@ -54,32 +58,50 @@ def one(plan: Any, what: str, options: dict[str, Any], total: int) -> dict[str, 
         return t
 
     batch = next(views_in_parts(method, crops, parts, device, **draw))
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), stepper.autocast():
         total_loss = method(batch)["total"]
     held = sum(kept.values()) / 2**20
     total_loss.backward()
-    seconds, update = cpu_seconds(step, 2), cpu_seconds(stepper.optimiser.step, 3)
-    return {"options": what, "step_s": seconds, "optimiser_ms": 1e3 * update, "kept_MiB": held}
+    update = cpu_seconds(stepper.optimiser.step, 3)
+    return lambda: cpu_seconds(step, 1), {"optimiser_ms": 1e3 * update, "kept_MiB": held}
 
 
 def main() -> None:
     """Print the table."""
-    args = arguments(__doc__, batch=(4, "crops per step"))
-    torch.set_num_threads(1)
-    big = {"shape": (32, 32, 32), "patch": (32, 32, 32), "features": (16, 32, 64, 128)}
-    small = {"shape": (16, 16, 16), "patch": (16, 16, 16), "features": (4, 8)}
     variants: dict[str, dict[str, Any]] = {
-        "none": {},
+        "none": {"channels_last": False},
         "accumulate=2": {"accumulate": 2},
         "accumulate=4": {"accumulate": 4},
         "checkpointing=true": {"checkpointing": True},
         "channels_last=true": {"channels_last": True},
         "optimiser_kernels=foreach": {"optimiser_kernels": "foreach"},
         "optimiser_kernels=fused": {"optimiser_kernels": "fused"},
+        "bfloat16": {"dtype": torch.bfloat16},
+        "bfloat16 channels_last=true": {"dtype": torch.bfloat16, "channels_last": True},
     }
+    p = parser(__doc__)
+    p.add_argument("--batch", type=int, default=4, help="crops per step (4)")
+    p.add_argument("--features", type=int, nargs="+", default=[16, 32, 64, 128], help="of the stages (16 32 64 128)")
+    p.add_argument("--crop", type=int, default=32, help="edge of the crops, voxels (32)")
+    p.add_argument("--rounds", type=int, default=3, help="how often a step of each is measured, in turn (3)")
+    p.add_argument(
+        "--only", nargs="+", choices=list(variants), default=list(variants), metavar="OPTIONS", help="some rows"
+    )
+    args = p.parse_args()
+    torch.set_num_threads(1)
+    big = {"shape": (args.crop,) * 3, "patch": (args.crop,) * 3, "features": tuple(args.features)}
+    small = {"shape": (16, 16, 16), "patch": (16, 16, 16), "features": (4, 8)}
+    rows = []
     with workspace():
         plan = make_dataset(1, **(small if args.quick else big))
-        rows = [one(plan, what, options, args.batch) for what, options in variants.items()]
+        none, columns = one(plan, variants["none"], args.batch)
+        for what in dict.fromkeys(["none", *args.only]):
+            step, found = (
+                (none, columns) if what == "none" else one(plan, {"channels_last": False} | variants[what], args.batch)
+            )
+            row = ratios({"none": none, "with": step}, 1 if args.quick else args.rounds, "none")["with"]
+            ratio = {"ratio": row["ratio"], "low": row["low"], "high": row["high"]}
+            rows.append({"options": what, "step_s": row["cost"], **ratio, **found})
     report("options of the engine", rows, args.out)
 
 

@@ -17,7 +17,18 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("loader", "step_time", "data_wait", "memory", "startup", "ema_infonce", "preprocessing", "options")
+SCRIPTS = (
+    "loader",
+    "step_time",
+    "data_wait",
+    "memory",
+    "startup",
+    "ema_infonce",
+    "preprocessing",
+    "options",
+    "growth",
+    "peers",
+)
 
 
 def main() -> int:

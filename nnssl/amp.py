@@ -1,7 +1,8 @@
 """Automatic mixed precision: which type, on which device, and the context that forward passes run in.
 
 On a CPU this is bfloat16, which needs no scaling of the loss. Whether it is faster depends on the processor: with AMX's matrix
-units it is; with avx512_bf16 alone oneDNN's 3D convolutions are slower than in float32 (docs/performance.md).
+units it is; with avx512_bf16 alone a step took half the time of float32 on one processor and more on another
+(docs/performance.md), so that there nothing is chosen without being asked for.
 """
 
 from __future__ import annotations

@@ -13,6 +13,9 @@ from nnssl.pretrain.augment.draws import Draws
 
 __all__ = ["adjust_contrast", "from_unit", "gaussian_blur", "multiply", "random_jitter", "to_unit", "where_chosen"]
 
+BLUR_BLOCK = 16
+"""Voxels of an axis that one matrix product of a blur makes on a CPU; a GPU makes all at once."""
+
 
 def _per_sample(value: Tensor, like: Tensor) -> Tensor:
     """``(B,)`` or ``(B, C)`` -> broadcastable to ``(B, C, *spatial)``."""
@@ -71,14 +74,23 @@ def gaussian_blur(x: Tensor, sigma: Tensor, radius: int | None = None) -> Tensor
     with torch.autocast(x.device.type, enabled=False):
         for axis, n in enumerate(x.shape[2:]):
             # A matrix product for each axis: convolutions of a kernel for each sample are an order of magnitude slower.
-            voxel = (torch.arange(n, device=x.device)[:, None] + offset).clamp(0, n - 1)  # what a voxel reads
-            matrix = x.new_zeros(batch, n, n).scatter_add_(
-                2, voxel.expand(batch, -1, -1), kernel[:, axis, None].expand(-1, n, -1)
+            block = BLUR_BLOCK if x.device.type == "cpu" and n > 2 * BLUR_BLOCK else n
+            lines = (
+                x.reshape(batch, -1, n) if axis == dim - 1 else x.reshape(batch, -1, n, math.prod(x.shape[3 + axis :]))
             )
-            if axis == dim - 1:
-                x = (x.reshape(batch, -1, n) @ matrix.mT).view(x.shape)
-            else:
-                x = (matrix[:, None] @ x.reshape(batch, -1, n, math.prod(x.shape[3 + axis :]))).view(x.shape)
+            parts = []
+            for low in range(0, n, block):
+                high = min(n, low + block)
+                first, end = max(0, low - radius), min(n, high + radius)
+                voxel = (torch.arange(low, high, device=x.device)[:, None] + offset).clamp(
+                    0, n - 1
+                ) - first  # what is read
+                matrix = x.new_zeros(batch, high - low, end - first).scatter_add_(
+                    2, voxel.expand(batch, -1, -1), kernel[:, axis, None].expand(-1, high - low, -1)
+                )
+                read = lines[:, :, first:end]
+                parts.append(read @ matrix.mT if axis == dim - 1 else matrix[:, None] @ read)
+            x = (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).view(x.shape)
     return x
 
 

@@ -15,6 +15,9 @@ from nnssl.pretrain.augment.draws import Draws
 
 __all__ = ["Affine", "View", "central_crop", "cut_out", "draw_affine", "random_affine", "sampling_grid", "warp"]
 
+PLANES_FROM = 16**3
+"""Voxels of a view from which on it is sampled plane by plane on a CPU."""
+
 
 @dataclass
 class Affine:
@@ -134,8 +137,42 @@ def sampling_grid(affine: Affine, size: Sequence[int], window: Sequence[int]) ->
 
 
 def warp(x: Tensor, grid: Tensor, mode: str = "bilinear") -> Tensor:
-    """Sample ``(B, C, *window)`` at a :func:`sampling_grid`; 0 outside. Linear (``"bilinear"``, also in 3d) or ``"nearest"``."""
+    """Sample ``(B, C, *window)`` at a :func:`sampling_grid`; 0 outside. Linear (``"bilinear"``, also in 3d) or ``"nearest"``.
+
+    Large 3d images are sampled on a CPU by :func:`_warp_planes`, which is faster and as exact as 0.005 voxels.
+    """
+    large = x.ndim == 5 and grid[0, ..., 0].numel() >= PLANES_FROM and not (x.requires_grad or grid.requires_grad)
+    if large and mode == "bilinear" and x.device.type == "cpu" and x.dtype == torch.float32:
+        return _warp_planes(x, grid.float())
     return F.grid_sample(x, grid.to(x.dtype), mode=mode, padding_mode="zeros", align_corners=False)
+
+
+def _warp_planes(x: Tensor, grid: Tensor) -> Tensor:
+    """Linear sampling of ``(B, C, D, H, W)`` as torch does fast on a CPU, which is in 2d.
+
+    All planes are put below each other, a row of zeros around each. Every voxel is then a mean of two bilinear samples, from the
+    plane before it and from the one behind. A row's number has less of a float32 left for its fraction: places are exact to
+    about ``D H / 2^23`` voxels.
+    """
+    batch, channels, depth, height, width = x.shape
+    size, rows = grid.shape[1:4], (depth + 3) * (height + 2)
+    planes = x.new_zeros(batch, channels, depth + 4, height + 2, width)
+    planes[:, :, 1 : depth + 1, 1 : height + 1] = x
+    z = grid[..., 2].mul(depth / 2).add_((depth - 1) / 2)
+    first = z.floor().clamp_(-1, depth)
+    share = z.sub_(first).clamp_(0, 1).view(batch, -1, size[2])
+    row = grid[..., 1].mul(height / 2).add_((height - 1) / 2).clamp_(-1, height)
+    row.add_(first, alpha=height + 2).add_(height + 3.5).mul_(2 / rows).sub_(1)
+    place = torch.stack([grid[..., 0], row], -1).view(batch, -1, size[2], 2)
+    out = x.new_empty(batch, channels, place.shape[1], size[2])
+    for channel in range(channels):
+        # Two channels that share their memory: the planes, and the planes from the second one on.
+        first_row = planes[:, channel].storage_offset()
+        strides = (planes.stride(0), planes.stride(2), width, 1)
+        both = planes.as_strided((batch, 2, rows, width), strides, first_row)
+        found = F.grid_sample(both, place, mode="bilinear", padding_mode="zeros", align_corners=False)
+        torch.lerp(found[:, 0], found[:, 1], share, out=out[:, channel])
+    return out.view(batch, channels, *size)
 
 
 def random_affine(

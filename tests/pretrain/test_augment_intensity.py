@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnssl.pretrain.augment import Draws, random_jitter
+from nnssl.pretrain.augment import Draws, intensity, random_jitter
 from nnssl.pretrain.augment.intensity import (
     adjust_contrast,
     from_unit,
@@ -83,3 +83,11 @@ def test_jitter():
     assert torch.isfinite(once).all() and once.std() < x.std()
     dark = random_jitter(x, intensity, Draws(0, 0, 3), brightness=(0.5, 0.5))
     assert torch.allclose(dark, (x + 2) / 2 - 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(40, 47, 33), (50, 36)])
+def test_a_blur_in_blocks_is_the_whole_blur(size, monkeypatch):
+    x, sigma = torch.randn(2, 3, *size), torch.rand(2, len(size)) + 0.4
+    blocks = gaussian_blur(x, sigma, radius=4)
+    monkeypatch.setattr(intensity, "BLUR_BLOCK", 10**6)
+    assert torch.allclose(blocks, gaussian_blur(x, sigma, radius=4), atol=1e-6)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nnssl.pretrain.augment import Draws, central_crop, random_affine
+from nnssl.pretrain.augment import Draws, central_crop, random_affine, spatial
 from nnssl.pretrain.augment.box import ImageBox
 from nnssl.pretrain.augment.spatial import Affine, _resample, cut_out, draw_affine, sampling_grid, warp
 
@@ -190,3 +190,38 @@ def test_views_are_scaled_both_ways_by_default():
     drawn = random_affine(torch.zeros(60, 1, 6, 6), Draws(0, 1, 60), (6, 6), (1.0, 1.0)).affine
     magnification = torch.linalg.det(drawn.matrix).rsqrt()
     assert 0.8 <= float(magnification.min()) < 0.85 and 1.18 < float(magnification.max()) <= 1.25
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "channels"), [((24, 28, 20), (33, 41, 27), 2), ((20, 18, 40), (20, 18, 40), 1)]
+)
+def test_large_views_are_sampled_plane_by_plane_to_the_same_values(size, window, channels, monkeypatch):
+    x = torch.randn(3, channels, *window)
+    wide = {"rotation": (60.0,), "scale": (0.6, 1.6), "shift": 0.3, "mirror_axes": (0, 1, 2)}
+    grid = sampling_grid(draw_affine(Draws(2, 0, 3), size, (1.0, 2.0, 1.5), **wide), size, window)
+    fast = warp(x, grid)
+    monkeypatch.setattr(spatial, "PLANES_FROM", 10**9)
+    exact = warp(x, grid)
+    assert (exact == 0).any() and (exact != 0).any(), "places outside of the window are among them"
+    bound = 2 * window[0] * window[1] / 2**23  # voxels, times the largest difference between neighbours
+    assert (fast - exact).abs().max() < bound * 2 * x.abs().max()
+    assert torch.equal(warp(x[1:2], grid[1:2]), exact[1:2]), "a sample does not depend on the others"
+    monkeypatch.undo()
+    assert torch.equal(warp(x[1:2], grid[1:2]), fast[1:2])
+
+
+def test_whole_shifts_of_large_views_are_exact_at_the_edges_too():
+    window = (18, 20, 22)
+    affine = Affine(torch.eye(3)[None], torch.tensor([[3.0, -2.0, 4.0]]))
+    x = torch.rand(1, 1, *window) + 1
+    moved = warp(x, sampling_grid(affine, window, window))
+    expected = torch.zeros_like(x)
+    expected[:, :, :15, 2:, :18] = x[:, :, 3:, :18, 4:]
+    assert torch.allclose(moved, expected, atol=1e-3)
+
+
+def test_what_needs_a_gradient_is_sampled_by_torch():
+    x = torch.rand(1, 1, 20, 20, 20, requires_grad=True)
+    grid = sampling_grid(identity(3, 1), (20, 20, 20), (20, 20, 20))
+    warp(x, grid).sum().backward()
+    assert torch.allclose(x.grad, torch.ones_like(x), atol=1e-4)

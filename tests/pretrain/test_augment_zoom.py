@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nnssl.pretrain.augment.box import ImageBox
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.methods.glmae.zoom import _box_sums, box_share, copy_box, place_boxes, zoom
+from nnssl.pretrain.methods.glmae.zoom import _box_sums, _first_enough, box_share, copy_box, place_boxes, zoom
 
 
 def image_of(low, high, n=1):
@@ -95,6 +95,19 @@ def test_voxels_in_boxes_are_counted_exactly(window):
         for b, first, last in zip(body, start, stop)
     ]
     assert torch.equal(_box_sums(body.float(), start, stop), torch.tensor(expected).float())
+
+
+@pytest.mark.parametrize("least", [0.0, 0.3, 0.5, 1.1])
+def test_the_first_box_with_enough_is_found_without_looking_at_all(least):
+    g = torch.Generator().manual_seed(2)
+    body = (torch.rand(40, 7, 9, 5, generator=g) < 0.4).float()
+    start = (torch.rand(40, 6, 3, generator=g) * torch.tensor([4, 5, 3])).long()
+    stop = start + torch.tensor([3, 4, 2])
+    share = _box_sums(body, start, stop) / 24
+    expected = torch.where((share >= least).any(1), (share >= least).int().argmax(1), share.argmax(1))
+    found = _first_enough(body, start, stop, torch.full((40,), 24.0), least)
+    assert torch.equal(share[range(40), found], share[range(40), expected])
+    assert least > 1 or torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("extent", [(3, 4, 5), (6, 9, 7), (4.5, 7.2, 3.3)])

@@ -48,9 +48,29 @@ def place_boxes(
     places = first[:, None] + (share * (last.clamp_min(0) - first + 1)[:, None]).floor()
     places = torch.minimum(places, last.clamp_min(0)[:, None])  # (B, tries, dim)
     size = torch.minimum(extent.round(), window)[:, None]
-    found = _box_sums(body[:, 0], places.long(), (places + size).minimum(window).long()) / size.prod(-1)
-    best = torch.where((found >= least).any(1), (found >= least).int().argmax(1), found.argmax(1))
+    start, stop = places.long(), (places + size).minimum(window).long()
+    if body.device.type == "cpu":  # asking a device after each of them would hold it up
+        best = _first_enough(body[:, 0], start, stop, size.prod(-1)[:, 0], least)
+    else:
+        found = _box_sums(body[:, 0], start, stop) / size.prod(-1)
+        best = torch.where((found >= least).any(1), (found >= least).int().argmax(1), found.argmax(1))
     return places[torch.arange(len(places), device=places.device), best]
+
+
+def _first_enough(body: Tensor, start: Tensor, stop: Tensor, volume: Tensor, least: float) -> Tensor:
+    """The first of each sample's boxes in which the share of body is enough, else the one with most: ``(B,)`` int64.
+
+    As :func:`_box_sums` tells it, but no box is looked at once one is enough, which the first one mostly is.
+    """
+    best = []
+    for image, whole, lows, highs in zip(body, volume, start.tolist(), stop.tolist()):
+        shares: list[Tensor] = []
+        for low, high in zip(lows, highs):
+            shares.append(image[tuple(slice(a, b) for a, b in zip(low, high))].sum() / whole)
+            if shares[-1] >= least:
+                break
+        best.append(len(shares) - 1 if shares[-1] >= least else int(torch.stack(shares).argmax()))
+    return torch.tensor(best)
 
 
 def _box_sums(body: Tensor, start: Tensor, stop: Tensor) -> Tensor:
