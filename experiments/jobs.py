@@ -19,7 +19,7 @@ from nnssl.experiments.cases import Draw, Resolved, digest, forbidden_cases, res
 from nnssl.experiments.experiment import FROM_RANDOM, SCRATCH, TEACHER, Arm, Experiment
 from nnssl.experiments.launch import EVALUATE, typed
 from nnssl.experiments.needs import need_datasets
-from nnssl.experiments.schema import read_names
+from nnssl.experiments.reading import read_names
 from nnssl.files import sha256_of
 from nnssl.paths import preprocessed_folder, results_folder
 from nnssl.plans import dataset_id, resolve_dataset

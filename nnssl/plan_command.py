@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,15 +22,6 @@ from nnssl.weights import write_variant
 __all__ = ["main", "parser"]
 
 log = logging.getLogger("nnssl")
-
-
-def _figure(text: str) -> tuple[str, Any]:
-    """``name=value`` with a number where it is one."""
-    key, value = pair("warmup=0.1")(text)
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 def parser() -> CommandParser:
@@ -87,7 +77,12 @@ def parser() -> CommandParser:
     length.add_argument(
         "--schedule", metavar="NAME", help=f"schedule of the learning rate: {', '.join(map(spelt, FAMILIES))}"
     )
-    p.share(length, "options", type=_figure, help="figures of the schedule, for example -o peak_lr=3e-4 warmup=0.1")
+    p.share(
+        length,
+        "options",
+        type=pair("warmup=0.1"),
+        help="figures of the schedule, for example -o peak_lr=3e-4 warmup=0.1",
+    )
     cases = p.group("which cases")
     p.share(
         cases,
