@@ -3,15 +3,18 @@
 import pytest
 import torch
 
-from nnssl.pretrain.augment import Draws, random_jitter
-from nnssl.pretrain.augment.intensity import (
+from nnssl.intensity import (
     adjust_contrast,
+    bend,
     from_unit,
     gaussian_blur,
+    low_resolution,
     multiply,
+    resample,
     to_unit,
     where_chosen,
 )
+from nnssl.pretrain.augment import Draws, random_jitter
 
 
 def test_units_and_back():
@@ -83,3 +86,17 @@ def test_jitter():
     assert torch.isfinite(once).all() and once.std() < x.std()
     dark = random_jitter(x, intensity, Draws(0, 0, 3), brightness=(0.5, 0.5))
     assert torch.allclose(dark, (x + 2) / 2 - 2, atol=1e-5)
+
+
+def test_a_bend_is_a_power_within_the_range_and_a_shift_outside():
+    u = torch.tensor([[[-0.5, 0.0, 0.25, 1.0, 2.0]], [[-0.5, 0.0, 0.25, 1.0, 2.0]]])
+    out = bend(u, torch.tensor([2.0, 0.5]), floor=0.0)
+    assert out.flatten().tolist() == [-0.5, 0, 0.0625, 1, 2, -0.5, 0, 0.5, 1, 2]
+    assert bend(u, torch.tensor([2.0, 0.5]))[1, 0, 1] == pytest.approx(1e-3)  # the floor
+
+
+def test_one_resolution_for_all_equals_one_for_each_sample():
+    x = torch.randn(2, 3, 9, 12, 7)
+    coarse = resample(x, (4, 6, 4))  # halves: 4.5 and 3.5 are rounded to the even number
+    torch.testing.assert_close(low_resolution(x, torch.tensor([0.5, 0.5])), coarse)
+    assert torch.equal(resample(x, x.shape[2:]), x)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 
+from nnssl.intensity import gaussian_blur
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws, nnunet
-from nnssl.pretrain.augment.intensity import gaussian_blur
 from nnssl.pretrain.augment.spatial import warp
 
 SIZE = (10, 14, 12)

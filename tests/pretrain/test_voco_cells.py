@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nnssl.intensity import gaussian_blur
 from nnssl.losses.overlap import base_crops, overlap_labels
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.intensity import gaussian_blur
 from nnssl.pretrain.methods.voco.cells import alter_intensity, draw_offsets, flip_and_turn, inside_image, usable_cells
 
 ISOTROPIC = (1.0, 1.0, 1.0)

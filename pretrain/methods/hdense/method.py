@@ -28,13 +28,13 @@ from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads.balanced import ScaleProjections, gather_pyramid, voxel_projector
 from nnssl.heads.restoration import restoration_head
+from nnssl.intensity import from_unit, to_unit
 from nnssl.losses.diagnostics import principal_colours, resemblance
 from nnssl.losses.info_nce import InfoNCE, chance_level, nearest_share, similarities
 from nnssl.networks import walk
 from nnssl.plans import Plan
 from nnssl.pretrain.augment.box import image_bounds
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.intensity import from_unit, to_unit
 from nnssl.pretrain.augment.pairs import cut, draw_pairs
 from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.geometry import choose_crop, largest_spread
