@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
-import blosc2
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
@@ -28,7 +27,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import Tensor
 
 from nnssl.errors import NnsslError
-from nnssl.plans.unlabelled import UnlabelledCase
+from nnssl.preprocessed import CaseRef, open_array
 from nnssl.teacher import changes
 
 __all__ = [
@@ -49,7 +48,7 @@ class UnlabelledDataset:
         cases: the images.
     """
 
-    def __init__(self, cases: Sequence[UnlabelledCase]) -> None:
+    def __init__(self, cases: Sequence[CaseRef]) -> None:
         self._cases = {case.key: case for case in cases}
         self.identifiers = list(self._cases)
 
@@ -60,15 +59,13 @@ class UnlabelledDataset:
             NnsslError: a file is missing or damaged.
         """
         case = self._cases[key]
-        file = case.folder / f"{case.name}.b2nd"
-        beside = case.folder / f"{case.name}_seg.b2nd"
         try:
-            data = blosc2.open(str(file), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+            data = open_array(case.image)
             seg: Any = np.broadcast_to(np.int16(0), (1, *data.shape[1:]))
-            if beside.is_file():
-                seg = blosc2.open(str(beside), mode="r", mmap_mode="r", dparams={"nthreads": 1})
-        except Exception as error:  # blosc2 raises several kinds
-            raise NnsslError(f"{file} cannot be read ({error!r}); preprocess {case.source} again.") from error
+            if case.labels.is_file():
+                seg = open_array(case.labels)
+        except (OSError, ValueError) as error:
+            raise NnsslError(f"{case.image} cannot be read ({error!r}); preprocess {case.source} again.") from error
         return data, seg, None, {"class_locations": {}}
 
 

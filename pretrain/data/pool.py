@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nnssl.errors import NnsslError
+from nnssl.preprocessed import CaseRef
 from nnssl.pretrain.types import SourceStats
 
 __all__ = ["BadCase", "CaseRef", "Pool", "make_pool"]
@@ -18,26 +19,6 @@ __all__ = ["BadCase", "CaseRef", "Pool", "make_pool"]
 log = logging.getLogger("nnssl")
 
 FEWEST_FOR_HELD_OUT = 4
-
-
-@dataclass(frozen=True)
-class CaseRef:
-    """One preprocessed case: ``<folder>/<name>.b2nd`` and ``<folder>/<name>.pkl``.
-
-    Attributes:
-        name: nnU-Net's case identifier.
-        folder: the folder of preprocessed cases.
-        source: name of the dataset that it comes from.
-    """
-
-    name: str
-    folder: Path
-    source: str
-
-    @property
-    def key(self) -> str:
-        """``"<source>/<name>"``, unique in a pool."""
-        return f"{self.source}/{self.name}"
 
 
 @dataclass(frozen=True)
