@@ -85,15 +85,16 @@ def limit_contrast(x: Tensor, factor: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(adjust_contrast(x, factor), low), high)
 
 
-def bend(u: Tensor, exponent: Tensor, floor: float = 1e-6) -> Tensor:
+def bend(u: Tensor, exponent: Tensor, *, low: float = 0.0, floor: float = 0.0) -> Tensor:
     """Gamma of an image whose range is [0, 1]: a power within, a shift outside of it.
 
     Args:
         u: ``(B, C, *spatial)``, see :func:`to_unit`.
         exponent: ``(B,)`` or ``(B, C)``.
-        floor: least base of the power.
+        low: where the power begins; above 0, what lies below is shifted down with it.
+        floor: least base of the power; what lies below is lifted to it.
     """
-    within = u.clamp(0, 1)
+    within = u.clamp(low, 1)
     return within.clamp_min(floor) ** per_sample(exponent, u) + (u - within)
 
 

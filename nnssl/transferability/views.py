@@ -103,7 +103,7 @@ def photometric_view(
 
 def _gamma(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
     exponent = torch.tensor([np.exp(rng.uniform(np.log(0.8), np.log(1.25)))])
-    return from_unit(bend(to_unit(x, intensity), exponent, floor=0.0), intensity)
+    return from_unit(bend(to_unit(x, intensity), exponent), intensity)
 
 
 def _bias(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:

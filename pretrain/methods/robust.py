@@ -114,7 +114,7 @@ class Robust(Method):
         c = self.config
         if c.gamma > 0:
             exponent = draws.uniform(-c.gamma, c.gamma).exp()
-            x = from_unit(bend(to_unit(x, intensity), exponent), intensity)
+            x = from_unit(bend(to_unit(x, intensity), exponent, low=1e-6), intensity)
         strength = (1.0 - c.jitter, 1.0 + c.jitter)
         sigma = (0.1, c.blur) if c.blur > 0.1 else None
         radius = max(1, round(3 * c.blur))

@@ -90,9 +90,12 @@ def test_jitter():
 
 def test_a_bend_is_a_power_within_the_range_and_a_shift_outside():
     u = torch.tensor([[[-0.5, 0.0, 0.25, 1.0, 2.0]], [[-0.5, 0.0, 0.25, 1.0, 2.0]]])
-    out = bend(u, torch.tensor([2.0, 0.5]), floor=0.0)
+    out = bend(u, torch.tensor([2.0, 0.5]))
     assert out.flatten().tolist() == [-0.5, 0, 0.0625, 1, 2, -0.5, 0, 0.5, 1, 2]
-    assert bend(u, torch.tensor([2.0, 0.5]))[1, 0, 1] == pytest.approx(1e-3)  # the floor
+    lifted = bend(u, torch.tensor([2.0, 0.5]), floor=0.01)[1, 0, :3]
+    assert lifted.tolist() == pytest.approx([-0.4, 0.1, 0.5])
+    shifted = bend(u, torch.tensor([2.0, 0.5]), low=0.01)[1, 0, :3]
+    assert shifted.tolist() == pytest.approx([-0.41, 0.09, 0.5])
 
 
 def test_one_resolution_for_all_equals_one_for_each_sample():

@@ -144,7 +144,7 @@ def alter_intensity(x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence[f
 
     gamma, exponent = draws.chance(p, k), draws.uniform(math.log(0.7), math.log(1.5), k).exp()
     u, exponent = to_unit(flat, bounds.repeat_interleave(k, 0)), exponent.flatten()
-    u = where_chosen(u, gamma.flatten(), lambda rows: bend(u[rows], exponent[rows]))
+    u = where_chosen(u, gamma.flatten(), lambda rows: bend(u[rows], exponent[rows], floor=1e-6))
 
     blurred, sigma = draws.chance(p, k), draws.uniform(0.5, 1.0, k).flatten()
     relative = torch.tensor([min(spacing) / s if f else 0.0 for s, f in zip(spacing, fine)], device=x.device)
