@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -14,6 +13,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnssl.journal import append_line
 from nnssl.loggers import Logger, check_loggers, installed, logger_names
 from nnssl.pretrain.engine.progress import plot_details, plot_progress
 from nnssl.pretrain.types import Curve
@@ -74,8 +74,7 @@ class RunLog:
         if self.folder is None:
             return
         row = {"event": kind, "time": round(time.time(), 3), **{k: _plain(v) for k, v in values.items()}}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        append_line(self.folder / "metrics.jsonl", row)
         if self.loggers and "step" in values:
             names = [k for k, v in row.items() if isinstance(v, (int, float)) and k not in ("step", "time", "epoch")]
             for logger in self.loggers if names else ():

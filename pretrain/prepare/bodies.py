@@ -140,7 +140,7 @@ def _make(plan: Plan, source: str, refs: Sequence[CaseRef], raw: RawSource, n_pr
     index = Index(beside(folder, "index.jsonl"))
     jobs = _jobs(raw, refs, index, done_cases(folder, image_only=True))
     if jobs:
-        with temporary_folder(folder) as temporary, contextlib.closing(index):
+        with temporary_folder(folder) as temporary:
             worker = BodyWorker(plan.plans, _is_ct(raw, plan), refs[0].folder, folder, temporary)
             replies = in_memory(worker, jobs, n_processes, f"Body masks of {source}")
             with contextlib.closing(replies):

@@ -247,7 +247,7 @@ def preprocess_source(
     if jobs:
         log.info("Preprocessing %d of %d images of %s into %s", len(jobs), len(cases), source, folder)
         try_plans(plan)
-        with temporary_folder(folder) as temporary, contextlib.closing(index):
+        with temporary_folder(folder) as temporary:
             worker = CaseWorker(plan.plans, plan.configuration, plan.dataset_json, plan.n_channels, folder, temporary)
             replies = in_memory(worker, jobs, n_processes, f"Preprocessing {source}")
             with contextlib.closing(replies):
