@@ -18,6 +18,7 @@ from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
 from nnssl.plans.variants import Variant, list_variants
 from nnssl.weights import write_variant
+from nnssl.words import size_text
 
 __all__ = ["main", "parser"]
 
@@ -120,7 +121,7 @@ def _table(variants: list[Variant]) -> str:
     ]
     for v in variants:
         told = [None if v.nnssl.get(key) is None else _said(key, v.nnssl[key]) for key in rows[0][5:]]
-        sizes = ["x".join(map(str, v.patch_size)), ",".join(map(str, v.features))]
+        sizes = [size_text(v.patch_size), ",".join(map(str, v.features))]
         cells = [v.plans_name, v.nnssl.get("configuration"), v.nnssl.get("base_plans"), *sizes, *told]
         rows.append(tuple("-" if cell is None else str(cell) for cell in cells))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

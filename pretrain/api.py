@@ -40,7 +40,7 @@ from nnssl.pretrain.resolve import batch_size, identity, method_folder, resolve
 from nnssl.results import CONFIG, output_folder
 from nnssl.variables import variables
 from nnssl.weights import prove_loadable
-from nnssl.words import counted
+from nnssl.words import counted, size_text
 
 __all__ = ["RunResult", "pretrain", "run"]
 
@@ -363,12 +363,12 @@ def _introduce(spec: RunSpec, sources: list[str]) -> None:
         ", ".join(sources),
     )
     log.info("Cases: %d to learn from, %d held out.", len(spec.pool.train), len(spec.pool.held_out))
-    log.info("%s It is read in windows of %s.", request.explanation, "x".join(map(str, request.window)))
+    log.info("%s It is read in windows of %s.", request.explanation, size_text(request.window))
     log.info(
         "Batch: %d crops a step (plan: %d patches of %s); %d epochs of %d steps; seed %d; %s, %s.",
         spec.batch_size,
         plan.batch_size,
-        "x".join(map(str, plan.patch_size)),
+        size_text(plan.patch_size),
         spec.epochs,
         spec.iterations,
         spec.seed,

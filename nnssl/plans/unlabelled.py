@@ -6,7 +6,6 @@ the target's test images, unless the plan says so (``transductive``).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from nnssl import preprocessed
 from nnssl.errors import NnsslError
+from nnssl.files import hash_of
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import dataset_id
 from nnssl.plans.plan import Plan
@@ -56,7 +56,7 @@ class UnlabelledPool:
 
 def case_key_hash(key: str) -> str:
     """A short hash of ``"<source>/<case>"``: how a checkpoint names the images it has seen."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return hash_of(key)[:16]
 
 
 def prepared_folder(plan: Plan, source: str) -> Path:

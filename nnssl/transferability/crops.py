@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nnssl.errors import NnsslError
+from nnssl.files import hash_of
 from nnssl.plans import Plan
 from nnssl.preprocessed import IMAGE, list_cases, open_array, read_box
 
@@ -68,7 +69,7 @@ def choose_cases(names: Iterable[str], n: int, seed: int = 0) -> list[str]:
     """An even number of at most ``n`` cases, chosen by a hash of seed and name: the same however many others there are."""
 
     def key(name: str) -> str:
-        return hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).hexdigest()
+        return hash_of(f"{seed}/{name}")
 
     chosen = sorted(names, key=key)[:n]
     return sorted(chosen[: len(chosen) - len(chosen) % 2])

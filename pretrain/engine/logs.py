@@ -17,6 +17,7 @@ from nnssl.journal import append_line
 from nnssl.loggers import Logger, check_loggers, installed, logger_names
 from nnssl.pretrain.engine.progress import plot_details, plot_progress
 from nnssl.pretrain.types import Curve
+from nnssl.words import size_text
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import RunSpec
@@ -125,6 +126,6 @@ def run_settings(spec: RunSpec, identity: Mapping[str, Any]) -> dict[str, Any]:
     """What loggers are told of a run: numbers, and names of the method, the plan and the datasets; no case and no path."""
     keys = ("method", "dataset", "plans_name", "configuration", "epochs", "iterations", "batch_size", "seed")
     told = {k: identity[k] for k in keys}
-    told |= {"sources": " ".join(identity["sources"]), "crop": "x".join(map(str, spec.request.size))}
+    told |= {"sources": " ".join(identity["sources"]), "crop": size_text(spec.request.size)}
     told |= {"cases": len(spec.pool.train), "held_out_cases": len(spec.pool.held_out)}
     return told | {f"option/{f.name}": str(getattr(spec.config, f.name)) for f in fields(spec.config)}

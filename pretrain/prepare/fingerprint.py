@@ -8,7 +8,6 @@ non-zero, how much cropping took away) comes from the images anyway. Here intens
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ import SimpleITK as sitk
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
 from nnssl.errors import NnsslError
+from nnssl.files import hash_of
 from nnssl.journal import append_line, read_lines
 from nnssl.pretrain.data.orientation import direction_matrix, patient_axes
 from nnssl.pretrain.prepare.body import AIR_HU, body_of_raw
@@ -138,7 +138,7 @@ class FigureWorker:
 
 def sample_cases(cases: Mapping[str, RawCase], most: int) -> dict[str, RawCase]:
     """At most ``most`` of the cases: the same on each machine, and nearly the same with a few cases more or less."""
-    names = sorted(cases, key=lambda n: hashlib.sha256(n.encode("utf-8", "surrogateescape")).hexdigest())[:most]
+    names = sorted(cases, key=lambda n: hash_of(n))[:most]
     return {name: cases[name] for name in sorted(names)}
 
 
