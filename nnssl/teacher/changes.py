@@ -2,7 +2,7 @@
 
 Each kind is applied on its own, in units of the normalised image: in nnU-Net's workers by its own transforms
 (:func:`nnssl.trainers.pool.strong_changes`), in pretraining in batches on the device
-(:func:`nnssl.pretrain.augment.nnunet.alter_strongly`).
+(:func:`nnssl.pretrain.augment.nnunet.augment_strongly`).
 """
 
 from __future__ import annotations

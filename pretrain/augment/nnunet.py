@@ -33,8 +33,8 @@ from nnssl.teacher import changes
 
 __all__ = [
     "TrainingAugmentation",
-    "alter",
-    "alter_strongly",
+    "augment_intensity",
+    "augment_strongly",
     "draw_grid",
     "middle_label",
     "move_label",
@@ -111,7 +111,7 @@ def middle_label(label: Tensor, size: Sequence[int], outside: int) -> Tensor:
     return torch.where(middle < 0, outside, middle)
 
 
-def alter(x: Tensor, draws: Draws, masked: Sequence[int] = ()) -> Tensor:
+def augment_intensity(x: Tensor, draws: Draws, masked: Sequence[int] = ()) -> Tensor:
     """Noise, blur, brightness, contrast, lower resolution and both gammas, in nnU-Net's order.
 
     Args:
@@ -122,10 +122,10 @@ def alter(x: Tensor, draws: Draws, masked: Sequence[int] = ()) -> Tensor:
     Returns:
         A new tensor of the same shape.
     """
-    return _masked(x, _alter(x, draws), masked)
+    return _masked(x, _augmented(x, draws), masked)
 
 
-def alter_strongly(x: Tensor, draws: Draws, masked: Sequence[int] = (), strength: float = 1.0) -> Tensor:
+def augment_strongly(x: Tensor, draws: Draws, masked: Sequence[int] = (), strength: float = 1.0) -> Tensor:
     """Noise, contrast, brightness and gamma, see :mod:`nnssl.teacher.changes`: what the trainers' mean teacher has too.
 
     Args:
@@ -158,7 +158,7 @@ def _masked(x: Tensor, out: Tensor, masked: Sequence[int]) -> Tensor:
     return torch.where(empty, 0.0, out)
 
 
-def _alter(x: Tensor, draws: Draws) -> Tensor:
+def _augmented(x: Tensor, draws: Draws) -> Tensor:
     channels = x.shape[1]
     on, variance = draws.chance(0.1), draws.uniform(0.0, 0.1)
     x = add_noise(x, torch.where(on, variance, 0.0), draws.noise(*x.shape[1:]))

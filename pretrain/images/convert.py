@@ -17,7 +17,7 @@ from nnssl.pretrain.images.dcm2niix import Unconverted, convert, joined
 from nnssl.pretrain.images.items import Item, Job
 from nnssl.pretrain.images.kinds import LABEL_MAP, looks_like_labels
 from nnssl.pretrain.images.other import read_nibabel, read_tiff
-from nnssl.pretrain.prepare.whole import check_header, check_spacing, check_voxels, check_whole, is_nifti2
+from nnssl.pretrain.prepare.integrity import check_header, check_spacing, check_voxels, check_whole, is_nifti2
 from nnssl.pretrain.prepare.worker import voxel_hash
 from nnssl.words import size_text
 

@@ -24,9 +24,9 @@ from nnssl.files import hash_of
 from nnssl.journal import append_line, read_lines
 from nnssl.pretrain.data.orientation import direction_matrix, patient_axes
 from nnssl.pretrain.prepare.body import AIR_HU, body_of_raw
+from nnssl.pretrain.prepare.integrity import check_header, check_same_size, check_voxels, check_whole
 from nnssl.pretrain.prepare.processes import run_jobs
 from nnssl.pretrain.prepare.raw import RawCase
-from nnssl.pretrain.prepare.whole import check_header, check_same_size, check_voxels, check_whole
 
 __all__ = ["MOST_IMAGES", "CaseFigures", "FigureWorker", "combine", "looks_like_ct", "measure", "sample_cases"]
 

@@ -22,8 +22,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnssl.preprocessed import IMAGE, LABELS, PROPERTIES, complete, open_array
 from nnssl.pretrain.data.intensity import intensity_range, store_range
 from nnssl.pretrain.prepare.index import Entry
+from nnssl.pretrain.prepare.integrity import check_header, check_same_size, check_voxels, check_whole
 from nnssl.pretrain.prepare.raw import RawCase
-from nnssl.pretrain.prepare.whole import check_header, check_same_size, check_voxels, check_whole
 
 __all__ = ["CaseWorker", "Job", "Reply", "voxel_hash"]
 

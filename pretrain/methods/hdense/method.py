@@ -39,7 +39,7 @@ from nnssl.pretrain.augment.pairs import cut, draw_pairs
 from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.geometry import choose_crop, largest_spread
 from nnssl.pretrain.methods.base import Method
-from nnssl.pretrain.methods.hdense.local import local_corruption
+from nnssl.pretrain.methods.hdense.local import genesis_transforms
 from nnssl.pretrain.methods.hdense.window import window_corruption
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, SourceStats
@@ -191,7 +191,7 @@ class HDense(Method):
             "shuffle_blocks": c.shuffle_blocks,
             "independent": c.independent_permutations,
         }
-        return local_corruption(
+        return genesis_transforms(
             u, draws, nonlinear_p=c.nonlinear_p, inpaint_max=c.inpaint_max, inpaint_p=c.inpaint_p, **shuffle
         )
 

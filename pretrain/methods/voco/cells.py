@@ -12,7 +12,7 @@ from nnssl.intensity import add_noise, bend, from_unit, gaussian_blur, resample,
 from nnssl.losses.overlap import base_crops, overlap_labels
 from nnssl.pretrain.augment.draws import Draws
 
-__all__ = ["alter_crops", "alter_intensity", "draw_offsets", "flip_and_turn", "inside_image", "usable_cells"]
+__all__ = ["augment_crops", "augment_intensity", "draw_offsets", "flip_and_turn", "inside_image", "usable_cells"]
 
 TRIES = 16
 """Places that are tried for a random crop before it is left out."""
@@ -89,7 +89,7 @@ def draw_offsets(
     return places[sample, pick, crop], overlap / kept.clamp_min(1e-6)[..., None], fits.any(1)
 
 
-def alter_crops(
+def augment_crops(
     x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: float, rot90: float, intensity: float
 ) -> Tensor:
     """Change each crop by itself, after it was cut: where it lies stays true.
@@ -101,13 +101,13 @@ def alter_crops(
         spacing: mm per voxel and axis.
         mirror: probability of a flip, per axis.
         rot90: probability of a quarter turn (or two or three) in a plane, see :func:`flip_and_turn`.
-        intensity: probability of each change of :func:`alter_intensity`.
+        intensity: probability of each change of :func:`augment_intensity`.
 
     Returns:
         The same shape; ``x`` itself where nothing changes.
     """
     x = flip_and_turn(x, draws, spacing, mirror=mirror, rot90=rot90)
-    return alter_intensity(x, bounds, draws, spacing, p=intensity) if intensity > 0 else x
+    return augment_intensity(x, bounds, draws, spacing, p=intensity) if intensity > 0 else x
 
 
 def flip_and_turn(x: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: float, rot90: float) -> Tensor:
@@ -115,7 +115,7 @@ def flip_and_turn(x: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: 
 
     Args:
         x: ``(B, K, C, *size)``.
-        draws, spacing, mirror, rot90: see :func:`alter_crops`.
+        draws, spacing, mirror, rot90: see :func:`augment_crops`.
     """
     k, size, shape = x.shape[1], x.shape[3:], x.shape
     x = x.flatten(0, 1)
@@ -131,12 +131,12 @@ def flip_and_turn(x: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: 
     return x.view(shape)
 
 
-def alter_intensity(x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence[float], *, p: float) -> Tensor:
+def augment_intensity(x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence[float], *, p: float) -> Tensor:
     """Gamma, blur, half the resolution and noise, each with probability ``p``. (Brightness and contrast cancel in InstanceNorm.)
 
     Args:
         x: ``(B, K, C, *size)``.
-        bounds, draws, spacing: see :func:`alter_crops`.
+        bounds, draws, spacing: see :func:`augment_crops`.
         p: probability of each.
     """
     k, size, shape = x.shape[1], x.shape[3:], x.shape
