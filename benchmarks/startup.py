@@ -10,6 +10,7 @@ for each file that is looked at: ``files_looked_at`` counts these (calls of stat
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ def pretend(plan: Any, source: str, n: int) -> None:
     prepare_sources(plan, [source], n_processes=1, held_out=0.0)
     folder = own_folder(plan, source)
     index = beside(folder, "index.jsonl")
-    first = Entry.from_json(index.read_text().splitlines()[0])
+    first = Entry.from_json(json.loads(index.read_text().splitlines()[0]))
     files = sorted(folder.iterdir())
     lines = []
     for i in range(1, n):
@@ -38,7 +39,7 @@ def pretend(plan: Any, source: str, n: int) -> None:
             os.link(file, folder / file.name.replace("case_000000", name))
         info = (raw / f"{name}_0000.nii.gz").stat()
         stamp = (f"{name}_0000.nii.gz", info.st_size, info.st_mtime_ns)
-        lines.append(Entry(name, (stamp,), first.shape, first.spacing, f"{i:064x}").to_json())
+        lines.append(json.dumps(Entry(name, (stamp,), first.shape, first.spacing, f"{i:064x}").to_json()))
     with open(index, "a") as file:
         file.write("".join(f"{line}\n" for line in lines))
     beside(folder, "catalogue.json").unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from nnssl.plans import Plan, load_plan
 from nnssl.plans.labels import ALL, case_order, choose_cases, folds_of
 from nnssl.plans.variants import derive
 
-__all__ = ["Draw", "Resolved", "TestCase", "digest", "forbidden_cases", "resolve_setting"]
+__all__ = ["LabelSubset", "Resolved", "TestCase", "digest", "forbidden_cases", "resolve_setting"]
 
 ORDER_SEED = 0
 """Of the fixed random orders: which test cases ``max_test_cases`` keeps, which cases draw the training curve."""
@@ -34,7 +34,7 @@ class TestCase:
 
 
 @dataclass(frozen=True)
-class Draw:
+class LabelSubset:
     """The labelled cases of one table row: ``text`` as in the file, a seed, and the fold that nnU-Net trains."""
 
     text: str
@@ -69,7 +69,7 @@ class Resolved:
     network: Plan
     pool: tuple[str, ...]
     test: tuple[TestCase, ...]
-    draws: tuple[Draw, ...]
+    draws: tuple[LabelSubset, ...]
 
     @property
     def by_folds(self) -> bool:
@@ -206,7 +206,7 @@ def _check_copies(test: Sequence[TestCase], pool: Sequence[str], plan: Plan) -> 
     )
 
 
-def _draws_of_pool(setting: Setting, pool: list[str], few: Mapping[str, Any] | None) -> list[Draw]:
+def _draws_of_pool(setting: Setting, pool: list[str], few: Mapping[str, Any] | None) -> list[LabelSubset]:
     draws, problems = [], []
     for text in setting.labels:
         for seed in setting.seeds:
@@ -216,7 +216,7 @@ def _draws_of_pool(setting: Setting, pool: list[str], few: Mapping[str, Any] | N
                 problems.append(str(error))
                 continue
             left = [c for c in case_order(pool, ORDER_SEED) if c not in set(cases)] or list(cases)
-            draws.append(Draw(text, seed, ALL, tuple(cases), tuple(left[: setting_val_cases(setting)])))
+            draws.append(LabelSubset(text, seed, ALL, tuple(cases), tuple(left[: setting_val_cases(setting)])))
     raise_problems(problems, "labels")
     return draws
 
@@ -244,7 +244,7 @@ def _drawn(text: str, seed: int, pool: list[str], few: Mapping[str, Any] | None)
     return cases
 
 
-def _draws_of_folds(setting: Setting, folds: Mapping[str, tuple[list[str], list[str]]]) -> list[Draw]:
+def _draws_of_folds(setting: Setting, folds: Mapping[str, tuple[list[str], list[str]]]) -> list[LabelSubset]:
     draws = []
     for fold in (str(f) for f in setting.folds or (0,)):
         if fold not in folds:
@@ -255,7 +255,7 @@ def _draws_of_folds(setting: Setting, folds: Mapping[str, tuple[list[str], list[
         for text in setting.labels:
             for seed in setting.seeds:
                 cases = sorted(train) if text == "all" else choose_cases({fold: (train, val)}, text, seed)[fold]
-                draws.append(Draw(text, seed, fold, tuple(cases), tuple(val)))
+                draws.append(LabelSubset(text, seed, fold, tuple(cases), tuple(val)))
     return draws
 
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nnssl.config import build, option, unknown_keys
 from nnssl.errors import NnsslError, ProblemsError, raise_problems
-from nnssl.experiments.schema import THE_FILE, build, check_keys, key, read_names, read_yaml, resolve_path
+from nnssl.experiments.reading import read_names, read_yaml, resolve_path
 from nnssl.plans.figures import MEAN_TEACHER, check_options, family_name
 from nnssl.plans.variants import check_name
 
@@ -41,15 +42,17 @@ TEACHER = "mean-teacher"
 """The method that learns from the pool while it is trained, from random weights. From pretrained weights: any method whose
 ``training`` has the schedule ``mean-teacher``."""
 FROM_RANDOM = (SCRATCH, TEACHER)
+THE_FILE = "the experiment"
+"""What problems belong to until the file's name is put in its place."""
 
 
 @dataclass(frozen=True)
 class Network:
     """A network other than the plans': ``nnssl_plan`` derives a variant that all methods share."""
 
-    features: tuple[int, ...] = key((), "channels per stage", low=1)
-    patch: tuple[int, ...] = key((), "training patch in voxels", low=1)
-    batch_size: int | None = key(None, "training batch", low=1)
+    features: tuple[int, ...] = option((), "channels per stage", low=1)
+    patch: tuple[int, ...] = option((), "training patch in voxels", low=1)
+    batch_size: int | None = option(None, "training batch", low=1)
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -61,12 +64,12 @@ class Network:
 class Training:
     """Fine-tuning, the same for all methods but where a method has its own ``training``."""
 
-    schedule: str = key("warmup-poly", "schedule of the learning rate, see nnssl_plan --schedule")
-    figures: dict[str, Any] = key({}, "figures of the schedule, for example {peak_lr: 1e-3}")
-    epochs: int | None = key(None, "epochs (default: nnU-Net's 1000)", low=1)
-    iterations: int | None = key(None, "steps per epoch (default: nnU-Net's 250)", low=1)
-    val_iterations: int | None = key(None, "validation batches per epoch (default: nnU-Net's 50)", low=1)
-    val_cases: int = key(
+    schedule: str = option("warmup-poly", "schedule of the learning rate, see nnssl_plan --schedule")
+    figures: dict[str, Any] = option({}, "figures of the schedule, for example {peak_lr: 1e-3}")
+    epochs: int | None = option(None, "epochs (default: nnU-Net's 1000)", low=1)
+    iterations: int | None = option(None, "steps per epoch (default: nnU-Net's 250)", low=1)
+    val_iterations: int | None = option(None, "validation batches per epoch (default: nnU-Net's 50)", low=1)
+    val_cases: int = option(
         10, "unlabelled-for-training cases that draw the training curve, where no fold validates", low=1
     )
 
@@ -81,20 +84,22 @@ class Training:
 class Pretraining:
     """What ``nnssl_pretrain`` is asked for, the same for all methods but where a method has its own ``pretraining``."""
 
-    datasets: tuple[str, ...] = key((), "datasets to learn from (default: the dataset itself, without its test cases)")
-    epochs: int | None = key(None, "epochs (default: nnssl_pretrain's)", low=1)
-    iterations: int | None = key(None, "steps per epoch (default: nnssl_pretrain's)", low=1)
-    options: dict[str, Any] = key({}, "-o options of method and loop")
-    crop: tuple[int, ...] = key((), "crop in voxels", low=1)
-    seed: int = key(0, "of initialisation, sampling and views", low=0)
-    per_seed: bool = key(False, "one pretraining for each seed instead of one for all")
-    labelled: bool = key(
+    datasets: tuple[str, ...] = option(
+        (), "datasets to learn from (default: the dataset itself, without its test cases)"
+    )
+    epochs: int | None = option(None, "epochs (default: nnssl_pretrain's)", low=1)
+    iterations: int | None = option(None, "steps per epoch (default: nnssl_pretrain's)", low=1)
+    options: dict[str, Any] = option({}, "-o options of method and loop")
+    crop: tuple[int, ...] = option((), "crop in voxels", low=1)
+    seed: int = option(0, "of initialisation, sampling and views", low=0)
+    per_seed: bool = option(False, "one pretraining for each seed instead of one for all")
+    labelled: bool = option(
         False, "learn from the labelled cases of each draw too (--labelled), a pretraining for each draw"
     )
-    exclude: str | None = key(None, "file of cases to leave out")
-    robustness_every: int | None = key(None, "epochs between two measurements of robustness", low=0)
-    skip_bad: bool = key(False, "go on without images that cannot be used")
-    allow_mismatch: bool = key(False, "accept that channels or modality differ")
+    exclude: str | None = option(None, "file of cases to leave out")
+    robustness_every: int | None = option(None, "epochs between two measurements of robustness", low=0)
+    skip_bad: bool = option(False, "go on without images that cannot be used")
+    allow_mismatch: bool = option(False, "accept that channels or modality differ")
 
 
 @dataclass(frozen=True)
@@ -122,20 +127,22 @@ class Arm:
 class Setting:
     """One table: a dataset and how it is trained. A file without ``settings`` has one."""
 
-    dataset: str = key("", "number or name of the labelled dataset")
-    name: str = key("", "what tables call it (default: the dataset's name)")
-    configuration: str = key("3d_fullres", "nnU-Net's configuration")
-    plans: str = key("nnUNetPlans", "plans to derive from")
-    network: Network = key(Network(), "another network than the plans'")
-    arms: tuple[Arm, ...] = key((), "")
-    labels: tuple[str, ...] = key((), "numbers of labelled cases, shares such as 10%, or all")
-    seeds: tuple[int, ...] = key((0, 1, 2), "which cases are the labelled ones", low=0)
-    splits: Path | None = key(None, "")
-    test: tuple[str, ...] = key((), "test cases: imagesTs (default where it has labels), or names")
-    folds: tuple[int, ...] = key((), "in place of test cases: evaluate on the validation cases of these folds", low=0)
-    max_test_cases: int | None = key(None, "only the first so many of the test cases in a fixed random order", low=1)
-    mirroring: bool = key(True, "predict with nnU-Net's test-time augmentation")
-    surface_tolerance_mm: float = key(1.0, "tolerance of the surface Dice in mm", low=0)
+    dataset: str = option("", "number or name of the labelled dataset")
+    name: str = option("", "what tables call it (default: the dataset's name)")
+    configuration: str = option("3d_fullres", "nnU-Net's configuration")
+    plans: str = option("nnUNetPlans", "plans to derive from")
+    network: Network = option(Network(), "another network than the plans'")
+    arms: tuple[Arm, ...] = option(())
+    labels: tuple[str, ...] = option((), "numbers of labelled cases, shares such as 10%, or all")
+    seeds: tuple[int, ...] = option((0, 1, 2), "which cases are the labelled ones", low=0)
+    splits: Path | None = option(None)
+    test: tuple[str, ...] = option((), "test cases: imagesTs (default where it has labels), or names")
+    folds: tuple[int, ...] = option(
+        (), "in place of test cases: evaluate on the validation cases of these folds", low=0
+    )
+    max_test_cases: int | None = option(None, "only the first so many of the test cases in a fixed random order", low=1)
+    mirroring: bool = option(True, "predict with nnU-Net's test-time augmentation")
+    surface_tolerance_mm: float = option(1.0, "tolerance of the surface Dice in mm", low=0)
 
 
 @dataclass(frozen=True)
@@ -182,11 +189,13 @@ def load_experiment(path: str | Path) -> Experiment:
     given = read_yaml(file)
     several = given.get("settings")
     known = _TOP | _OF_SETTING - ({"name"} if several is not None else set()) | {"name"}
-    raise_problems(check_keys(given, known, ""), str(file))
+    raise_problems(unknown_keys(given, known), str(file))
     shared = {k: v for k, v in given.items() if k in _OF_SETTING and k != "name"}
     try:
         settings = _settings(several, shared, file.parent)
-        top = build(_Top, {k: given[k] for k in _TOP & set(given) - {"settings"}})
+        notes = given.get("notes")
+        own = {k: given[k] for k in _TOP & set(given) - {"settings"}}
+        top = build(_Top, own if not isinstance(notes, str) else {**own, "notes": [notes]})  # a comma ends no sentence
         name = check_name(top.name or re.sub(r"[^A-Za-z0-9]+", "-", file.stem).strip("-"), "name")
     except ProblemsError as error:
         raise_problems(error.problems, str(file))
@@ -206,11 +215,11 @@ class _Top:
     name: str = ""
     title: str = ""
     pictures: bool = True
-    environment: dict[str, Any] = key({}, "")
-    slurm: dict[str, Any] = key({}, "")
+    environment: dict[str, Any] = option({})
+    slurm: dict[str, Any] = option({})
     published: str | None = None
     notes: tuple[str, ...] = ()
-    datasets: dict[str, Any] = key({}, "")
+    datasets: dict[str, Any] = option({})
 
 
 def _settings(several: Any, shared: dict[str, Any], folder: Path) -> tuple[Setting, ...]:
@@ -223,7 +232,7 @@ def _settings(several: Any, shared: dict[str, Any], folder: Path) -> tuple[Setti
     out = []
     for i, own in enumerate(several):
         where = f"settings, {own.get('name', f'number {i + 1}')}: "
-        raise_problems(check_keys(own, _OF_SETTING, where), THE_FILE)
+        raise_problems(unknown_keys(own, _OF_SETTING, where), THE_FILE)
         merged = {**shared, **own}
         for section in ("training", "pretraining", "network"):
             if isinstance(shared.get(section), Mapping) and isinstance(own.get(section), Mapping):
@@ -283,7 +292,7 @@ def _arm(given: Any, training: Training, pretraining: Pretraining, folder: Path,
         )
     title = str(given.get("name") or given.get("method") or "")
     at = f"{where}method {title or '?'}: "
-    problems = check_keys(given, _OF_ARM, at)
+    problems = unknown_keys(given, _OF_ARM, at)
     method, file = str(given.get("method") or ""), given.get("checkpoint")
     if bool(method) == bool(file):
         problems.append(f"{at}either 'method' or 'checkpoint' is needed")
@@ -318,7 +327,7 @@ def _arm(given: Any, training: Training, pretraining: Pretraining, folder: Path,
 
 @dataclass(frozen=True)
 class _ArmKeys:
-    adapt: dict[str, Any] = key({}, "")
+    adapt: dict[str, Any] = option({})
     coverage: float | None = None
 
 

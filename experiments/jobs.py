@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.errors import NnsslError
-from nnssl.experiments.cases import Draw, Resolved, digest, forbidden_cases, resolve_setting
+from nnssl.experiments.cases import LabelSubset, Resolved, digest, forbidden_cases, resolve_setting
 from nnssl.experiments.experiment import FROM_RANDOM, SCRATCH, TEACHER, Arm, Experiment
 from nnssl.experiments.launch import EVALUATE, typed
 from nnssl.experiments.needs import need_datasets
-from nnssl.experiments.schema import read_names
+from nnssl.experiments.reading import read_names
 from nnssl.files import sha256_of
 from nnssl.paths import preprocessed_folder, results_folder
 from nnssl.plans import dataset_id, resolve_dataset
@@ -71,7 +71,7 @@ class Run:
     """One fine-tuning and its evaluation: a method, a draw of labelled cases."""
 
     arm: Arm
-    draw: Draw
+    draw: LabelSubset
     resolved: Resolved
     name: str
     result: Path
@@ -159,7 +159,7 @@ class _Builder:
         self.files = preprocessed_folder() / p.dataset_name
         self._forbidden: dict[tuple, list[str]] = {}
 
-    def run(self, arm: Arm, draw: Draw) -> None:
+    def run(self, arm: Arm, draw: LabelSubset) -> None:
         """Add one fine-tuning with all that it needs."""
         needs = [self._network()] if self.resolved.setting.network.changes else []
         checkpoint, source = self._checkpoint(arm, draw, needs)
@@ -222,7 +222,7 @@ class _Builder:
         about = {"setting": self.resolved.name}
         return self.graph.add(Job(f"network-{name}", "network", tuple(command), outputs=(output,), about=about))
 
-    def _checkpoint(self, arm: Arm, draw: Draw, needs: list[str]) -> tuple[str | None, Any]:
+    def _checkpoint(self, arm: Arm, draw: LabelSubset, needs: list[str]) -> tuple[str | None, Any]:
         """The file that the fine-tuning starts from, and what identifies it."""
         if arm.method in FROM_RANDOM:
             return None, arm.method
@@ -234,7 +234,7 @@ class _Builder:
         needs.append(self.graph.add(job))
         return str(job.outputs[0]), key
 
-    def _pretrain_job(self, arm: Arm, draw: Draw, needs: list[str]) -> tuple[Job, str]:
+    def _pretrain_job(self, arm: Arm, draw: LabelSubset, needs: list[str]) -> tuple[Job, str]:
         from nnssl.pretrain.methods import get_method
         from nnssl.pretrain.omni.setup import FOLDER
         from nnssl.pretrain.resolve import EPOCHS, ITERATIONS, method_folder
@@ -276,7 +276,7 @@ class _Builder:
                   resume=(target / "checkpoint_latest.pth",), gpu=True, about=about, amount=steps)  # fmt: skip
         return job, key
 
-    def _barred(self, arm: Arm, draw: Draw, sources: Sequence[str]) -> list[str]:
+    def _barred(self, arm: Arm, draw: LabelSubset, sources: Sequence[str]) -> list[str]:
         """Cases that the pretraining leaves out: what is tested, and the user's own."""
         fold = draw.fold if self.resolved.by_folds else "all"
         key = (fold, arm.pretraining.exclude, *sources)
@@ -292,7 +292,7 @@ class _Builder:
         self.graph.texts[path] = "".join(f"{line}\n" for line in lines)
         return str(path)
 
-    def _plan_job(self, arm: Arm, draw: Draw, name: str, family: str, figures: dict[str, Any], checkpoint: str | None,
+    def _plan_job(self, arm: Arm, draw: LabelSubset, name: str, family: str, figures: dict[str, Any], checkpoint: str | None,
                   needs: list[str], about: dict[str, Any]) -> Job:  # fmt: skip
         command = [
             "nnssl_plan",
@@ -320,7 +320,7 @@ class _Builder:
         output = self.files / f"{self.plan.plans_name}_{name}.json"
         return Job(f"plan-{name}", "plan", tuple(command), tuple(needs), (output,), about=about)
 
-    def _train_job(self, draw: Draw, name: str, plans: str, trainer: str, model: Path, steps: int, plan: str,
+    def _train_job(self, draw: LabelSubset, name: str, plans: str, trainer: str, model: Path, steps: int, plan: str,
                    about: dict[str, Any]) -> Job:  # fmt: skip
         command = ["nnUNetv2_train", self.number, self.plan.configuration, draw.fold, "-p", plans, "-tr", trainer]
         command += ["-device", self.device]
@@ -342,7 +342,7 @@ class _Builder:
             amount=steps,
         )
 
-    def _predict_job(self, draw: Draw, name: str, plans: str, trainer: str, predictions: Path, train: str,
+    def _predict_job(self, draw: LabelSubset, name: str, plans: str, trainer: str, predictions: Path, train: str,
                      about: dict[str, Any]) -> Job:  # fmt: skip
         test, ending = self.resolved.test, self.plan.dataset_json["file_ending"]
         links = {Path(f).name: f for case in test for f in case.images}
@@ -356,7 +356,7 @@ class _Builder:
         return Job(f"predict-{predictions.name}", "predict", tuple(command), (train,), outputs, recorded=True, gpu=True,
                    about=about, amount=len(test))  # fmt: skip
 
-    def _evaluate_job(self, draw: Draw, name: str, model: Path, predictions: Path, last: str,
+    def _evaluate_job(self, draw: LabelSubset, name: str, model: Path, predictions: Path, last: str,
                       about: dict[str, Any]) -> tuple[Job, Path]:  # fmt: skip
         ending, folder = self.plan.dataset_json["file_ending"], self.files / "gt_segmentations"
         references = {t.name: t.reference for t in self.resolved.test}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.experiments import curves as draw
-from nnssl.experiments import html, provenance, tables, words
+from nnssl.experiments import html, interpretation, provenance, tables
 from nnssl.experiments.overlay import COLOURS, CasePicture, remove_overlays, write_overlays
 from nnssl.experiments.published import (
     LEFT_OVER,
@@ -127,7 +127,7 @@ def _write_tables(data: _Data) -> None:
     )
     for setting in data.scores.settings:
         parts.append(f"## {_heading(setting)}")
-        parts += [f"- {line}" for line in words.answers(data.of(setting))]
+        parts += [f"- {line}" for line in interpretation.answers(data.of(setting))]
         for content in _tables(data, setting):
             parts += [f"### {content.title}", tables.markdown(content)]
             latex.append(tables.tex(content, f"{setting + ': ' if setting else ''}{content.title}"))
@@ -135,7 +135,7 @@ def _write_tables(data: _Data) -> None:
     rest = left_over(data.published, data.scores.settings)
     if rest is not None:
         parts += [f"## {rest.title}", f"{len(rest.rows)} figures are listed in report.html, of: {_names_of(rest)}."]
-    parts += ["## How to read this", *(f"- {line}" for line in words.EXPLANATIONS)]
+    parts += ["## How to read this", *(f"- {line}" for line in interpretation.EXPLANATIONS)]
     _write_text(data.folder / "table.md", _joined(parts))
     _write_text(data.folder / "table_body.tex", "\n\n".join(latex) + "\n")
     _write_text(data.folder / "table.tex", tables.TEX_PAGE)
@@ -215,7 +215,7 @@ def _block(data: _Data, setting: str, content: Table) -> str:
 def _setting(data: _Data, setting: str) -> str:
     rows = data.of(setting)
     parts = []
-    found = words.answers(rows)
+    found = interpretation.answers(rows)
     if found:
         parts.append(f'<div class="lead">{"".join(html.paragraph(line) for line in found)}</div>')
     else:
@@ -262,7 +262,7 @@ def write(
     sections += [
         ("others", LEFT_OVER, _left_over(data, rest) if rest else ""),
         ("failures", "Failed jobs", provenance.failures(failures)),
-        ("reading", "How to read this", html.listing(words.EXPLANATIONS)),
+        ("reading", "How to read this", html.listing(interpretation.EXPLANATIONS)),
         ("provenance", "How this was made", provenance.made(data.about)),
     ]
     there = [(anchor, title, body) for anchor, title, body in sections if body]

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from nnssl.errors import NnsslError, raise_problems
 
@@ -237,33 +238,26 @@ def _fill(scores: Scores, setting: str, rows: list[dict[str, Any]]) -> None:
     axes = [sorted({r["seed"] for r in rows}, key=_natural), sorted({r["case"] for r in rows}),
             list(dict.fromkeys(r["label"] for r in rows))]  # fmt: skip
     scores.seeds[setting], scores.cases[setting], scores.label_names[setting] = axes
-    index = [{name: i for i, name in enumerate(axis)} for axis in axes]
-    latest = {(r["key"], r["seed"], r["fold"], r["case"], r["label"]): r for r in rows}
+    if not rows:
+        return
     shape = tuple(len(axis) for axis in axes)
-    sums: dict[tuple[Key, str], tuple[np.ndarray, np.ndarray]] = {}
-    for row in latest.values():
-        key, at = row["key"], tuple(i[row[a]] for i, a in zip(index, ("seed", "case", "label")))
-        scores.present.setdefault(key, np.zeros(shape[:2], dtype=bool))[at[:2]] = True
-        scores.runs.setdefault(key, set()).add((row["seed"], row["fold"]))
-        _count(
-            scores.events.setdefault(key, dict.fromkeys(("empty", "false_alarms", "missed", "hd95_undefined"), 0)), row
+    latest = pd.DataFrame(rows).drop_duplicates(["key", "seed", "fold", "case", "label"], keep="last")
+    places = pd.MultiIndex.from_product(axes)
+    for key, own in latest.groupby("key", sort=False):
+        means = own.groupby(["seed", "case", "label"])[list(METRICS)].mean().reindex(places)
+        scores.arrays[key] = {metric: means[metric].to_numpy().reshape(shape) for metric in METRICS}
+        scores.present[key] = (
+            places.isin(pd.MultiIndex.from_frame(own[["seed", "case", "label"]])).reshape(shape).any(2)
         )
-        for metric in METRICS:
-            total, count = sums.setdefault((key, metric), (np.zeros(shape), np.zeros(shape)))
-            if not math.isnan(row[metric]):
-                total[at] += row[metric]
-                count[at] += 1
-    for (key, metric), (total, count) in sums.items():
-        mean = np.divide(total, count, out=np.full(shape, np.nan), where=count > 0)
-        scores.arrays.setdefault(key, {})[metric] = mean
-
-
-def _count(events: dict[str, int], row: dict[str, Any]) -> None:
-    reference, prediction = row["reference_voxels"], row["prediction_voxels"]
-    events["empty"] += reference == 0
-    events["false_alarms"] += reference == 0 and prediction > 0
-    events["missed"] += reference > 0 and prediction == 0
-    events["hd95_undefined"] += math.isnan(row["hd95"]) and not math.isnan(row["dice"])
+        scores.runs[key] = set(zip(own["seed"], own["fold"]))
+        empty, found = own["reference_voxels"] == 0, own["prediction_voxels"]
+        events = {
+            "empty": empty,
+            "false_alarms": empty & (found > 0),
+            "missed": (own["reference_voxels"] > 0) & (found == 0),
+            "hd95_undefined": own["hd95"].isna() & own["dice"].notna(),
+        }
+        scores.events[key] = {name: int(where.sum()) for name, where in events.items()}
 
 
 def _natural(text: str) -> tuple[int, str]:

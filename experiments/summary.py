@@ -12,7 +12,7 @@ import numpy as np
 from nnssl.experiments import statistics as st
 from nnssl.experiments.scores import METRICS, Key, Scores, number, parse_labels
 
-__all__ = ["Curves", "Gain", "Row", "Saving", "Speed", "read_curves", "summarise", "verdict"]
+__all__ = ["Curves", "Gain", "Row", "LabelFactor", "EpochsToMatch", "read_curves", "summarise", "verdict"]
 
 MEAN = "mean"
 SAVING_RESAMPLES = 2_000
@@ -43,7 +43,7 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class Saving:
+class LabelFactor:
     """How many labels ``scratch`` needs for a method's Dice, ``needed``, divided by those the method had, ``factor``; 95 %
     interval."""
 
@@ -54,7 +54,7 @@ class Saving:
 
 
 @dataclass(frozen=True)
-class Speed:
+class EpochsToMatch:
     """Epochs after which the training curve reaches the Dice that ``scratch`` ends with.
 
     Attributes:
@@ -86,8 +86,8 @@ class Row:
     done: int
     wanted: int
     gain: Gain | None = None
-    saving: Saving | None = None
-    speed: Speed | None = None
+    saving: LabelFactor | None = None
+    speed: EpochsToMatch | None = None
     events: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -151,7 +151,7 @@ def mean_curve(curves: np.ndarray) -> np.ndarray:
     return st._nanmean(curves[:, : min(reached)], 0)
 
 
-def _speed(key: Key, base: Key, curves: Curves) -> Speed | None:
+def _speed(key: Key, base: Key, curves: Curves) -> EpochsToMatch | None:
     if key == base or key not in curves or base not in curves:
         return None
     own, scratch = mean_curve(curves[key]["pseudo_dice"]), mean_curve(curves[base]["pseudo_dice"])
@@ -163,7 +163,7 @@ def _speed(key: Key, base: Key, curves: Curves) -> Speed | None:
     if math.isnan(target):
         return None
     reached = st.first_reached(own, target, window), st.first_reached(scratch, target, window)
-    return Speed(target, reached[0], reached[1], len(own), window)
+    return EpochsToMatch(target, reached[0], reached[1], len(own), window)
 
 
 def _gain(scores: Scores, key: Key, weights: np.ndarray) -> Gain | None:
@@ -190,7 +190,7 @@ def _divided(factor: st.Factor, by: float) -> st.Factor:
     return replace(factor, value=factor.value / by)
 
 
-def _saving(scores: Scores, key: Key, replicates: dict[Key, np.ndarray], means: dict[Key, float]) -> Saving | None:
+def _saving(scores: Scores, key: Key, replicates: dict[Key, np.ndarray], means: dict[Key, float]) -> LabelFactor | None:
     counts = [n for n in scores.labels(key.setting) if isinstance(n, int) and n > 0]
     base = [scores.baseline(replace(key, labels=n)) for n in counts]
     there = [(n, k) for n, k in zip(counts, base) if k in means]
@@ -208,7 +208,7 @@ def _saving(scores: Scores, key: Key, replicates: dict[Key, np.ndarray], means: 
         st.Factor(numbers[0], "<") if v == -math.inf else st.Factor(numbers[-1], ">") if v == math.inf else st.Factor(v)
         for v in (low, high)
     ]
-    return Saving(needed, *(_divided(f, key.labels) for f in (needed, *ends)))
+    return LabelFactor(needed, *(_divided(f, key.labels) for f in (needed, *ends)))
 
 
 def _values(scores: Scores, key: Key) -> dict[str, dict[str, tuple[float, float]]]:

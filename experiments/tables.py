@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from nnssl.experiments.scores import Labels, label_order
 from nnssl.experiments.statistics import Factor
-from nnssl.experiments.summary import MEAN, Row, Saving, Speed, verdict
+from nnssl.experiments.summary import MEAN, EpochsToMatch, LabelFactor, Row, verdict
 
 __all__ = [
     "Table",
@@ -76,7 +76,7 @@ def factor_text(factor: Factor) -> str:
     return NOTHING if math.isnan(factor.value) else f"{factor.bound}{factor.value:.1f}×"
 
 
-def epochs_text(speed: Speed | None) -> str:
+def epochs_text(speed: EpochsToMatch | None) -> str:
     """``12 / 47``: the method's and scratch's epochs; ``>50`` where the target was not reached."""
     if speed is None:
         return NOTHING
@@ -84,7 +84,7 @@ def epochs_text(speed: Speed | None) -> str:
     return f"{own} / {NOTHING if speed.scratch is None else speed.scratch}"
 
 
-def saving_text(saving: Saving | None) -> str:
+def saving_text(saving: LabelFactor | None) -> str:
     """``2.8× [2.1×, >4.0×]``; one figure where all three are the same."""
     if saving is None or math.isnan(saving.factor.value):
         return NOTHING

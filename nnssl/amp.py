@@ -18,7 +18,15 @@ from torch import Tensor
 
 from nnssl.errors import NnsslError
 
-__all__ = ["VARIABLE", "amp_dtype", "autocast_for", "cpu_bfloat16", "float_outputs", "has_amx_bfloat16"]
+__all__ = [
+    "VARIABLE",
+    "amp_dtype",
+    "at_least_float32",
+    "autocast_for",
+    "cpu_bfloat16",
+    "float_outputs",
+    "has_amx_bfloat16",
+]
 
 VARIABLE = "nnssl_cpu_bf16"
 """Environment variable: ``1`` computes in bfloat16 on any CPU, ``0`` on none."""
@@ -81,3 +89,8 @@ def float_outputs(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.float()
     return type(value)(float_outputs(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32, or as it is in float64: what a loss is computed in."""
+    return x if x.dtype == torch.float64 else x.float()

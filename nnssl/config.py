@@ -1,30 +1,74 @@
-"""From ``-o key=value`` to the frozen dataclasses of the method and the engine, and back to text for ``--list``."""
+"""From ``-o key=value``, YAML and JSON to frozen dataclasses, and back to text for ``--list``.
+
+A field's annotation and its :func:`option` say what is legal; what is not is named with what is wanted (:mod:`nnssl.fields`).
+"""
 
 from __future__ import annotations
 
+import numbers
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, field, fields, is_dataclass
 from typing import Any, TypeVar
 
-from nnssl.errors import nearest, raise_problems
+from nnssl.errors import ProblemsError, nearest, raise_problems
+from nnssl.fields import (
+    LARGEST,
+    Wanted,
+    anything,
+    choice,
+    flag,
+    interval,
+    listing,
+    mapping,
+    misfit,
+    number,
+    shown,
+    whole,
+)
 
-__all__ = ["config_dict", "describe_options", "make_config", "option", "parse_assignments", "split_options"]
+__all__ = [
+    "build",
+    "config_dict",
+    "describe_options",
+    "make_config",
+    "option",
+    "parse_assignments",
+    "problems_of",
+    "split_options",
+    "unknown_keys",
+]
 
 C = TypeVar("C")
+FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+NOTHING = ("none", "auto", "")
+"""Texts that leave an option to be chosen."""
 
 
-def option(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
-    """A field of a config dataclass that ``--list`` can explain and ``-o`` can check.
+def option(
+    default: Any,
+    help: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple = (),
+) -> Any:
+    """A field of a config dataclass that ``--list`` can explain and every way of setting it checks.
 
     Args:
-        default: the value without ``-o``; its type (or the annotation) decides how text is parsed.
+        default: the value where none is given; the annotation decides how text is read.
         help: one line on meaning and unit.
-        low, high: inclusive range of a number.
+        low, high: range of a number, or of each of a tuple, ends included.
+        above, below: ends that are not included, in place of these.
         choices: the legal values of a string.
     """
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+    about = {"help": help, "low": low, "high": high, "above": above, "below": below, "choices": choices}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=about)
+    return field(default=default, metadata=about)
 
 
 def parse_assignments(items: list[str] | None) -> dict[str, str]:
@@ -60,71 +104,145 @@ def split_options(given: Mapping[str, Any], configs: list[type]) -> list[dict[st
         if homes:
             out[homes[0]][key] = value
         else:
-            problems.append(f"unknown option '{key}'.{nearest(key, set().union(*known))}")
+            problems += unknown_keys([key], set().union(*known), what="option")
     raise_problems(problems, "option -o")
     return out
 
 
-def _hint(cls: type, f: Field) -> Any:
-    return typing.get_type_hints(cls)[f.name]
+def unknown_keys(given: Iterable[str], known: Iterable[str], where: str = "", what: str = "key") -> list[str]:
+    """One sentence for each key that is not known, with the nearest one that is."""
+    names = sorted(known)
+    listed = f" There are: {', '.join(names)}" if what == "key" else ""
+    return [f"{where}unknown {what} '{k}'.{nearest(k, names)}{listed}" for k in map(str, given) if k not in names]
 
 
-def _convert(hint: Any, value: Any) -> Any:
-    """Convert text (or an already typed value) to the annotated type; raises ValueError or TypeError."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        inner = [a for a in typing.get_args(hint) if a is not type(None)]
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "auto", "")):
-            return None
-        return _convert(inner[0], value)
+def _wanted(cls: type) -> dict[str, tuple[Any, Wanted]]:
+    """Annotation and what is legal, by field."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: (hints[f.name], _legal(hints[f.name], f.metadata)) for f in fields(cls)}
+
+
+def _optional(hint: Any) -> Any:
+    """``X`` of ``X | None``, else None."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return None
+    return next(a for a in typing.get_args(hint) if a is not type(None))
+
+
+def _legal(hint: Any, about: Mapping[str, Any]) -> Wanted:
+    """What a field with this annotation and these limits takes."""
+    inner, origin = _optional(hint), typing.get_origin(hint)
+    if inner is not None:
+        legal = _legal(inner, about)
+        return Wanted(f"{legal.words}, or auto", lambda value: value is None or legal.fits(value), False, legal.choices)
     if origin is tuple:
-        item = typing.get_args(hint)[0]
-        parts = value.split(",") if isinstance(value, str) else list(value)
-        return tuple(_convert(item, p) for p in parts)
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        text = str(value).lower()
-        if text in ("1", "true", "yes", "on"):
-            return True
-        if text in ("0", "false", "no", "off"):
-            return False
-        raise ValueError("true or false is wanted")
+        return listing(_legal(typing.get_args(hint)[0], about))
+    if about.get("choices"):
+        return choice(about["choices"])
+    limits = {key: about.get(key) for key in ("low", "high")}
     if hint is int:
-        if isinstance(value, float) and not value.is_integer():
-            raise ValueError("a whole number is wanted")
-        return int(value)
-    return hint(value)
+        return whole(**limits)
+    if hint is float:
+        return number(about.get("above"), about.get("below"), **limits)
+    if hint is str:
+        return Wanted("text", lambda value: isinstance(value, str))
+    return flag if hint is bool else mapping() if dict in (hint, origin) else anything
 
 
-def _check(field: Field, value: Any) -> str | None:
-    meta = field.metadata
-    values = value if isinstance(value, tuple) else (value,)
-    for v in values:
-        if v is None:
+def _read(hint: Any, value: Any, text: bool) -> Any:
+    """The value in the annotated type, as far as it can be read as that; what cannot is returned as it is.
+
+    Args:
+        hint: annotation.
+        value: from a command, a file or Python.
+        text: whether numbers and flags may be written as text.
+    """
+    inner, origin = _optional(hint), typing.get_origin(hint)
+    if inner is not None:
+        nothing = text and isinstance(value, str) and value.lower() in NOTHING
+        return None if value is None or nothing else _read(inner, value, text)
+    if origin is tuple:
+        if text and isinstance(value, str):
+            value = [] if value.lower() in NOTHING else [part.strip() for part in value.strip("[]() ").split(",")]
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_read(typing.get_args(hint)[0], part, text) for part in parts)
+    if hint is bool:
+        return FLAGS.get(str(value).lower(), value) if text else value
+    if hint in (int, float):
+        value = _number(value) if text else value
+        return hint(value) if _real(value) and (hint is float or value == int(value)) else value
+    if hint is str and not isinstance(value, (Mapping, list, tuple, bool, type(None))):
+        return str(value)  # a number or a date in YAML
+    if dict in (hint, origin) and isinstance(value, Mapping):
+        return {str(k): _number(v) for k, v in value.items()}
+    return value
+
+
+def _real(value: Any) -> bool:
+    """Whether it is a number, numpy's too, of a size that can be counted with."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= LARGEST  # type: ignore[operator]
+
+
+def _number(value: Any) -> Any:
+    """A number where the text is one (YAML reads ``1e-3`` as text), everything else as it is."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    return value
+
+
+def problems_of(
+    cls: type, given: Mapping[str, Any], where: str = "", *, text: bool = True
+) -> tuple[dict[str, Any], list[str]]:
+    """Read values for the fields of a dataclass.
+
+    Args:
+        cls: a dataclass.
+        given: values by field; a field that is a dataclass itself takes one or a mapping.
+        where: what a field's name begins with in a message.
+        text: whether numbers and flags may be written as text, as on a command line and in YAML.
+
+    Returns:
+        The values that are legal, and one sentence for each that is not.
+    """
+    out, problems = {}, []
+    for name, (hint, wanted) in _wanted(cls).items():
+        if name not in given:
             continue
-        if meta.get("choices") and v not in meta["choices"]:
-            legal = [str(c) for c in meta["choices"]]
-            return f"{field.name}={v} is not one of {', '.join(legal)}.{nearest(str(v), legal)}"
-        if isinstance(v, float) and v != v:
-            return f"{field.name} is not a number"
-        low, high = meta.get("low"), meta.get("high")
-        if (low is not None and v < low) or (high is not None and v > high):
-            return f"{field.name}={v} is outside of {_range(field)}"
-    return None
+        value = given[name]
+        if is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]
+            try:
+                out[name] = build(hint, value, f"{where}{name}: ")  # type: ignore[arg-type]
+            except ProblemsError as error:
+                problems += error.problems
+            continue
+        out[name] = _read(hint, value, text)
+        if not wanted.fits(out[name]):
+            problems.append(f"{where}{misfit(name, wanted, value)}")
+    return out, problems
 
 
-def _range(field: Field) -> str:
-    low, high = field.metadata.get("low"), field.metadata.get("high")
-    if field.metadata.get("choices"):
-        return " | ".join(map(str, field.metadata["choices"]))
-    if low is None and high is None:
-        return ""
-    if high is None:
-        return f">= {low}"
-    if low is None:
-        return f"<= {high}"
-    return f"[{low}, {high}]"
+def build(cls: type[C], given: Any, where: str = "", what: str = "the file") -> C:
+    """Make a dataclass of a mapping, as YAML holds it.
+
+    Args:
+        cls: a frozen dataclass whose fields are the keys.
+        given: values that are already of the right type are taken as they are.
+        where: what the messages begin with, for example ``"training: "``.
+        what: what they belong to.
+
+    Raises:
+        NnsslError: lists every unknown key and every value of a wrong type or out of range.
+    """
+    if not isinstance(given, Mapping):
+        example = f"keys such as '{fields(cls)[0].name}: ...' are wanted, not {shown(given)}"  # type: ignore[arg-type]
+        raise_problems([f"{where.rstrip(': ') or what}: {example}"], what)
+    out, problems = problems_of(cls, given, where)
+    raise_problems([*unknown_keys(given, _wanted(cls), where), *problems], what)
+    return cls(**out)
 
 
 def make_config(cls: type[C], values: Mapping[str, Any], preset: Mapping[str, Any] | None = None) -> C:
@@ -134,24 +252,16 @@ def make_config(cls: type[C], values: Mapping[str, Any], preset: Mapping[str, An
         NnsslError: lists every value of a wrong type or outside of its range.
     """
     merged = {**(preset or {}), **values}
-    by_name = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    out, problems = {}, []
-    for key, value in merged.items():
-        field = by_name.get(key)
-        if field is None:
-            problems.append(f"unknown option '{key}'.{nearest(key, by_name)}")
-            continue
-        try:
-            out[key] = _convert(_hint(cls, field), value)
-        except (ValueError, TypeError):
-            wanted = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-            problems.append(f"{key}={value}: {wanted} is wanted")
-            continue
-        problem = _check(field, out[key])
-        if problem:
-            problems.append(problem)
-    raise_problems(problems, "option -o")
+    out, problems = problems_of(cls, merged)
+    raise_problems([*unknown_keys(merged, _wanted(cls), what="option"), *problems], "option -o")
     return cls(**out)
+
+
+def _range(field: Field) -> str:
+    about = field.metadata
+    if about.get("choices"):
+        return " | ".join(map(str, about["choices"]))
+    return interval(*(about.get(key) for key in ("low", "high", "above", "below")))
 
 
 def describe_options(cls: type) -> list[tuple[str, str, str, str]]:

@@ -1,15 +1,33 @@
-"""Checks the fields of JSON that others wrote: each wrong one is named with what is wanted, before anything is made of it."""
+"""What a value must be, in words and as a check: of options, of experiment files, and of JSON that others wrote."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nnssl.errors import raise_problems
+from nnssl.errors import nearest, raise_problems
 
-__all__ = ["Wanted", "anything", "check_fields", "flag", "listing", "mapping", "number", "optional", "text", "whole"]
+__all__ = [
+    "Wanted",
+    "anything",
+    "check_fields",
+    "choice",
+    "flag",
+    "interval",
+    "listing",
+    "mapping",
+    "misfit",
+    "number",
+    "optional",
+    "text",
+    "whole",
+]
+
+LARGEST = 2**63 - 1
+"""What is larger is no number that anything here counts with."""
 
 
 @dataclass(frozen=True)
@@ -20,34 +38,66 @@ class Wanted:
         words: for a person.
         fits: whether a value is that.
         needed: whether the field must be there.
+        choices: the legal texts, where there are few.
     """
 
     words: str
     fits: Callable[[Any], bool]
     needed: bool = True
+    choices: tuple[str, ...] = ()
 
 
-def whole(low: int | None = None, high: int = 2**53) -> Wanted:
+def whole(low: float | None = None, high: float | None = None) -> Wanted:
     """A whole number from ``low`` to ``high``; ``8.0`` counts as 8, true does not."""
+    least, most = -LARGEST if low is None else low, LARGEST if high is None else high
 
     def fits(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= high:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
             return False
-        return value == int(value) and (low is None or value >= low)
+        return value == int(value) and least <= value <= most
 
-    limits = ("" if low is None else f" of at least {low}") + ("" if high == 2**53 else f" and at most {high}")
-    return Wanted(f"a whole number{limits}", fits)
+    return Wanted(f"a whole number{_limits(low, high)}", fits)
 
 
-def number(above: float | None = None) -> Wanted:
-    """A finite number, greater than ``above``."""
+def number(
+    above: float | None = None, below: float | None = None, *, low: float | None = None, high: float | None = None
+) -> Wanted:
+    """A finite number, greater than ``above``, at least ``low``, at most ``high``, less than ``below``."""
 
     def fits(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
             return False
-        return math.isfinite(value) and (above is None or value > above)
+        inside = (low is None or value >= low) and (high is None or value <= high)
+        return math.isfinite(value) and inside and (above is None or value > above) and (below is None or value < below)
 
-    return Wanted("a number" + ("" if above is None else f" above {above:g}"), fits)
+    return Wanted(f"a number{_limits(low, high, above, below)}", fits)
+
+
+def choice(values: Sequence[Any]) -> Wanted:
+    """One of several values."""
+    return Wanted(" or ".join(map(repr, values)), lambda value: value in values, choices=tuple(map(str, values)))
+
+
+def interval(
+    low: float | None = None, high: float | None = None, above: float | None = None, below: float | None = None
+) -> str:
+    """``[0, 1)``, ``>= 0``, ``< 1`` or nothing."""
+    left, right = (low if above is None else above), (high if below is None else below)
+    if left is None and right is None:
+        return ""
+    if right is None:
+        return f"{'>=' if above is None else '>'} {left}"
+    if left is None:
+        return f"{'<=' if below is None else '<'} {right}"
+    return f"{'[' if above is None else '('}{left}, {right}{']' if below is None else ')'}"
+
+
+def _limits(*limits: float | None) -> str:
+    text = interval(*limits)
+    for sign, words in ((">= ", " of at least "), ("<= ", " of at most "), ("> ", " above "), ("< ", " below ")):
+        if text.startswith(sign):
+            return f"{words}{text.removeprefix(sign)}"
+    return f" in {text}" if text else ""
 
 
 text = Wanted("text", lambda value: isinstance(value, str) and value != "")
@@ -96,16 +146,26 @@ def check_fields(content: Any, wanted: Mapping[str, Wanted], what: str, prefix: 
         NnsslError: lists all fields that are wrong.
     """
     if not isinstance(content, Mapping):
-        raise_problems([f"'{prefix.rstrip('.')}' must be keys and values, not {_shown(content)}"], what)
+        raise_problems([f"'{prefix.rstrip('.')}' must be keys and values, not {shown(content)}"], what)
     problems = []
     for name, want in wanted.items():
         if name not in content:
             problems += [f"'{prefix}{name}' is missing"] if want.needed else []
         elif not want.fits(content[name]):
-            problems.append(f"'{prefix}{name}' must be {want.words}, not {_shown(content[name])}")
+            problems.append(misfit(f"{prefix}{name}", want, content[name]))
     raise_problems(problems, what)
 
 
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+def misfit(name: str, wanted: Wanted, value: Any) -> str:
+    """The sentence on a value that is not what is wanted; a text that is nearly one of the choices gets that one named."""
+    near = nearest(value, wanted.choices) if isinstance(value, str) and wanted.choices else ""
+    return f"'{name}' must be {wanted.words}, not {shown(value)}{f'.{near}' if near else ''}"
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, however large or deep it is."""
+    try:
+        short = reprlib.repr(value) if isinstance(value, (Mapping, list, tuple)) else repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return short if len(short) <= 60 else f"{short[:57]}..."

@@ -15,7 +15,17 @@ from typing import Any, BinaryIO
 
 from nnssl.errors import NnsslError
 
-__all__ = ["read_json", "read_text", "remove_temporary", "same_text", "sha256_of", "write_atomic", "write_json"]
+__all__ = [
+    "hash_of",
+    "is_text",
+    "read_json",
+    "read_text",
+    "remove_temporary",
+    "same_text",
+    "sha256_of",
+    "write_atomic",
+    "write_json",
+]
 
 STALE_SECONDS = 3600.0
 
@@ -131,6 +141,15 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def is_text(name: str) -> bool:
+    """Whether a name or path is UTF-8: ITK ends the process where it is not."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def same_text(text: str) -> str:
     """A name in one form (NFC): macOS takes letters with accents apart, lists are written with them in one piece."""
     return unicodedata.normalize("NFC", text)
@@ -149,6 +168,11 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise NnsslError(f"{path} cannot be read: it holds no JSON object.")
     return content
+
+
+def hash_of(text: str) -> str:
+    """sha256 (hex) of a name or a text, also of one that is no UTF-8."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

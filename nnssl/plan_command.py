@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,19 +18,11 @@ from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
 from nnssl.plans.variants import Variant, list_variants
 from nnssl.weights import write_variant
+from nnssl.words import size_text
 
 __all__ = ["main", "parser"]
 
 log = logging.getLogger("nnssl")
-
-
-def _figure(text: str) -> tuple[str, Any]:
-    """``name=value`` with a number where it is one."""
-    key, value = pair("warmup=0.1")(text)
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 def parser() -> CommandParser:
@@ -87,7 +78,12 @@ def parser() -> CommandParser:
     length.add_argument(
         "--schedule", metavar="NAME", help=f"schedule of the learning rate: {', '.join(map(spelt, FAMILIES))}"
     )
-    p.share(length, "options", type=_figure, help="figures of the schedule, for example -o peak_lr=3e-4 warmup=0.1")
+    p.share(
+        length,
+        "options",
+        type=pair("warmup=0.1"),
+        help="figures of the schedule, for example -o peak_lr=3e-4 warmup=0.1",
+    )
     cases = p.group("which cases")
     p.share(
         cases,
@@ -125,7 +121,7 @@ def _table(variants: list[Variant]) -> str:
     ]
     for v in variants:
         told = [None if v.nnssl.get(key) is None else _said(key, v.nnssl[key]) for key in rows[0][5:]]
-        sizes = ["x".join(map(str, v.patch_size)), ",".join(map(str, v.features))]
+        sizes = [size_text(v.patch_size), ",".join(map(str, v.features))]
         cells = [v.plans_name, v.nnssl.get("configuration"), v.nnssl.get("base_plans"), *sizes, *told]
         rows.append(tuple("-" if cell is None else str(cell) for cell in cells))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -6,7 +6,7 @@ A face of :mod:`nnssl.weights`: ``from nnssl import transfer; transfer.apply(net
 from nnssl.weights.adapt import Adaptation, resize_positions
 from nnssl.weights.apply import apply
 from nnssl.weights.parts import HEADS, UP, is_head, part_names, part_of
-from nnssl.weights.proof import prove_loadable
+from nnssl.weights.proof import check_loadable, prove_loadable
 from nnssl.weights.report import PartReport, TransferReport
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "is_head",
     "part_names",
     "part_of",
+    "check_loadable",
     "prove_loadable",
     "resize_positions",
 ]

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-__all__ = ["counted", "spoken"]
+__all__ = ["counted", "size_text", "spoken"]
 
 
 def counted(number: int, one: str, several: str = "") -> str:
     """``1 case``, ``2 cases``; ``several`` where it is not ``one`` with an s."""
     return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+def size_text(values: Sequence[float]) -> str:
+    """``(16, 32, 16)`` -> ``"16x32x16"``."""
+    return "x".join(f"{v:g}" for v in values)
 
 
 def spoken(seconds: float) -> str:

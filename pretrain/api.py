@@ -39,8 +39,8 @@ from nnssl.pretrain.prepare.planning import planned
 from nnssl.pretrain.resolve import batch_size, identity, method_folder, resolve
 from nnssl.results import CONFIG, output_folder
 from nnssl.variables import variables
-from nnssl.weights import prove_loadable
-from nnssl.words import counted
+from nnssl.weights import check_loadable
+from nnssl.words import counted, size_text
 
 __all__ = ["RunResult", "pretrain", "run"]
 
@@ -231,7 +231,7 @@ def _execute(
     folder, path = spec.folder, spec.folder.path
     images = [case.key for case in spec.pool.cases], spec.pool.contents
     folder.check_images(*images, continue_run=continue_run)
-    resuming = folder.admit(who, continue_run=continue_run)
+    resuming = folder.check_resume(who, continue_run=continue_run)
     before = finished_before(folder.final, spec.steps) if resuming else None
     if before is not None:
         log.info("This run is finished: %s", folder.final)
@@ -258,7 +258,7 @@ def _execute(
             )
             if engine.start is not None:
                 engine.start.save_report(path)
-            prove_loadable(_payload(engine, who["sources"]), spec.plan)
+            check_loadable(_payload(engine, who["sources"]), spec.plan)
             if state is not None:
                 log.info("Continuing after step %d of %d.", engine.step, spec.steps)
         outcome = engine.fit()
@@ -363,12 +363,12 @@ def _introduce(spec: RunSpec, sources: list[str]) -> None:
         ", ".join(sources),
     )
     log.info("Cases: %d to learn from, %d held out.", len(spec.pool.train), len(spec.pool.held_out))
-    log.info("%s It is read in windows of %s.", request.explanation, "x".join(map(str, request.window)))
+    log.info("%s It is read in windows of %s.", request.explanation, size_text(request.window))
     log.info(
         "Batch: %d crops a step (plan: %d patches of %s); %d epochs of %d steps; seed %d; %s, %s.",
         spec.batch_size,
         plan.batch_size,
-        "x".join(map(str, plan.patch_size)),
+        size_text(plan.patch_size),
         spec.epochs,
         spec.iterations,
         spec.seed,

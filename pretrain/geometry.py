@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nnssl.errors import NnsslError
+from nnssl.words import size_text
 
 if TYPE_CHECKING:
     from nnssl.plans import Plan
@@ -29,11 +30,6 @@ __all__ = [
 ]
 
 ABOUT_TWO_THIRDS = 0.7  # 64 of 95 voxels are legal where 63.3 are two thirds
-
-
-def size_text(values: Sequence[float]) -> str:
-    """``(16, 32, 16)`` -> ``"16x32x16"``."""
-    return "x".join(f"{v:g}" for v in values)
 
 
 def choose_crop(

@@ -194,7 +194,7 @@ def test_config_json(nnunet_env, data):
         one_line_per_problem(error)
     try:
         with RunFolder(folder) as opened:
-            opened.admit(RECORD["identity"], continue_run=True)
+            opened.check_resume(RECORD["identity"], continue_run=True)
     except NnsslError as error:
         one_line_per_problem(error)
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
-import blosc2
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
@@ -28,7 +27,8 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import Tensor
 
 from nnssl.errors import NnsslError
-from nnssl.plans.unlabelled import UnlabelledCase
+from nnssl.preprocessed import CaseRef, open_array
+from nnssl.teacher import changes
 
 __all__ = [
     "Halves",
@@ -48,7 +48,7 @@ class UnlabelledDataset:
         cases: the images.
     """
 
-    def __init__(self, cases: Sequence[UnlabelledCase]) -> None:
+    def __init__(self, cases: Sequence[CaseRef]) -> None:
         self._cases = {case.key: case for case in cases}
         self.identifiers = list(self._cases)
 
@@ -59,15 +59,13 @@ class UnlabelledDataset:
             NnsslError: a file is missing or damaged.
         """
         case = self._cases[key]
-        file = case.folder / f"{case.name}.b2nd"
-        beside = case.folder / f"{case.name}_seg.b2nd"
         try:
-            data = blosc2.open(str(file), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+            data = open_array(case.image)
             seg: Any = np.broadcast_to(np.int16(0), (1, *data.shape[1:]))
-            if beside.is_file():
-                seg = blosc2.open(str(beside), mode="r", mmap_mode="r", dparams={"nthreads": 1})
-        except Exception as error:  # blosc2 raises several kinds
-            raise NnsslError(f"{file} cannot be read ({error!r}); preprocess {case.source} again.") from error
+            if case.labels.is_file():
+                seg = open_array(case.labels)
+        except (OSError, ValueError) as error:
+            raise NnsslError(f"{case.image} cannot be read ({error!r}); preprocess {case.source} again.") from error
         return data, seg, None, {"class_locations": {}}
 
 
@@ -137,20 +135,21 @@ def _inner(transform: BasicTransform) -> BasicTransform:
 def strong_changes(strength: float) -> list[BasicTransform]:
     """What a student must not mind: noise, contrast, brightness and gamma, each on its own with probability ``0.3 strength``.
 
-    Stronger than nnU-Net's, whose noise has a standard deviation of at most 0.1 in one patch of ten; without its blur and its low
-    resolution. In units of the normalised image: noise of a standard deviation of up to ``0.3 strength``, a factor of 0.7 to 1.3,
-    a shift of standard deviation 0.17, and gamma of 0.7 to 1.5 within the range of the patch, whose mean and deviation stay.
+    Stronger than nnU-Net's, without its blur and its low resolution; see :mod:`nnssl.teacher.changes`.
 
     Args:
         strength: at least 0.
     """
-    changes = (
-        GaussianNoiseTransform((0, 0.3 * strength), p_per_channel=1, synchronize_channels=False),  # of the deviation
-        MultiplicativeBrightnessTransform((0.7, 1.3), synchronize_channels=False, p_per_channel=1),
-        BrightnessAdditiveTransform(0, 0.17, synchronize_channels=False, p_per_channel=1),
-        GammaTransform((0.7, 1.5), p_invert_image=0, synchronize_channels=False, p_per_channel=1, p_retain_stats=1),
+    kinds = (
+        GaussianNoiseTransform(
+            (0, changes.NOISE * strength), p_per_channel=1, synchronize_channels=False
+        ),  # of the deviation
+        MultiplicativeBrightnessTransform(changes.FACTOR, synchronize_channels=False, p_per_channel=1),
+        BrightnessAdditiveTransform(0, changes.SHIFT, synchronize_channels=False, p_per_channel=1),
+        GammaTransform(changes.GAMMA, p_invert_image=0, synchronize_channels=False, p_per_channel=1, p_retain_stats=1),
     )
-    return [RandomTransform(change, apply_probability=min(1.0, 0.3 * strength)) for change in changes]
+    p = min(1.0, changes.PROBABILITY * strength)
+    return [RandomTransform(kind, apply_probability=p) for kind in kinds]
 
 
 def _stronger(transform: BasicTransform, factor: float) -> BasicTransform:

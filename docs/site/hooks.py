@@ -21,12 +21,15 @@ OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANG
 
 API = {
     "pretrain": ("Pretraining", ["nnssl.pretrain"]),
-    "methods": ("Objectives, for writing one", ["nnssl.pretrain.methods", "nnssl.config"]),
+    "methods": ("Objectives, for writing one", ["nnssl.pretrain.methods", "nnssl.config", "nnssl.intensity"]),
     "weights": ("Checkpoints and transfer", ["nnssl.checkpoint", "nnssl.transfer"]),
     "plans": ("Plans", ["nnssl.plans"]),
     "networks": ("Networks", ["nnssl.networks"]),
     "pieces": ("Losses, heads, masking", ["nnssl.losses", "nnssl.heads", "nnssl.masking"]),
-    "teacher": ("Mean teacher", [f"nnssl.teacher.{m}" for m in ("averaging", "pseudo_labels", "components", "stages")]),
+    "teacher": (
+        "Mean teacher",
+        [f"nnssl.teacher.{m}" for m in ("averaging", "pseudo_labels", "components", "stages", "changes")],
+    ),
     "transferability": ("Transferability and probes", ["nnssl.transferability", "nnssl.probe"]),
     "trainers": ("Trainers", ["nnssl.trainers", "nnssl.trainers.pretrained"]),
     "loggers": ("Loggers", ["nnssl.loggers"]),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nnssl.amp import at_least_float32
+
 __all__ = ["ROW_NORMS", "BatchNormMLP", "standardise_rows"]
 
 ROW_NORMS = ("batch", "row")
@@ -27,7 +29,7 @@ def standardise_rows(x: Tensor, rows: Tensor | None = None, eps: float = 1e-5) -
         ``(N, D)``.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = x if x.dtype == torch.float64 else x.float()
+        x = at_least_float32(x)
         if rows is None:
             mean, var = x.mean(0), x.var(0, unbiased=False)
         else:
@@ -66,7 +68,7 @@ class BatchNormMLP(nn.Module):
             rows: ``(N,)`` bool, rows that count for batch statistics; at least two of them.
         """
         with torch.autocast(x.device.type, enabled=False):
-            x = x if x.dtype == torch.float64 else x.float()
+            x = at_least_float32(x)
             for linear in list(self.maps)[:-1]:
                 x = linear(x)
                 x = standardise_rows(x, rows) if self.norm == "batch" else nn.functional.layer_norm(x, x.shape[1:])

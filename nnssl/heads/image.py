@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnssl.amp import at_least_float32
 from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError, nearest
 from nnssl.heads.mlp import mlp
@@ -64,7 +65,7 @@ def standardise(x: Tensor, eps: float = 1e-5) -> Tensor:
         eps: added to the variance.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = x if x.dtype == torch.float64 else x.float()
+        x = at_least_float32(x)
         everyone = gather_with_grad(x)
         mean = everyone.mean(0)
         return (x - mean) * (everyone.var(0, unbiased=False) + eps).rsqrt()

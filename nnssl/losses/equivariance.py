@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl.amp import at_least_float32
 from nnssl.errors import NnsslError
 
 __all__ = ["equivariance_loss", "shrink"]
@@ -73,7 +74,7 @@ def equivariance_loss(
     if seen is not None and align_corners:
         raise NnsslError("features of shifted crops cannot be shrunk with corners aligned.")
     with torch.autocast(dominant.device.type, enabled=False):
-        y, target = (t if t.dtype == torch.float64 else t.float() for t in (dominant, aux))
+        y, target = (at_least_float32(t) for t in (dominant, aux))
         target = shrink(target, factor, align_corners)
         if y.shape != target.shape:
             raise NnsslError(f"the bottlenecks differ: {tuple(y.shape)} and, shrunk, {tuple(target.shape)}.")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nnssl.amp import at_least_float32
 from nnssl.distributed import mean_over_ranks
 from nnssl.masking.baselines import block_means
 
@@ -37,7 +38,7 @@ def masked_error(prediction: Tensor, target: Tensor, region: Tensor, *, kind: st
     if kind not in ("mse", "l1"):
         raise ValueError(f"kind must be 'mse' or 'l1', not '{kind}'")
     with torch.autocast(prediction.device.type, enabled=False):
-        prediction, target = _full(prediction), _full(target)
+        prediction, target = at_least_float32(prediction), at_least_float32(target)
         region = region & torch.isfinite(target)
         difference = torch.where(region, prediction - torch.where(region, target, 0.0), 0.0)
         error = difference.square() if kind == "mse" else difference.abs()
@@ -57,10 +58,6 @@ def block_statistics(x: Tensor, region: Tensor, block: Sequence[int], eps: float
     Returns:
         ``(B, C, *size)`` twice.
     """
-    x = _full(x)
+    x = at_least_float32(x)
     mean = block_means(x, region, block)
     return mean, (block_means((x - mean).square(), region, block) + eps).sqrt()
-
-
-def _full(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

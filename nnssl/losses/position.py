@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnssl.amp import at_least_float32
+
 __all__ = ["EPS", "NEGATIVES", "POOLS", "REGULARISATIONS", "WEIGHTINGS", "PositionLoss", "orthogonality", "similarity"]
 
 EPS = 1e-6
@@ -31,7 +33,8 @@ def similarity(u: Tensor, v: Tensor, *, relu: bool = True) -> Tensor:
         ``(..., N, M)`` float32 (float64 for float64).
     """
     with torch.autocast(u.device.type, enabled=False):
-        cosine = F.normalize(_full(u), dim=-1, eps=1e-8) @ F.normalize(_full(v), dim=-1, eps=1e-8).transpose(-1, -2)
+        a, b = (F.normalize(at_least_float32(x), dim=-1, eps=1e-8) for x in (u, v))
+        cosine = a @ b.transpose(-1, -2)
         return cosine.relu() if relu else cosine
 
 
@@ -75,7 +78,7 @@ class PositionLoss(nn.Module):
             ``()`` float32; 0, connected to the graph, where nothing counts.
         """
         with torch.autocast(predicted.device.type, enabled=False):
-            y, s = _full(target).detach(), _full(predicted)
+            y, s = at_least_float32(target).detach(), at_least_float32(predicted)
             valid = torch.ones_like(y, dtype=torch.bool) if valid is None else valid
             if self.pool == "batch":
                 y, s, valid = (x.reshape(1, -1, x.shape[-1]) for x in (y, s, valid))
@@ -123,10 +126,6 @@ def orthogonality(
     pairs = (valid[:, :, None] & valid[:, None]).triu(1)
     each = _sum(s.square() if kind == "square" else s.abs(), pairs) / pairs.sum((1, 2)).clamp_min(1)
     return _mean(each, pairs.flatten(1).any(1))
-
-
-def _full(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _sum(x: Tensor, chosen: Tensor) -> Tensor:

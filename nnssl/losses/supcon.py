@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from nnssl.amp import at_least_float32
 from nnssl.errors import NnsslError
 
 __all__ = ["collapse_value", "dense_supcon", "position_positives", "safe_normalise", "site_contrast", "supcon"]
@@ -21,7 +22,7 @@ _MIN_NORM = 1e-4  # shorter vectors (an empty patch under InstanceNorm) are neit
 
 def safe_normalise(z: Tensor, dim: int = -1) -> Tensor:
     """``z / sqrt(|z|^2 + 1e-6)`` along ``dim``, in float32 (float64 stays): finite gradients at ``z = 0``."""
-    z = z if z.dtype == torch.float64 else z.float()
+    z = at_least_float32(z)
     return z / (z.square().sum(dim, keepdim=True) + _NORM_EPS).sqrt()
 
 
@@ -182,7 +183,7 @@ def _sites(
         raise NnsslError(f"contrast '{contrast}' is unknown; use 'all' or 'cross'.")
     with torch.autocast(aux.device.type, enabled=False):
         z = torch.stack([aux, dominant]).permute(3, 0, 1, 2)  # (S, 2, B, C)
-        z = z if z.dtype == torch.float64 else z.float()
+        z = at_least_float32(z)
         keep = (z.detach().norm(dim=-1) >= _MIN_NORM).all(1)  # (S, B): both views
         if valid is not None:
             keep = keep & valid.T

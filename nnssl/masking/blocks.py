@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nnssl.errors import NnsslError
+from nnssl.words import size_text
 
 __all__ = ["block_sum", "choose_block", "mask_blocks", "mostly", "to_voxels"]
 
@@ -37,7 +38,7 @@ def choose_block(
     """
     stages = [tuple(s) for s in strides[: max(1, len(strides) - 1)]]
     fitting = [s for s in dict.fromkeys(stages) if _count(size, s) >= 2]
-    known = ", ".join("x".join(map(str, s)) for s in fitting) or "none"
+    known = ", ".join(size_text(s) for s in fitting) or "none"
     if block is not None:
         if len(block) != len(size) or any(b < 1 or n % b for n, b in zip(size, block)) or _count(size, block) < 2:
             raise NnsslError(

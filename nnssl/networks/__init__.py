@@ -3,10 +3,11 @@
 from nnssl.networks.build import build_network, decoder_channels, encoder_channels
 from nnssl.networks.primus import PrimusEncoder, encoder_module, is_primus
 from nnssl.networks.state import alias_map, canonical_state_dict, full_state_dict, unwrap
-from nnssl.networks.walker import Pyramid, partial_decode, walk
+from nnssl.networks.walker import FeaturePyramid, Pyramid, partial_decode, walk
 
 __all__ = [
     "PrimusEncoder",
+    "FeaturePyramid",
     "Pyramid",
     "alias_map",
     "build_network",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from nnssl.amp import at_least_float32
 from nnssl.errors import NnsslError
 
 __all__ = ["Active", "Densify", "check_sparse", "sparse_encoder"]
@@ -108,7 +109,7 @@ def masked_instance_norm(norm: Any, x: Tensor, active: Tensor) -> Tensor:
         ``(B, C, *size)`` float32 (float64 for float64).
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = x if x.dtype == torch.float64 else x.float()
+        x = at_least_float32(x)
         axes = tuple(range(2, x.ndim))
         n = active.sum(axes, keepdim=True).clamp_min(1)
         mean = torch.where(active, x, 0.0).sum(axes, keepdim=True) / n

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from nnssl.networks.primus import PrimusEncoder, is_primus
 from nnssl.networks.state import unwrap
 
-__all__ = ["Pyramid", "partial_decode", "walk"]
+__all__ = ["FeaturePyramid", "Pyramid", "partial_decode", "walk"]
 
 
 @dataclass
-class Pyramid:
+class FeaturePyramid:
     """What :func:`walk` saw.
 
     Attributes:
@@ -60,7 +60,7 @@ def partial_decode(network: nn.Module, skips: Sequence[Tensor], n_stages: int | 
     return outputs
 
 
-def walk(network: nn.Module, x: Tensor, n_decoder_stages: int | None = None) -> Pyramid:
+def walk(network: nn.Module, x: Tensor, n_decoder_stages: int | None = None) -> FeaturePyramid:
     """Run the encoder and the first decoder stages; never the segmentation heads.
 
     Args:
@@ -74,7 +74,7 @@ def walk(network: nn.Module, x: Tensor, n_decoder_stages: int | None = None) -> 
     """
     if is_primus(network):
         tokens = PrimusEncoder(network)(x)
-        return Pyramid(skips=list(tokens), levels=list(tokens))
+        return FeaturePyramid(skips=list(tokens), levels=list(tokens))
     encoder: Any = unwrap(network).encoder
     total = [1] * (x.ndim - 2)
     for stride in encoder.strides:
@@ -85,4 +85,8 @@ def walk(network: nn.Module, x: Tensor, n_decoder_stages: int | None = None) -> 
                 f"axis {axis} of the input has {size} voxels, which the total stride {stride} does not divide"
             )
     skips = list(encoder(x))
-    return Pyramid(skips=skips, levels=[skips[-1], *partial_decode(network, skips, n_decoder_stages)])
+    return FeaturePyramid(skips=skips, levels=[skips[-1], *partial_decode(network, skips, n_decoder_stages)])
+
+
+Pyramid = FeaturePyramid
+"""Its name before."""

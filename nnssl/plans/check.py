@@ -8,7 +8,7 @@ from typing import Any
 from nnssl.errors import NnsslError
 from nnssl.fields import Wanted, anything, check_fields, flag, listing, mapping, number, optional, text, whole
 
-__all__ = ["check_arguments", "check_configuration", "check_dataset_json", "check_part", "check_plans"]
+__all__ = ["check_arguments", "check_configuration", "check_part", "check_plans"]
 
 _PART = re.compile(r"[^/\\\x00-\x1f]{1,200}")
 MANY = 1 << 16
@@ -120,25 +120,4 @@ def check_arguments(kwargs: Any, what: str, name: str, axes: int) -> None:
         },
         what,
         at,
-    )
-
-
-def check_dataset_json(content: Any, what: str) -> None:
-    """Of a ``dataset.json``. Raises :class:`NnsslError` that names the fields."""
-    channels = Wanted(
-        'names by index, for example {"0": "CT"}',
-        lambda v: mapping(text, text).fits(v) and sorted(v) == sorted(map(str, range(len(v)))),
-    )
-    label = Wanted("", lambda v: whole(0).fits(v) or listing(whole(0)).fits(v))
-    labels = Wanted("a whole number, or several, by name", lambda v: mapping(text, label).fits(v))
-    check_fields(
-        content,
-        {
-            "channel_names": optional(channels),
-            "modality": optional(channels),
-            "labels": optional(labels),
-            "file_ending": optional(text),
-            "regions_class_order": optional(listing(whole(0))),
-        },
-        what,
     )

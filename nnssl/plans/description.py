@@ -1,4 +1,4 @@
-"""Whether a dataset.json is what nnU-Net v2 reads, before hours are spent on it."""
+"""Whether a dataset.json is what nnU-Net v2 reads, before hours are spent on it: its form, and the kinds of its entries."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.errors import raise_problems
+from nnssl.fields import Wanted, check_fields, listing, mapping, optional, text, whole
 
-__all__ = ["check_description"]
+__all__ = ["check_dataset_json", "check_description"]
 
 ALL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".tif", ".tiff")
 
@@ -33,6 +34,27 @@ def check_description(content: Mapping[str, Any], path: str | os.PathLike[str]) 
     else:
         problems = [*_channels(content), *_ending(content), *_images(content)]
     raise_problems(problems, str(path))
+
+
+def check_dataset_json(content: Any, what: str) -> None:
+    """Of a ``dataset.json``. Raises :class:`NnsslError` that names the fields."""
+    channels = Wanted(
+        'names by index, for example {"0": "CT"}',
+        lambda v: mapping(text, text).fits(v) and sorted(v) == sorted(map(str, range(len(v)))),
+    )
+    label = Wanted("", lambda v: whole(0).fits(v) or listing(whole(0)).fits(v))
+    labels = Wanted("a whole number, or several, by name", lambda v: mapping(text, label).fits(v))
+    check_fields(
+        content,
+        {
+            "channel_names": optional(channels),
+            "modality": optional(channels),
+            "labels": optional(labels),
+            "file_ending": optional(text),
+            "regions_class_order": optional(listing(whole(0))),
+        },
+        what,
+    )
 
 
 def _is_v1(content: Mapping[str, Any]) -> bool:

@@ -5,11 +5,11 @@ A trainer fixes the family, the plan gives the figures: ``plans["nnssl"]`` holds
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from nnssl.config import option, problems_of
 from nnssl.errors import NnsslError, nearest, raise_problems
 from nnssl.teacher.stages import Stages
 
@@ -48,7 +48,6 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 PRIMUS_FAMILIES = tuple(family for family in FAMILIES if family not in (MEAN_TEACHER, "linear_probe"))
 
 SCHEMA = 1
-LENGTHS = ("epochs", "iterations", "val_iterations")
 _COMMON = ("peak_lr", "optimizer")
 USED: dict[str, tuple[str, ...]] = {
     "warmup_poly": (*_COMMON, "warmup", "layer_decay"),
@@ -68,12 +67,6 @@ SHORT_RUN, SHORT_PEAK_LR = 25_000, 1e-2
 """Below so many optimiser steps nnU-Net's SGD gets its own learning rate as peak, unless the plan names one."""
 ADAM_PEAK_LR = 2e-3
 """Adam's with two stages: runs of less than :data:`SHORT_RUN` steps are trained with it, longer ones with nnU-Net's SGD."""
-_CHOICES = {
-    "optimizer": ("sgd", "adam", "adamw"),
-    "levels": ("decoder", "encoder"),
-    "largest": ("auto", "always", "never"),
-    "intensities": ("strong", "nnunet"),
-}
 
 
 @dataclass(frozen=True)
@@ -113,24 +106,24 @@ class Figures:
             it is one piece, ``"always"`` or ``"never"``.
     """
 
-    epochs: int = 1000
-    iterations: int = 250
-    val_iterations: int = 50
-    peak_lr: float = 1e-3
-    warmup: float = 0.05
-    optimizer: str = "sgd"
-    layer_decay: float = 1.0
-    frozen: float = 1 / 3
-    ramp: float = 1200 / 45000
-    ramp_start: float = 0.1
-    decoder_first: float = 0.05
-    levels: str = "decoder"
-    labelled_first: float = 1 / 3
-    momentum: float = 0.99
-    intensities: str = "strong"
-    strength: float = 2.0
-    shift: float = 0.1
-    largest: str = "auto"
+    epochs: int = option(1000, low=1)
+    iterations: int = option(250, low=1)
+    val_iterations: int = option(50, low=1)
+    peak_lr: float = option(1e-3, above=0)
+    warmup: float = option(0.05, low=0, below=1)
+    optimizer: str = option("sgd", choices=("sgd", "adam", "adamw"))
+    layer_decay: float = option(1.0, above=0, high=1)
+    frozen: float = option(1 / 3, low=0, below=1)
+    ramp: float = option(1200 / 45000, above=0, below=1)
+    ramp_start: float = option(0.1, above=0, high=1)
+    decoder_first: float = option(0.05, above=0, below=1)
+    levels: str = option("decoder", choices=("decoder", "encoder"))
+    labelled_first: float = option(1 / 3, low=0, below=1)
+    momentum: float = option(0.99, low=0, below=1)
+    intensities: str = option("strong", choices=("strong", "nnunet"))
+    strength: float = option(2.0, low=0)
+    shift: float = option(0.1, low=0, below=1)
+    largest: str = option("auto", choices=("auto", "always", "never"))
 
     @property
     def stages(self) -> Stages:
@@ -191,10 +184,9 @@ class Figures:
             **(_PRIMUS if primus else {}),
             **{f.name: ours[f.name] for f in fields(cls) if ours.get(f.name) is not None},
         }
-        for key, value in values.items():
-            problems += _check(key, value)
-        raise_problems(problems, where)
-        figures = cls(**values)
+        read, wrong = problems_of(cls, values, "nnssl: ", text=False)
+        raise_problems([*problems, *wrong], where)
+        figures = cls(**read)
         if family == MEAN_TEACHER and "optimizer" not in values and figures.steps < SHORT_RUN:
             figures = replace(figures, optimizer="adam")
         if "peak_lr" not in values:
@@ -228,25 +220,6 @@ def _check_unlabelled(sources: Any) -> list[str]:
     return [] if legal else ["nnssl.unlabelled must be a non-empty list of dataset names"]
 
 
-def _check(key: str, value: Any) -> list[str]:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if key in _CHOICES:
-        legal, text = value in _CHOICES[key], " or ".join(map(repr, _CHOICES[key]))
-    elif key in LENGTHS:
-        legal, text = number and isinstance(value, int) and value >= 1, "a whole number of at least 1"
-    elif key == "peak_lr":
-        legal, text = number and value > 0, "a positive number"
-    elif key == "strength":
-        legal, text = number and value >= 0, "a number of at least 0"
-    elif key in ("layer_decay", "ramp_start"):
-        legal, text = number and 0 < value <= 1, "a share in (0, 1]"
-    elif key in ("ramp", "decoder_first"):
-        legal, text = number and 0 < value < 1, "a share in (0, 1)"
-    else:
-        legal, text = number and 0 <= value < 1, "a share in [0, 1)"
-    return [] if legal else [f"nnssl.{key} is {value!r}, but must be {text}"]
-
-
 def spelt(family: str) -> str:
     """A family as a user types it: ``freeze-unfreeze``."""
     return family.replace("_", "-")
@@ -270,19 +243,20 @@ def trainer_for(family: str, primus: bool = False) -> str:
     return PRIMUS[0] if primus else FAMILIES[family][0]
 
 
-def check_options(options: Mapping[str, Any], family: str) -> None:
-    """Refuse figures that a family of schedule does not have or that are out of range.
+def check_options(options: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Read figures of a family of schedule, from text or typed.
+
+    Returns:
+        The figures as a plan holds them.
 
     Raises:
-        NnsslError: lists all of them.
+        NnsslError: lists all that the family does not have or that are out of range.
     """
-    problems, known = [], USED[family]
-    for key, value in options.items():
-        if key not in known:
-            problems.append(
-                f"'{key}' is no figure of the schedule {family.replace('_', '-')}.{nearest(key, known)} "
-                f"It has: {', '.join(known)}"
-            )
-        else:
-            problems += _check(key, value)
-    raise_problems(problems, "option -o")
+    known, name = USED[family], spelt(family)
+    read, problems = problems_of(Figures, {k: v for k, v in options.items() if k in known})
+    unknown = [k for k in options if k not in known]
+    told = [
+        f"'{k}' is no figure of the schedule {name}.{nearest(k, known)} It has: {', '.join(known)}" for k in unknown
+    ]
+    raise_problems([*told, *problems], "option -o")
+    return read

@@ -13,11 +13,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnssl.errors import NnsslError, nearest, raise_problems
 from nnssl.files import read_json
 from nnssl.paths import preprocessed_folder, set_folders
-from nnssl.plans.check import check_arguments, check_configuration, check_dataset_json, check_part, check_plans
+from nnssl.plans.check import check_arguments, check_configuration, check_part, check_plans
 from nnssl.plans.datasets import dataset_id, resolve_dataset
-from nnssl.plans.description import check_description
+from nnssl.plans.description import check_dataset_json, check_description
 from nnssl.plans.hashes import architecture_hash, canonical_arch_kwargs, data_hash
 from nnssl.plans.primus import CLASSES, check_patch, problems_of, stock_trainer
+from nnssl.words import size_text
 
 __all__ = ["Plan", "load_plan", "plans_in"]
 
@@ -169,7 +170,7 @@ class Plan:
         if not self.is_primus:
             return f"{self.network_class}, {self.n_stages} stages, features {', '.join(map(str, self.features))}"
         depth, heads, token = (self._arch[k] for k in ("eva_depth", "eva_numheads", "patch_embed_size"))
-        grid, size = ("x".join(map(str, n)) for n in ([p // t for p, t in zip(self.patch_size, token)], token))
+        grid, size = (size_text(n) for n in ([p // t for p, t in zip(self.patch_size, token)], token))
         return (
             f"{self.network_class}, width {self.features[0]}, {depth} blocks of {heads} heads, {grid} tokens of {size}"
         )

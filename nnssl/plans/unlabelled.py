@@ -6,17 +6,18 @@ the target's test images, unless the plan says so (``transductive``).
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nnssl import preprocessed
 from nnssl.errors import NnsslError
+from nnssl.files import hash_of
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import dataset_id
 from nnssl.plans.plan import Plan
+from nnssl.preprocessed import CaseRef
 
 __all__ = [
     "UnlabelledCase",
@@ -29,24 +30,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, order=True)
-class UnlabelledCase:
-    """One preprocessed image: ``<folder>/<name>.b2nd``.
-
-    Attributes:
-        source: name of the dataset that it comes from.
-        name: nnU-Net's case identifier.
-        folder: of preprocessed cases.
-    """
-
-    source: str
-    name: str
-    folder: Path
-
-    @property
-    def key(self) -> str:
-        """``"<source>/<name>"``, unique in a pool."""
-        return f"{self.source}/{self.name}"
+UnlabelledCase = CaseRef
+"""As it was called here before."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +44,7 @@ class UnlabelledPool:
         held_back: what was left out and why -> how many.
     """
 
-    cases: list[UnlabelledCase]
+    cases: list[CaseRef]
     why: list[str]
     held_back: dict[str, int] = field(default_factory=dict)
 
@@ -71,7 +56,7 @@ class UnlabelledPool:
 
 def case_key_hash(key: str) -> str:
     """A short hash of ``"<source>/<case>"``: how a checkpoint names the images it has seen."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return hash_of(key)[:16]
 
 
 def prepared_folder(plan: Plan, source: str) -> Path:
@@ -85,20 +70,13 @@ def source_folder(plan: Plan, source: str) -> Path:
     return own if source == plan.dataset_name and own.is_dir() else prepared_folder(plan, source)
 
 
-def list_cases(plan: Plan, source: str) -> list[UnlabelledCase]:
+def list_cases(plan: Plan, source: str) -> list[CaseRef]:
     """The preprocessed images of a dataset, sorted; empty where it is not preprocessed. Nothing is opened."""
     folder = source_folder(plan, source)
-    if not folder.is_dir():
-        return []
-    names = sorted(
-        entry.name[: -len(".b2nd")]
-        for entry in os.scandir(folder)
-        if entry.name.endswith(".b2nd") and not entry.name.endswith("_seg.b2nd")
-    )
-    return [UnlabelledCase(source, name, folder) for name in names]
+    return [CaseRef(name, folder, source) for name in preprocessed.list_cases(folder)]
 
 
-def _named(plan: Plan, sources: Iterable[str]) -> tuple[list[UnlabelledCase], list[str]]:
+def _named(plan: Plan, sources: Iterable[str]) -> tuple[list[CaseRef], list[str]]:
     cases, why = [], []
     for source in sources:
         found = list_cases(plan, source)
@@ -114,7 +92,7 @@ def _named(plan: Plan, sources: Iterable[str]) -> tuple[list[UnlabelledCase], li
     return cases, why
 
 
-def _pretrained_on(plan: Plan, data: Mapping[str, Any]) -> tuple[list[UnlabelledCase], list[str]]:
+def _pretrained_on(plan: Plan, data: Mapping[str, Any]) -> tuple[list[CaseRef], list[str]]:
     """The pool of a pretraining: the images of its datasets whose hashes the checkpoint holds, or all where it holds none."""
     cases, why = [], []
     hashes = set(data.get("case_hashes") or ())
@@ -167,7 +145,7 @@ def find_unlabelled(
         why = [f"{len(cases)} of {plan.dataset_name}, whose labels the plans leave out"] if cases else []
         more, told = _pretrained_on(plan, pretrained_on or {})
         cases, why = cases + more, why + told
-    unique = sorted({c.key: c for c in cases}.values())
+    unique = sorted({c.key: c for c in cases}.values(), key=lambda c: (c.source, c.name))
     mine = {f"{plan.dataset_name}/{name}" for name in train}
     held = {"labelled training cases": mine}
     if not plan.nnssl.get("transductive"):

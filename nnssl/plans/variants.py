@@ -117,8 +117,7 @@ def _tell_schedule(told: dict[str, Any], schedule: str | None, figures: Mapping[
             told.pop(key, None)
     if schedule is not None or figures:  # a plan that asks for none can be trained with any trainer
         told["schedule"] = family
-    check_options(figures, family)
-    told.update(figures)
+    told.update(check_options(figures, family))
 
 
 def _tell_pool(told: dict[str, Any], unlabelled: Sequence[int | str] | None, transductive: bool | None) -> None:

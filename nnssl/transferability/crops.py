@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import blosc2
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from torch import Tensor
 
 from nnssl.errors import NnsslError
+from nnssl.files import hash_of
 from nnssl.plans import Plan
+from nnssl.preprocessed import IMAGE, list_cases, open_array, read_box
 
 __all__ = ["CropSet", "choose_cases", "crop_size", "list_cases", "read_crops"]
 
@@ -66,20 +65,11 @@ def crop_size(plan: Plan, median_shape: Sequence[int] | None = None) -> tuple[in
     return tuple(c * s for c, s in zip(cells, stride))
 
 
-def list_cases(folder: Path) -> list[str]:
-    """Names of the preprocessed cases of a folder, sorted; empty where the folder does not exist."""
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        names = [e.name[:-5] for e in entries if e.name.endswith(".b2nd") and not e.name.endswith("_seg.b2nd")]
-    return sorted(names)
-
-
 def choose_cases(names: Iterable[str], n: int, seed: int = 0) -> list[str]:
     """An even number of at most ``n`` cases, chosen by a hash of seed and name: the same however many others there are."""
 
     def key(name: str) -> str:
-        return hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).hexdigest()
+        return hash_of(f"{seed}/{name}")
 
     chosen = sorted(names, key=key)[:n]
     return sorted(chosen[: len(chosen) - len(chosen) % 2])
@@ -102,10 +92,10 @@ def read_crops(cases: Sequence[tuple[Path, str]], plan: Plan, size: Sequence[int
     """
     crops, ranges = [], []
     for folder, name in cases:
-        path = Path(folder) / f"{name}.b2nd"
+        path = Path(folder) / f"{name}{IMAGE}"
         try:
             crop, bounds = _read(path, plan, tuple(size), seed, name)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise NnsslError(f"{path} cannot be read for the robustness trace: {error}") from error
         crops.append(crop)
         ranges.append(bounds)
@@ -116,8 +106,7 @@ def read_crops(cases: Sequence[tuple[Path, str]], plan: Plan, size: Sequence[int
 
 
 def _read(path: Path, plan: Plan, size: tuple[int, ...], seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    mmap = {} if os.name == "nt" else {"mmap_mode": "r"}  # as nnU-Net
-    array = blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **mmap)
+    array = open_array(path)
     if array.shape[0] != plan.n_channels:
         raise NnsslError(f"{path} has {array.shape[0]} channels, the plan of {plan.dataset_name} {plan.n_channels}.")
     digest = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "little")
@@ -126,8 +115,7 @@ def _read(path: Path, plan: Plan, size: tuple[int, ...], seed: int, name: str) -
     candidates = []
     for _ in range(_CANDIDATES):
         start = [_start(n, w, rng) for n, w in zip(array.shape[1:], window)]
-        box = [[a, a + w] for a, w in zip(start, window)]
-        candidates.append(np.asarray(crop_and_pad_nd(array, box, 0), dtype=np.float32))
+        candidates.append(read_box(array, start, window))
     if not all(np.isfinite(c).all() for c in candidates):
         raise NnsslError(f"{path} holds NaN or infinite values.")
     stack = np.stack(candidates)  # (4, C, *window)

@@ -8,12 +8,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nnssl.config import config_dict
 from nnssl.errors import NnsslError
 from nnssl.networks.primus import PrimusEncoder, is_primus
 from nnssl.networks.state import unwrap
@@ -62,7 +63,7 @@ class RobustnessConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return config_dict(self)
 
 
 @dataclass(frozen=True)

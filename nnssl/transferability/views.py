@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from nnssl.errors import NnsslError, nearest
+from nnssl.intensity import LINEAR, add_noise, bend, from_unit, gaussian_blur, resample, to_unit
 
 __all__ = ["CT_FAMILIES", "FAMILIES", "MR_FAMILIES", "choose_families", "intensity_range", "photometric_view"]
 
@@ -31,7 +31,6 @@ FAMILIES = ("gamma", "bias", "window", "blur", "lowres", "noise")
 MR_FAMILIES = ("gamma", "bias", "blur", "lowres", "noise")
 CT_FAMILIES = ("window", "blur", "lowres", "noise")
 _COARSE = 3.0  # an axis this much coarser than the finest is neither blurred nor sampled down, as in nnU-Net
-_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def choose_families(modality: str, exclude: Sequence[str] = ()) -> tuple[str, ...]:
@@ -93,59 +92,44 @@ def photometric_view(
     fine = [s < _COARSE * min(spacing) for s in spacing]
     relative = [min(spacing) / s if f else 0.0 for s, f in zip(spacing, fine)]
     out = []
-    for i, volume in enumerate(x):
+    for i, volume in enumerate(x.split(1)):
         rng = np.random.default_rng(np.random.SeedSequence([seed, view, i, 0xB0B]))
         order = [f for f in FAMILIES if f in families]
         for name in order:
-            volume = _CHANGES[name](volume, intensity[i], relative, rng)
+            volume = _CHANGES[name](volume, intensity[i, None], relative, rng)
         out.append(volume)
-    return torch.stack(out).to(x.dtype)
-
-
-def _bounds(x: Tensor, intensity: Tensor) -> tuple[Tensor, Tensor]:
-    """Low value and width of each channel, ``(C, 1, ...)``; a channel without a range gets width 1."""
-    shape = (-1, *[1] * (x.ndim - 1))
-    low, width = intensity[:, 0], intensity[:, 1] - intensity[:, 0]
-    return low.reshape(shape).to(x.dtype), torch.where(width > 1e-6, width, 1.0).reshape(shape).to(x.dtype)
+    return torch.cat(out).to(x.dtype)
 
 
 def _gamma(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
-    low, width = _bounds(x, intensity)
-    unit = (x - low) / width
-    exponent = float(np.exp(rng.uniform(np.log(0.8), np.log(1.25))))
-    inside = unit.clamp(0, 1).pow(exponent)
-    return low + width * (inside + unit - unit.clamp(0, 1))
+    exponent = torch.tensor([np.exp(rng.uniform(np.log(0.8), np.log(1.25)))])
+    return from_unit(bend(to_unit(x, intensity), exponent), intensity)
 
 
 def _bias(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
-    low, width = _bounds(x, intensity)
-    knots = torch.from_numpy(rng.normal(0, 0.2, [3] * (x.ndim - 1)).astype(np.float32))
-    field = F.interpolate(knots[None, None], size=x.shape[1:], mode=_LINEAR[x.ndim - 1], align_corners=True)[0]
-    return low + (x - low) * field.exp()
+    knots = torch.from_numpy(rng.normal(0, 0.2, [3] * (x.ndim - 2)).astype(np.float32))
+    field = F.interpolate(knots[None, None], size=x.shape[2:], mode=LINEAR[x.ndim - 2], align_corners=True)
+    return from_unit(to_unit(x, intensity) * field.exp(), intensity)
 
 
 def _window(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
-    low, width = _bounds(x, intensity)
     cut = rng.uniform(0, 0.15, 2)
-    return torch.minimum(torch.maximum(x, low + float(cut[0]) * width), low + float(1 - cut[1]) * width)
+    return from_unit(to_unit(x, intensity).clamp(float(cut[0]), float(1 - cut[1])), intensity)
 
 
 def _blur(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
     sigma = rng.uniform(0.5, 1.0)
-    sigmas = [0.0, *[sigma * r for r in relative]]
-    return torch.from_numpy(gaussian_filter(x.numpy(), sigmas, mode="nearest"))
+    return gaussian_blur(x, torch.tensor([[sigma * r for r in relative]]), radius=4)
 
 
 def _lowres(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
     scale = rng.uniform(0.5, 1.0)
-    size = [max(1, round(n * scale)) if r else n for n, r in zip(x.shape[1:], relative)]
-    small = F.interpolate(x[None], size=size, mode="nearest-exact")
-    return F.interpolate(small, size=x.shape[1:], mode=_LINEAR[x.ndim - 1], align_corners=False)[0]
+    return resample(x, [max(1, round(n * scale)) if r else n for n, r in zip(x.shape[2:], relative)])
 
 
 def _noise(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
-    sd = rng.uniform(0.02, 0.1)
-    return x + sd * torch.from_numpy(rng.standard_normal(tuple(x.shape), dtype=np.float32))
+    sd = torch.tensor([rng.uniform(0.02, 0.1)])
+    return add_noise(x, sd, torch.from_numpy(rng.standard_normal(tuple(x.shape), dtype=np.float32)))
 
 
 _CHANGES: dict[str, Callable[[Tensor, Tensor, Sequence[float], np.random.Generator], Tensor]] = {

@@ -6,12 +6,12 @@ from nnssl.weights.apply import apply
 from nnssl.weights.formats import FORMATS, convert
 from nnssl.weights.info import describe
 from nnssl.weights.label_set import label_set
+from nnssl.weights.leakage import case_hash, labels_seen
 from nnssl.weights.load import Checkpoint, load
 from nnssl.weights.parts import HEADS, UP, is_head, part_names, part_of
-from nnssl.weights.proof import prove_loadable
+from nnssl.weights.proof import check_loadable, prove_loadable
 from nnssl.weights.report import PartReport, TransferReport
 from nnssl.weights.save import build_payload, fingerprint_names, package_versions, save
-from nnssl.weights.seen import case_hash, labels_seen
 from nnssl.weights.variants import write_variant
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "package_versions",
     "part_names",
     "part_of",
+    "check_loadable",
     "prove_loadable",
     "resize_positions",
     "save",

@@ -19,6 +19,7 @@ from nnssl.weights.layout import dimensions, n_stages, stem_channels, widths
 from nnssl.weights.load import Checkpoint, load
 from nnssl.weights.names import looks_like
 from nnssl.weights.parts import part_names, part_of
+from nnssl.words import size_text
 
 __all__ = ["as_text", "describe"]
 
@@ -164,7 +165,7 @@ def _short(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         nested = any(isinstance(v, (list, tuple)) for v in value)
         return (
-            ", ".join("x".join(map(str, v)) if isinstance(v, (list, tuple)) else f"{v}" for v in value)
+            ", ".join(size_text(v) if isinstance(v, (list, tuple)) else f"{v}" for v in value)
             if nested
             else (", ".join(map(str, value)))
         )

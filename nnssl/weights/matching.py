@@ -15,6 +15,7 @@ from nnssl.weights.adapt import Adaptation, adapt_tensor, resize_positions
 from nnssl.weights.layout import stem_name
 from nnssl.weights.parts import HEADS, UP, part_names, part_of
 from nnssl.weights.report import PartReport, TransferReport
+from nnssl.words import size_text
 
 __all__ = ["Matched", "count", "match"]
 
@@ -66,15 +67,11 @@ def _fit(
                 f"{given.shape[1]} positions in the checkpoint, {shape[1]} here; the file does not tell its patch, and only "
                 "cubic token grids are then interpolated"
             )
-        text = f"positions of {_times(old)} tokens -> {_times(new)}, interpolated"
+        text = f"positions of {size_text(old)} tokens -> {size_text(new)}, interpolated"
         return resize_positions(given, old, new), text
     if given.shape == shape:
         return None
     return adapt_tensor(given, shape, how, stem=name == stem_name(target), upsampling=".transpconvs." in name)
-
-
-def _times(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
 
 
 def _projections(names: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from nnssl.weights.apply import apply
 from nnssl.weights.parts import HEADS, part_of
 from nnssl.weights.report import TransferReport
 
-__all__ = ["prove_loadable"]
+__all__ = ["check_loadable", "prove_loadable"]
 
 
 def _load_as_nnunet_does(network: nn.Module, payload: Mapping[str, Any]) -> None:
@@ -43,7 +43,7 @@ def _load_as_nnunet_does(network: nn.Module, payload: Mapping[str, Any]) -> None
         load_pretrained_weights(network, buffer)
 
 
-def prove_loadable(payload: Mapping[str, Any], plan: Plan) -> TransferReport:
+def check_loadable(payload: Mapping[str, Any], plan: Plan) -> TransferReport:
     """Show before the first epoch that the result of a run will be usable.
 
     A freshly built network of the plan takes the weights through nnU-Net's ``load_pretrained_weights``; afterwards every
@@ -75,3 +75,7 @@ def prove_loadable(payload: Mapping[str, Any], plan: Plan) -> TransferReport:
             if not all(torch.equal(a, b) for a, b in zip(walk(stock, x, 0).skips, walk(own, x, 0).skips)):
                 raise NnsslError(f"The encoder of {where} computes something else after loading this run's checkpoint.")
     return report
+
+
+prove_loadable = check_loadable
+"""Its name before."""

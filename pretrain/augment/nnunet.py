@@ -16,20 +16,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nnssl.intensity import (
+    add_noise,
+    adjust_gamma,
+    gaussian_blur,
+    limit_contrast,
+    low_resolution,
+    multiply,
+    per_sample,
+)
 from nnssl.plans import Plan
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.intensity import gaussian_blur
 from nnssl.pretrain.augment.spatial import central_crop, draw_affine, sampling_grid, warp
 from nnssl.pretrain.geometry import window_for
+from nnssl.teacher import changes
 
 __all__ = [
     "TrainingAugmentation",
-    "adjust_gamma",
-    "alter",
-    "alter_strongly",
+    "augment_intensity",
+    "augment_strongly",
     "draw_grid",
-    "limit_contrast",
-    "low_resolution",
     "middle_label",
     "move_label",
 ]
@@ -105,7 +111,7 @@ def middle_label(label: Tensor, size: Sequence[int], outside: int) -> Tensor:
     return torch.where(middle < 0, outside, middle)
 
 
-def alter(x: Tensor, draws: Draws, masked: Sequence[int] = ()) -> Tensor:
+def augment_intensity(x: Tensor, draws: Draws, masked: Sequence[int] = ()) -> Tensor:
     """Noise, blur, brightness, contrast, lower resolution and both gammas, in nnU-Net's order.
 
     Args:
@@ -116,30 +122,30 @@ def alter(x: Tensor, draws: Draws, masked: Sequence[int] = ()) -> Tensor:
     Returns:
         A new tensor of the same shape.
     """
-    return _masked(x, _alter(x, draws), masked)
+    return _masked(x, _augmented(x, draws), masked)
 
 
-def alter_strongly(x: Tensor, draws: Draws, masked: Sequence[int] = (), strength: float = 1.0) -> Tensor:
-    """Noise, contrast, brightness and gamma, each with probability ``0.3 strength``: what the trainers' mean teacher has too.
+def augment_strongly(x: Tensor, draws: Draws, masked: Sequence[int] = (), strength: float = 1.0) -> Tensor:
+    """Noise, contrast, brightness and gamma, see :mod:`nnssl.teacher.changes`: what the trainers' mean teacher has too.
 
     Args:
         x: ``(B, C, *size)``, normalised.
         draws: random numbers of this step.
         masked: channels in which voxels that are 0 in all channels stay 0.
-        strength: the standard deviation of the noise is up to ``0.3 strength``.
+        strength: factor on the probability of each and on the noise.
 
     Returns:
         A new tensor of the same shape.
     """
-    p, channels = min(1.0, 0.3 * strength), x.shape[1]
-    on, size = draws.chance(p)[:, None], draws.uniform(0.0, 0.3 * strength, channels)
-    out = x + _wide(torch.where(on, size, 0.0), x) * draws.noise(*x.shape[1:])
-    on, factor = draws.chance(p)[:, None], draws.uniform(0.7, 1.3, channels)
-    out = out * _wide(torch.where(on, factor, 1.0), x)
-    on, added = draws.chance(p)[:, None], 0.17 * draws.normal(channels)
-    out = out + _wide(torch.where(on, added, 0.0), x)
-    on, exponent = draws.chance(p)[:, None], draws.uniform(0.7, 1.5, channels)
-    return _masked(x, torch.where(_wide(on, x), adjust_gamma(out, exponent), out), masked)
+    p, channels = min(1.0, changes.PROBABILITY * strength), x.shape[1]
+    on, size = draws.chance(p)[:, None], draws.uniform(0.0, changes.NOISE * strength, channels)
+    out = add_noise(x, torch.where(on, size, 0.0), draws.noise(*x.shape[1:]))
+    on, factor = draws.chance(p)[:, None], draws.uniform(*changes.FACTOR, channels)
+    out = multiply(out, torch.where(on, factor, 1.0))
+    on, added = draws.chance(p)[:, None], changes.SHIFT * draws.normal(channels)
+    out = out + per_sample(torch.where(on, added, 0.0), x)
+    on, exponent = draws.chance(p)[:, None], draws.uniform(*changes.GAMMA, channels)
+    return _masked(x, torch.where(per_sample(on, x), adjust_gamma(out, exponent), out), masked)
 
 
 def _masked(x: Tensor, out: Tensor, masked: Sequence[int]) -> Tensor:
@@ -152,70 +158,25 @@ def _masked(x: Tensor, out: Tensor, masked: Sequence[int]) -> Tensor:
     return torch.where(empty, 0.0, out)
 
 
-def _alter(x: Tensor, draws: Draws) -> Tensor:
+def _augmented(x: Tensor, draws: Draws) -> Tensor:
     channels = x.shape[1]
     on, variance = draws.chance(0.1), draws.uniform(0.0, 0.1)
-    x = x + _wide(torch.where(on, variance, 0.0), x) * draws.noise(*x.shape[1:])
+    x = add_noise(x, torch.where(on, variance, 0.0), draws.noise(*x.shape[1:]))
     on = draws.chance(0.2)[:, None] & draws.chance(0.5, channels)
-    x = torch.where(_wide(on, x), gaussian_blur(x, draws.uniform(0.5, 1.0, x.ndim - 2), radius=3), x)
+    x = torch.where(per_sample(on, x), gaussian_blur(x, draws.uniform(0.5, 1.0, x.ndim - 2), radius=3), x)
     on, factor = draws.chance(0.15)[:, None], _skewed(draws, 0.75, 1.25, channels)
-    x = x * _wide(torch.where(on, factor, 1.0), x)
+    x = multiply(x, torch.where(on, factor, 1.0))
     on, factor = draws.chance(0.15)[:, None], _skewed(draws, 0.75, 1.25, channels)
-    x = torch.where(_wide(on, x), limit_contrast(x, factor), x)
+    x = torch.where(per_sample(on, x), limit_contrast(x, factor), x)
     on = draws.chance(0.25)[:, None] & draws.chance(0.5, channels)
-    x = torch.where(_wide(on, x), low_resolution(x, draws.uniform(0.5, 1.0)), x)
+    x = torch.where(per_sample(on, x), low_resolution(x, draws.uniform(0.5, 1.0)), x)
     on, exponent = draws.chance(0.1)[:, None], _skewed(draws, 0.7, 1.5, channels)
-    x = torch.where(_wide(on, x), -adjust_gamma(-x, exponent), x)
+    x = torch.where(per_sample(on, x), -adjust_gamma(-x, exponent), x)
     on, exponent = draws.chance(0.3)[:, None], _skewed(draws, 0.7, 1.5, channels)
-    return torch.where(_wide(on, x), adjust_gamma(x, exponent), x)
-
-
-def _wide(value: Tensor, like: Tensor) -> Tensor:
-    """``(B,)`` or ``(B, C)`` -> broadcastable to ``(B, C, *spatial)``."""
-    return value.reshape(*value.shape, *[1] * (like.ndim - value.ndim))
+    return torch.where(per_sample(on, x), adjust_gamma(x, exponent), x)
 
 
 def _skewed(draws: Draws, low: float, high: float, *shape: int) -> Tensor:
     """Half of the numbers uniform in [low, 1), half in [1, high)."""
     below = draws.chance(0.5, *shape)
     return torch.where(below, draws.uniform(low, 1.0, *shape), draws.uniform(1.0, high, *shape))
-
-
-def limit_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Spread values around each channel's mean, within the range that they have; ``factor`` is ``(B, C)``."""
-    flat = x.flatten(2)
-    mean, low, high = (_wide(v, x) for v in (flat.mean(-1), flat.amin(-1), flat.amax(-1)))
-    return torch.minimum(torch.maximum(mean + (x - mean) * _wide(factor, x), low), high)
-
-
-def adjust_gamma(x: Tensor, exponent: Tensor) -> Tensor:
-    """Raise each channel, scaled to [0, 1], to a power ``(B, C)`` and give it back its mean and standard deviation."""
-    flat = x.flatten(2)
-    low, mean, sd = (_wide(v, x) for v in (flat.amin(-1), flat.mean(-1), flat.std(-1)))
-    width = _wide(flat.amax(-1) - flat.amin(-1), x).clamp_min(1e-7)
-    y = ((x - low) / width).clamp(0, 1) ** _wide(exponent, x) * width + low
-    flat = y.flatten(2)
-    return (y - _wide(flat.mean(-1), x)) / _wide(flat.std(-1), x).clamp_min(1e-7) * sd + mean
-
-
-def low_resolution(x: Tensor, scale: Tensor) -> Tensor:
-    """Take each sample's nearest voxels on a grid that is coarser by ``scale`` ``(B,)`` and interpolate linearly between them.
-
-    Equals ``interpolate(mode="nearest-exact")`` to ``round(n scale)`` voxels and linear interpolation back, without a loop
-    over samples.
-    """
-    for axis in range(2, x.ndim):
-        n = x.shape[axis]
-        coarse = (scale * n).round().clamp(1, n)[:, None]
-        place = (torch.arange(n, device=x.device) + 0.5) * (coarse / n) - 0.5
-        place = place.clamp_min(0)
-        first = place.floor().minimum(coarse - 1)
-        share = torch.where(first >= coarse - 1, torch.zeros_like(place), place - first)
-        shape = [1] * x.ndim
-        shape[0], shape[axis] = len(x), n
-        values = []
-        for k in (first, (first + 1).minimum(coarse - 1)):
-            voxel = ((k + 0.5) * (n / coarse)).floor().long().clamp(0, n - 1)
-            values.append(x.gather(axis, voxel.view(shape).expand_as(x)))
-        x = values[0] + share.to(x.dtype).view(shape) * (values[1] - values[0])
-    return x

@@ -7,7 +7,6 @@ purpose, as in both.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from nnssl.pretrain.augment.draws import Draws
 
-__all__ = ["CropPairs", "cut", "draw_pairs", "mean_overlap"]
+__all__ = ["CropPairs", "cut", "draw_pairs"]
 
 TRIES = 64
 
@@ -133,18 +132,3 @@ def _between(first: Tensor, last: Tensor, share: Tensor) -> Tensor:
     """Integer in [first, last] (inclusive) for ``share`` uniform in [0, 1)."""
     room = (last - first + 1).clamp_min(1)
     return first + torch.minimum((share * room).long(), room - 1)
-
-
-def mean_overlap(size: Sequence[int], start: Tensor) -> Tensor:
-    """Share of a crop that the other one shows too.
-
-    Args:
-        size: voxels per axis of a crop.
-        start: ``(2, B, dim)`` int64.
-
-    Returns:
-        ``(B,)`` float32 in [0, 1].
-    """
-    crop = torch.tensor(tuple(size), device=start.device)
-    shared = (crop - (start[0] - start[1]).abs()).clamp_min(0)
-    return shared.double().prod(1).float() / math.prod(size)

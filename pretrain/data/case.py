@@ -9,25 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import blosc2
 import numpy as np
-from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
 from nnssl.errors import NnsslError
 from nnssl.paths import set_folders
 from nnssl.plans import Plan
+from nnssl.preprocessed import CaseRef, open_array, read_box
 from nnssl.pretrain.data.folders import beside
 from nnssl.pretrain.data.intensity import air_threshold, body_mask, intensity_range, stored_range
 from nnssl.pretrain.data.orientation import Geometry
-from nnssl.pretrain.data.pool import CaseRef
 from nnssl.properties import read_properties
 
 __all__ = ["CaseFormat", "CaseInfo", "CaseReader", "OpenCase", "damaged"]
 
 CACHED_CASES = 2048
 """Cases of which geometry and intensity range are remembered, about 1 kB each."""
-
-_OPEN: dict[str, Any] = {"mode": "r", "dparams": {"nthreads": 1}} | ({} if os.name == "nt" else {"mmap_mode": "r"})
 
 
 @dataclass(frozen=True)
@@ -104,19 +100,18 @@ class OpenCase:
         Raises:
             NnsslError: the file is damaged.
         """
-        box = [[int(s), int(s) + int(w)] for s, w in zip(start, window)]
         try:
-            data = np.ascontiguousarray(crop_and_pad_nd(self.array, box, 0), dtype=np.float32)
-        except (RuntimeError, OSError, ValueError) as error:
+            data = read_box(self.array, start, window)
+        except (OSError, ValueError) as error:
             raise damaged(self.ref, error) from error
         if self.mask is not None:
             try:
-                return data, np.ascontiguousarray(crop_and_pad_nd(self.mask, box, 0)).astype(bool)
-            except (RuntimeError, OSError, ValueError) as error:
+                return data, read_box(self.mask, start, window, bool)
+            except (OSError, ValueError) as error:
                 raise _damaged_mask(self.mask.urlpath, self.ref, error) from error
         body = body_mask(data, self.info.threshold, self.masked)
-        for axis, (low, high) in enumerate(box):
-            size, at = self.array.shape[axis + 1], [slice(None)] * 4
+        for axis, (low, voxels) in enumerate(zip(start, window)):
+            high, size, at = low + voxels, self.array.shape[axis + 1], [slice(None)] * 4
             if low < 0:
                 at[axis + 1] = slice(0, -low)
                 body[tuple(at)] = False
@@ -128,9 +123,8 @@ class OpenCase:
 
 def damaged(ref: CaseRef, error: BaseException) -> NnsslError:
     """The error for the user of an image that cannot be read."""
-    file = ref.folder / f"{ref.name}.b2nd"
-    advice = _advice(ref, _set_aside(file, ref, error))
-    return NnsslError(f"Case {ref.name} of {ref.source} cannot be read: {file} is damaged ({error}). {advice}")
+    advice = _advice(ref, _set_aside(ref.image, ref, error))
+    return NnsslError(f"Case {ref.name} of {ref.source} cannot be read: {ref.image} is damaged ({error}). {advice}")
 
 
 def _damaged_mask(file: object, ref: CaseRef, error: BaseException | str) -> NnsslError:
@@ -171,7 +165,7 @@ def _advice(ref: CaseRef, aside: Path | None = None, *, gone: bool = False) -> s
 
 
 def _bad_properties(ref: CaseRef, error: BaseException) -> NnsslError:
-    gone, file = isinstance(error, FileNotFoundError), ref.folder / f"{ref.name}.pkl"
+    gone, file = isinstance(error, FileNotFoundError), ref.properties
     what = "does not exist" if gone else f"cannot be read ({error!r})"
     aside = None if gone else _set_aside(file, ref, error)
     return NnsslError(f"Case {ref.name} of {ref.source}: {file} {what}. {_advice(ref, aside, gone=gone)}")
@@ -198,14 +192,14 @@ class CaseReader:
         Raises:
             NnsslError: a file is missing or damaged, or the case was not made with this plan.
         """
-        file = ref.folder / f"{ref.name}.b2nd"
+        file = ref.image
         try:
-            array = blosc2.open(urlpath=str(file), **_OPEN)
+            array = open_array(file)
         except FileNotFoundError as error:
             raise NnsslError(
                 f"Case {ref.name} of {ref.source} is gone: {file} does not exist. {_advice(ref, gone=True)}"
             ) from error
-        except Exception as error:  # blosc2 raises several kinds
+        except (OSError, ValueError) as error:
             raise damaged(ref, error) from error
         if len(array.shape) != 4 or array.shape[0] != self.form.n_channels:
             raise NnsslError(
@@ -219,10 +213,10 @@ class CaseReader:
             return None
         file = self.bodies[ref.source] / f"{ref.name}.b2nd"
         try:
-            mask = blosc2.open(urlpath=str(file), **_OPEN)
+            mask = open_array(file)
         except FileNotFoundError:
             return None
-        except Exception as error:  # blosc2 raises several kinds
+        except (OSError, ValueError) as error:
             raise _damaged_mask(file, ref, error) from error
         if tuple(mask.shape) != (1, *shape):
             raise _damaged_mask(file, ref, f"it has shape {tuple(mask.shape)}, the image {tuple(shape)}")
@@ -255,7 +249,7 @@ class CaseReader:
 
     def _properties(self, ref: CaseRef) -> dict[str, Any]:
         try:
-            return read_properties(ref.folder / f"{ref.name}.pkl")
+            return read_properties(ref.properties)
         except Exception as error:  # unpickling raises anything
             raise _bad_properties(ref, error) from error
 

@@ -14,9 +14,9 @@ from nnssl.errors import NnsslError
 from nnssl.pretrain.data.case import CaseFormat, CaseReader, OpenCase, damaged
 from nnssl.pretrain.data.intensity import body_mask
 from nnssl.pretrain.data.pool import CaseRef
+from nnssl.pretrain.data.reorientation import AxisTransform, Orientation
 from nnssl.pretrain.data.resample import foreground_box, resample_box
 from nnssl.pretrain.data.sampling import TRAIN, draw_cases, draw_start, generator
-from nnssl.pretrain.data.turning import Orientation, Turn
 from nnssl.pretrain.types import CropRequest, Crops
 
 __all__ = ["CropDataset", "Sample", "collate"]
@@ -175,7 +175,7 @@ class CropDataset(Dataset[Sample]):
     def _crop(self, case: OpenCase, rng: np.random.Generator) -> Sample | None:
         """One place; None where voxels are not finite."""
         geometry = case.info.geometry
-        turn = Turn() if self.orientation is None else self.orientation.turn(geometry)
+        turn = AxisTransform() if self.orientation is None else self.orientation.turn(geometry)
         extent: Sequence[int] | np.ndarray
         if self.resampled:
             data, at, extent = self._whole(case, turn, rng)
@@ -207,7 +207,9 @@ class CropDataset(Dataset[Sample]):
             std=float(data[inner].std()),
         )
 
-    def _whole(self, case: OpenCase, turn: Turn, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _whole(
+        self, case: OpenCase, turn: AxisTransform, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The foreground resampled to the window, its first voxel and extent; for 2d plans one of its slices."""
         try:
             box = np.asarray(foreground_box(case.array, case.info.threshold, case.masked), dtype=np.int64)

@@ -26,8 +26,8 @@ from nnssl.pretrain.data.case import CaseFormat, CaseReader
 from nnssl.pretrain.data.crops import CropDataset, Sample, collate
 from nnssl.pretrain.data.folders import body_folder
 from nnssl.pretrain.data.pool import Pool
+from nnssl.pretrain.data.reorientation import common_orientation
 from nnssl.pretrain.data.sampling import HELD_OUT, TRAIN
-from nnssl.pretrain.data.turning import common_orientation
 from nnssl.pretrain.types import CropRequest, Crops
 
 __all__ = ["Companion", "CropLoader", "make_loader"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from nnssl.errors import NnsslError
+from nnssl.files import hash_of
+from nnssl.preprocessed import CaseRef
 from nnssl.pretrain.types import SourceStats
 
 __all__ = ["BadCase", "CaseRef", "Pool", "make_pool"]
@@ -18,26 +19,6 @@ __all__ = ["BadCase", "CaseRef", "Pool", "make_pool"]
 log = logging.getLogger("nnssl")
 
 FEWEST_FOR_HELD_OUT = 4
-
-
-@dataclass(frozen=True)
-class CaseRef:
-    """One preprocessed case: ``<folder>/<name>.b2nd`` and ``<folder>/<name>.pkl``.
-
-    Attributes:
-        name: nnU-Net's case identifier.
-        folder: the folder of preprocessed cases.
-        source: name of the dataset that it comes from.
-    """
-
-    name: str
-    folder: Path
-    source: str
-
-    @property
-    def key(self) -> str:
-        """``"<source>/<name>"``, unique in a pool."""
-        return f"{self.source}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -97,10 +78,6 @@ class Pool:
         return self.train if name == "train" else self.held_out
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-
-
 def _held_out_keys(refs: Sequence[CaseRef], share: float) -> set[str]:
     """Cases with the smallest hash of their name: another case more or less leaves nearly all others where they were."""
     if share <= 0:
@@ -112,7 +89,7 @@ def _held_out_keys(refs: Sequence[CaseRef], share: float) -> set[str]:
             FEWEST_FOR_HELD_OUT,
         )
         return set()
-    ordered = sorted(refs, key=lambda r: (_digest(r.name), r.key))
+    ordered = sorted(refs, key=lambda r: (hash_of(r.name), r.key))
     return {r.key for r in ordered[: max(1, round(share * len(refs)))]}
 
 
@@ -150,14 +127,14 @@ def make_pool(
     chosen = _held_out_keys(cases, held_out)
     train = [r for r in cases if r.key not in chosen]
     hidden = [r for r in cases if r.key in chosen]
-    lines = sorted(f"{'held_out' if r.key in chosen else 'train'} {_digest(r.key)}" for r in cases)
+    lines = sorted(f"{'held_out' if r.key in chosen else 'train'} {hash_of(r.key)}" for r in cases)
     median = np.median(np.asarray(shapes, dtype=float), axis=0)
     return Pool(
         cases=cases,
         train=train,
         held_out=hidden,
         median_shape=tuple(int(round(m)) for m in median),  # type: ignore[arg-type]
-        fingerprint_hash=_digest("\n".join([data_hash, *lines])),
+        fingerprint_hash=hash_of("\n".join([data_hash, *lines])),
         leaks=list(leaks),
         bad=list(bad),
         reports=list(reports),

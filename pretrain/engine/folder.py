@@ -185,7 +185,7 @@ class RunFolder:
             "leaves out those that came), or start a new run with a --name of its own."
         )
 
-    def admit(self, identity: dict[str, Any], *, continue_run: bool) -> bool:
+    def check_resume(self, identity: dict[str, Any], *, continue_run: bool) -> bool:
         """Decide whether a run with this identity may work here.
 
         Args:

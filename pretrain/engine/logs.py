@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -14,9 +13,11 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnssl.journal import append_line
 from nnssl.loggers import Logger, check_loggers, installed, logger_names
 from nnssl.pretrain.engine.progress import plot_details, plot_progress
 from nnssl.pretrain.types import Curve
+from nnssl.words import size_text
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import RunSpec
@@ -74,8 +75,7 @@ class RunLog:
         if self.folder is None:
             return
         row = {"event": kind, "time": round(time.time(), 3), **{k: _plain(v) for k, v in values.items()}}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        append_line(self.folder / "metrics.jsonl", row)
         if self.loggers and "step" in values:
             names = [k for k, v in row.items() if isinstance(v, (int, float)) and k not in ("step", "time", "epoch")]
             for logger in self.loggers if names else ():
@@ -126,6 +126,6 @@ def run_settings(spec: RunSpec, identity: Mapping[str, Any]) -> dict[str, Any]:
     """What loggers are told of a run: numbers, and names of the method, the plan and the datasets; no case and no path."""
     keys = ("method", "dataset", "plans_name", "configuration", "epochs", "iterations", "batch_size", "seed")
     told = {k: identity[k] for k in keys}
-    told |= {"sources": " ".join(identity["sources"]), "crop": "x".join(map(str, spec.request.size))}
+    told |= {"sources": " ".join(identity["sources"]), "crop": size_text(spec.request.size)}
     told |= {"cases": len(spec.pool.train), "held_out_cases": len(spec.pool.held_out)}
     return told | {f"option/{f.name}": str(getattr(spec.config, f.name)) for f in fields(spec.config)}

@@ -31,7 +31,7 @@ from nnssl.pretrain.engine.logs import RunLog
 from nnssl.pretrain.engine.pictures import save_picture
 from nnssl.pretrain.engine.place import place_sentence
 from nnssl.pretrain.engine.signals import StopSignals
-from nnssl.pretrain.engine.speed import Transfers, apply_options
+from nnssl.pretrain.engine.speed import Prefetcher, apply_options
 from nnssl.pretrain.engine.stepping import Numbers, Stepper, views_in_parts
 from nnssl.pretrain.engine.told import clock, disk_reason, epoch_line, memory_advice, non_finite_advice
 from nnssl.pretrain.methods.base import Method
@@ -144,7 +144,7 @@ class Engine:
         clip = spec.engine.grad_clip if spec.engine.grad_clip is not None else self.method.grad_clip
         kernels = spec.engine.optimiser_kernels
         self.stepper = Stepper(self.method, module, spec.device, spec.steps, clip, spec.engine.amp, kernels)
-        self.transfers = Transfers(spec.device)
+        self.transfers = Prefetcher(spec.device)
         self.step = 0
         self.first: dict[str, float] = {}
         self._untrained: Method | None = None

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from nnssl.pretrain.methods.base import Method
 
 __all__ = [
-    "Transfers",
+    "Prefetcher",
     "apply_options",
     "pads_channels",
-    "recompute_stages",
+    "activation_checkpointing",
     "tensors_of",
     "use_channels_last",
     "use_kernels",
@@ -44,7 +44,7 @@ def apply_options(method: Method, options: EngineConfig) -> None:
     if pads_channels(method.network) if last is None else last:
         use_channels_last(method)
     if options.checkpointing:
-        recompute_stages(method.network)
+        activation_checkpointing(method.network)
 
 
 def pads_channels(network: nn.Module) -> bool:
@@ -77,7 +77,7 @@ def _recomputed(forward: Any, *inputs: Any) -> Any:
     return checkpoint(forward, *inputs, use_reentrant=False)
 
 
-def recompute_stages(network: nn.Module) -> int:
+def activation_checkpointing(network: nn.Module) -> int:
     """Turn on activation checkpointing for each stage of a U-Net's encoder and decoder, or each block of a transformer.
 
     Costs about one more forward pass of these and saves what they would have kept. Keys of the state dict, results and
@@ -154,7 +154,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
         yield from tensors_of(item)
 
 
-class Transfers:
+class Prefetcher:
     """Copies batches to the device; on CUDA in a stream of its own, beside what the GPU still computes for the step before.
 
     The loop reads a step's numbers one step later, so that it asks for the next batch while the GPU is busy.

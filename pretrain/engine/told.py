@@ -6,6 +6,8 @@ import errno
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nnssl.words import size_text
+
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.folder import RunFolder
     from nnssl.pretrain.engine.loop import RunSpec
@@ -82,7 +84,7 @@ def non_finite_advice(folder: RunFolder, step: int, bad: str, cases: Sequence[st
 
 def memory_advice(spec: RunSpec) -> str:
     """What to lower where memory is out."""
-    b, size = spec.batch_size, "x".join(map(str, spec.request.size))
+    b, size = spec.batch_size, size_text(spec.request.size)
     return (
         f"out of memory with {b} crops of {size} voxels a step. Lower -o batch_size (fewest for this method: "
         f"{spec.request.min_batch}), choose a smaller --crop, or spread the batch with -num_gpus."

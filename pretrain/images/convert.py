@@ -17,8 +17,9 @@ from nnssl.pretrain.images.dcm2niix import Unconverted, convert, joined
 from nnssl.pretrain.images.items import Item, Job
 from nnssl.pretrain.images.kinds import LABEL_MAP, looks_like_labels
 from nnssl.pretrain.images.other import read_nibabel, read_tiff
-from nnssl.pretrain.prepare.whole import check_header, check_spacing, check_voxels, check_whole, is_nifti2
+from nnssl.pretrain.prepare.integrity import check_header, check_spacing, check_voxels, check_whole, is_nifti2
 from nnssl.pretrain.prepare.worker import voxel_hash
+from nnssl.words import size_text
 
 __all__ = ["LARGEST_SPACING", "LEAST_SPACING", "LINKS", "Converter", "Made", "Reply", "tells_nothing"]
 
@@ -130,7 +131,7 @@ def _check(image: sitk.Image, least: int, limits: tuple[float, float], keep_labe
     if min(size) == 1:
         raise _No("a single slice")
     if min(size) < least:
-        raise _No(f"fewer than {least} slices", "x".join(map(str, size)))
+        raise _No(f"fewer than {least} slices", size_text(size))
     voxels = sitk.GetArrayViewFromImage(image)
     try:
         check_spacing(spacing, size, limits)

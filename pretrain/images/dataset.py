@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -13,6 +11,7 @@ from typing import Any
 
 from nnssl.errors import NnsslError
 from nnssl.files import read_json, write_json
+from nnssl.journal import append_line, read_lines
 from nnssl.paths import raw_folder
 from nnssl.plans import dataset_id, list_datasets
 from nnssl.plans.description import check_description
@@ -147,14 +146,10 @@ class Dataset:
             )
 
     def _read_index(self) -> None:
-        with contextlib.suppress(FileNotFoundError), open(self.folder / INDEX, encoding="utf-8") as file:
-            for text in file:
-                try:
-                    content: dict[str, Any] = json.loads(text)
-                    line = Line(**{**content, **{k: tuple(content[k]) for k in ("cases", "sha256")}})
-                except (ValueError, TypeError, KeyError):
-                    continue  # a killed process left it unfinished
-                self.lines[line.key] = line
+        def made(content: dict[str, Any]) -> Line:
+            return Line(**{**content, **{k: tuple(content[k]) for k in ("cases", "sha256")}})
+
+        self.lines.update((line.key, line) for line in read_lines(self.folder / INDEX, made))
         for key, line in list(self.lines.items()):
             whole = [self._whole(case) for case in line.cases]
             if not all(whole):
@@ -166,8 +161,7 @@ class Dataset:
 
     def append(self, line: Line) -> None:
         """Remember what became of a job."""
-        with open(self.folder / INDEX, "ab") as file:
-            file.write(b"\n" + json.dumps(vars(line)).encode() if file.tell() else json.dumps(vars(line)).encode())
+        append_line(self.folder / INDEX, vars(line))
         self.lines[line.key] = line
 
     def place(self, drafts: Sequence[str], announce: Callable[[str], None]) -> str:

@@ -20,6 +20,7 @@ import SimpleITK as sitk
 
 from nnssl.pretrain.images.headers import dcm2niix_program
 from nnssl.pretrain.images.items import Item
+from nnssl.words import size_text
 
 __all__ = ["OPTIONS", "Unconverted", "convert", "joined"]
 
@@ -160,14 +161,10 @@ def _checked(image: sitk.Image, item: Item) -> sitk.Image:
         return image
     size, step = image.GetSize(), image.GetSpacing()[2] if image.GetDimension() > 2 else 0.0
     if tuple(size) != item.size:
-        raise Unconverted(f"dcm2niix makes {_text(size)} voxels of it, the headers tell {_text(item.size)}")
+        raise Unconverted(f"dcm2niix makes {size_text(size)} voxels of it, the headers tell {size_text(item.size)}")
     if item.step and abs(step - item.step) > SAME_STEP * item.step:
         raise Unconverted(f"dcm2niix finds slices {step:.4g} mm apart, their positions tell {item.step:.4g} mm")
     return image
-
-
-def _text(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
 
 
 def convert(item: Item, temporary: Path) -> list[sitk.Image]:

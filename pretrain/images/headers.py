@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from nnssl.errors import NnsslError
+from nnssl.files import hash_of
 from nnssl.pretrain.images.items import Rejected
 
 __all__ = ["Frame", "Header", "dcm2niix_program", "is_dicom", "read_headers", "require_dicom"]
@@ -244,7 +245,7 @@ def _read(root: str, file: str) -> Header | Rejected:
     return Header(
         file,
         root,
-        hashlib.sha256(who.encode("utf-8", "surrogateescape")).hexdigest(),
+        hash_of(who),
         series=_text(data, "SeriesInstanceUID"),
         study=_text(data, "StudyInstanceUID"),
         instance=_text(data, "SOPInstanceUID"),

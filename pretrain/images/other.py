@@ -11,7 +11,7 @@ import numpy as np
 import SimpleITK as sitk
 import tifffile
 
-from nnssl.pretrain.prepare.whole import check_axes
+from nnssl.pretrain.prepare.integrity import check_axes
 
 __all__ = ["read_nibabel", "read_tiff"]
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from nnssl.errors import NnsslError
-from nnssl.files import read_json
+from nnssl.files import is_text, read_json
 from nnssl.pretrain.images.headers import is_dicom
 from nnssl.pretrain.images.items import Item, Rejected
 from nnssl.pretrain.images.kinds import LABEL_MAP, TEST_IMAGE, label_path, modality_of_path
@@ -51,15 +51,6 @@ class Found:
     dicom: list[tuple[str, str]] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     keep: Sequence[str] = ()
-
-
-def is_text(path: str) -> bool:
-    """Whether a path is UTF-8: ITK ends the process where it is not."""
-    try:
-        path.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:

@@ -22,10 +22,10 @@ from nnssl.config import option
 from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads import standardise
+from nnssl.intensity import add_noise, bend, from_unit, to_unit
 from nnssl.networks import walk
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws, central_crop, random_affine, random_jitter
-from nnssl.pretrain.augment.intensity import from_unit, to_unit
 from nnssl.pretrain.geometry import choose_crop, rotation_degrees, window_for
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.registry import register
@@ -113,17 +113,14 @@ class Robust(Method):
     def _alter(self, x: Tensor, intensity: Tensor, draws: Draws) -> Tensor:
         c = self.config
         if c.gamma > 0:
-            unit, exponent = to_unit(x, intensity), draws.uniform(-c.gamma, c.gamma).exp()
-            inside = unit.clamp(1e-6, 1.0)
-            bent = inside ** exponent.view(-1, *[1] * (x.ndim - 1))
-            x = from_unit(unit + bent - inside, intensity)
+            exponent = draws.uniform(-c.gamma, c.gamma).exp()
+            x = from_unit(bend(to_unit(x, intensity), exponent, low=1e-6), intensity)
         strength = (1.0 - c.jitter, 1.0 + c.jitter)
         sigma = (0.1, c.blur) if c.blur > 0.1 else None
         radius = max(1, round(3 * c.blur))
         x = random_jitter(x, intensity, draws, brightness=strength, contrast=strength, sigma=sigma, radius=radius)
         if c.noise > 0:
-            sd = draws.uniform(0.0, c.noise).view(-1, *[1] * (x.ndim - 1))
-            x = x + sd * draws.noise(*x.shape[1:])
+            x = add_noise(x, draws.uniform(0.0, c.noise), draws.noise(*x.shape[1:]))
         return x
 
     def features(self, x: Tensor) -> list[Tensor]:

@@ -16,6 +16,7 @@ from nnssl.files import read_text
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
 from nnssl.plans.labels import ALL, folds_of
+from nnssl.preprocessed import LABELS, PROPERTIES, case_names
 from nnssl.pretrain.prepare.selection import read_case_list
 from nnssl.properties import read_properties
 from nnssl.weights import case_hash
@@ -81,7 +82,7 @@ def class_locations(folder: Path, name: str) -> dict[Any, Any]:
     Raises:
         NnsslError: the file is missing or damaged.
     """
-    file = folder / f"{name}.pkl"
+    file = folder / f"{name}{PROPERTIES}"
     try:
         return read_properties(file).get("class_locations") or {}
     except Exception as error:  # unpickling raises anything
@@ -103,8 +104,7 @@ def _list_cases(plan: Plan) -> tuple[Path, list[str]]:
             f"--labelled {number}: {plan.dataset_name} is not preprocessed ({folder} does not exist). {advice}"
         )
     files = {entry.name for entry in os.scandir(folder)}
-    names = sorted(f[: -len("_seg.b2nd")] for f in files if f.endswith("_seg.b2nd"))
-    names = [n for n in names if f"{n}.b2nd" in files and f"{n}.pkl" in files]
+    names = [n for n in case_names(files) if f"{n}{LABELS}" in files and f"{n}{PROPERTIES}" in files]
     if not head_names(plan) or not names or not any(_has_labels(folder, n) for n in names):
         what = "dataset.json names no class" if not head_names(plan) else f"no case in {folder} has labels"
         raise NnsslError(

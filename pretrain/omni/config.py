@@ -120,8 +120,7 @@ def resolve_omni(given: Mapping[str, Any], saved: Mapping[str, Any] | None = Non
             "this run with --labelled began with a version that had one schedule over both stages, and this one cannot go on "
             "with it exactly. Finish it with that version, or start it anew with a --name; -o omni.preset=running is that recipe."
         )
-    lists = ("annotated", "patch")
-    options = {k: () if k in lists and v in ("", "auto") else v for k, v in given.items()}
+    options = dict(given)
     preset = options.pop("preset", None)
     if preset is not None and preset not in PRESETS:
         raise NnsslError(f"-o omni.preset={preset}: known are {', '.join(PRESETS)}.{nearest(str(preset), PRESETS)}")

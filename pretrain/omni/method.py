@@ -23,8 +23,8 @@ from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.augment.nnunet import (
     TrainingAugmentation,
-    alter,
-    alter_strongly,
+    augment_intensity,
+    augment_strongly,
     draw_grid,
     middle_label,
     move_label,
@@ -141,7 +141,9 @@ class OmniMixin(Method):
         """Patches with other intensities."""
         masked = self.omni_augmentation.masked
         return (
-            alter_strongly(x, draws, masked, strength) if self.omni.intensities == "strong" else alter(x, draws, masked)
+            augment_strongly(x, draws, masked, strength)
+            if self.omni.intensities == "strong"
+            else augment_intensity(x, draws, masked)
         )
 
     # ---- the teacher ---------------------------------------------------------------------------------------------

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import blosc2
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from torch import Tensor
 
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
+from nnssl.preprocessed import IMAGE, LABELS, open_array, read_box
 from nnssl.pretrain.data.sampling import HELD_OUT, draw_cases, draw_start, generator
 from nnssl.pretrain.omni.cases import LabelledCase, class_locations
 
@@ -23,8 +21,6 @@ __all__ = ["COMPARED", "LABELLED", "UNLABELLED", "LabelledDataset", "LabelledPat
 
 UNLABELLED, LABELLED, COMPARED = 2, 3, 4
 """Streams of random numbers beside those of :mod:`nnssl.pretrain.data.sampling`."""
-
-_OPEN: dict[str, Any] = {"mode": "r", "dparams": {"nthreads": 1}} | ({} if os.name == "nt" else {"mmap_mode": "r"})
 
 
 def read_label(folder: Path, case: str) -> np.ndarray:
@@ -34,15 +30,15 @@ def read_label(folder: Path, case: str) -> np.ndarray:
         NnsslError: it cannot be read.
     """
     try:
-        return np.asarray(_open(folder / f"{case}_seg.b2nd")[0])
+        return np.asarray(_open(folder / f"{case}{LABELS}")[0])
     except (RuntimeError, OSError, ValueError) as error:
         raise NnsslError(f"Labelled case {case} in {folder} is damaged ({error}). Preprocess it again.") from error
 
 
 def _open(file: Path) -> Any:
     try:
-        return blosc2.open(urlpath=str(file), **_OPEN)
-    except Exception as error:  # blosc2 raises several kinds
+        return open_array(file)
+    except (OSError, ValueError) as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         raise NnsslError(f"--labelled: {file} {what}. Preprocess the dataset again.") from error
 
@@ -160,7 +156,7 @@ class LabelledDataset:
         step, sample = item
         drawn = draw_cases(self.seed, step, HELD_OUT if self.in_turn else self.stream, len(self.cases), self.batch)
         case = self.cases[int(drawn[sample])]
-        image, label = _open(self.folder / f"{case.name}.b2nd"), _open(self.folder / f"{case.name}_seg.b2nd")
+        image, label = _open(self.folder / f"{case.name}{IMAGE}"), _open(self.folder / f"{case.name}{LABELS}")
         if (
             len(image.shape) != 4
             or image.shape[0] != self.n_channels
@@ -173,11 +169,10 @@ class LabelledDataset:
         rng = generator(self.seed, step, self.stream, sample)
         wanted = sample >= round(self.batch * (1 - self.foreground))
         start = self._start(case, image.shape[1:], rng, wanted)
-        box = [[int(s), int(s) + int(w)] for s, w in zip(start, self.window)]
         try:
-            data = np.ascontiguousarray(crop_and_pad_nd(image, box, 0), dtype=np.float32)
-            seg = np.ascontiguousarray(crop_and_pad_nd(label, box, -1), dtype=np.int16)[:1]
-        except (RuntimeError, OSError, ValueError) as error:
+            data = read_box(image, start, self.window)
+            seg = read_box(label, start, self.window, np.int16, outside=-1)[:1]
+        except (OSError, ValueError) as error:
             raise NnsslError(
                 f"Labelled case {case.name} in {self.folder} is damaged ({error}). Preprocess it again."
             ) from error

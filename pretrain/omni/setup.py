@@ -23,6 +23,7 @@ from nnssl.pretrain.omni.method import make_omni
 from nnssl.pretrain.omni.patches import read_label
 from nnssl.teacher.components import Class, foreground_classes, one_piece_of_cases
 from nnssl.teacher.stages import Stages
+from nnssl.words import size_text
 
 __all__ = ["FOLDER", "Omni", "prepare_omni"]
 
@@ -109,7 +110,7 @@ class Omni:
             self.cases.why,
             len(self.cases.held_out),
             s.labelled,
-            "x".join(map(str, s.size)),
+            size_text(s.size),
         )
         if switch < steps:
             log.info(

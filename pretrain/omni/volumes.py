@@ -8,7 +8,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import blosc2
 import numpy as np
 import torch
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
@@ -19,7 +18,7 @@ from nnssl.errors import NnsslError
 from nnssl.networks import unwrap
 from nnssl.plans import Plan
 from nnssl.plans.labels import case_order
-from nnssl.pretrain.data.pool import CaseRef
+from nnssl.preprocessed import CaseRef, open_array
 from nnssl.pretrain.omni.cases import head_names
 from nnssl.pretrain.omni.loss import to_regions
 from nnssl.properties import read_properties
@@ -75,15 +74,15 @@ def write_volumes(engine: Engine, companion: OmniCompanion, count: int, folder: 
     rows = []
     for ref in choose_volumes(companion, count):
         try:
-            data = torch.from_numpy(np.asarray(blosc2.open(str(ref.folder / f"{ref.name}.b2nd"), mode="r")[:]))
-            properties = read_properties(ref.folder / f"{ref.name}.pkl")
+            data = torch.from_numpy(np.asarray(open_array(ref.image)[:]))
+            properties = read_properties(ref.properties)
         except Exception as error:  # blosc2 and pickle raise several kinds
             raise NnsslError(f"Case {ref.name} of {ref.source} cannot be read from {ref.folder}: {error!r}") from error
         logits = predictor.predict_sliding_window_return_logits(data).cpu().float()
         file = folder / f"{ref.source}_{ref.name}"
         row: dict[str, Any] = {"case": ref.key, "file": os.path.relpath(file, engine.spec.folder.path)}
         if ref.source == companion.cases.dataset and ref.name in labelled:
-            label = torch.from_numpy(np.asarray(blosc2.open(str(ref.folder / f"{ref.name}_seg.b2nd"), mode="r")[:1]))
+            label = torch.from_numpy(np.asarray(open_array(ref.labels)[:1]))
             row.update(_dice(plan, method.omni_labels(logits[None]), label[None].long()))  # type: ignore[operator]
         export_prediction_from_logits(
             logits,

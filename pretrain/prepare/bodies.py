@@ -19,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
+from nnssl.preprocessed import IMAGE, PROPERTIES, open_array
 from nnssl.pretrain.data.folders import beside, body_folder
 from nnssl.pretrain.data.orientation import Geometry
 from nnssl.pretrain.data.pool import CaseRef, Pool
@@ -97,8 +98,8 @@ class BodyWorker:
 
     def _mask(self, job: Job) -> np.ndarray:
         name, manager = job.case.name, PlansManager(self.plans)
-        shape = blosc2.open(str(self.cases / f"{name}.b2nd"), mode="r").shape[1:]
-        properties = read_properties(self.cases / f"{name}.pkl")
+        shape = open_array(self.cases / f"{name}{IMAGE}", mapped=False).shape[1:]
+        properties = read_properties(self.cases / f"{name}{PROPERTIES}")
         order = manager.transpose_forward
         place = Geometry.from_properties(properties, shape, order, self.folder.parent.name)
         data, _ = manager.image_reader_writer_class().read_images(list(job.case.files))
@@ -139,7 +140,7 @@ def _make(plan: Plan, source: str, refs: Sequence[CaseRef], raw: RawSource, n_pr
     index = Index(beside(folder, "index.jsonl"))
     jobs = _jobs(raw, refs, index, done_cases(folder, image_only=True))
     if jobs:
-        with temporary_folder(folder) as temporary, contextlib.closing(index):
+        with temporary_folder(folder) as temporary:
             worker = BodyWorker(plan.plans, _is_ct(raw, plan), refs[0].folder, folder, temporary)
             replies = in_memory(worker, jobs, n_processes, f"Body masks of {source}")
             with contextlib.closing(replies):

@@ -8,9 +8,7 @@ non-zero, how much cropping took away) comes from the images anyway. Here intens
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,11 +20,13 @@ import SimpleITK as sitk
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
 from nnssl.errors import NnsslError
+from nnssl.files import hash_of
+from nnssl.journal import append_line, read_lines
 from nnssl.pretrain.data.orientation import direction_matrix, patient_axes
 from nnssl.pretrain.prepare.body import AIR_HU, body_of_raw
+from nnssl.pretrain.prepare.integrity import check_header, check_same_size, check_voxels, check_whole
 from nnssl.pretrain.prepare.processes import run_jobs
 from nnssl.pretrain.prepare.raw import RawCase
-from nnssl.pretrain.prepare.whole import check_header, check_same_size, check_voxels, check_whole
 
 __all__ = ["MOST_IMAGES", "CaseFigures", "FigureWorker", "combine", "looks_like_ct", "measure", "sample_cases"]
 
@@ -68,9 +68,8 @@ class CaseFigures:
     bad: str = ""
 
     @classmethod
-    def from_json(cls, line: str) -> CaseFigures:
+    def from_json(cls, content: dict[str, Any]) -> CaseFigures:
         """Raises ``ValueError``, ``TypeError`` or ``KeyError`` for a damaged line."""
-        content = json.loads(line)
         content["files"] = tuple((str(n), int(s), int(m)) for n, s, m in content["files"])
         content["quantiles"] = tuple(tuple(q) for q in content["quantiles"])
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
@@ -139,18 +138,8 @@ class FigureWorker:
 
 def sample_cases(cases: Mapping[str, RawCase], most: int) -> dict[str, RawCase]:
     """At most ``most`` of the cases: the same on each machine, and nearly the same with a few cases more or less."""
-    names = sorted(cases, key=lambda n: hashlib.sha256(n.encode("utf-8", "surrogateescape")).hexdigest())[:most]
+    names = sorted(cases, key=lambda n: hash_of(n))[:most]
     return {name: cases[name] for name in sorted(names)}
-
-
-def _read_lines(path: Path | None) -> dict[str, CaseFigures]:
-    known: dict[str, CaseFigures] = {}
-    if path is not None and path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                figures = CaseFigures.from_json(line)  # a line that a killed process left unfinished is passed over
-                known[figures.name] = figures
-    return known
 
 
 def measure(
@@ -168,18 +157,14 @@ def measure(
     Returns:
         In the order of ``cases``.
     """
-    known = {n: f for n, f in _read_lines(notes).items() if n in cases and f.files == cases[n].stamps}
+    before = {f.name: f for f in (read_lines(notes, CaseFigures.from_json) if notes is not None else ())}
+    known = {n: f for n, f in before.items() if n in cases and f.files == cases[n].stamps}
     jobs = [(name, case) for name, case in cases.items() if name not in known]
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(notes, "a", encoding="utf-8", errors="replace")) if notes and jobs else None
-        if file is not None:
-            file.write("\n")  # ends a line that a killed process left unfinished
-        replies = stack.enter_context(contextlib.closing(run_jobs(worker, jobs, n_processes, description)))
+    with contextlib.closing(run_jobs(worker, jobs, n_processes, description)) as replies:
         for figures in replies:
             known[figures.name] = figures
-            if file is not None:
-                file.write(json.dumps(asdict(figures)) + "\n")
-                file.flush()
+            if notes is not None:
+                append_line(notes, asdict(figures))
     return [known[name] for name in cases]
 
 

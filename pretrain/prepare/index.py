@@ -6,14 +6,13 @@ import contextlib
 import csv
 import glob
 import io
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nnssl.files import write_atomic
+from nnssl.journal import append_line, read_lines
 from nnssl.pretrain.data.pool import BadCase
 from nnssl.pretrain.prepare.raw import Stamp
 
@@ -43,17 +42,16 @@ class Entry:
     bad_file: str = ""
 
     @classmethod
-    def from_json(cls, line: str) -> Entry:
+    def from_json(cls, content: dict[str, Any]) -> Entry:
         """Raises ``ValueError``, ``TypeError`` or ``KeyError`` for a line that is damaged."""
-        content: dict[str, Any] = json.loads(line)
         content["files"] = tuple((str(n), int(s), int(m)) for n, s, m in content["files"])
         content["shape"] = tuple(int(i) for i in content["shape"])
         content["spacing"] = tuple(float(i) for i in content["spacing"])
         return cls(**content)
 
-    def to_json(self) -> str:
-        """One line, without its end."""
-        return json.dumps({k: v for k, v in asdict(self).items() if v or k in ("files", "shape", "spacing")})
+    def to_json(self) -> dict[str, Any]:
+        """What is written."""
+        return {k: v for k, v in asdict(self).items() if v or k in ("files", "shape", "spacing")}
 
 
 def journals(path: Path) -> list[Path]:
@@ -80,38 +78,14 @@ class Index:
     def __init__(self, path: Path, part: str = "") -> None:
         self.path = path.with_name(f"{path.stem}_{part}{path.suffix}") if part else path
         self.entries: dict[str, Entry] = {}
-        self._file: io.FileIO | None = None
         for journal in journals(path):
-            with open(journal, encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    try:
-                        entry = Entry.from_json(line)
-                    except (ValueError, TypeError, KeyError):
-                        continue  # the process was killed while it wrote this line: the case is looked at again
-                    self.entries[entry.name] = entry
+            # a case whose line a killed process left unfinished is looked at again
+            self.entries.update((entry.name, entry) for entry in read_lines(journal, Entry.from_json))
 
     def append(self, entry: Entry) -> None:
-        """Add a line in one write, so that several processes may append to the same file."""
-        if self._file is None:
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-        line = (entry.to_json() + "\n").encode()
-        if not self._ends_with_newline():
-            line = b"\n" + line
-        self._file.write(line)
+        """Add a line, see :func:`nnssl.journal.append_line`."""
+        append_line(self.path, entry.to_json())
         self.entries[entry.name] = entry
-
-    def _ends_with_newline(self) -> bool:
-        if os.path.getsize(self.path) == 0:
-            return True
-        with open(self.path, "rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) == b"\n"
-
-    def close(self) -> None:
-        """Close the file; a later :meth:`append` opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def write_report(path: Path, bad: Sequence[BadCase]) -> Path | None:

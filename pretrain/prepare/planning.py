@@ -28,6 +28,7 @@ from nnssl.pretrain.prepare.channels import same_name
 from nnssl.pretrain.prepare.fingerprint import MOST_IMAGES, FigureWorker, combine, looks_like_ct, measure, sample_cases
 from nnssl.pretrain.prepare.planner import PLANNERS, plans_name, run_planner
 from nnssl.pretrain.prepare.raw import RawCase, RawSource, describe, list_unplanned
+from nnssl.words import size_text
 
 __all__ = ["is_unlabelled", "planned"]
 
@@ -253,16 +254,13 @@ def _write(
 def _tell(plan: Plan, path: Path | None) -> None:
     """What the planner chose."""
 
-    def sizes(values: Sequence[float]) -> str:
-        return "x".join(f"{v:g}" for v in values)
-
     log.info(
         "nnU-Net's %s chose for %s: spacing %s mm, median image %s, patch %s, batch %d, %s with %d stages, %s.",
         plan.plans["experiment_planner_used"],
         plan.configuration,
-        sizes([round(s, 3) for s in plan.spacing]),
-        sizes(plan.median_shape),
-        sizes(plan.patch_size),
+        size_text([round(s, 3) for s in plan.spacing]),
+        size_text(plan.median_shape),
+        size_text(plan.patch_size),
         plan.batch_size,
         plan.network_class,
         plan.n_stages,

@@ -16,20 +16,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import blosc2
 import numpy as np
 
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
+from nnssl.preprocessed import IMAGE, LABELS, PROPERTIES, complete
 from nnssl.pretrain.data.folders import beside, own_folder
 from nnssl.pretrain.data.pool import BadCase
 from nnssl.pretrain.prepare.index import Entry, Index
 from nnssl.pretrain.prepare.processes import run_jobs
 from nnssl.pretrain.prepare.raw import RawCase
 from nnssl.pretrain.prepare.worker import CaseWorker, Job, Reply
-from nnssl.properties import read_properties
 
-__all__ = ["done_cases", "in_memory", "opens", "preprocess_source", "raise_fatal", "temporary_folder", "try_plans"]
+__all__ = ["done_cases", "in_memory", "preprocess_source", "raise_fatal", "temporary_folder", "try_plans"]
 
 log = logging.getLogger("nnssl")
 
@@ -52,22 +51,13 @@ def done_cases(folder: Path, *, image_only: bool = False) -> dict[str, tuple[int
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
-            if name.endswith(".b2nd") and not name.endswith("_seg.b2nd"):
+            if name.endswith(IMAGE) and not name.endswith(LABELS):
                 info = entry.stat()
                 if info.st_size:
-                    found[name[: -len(".b2nd")]] = (info.st_size, info.st_mtime_ns)
-            elif not image_only and name.endswith((".pkl", "_seg.b2nd")) and entry.stat().st_size:
+                    found[name[: -len(IMAGE)]] = (info.st_size, info.st_mtime_ns)
+            elif not image_only and name.endswith((PROPERTIES, LABELS)) and entry.stat().st_size:
                 others.add(name)
-    return found if image_only else {n: v for n, v in found.items() if {f"{n}.pkl", f"{n}_seg.b2nd"} <= others}
-
-
-def opens(folder: Path, name: str) -> bool:
-    """Whether all files of a preprocessed case can be read; looks at the properties and at the headers of the arrays."""
-    try:
-        read_properties(folder / f"{name}.pkl")
-        return all(len(blosc2.open(str(folder / f"{name}{e}.b2nd"), mode="r").shape) == 4 for e in ("", "_seg"))
-    except Exception:  # blosc2 and pickle raise several kinds
-        return False
+    return found if image_only else {n: v for n, v in found.items() if {n + PROPERTIES, n + LABELS} <= others}
 
 
 def _alive(pid: int) -> bool:
@@ -125,7 +115,7 @@ def _jobs(
         entry = index.entries.get(name)
         settled = entry is not None and (not retry_bad if entry.bad else name in done)
         if entry is not None and settled and entry.files == case.stamps:
-            if folder is None or entry.bad or opens(folder, name):
+            if folder is None or entry.bad or complete(folder, name):
                 continue
             jobs.append(Job(case, stale=True))  # damaged after it was made
             continue
@@ -257,7 +247,7 @@ def preprocess_source(
     if jobs:
         log.info("Preprocessing %d of %d images of %s into %s", len(jobs), len(cases), source, folder)
         try_plans(plan)
-        with temporary_folder(folder) as temporary, contextlib.closing(index):
+        with temporary_folder(folder) as temporary:
             worker = CaseWorker(plan.plans, plan.configuration, plan.dataset_json, plan.n_channels, folder, temporary)
             replies = in_memory(worker, jobs, n_processes, f"Preprocessing {source}")
             with contextlib.closing(replies):

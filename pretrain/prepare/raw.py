@@ -13,7 +13,7 @@ from typing import Any
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 
 from nnssl.errors import NnsslError, raise_problems
-from nnssl.files import read_json
+from nnssl.files import is_text, read_json
 from nnssl.paths import set_folders
 from nnssl.plans import Plan
 from nnssl.plans.description import check_description
@@ -134,17 +134,9 @@ def _ending(names: list[str], declared: str | None, supported: list[str]) -> str
     return counts.most_common(1)[0][0] if counts else known[0]
 
 
-def _is_text(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _mention_others(folder: Path, names: list[str], ending: str) -> None:
     """Say which images are passed over because their ending is not the dataset's."""
-    others = [n for n in names if n.lower().endswith(IMAGES) and _is_text(n)]
+    others = [n for n in names if n.lower().endswith(IMAGES) and is_text(n)]
     if others:
         shown = ", ".join(others[:NAMED]) + (" ..." if len(others) > NAMED else "")
         log.warning(
@@ -178,7 +170,7 @@ def list_images(folder: Path, ending: str | None, supported: list[str]) -> tuple
         if not name.endswith(ending):
             continue
         match, info = pattern.fullmatch(name), files[name]
-        if not _is_text(name):  # it would crash the reader, and with it the process
+        if not is_text(name):  # it would crash the reader, and with it the process
             bad.append(BadCase(name, str(folder / name), "the file's name is no UTF-8 text; rename it"))
         elif match is None:
             bad.append(BadCase(name, str(folder / name), f"the name is not <case>_<channel, 4 digits>{ending}"))

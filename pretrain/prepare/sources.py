@@ -15,6 +15,7 @@ from nnunetv2.configuration import default_num_processes
 from nnssl.errors import NnsslError
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
+from nnssl.preprocessed import case_names
 from nnssl.pretrain.data.folders import beside, own_folder
 from nnssl.pretrain.data.pool import BadCase, CaseRef, Pool, make_pool
 from nnssl.pretrain.prepare.catalogue import Catalogue
@@ -73,7 +74,7 @@ def _as_it_is(plan: Plan, source: str) -> _Source | None:
     if source != plan.dataset_name or not folder.is_dir():
         return None
     files = {entry.name for entry in os.scandir(folder)}
-    names = {f[: -len(".b2nd")] for f in files if f.endswith(".b2nd") and not f.endswith("_seg.b2nd")}
+    names = set(case_names(files))
     if not names:
         if any(f.endswith(".npz") for f in files):
             log.warning("%s was preprocessed by an older nnU-Net (.npz files), which is not read here.", folder)

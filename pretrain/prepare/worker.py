@@ -14,17 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import blosc2
 import numpy as np
 import SimpleITK as sitk
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnssl.preprocessed import IMAGE, LABELS, PROPERTIES, complete, open_array
 from nnssl.pretrain.data.intensity import intensity_range, store_range
 from nnssl.pretrain.prepare.index import Entry
+from nnssl.pretrain.prepare.integrity import check_header, check_same_size, check_voxels, check_whole
 from nnssl.pretrain.prepare.raw import RawCase
-from nnssl.pretrain.prepare.whole import check_header, check_same_size, check_voxels, check_whole
-from nnssl.properties import read_properties
 
 __all__ = ["CaseWorker", "Job", "Reply", "voxel_hash"]
 
@@ -90,16 +89,7 @@ class _State:
 
     def shape(self) -> tuple[int, ...]:
         """Spatial shape of the preprocessed case."""
-        return tuple(int(i) for i in blosc2.open(str(self.final), mode="r").shape[1:])
-
-    def readable(self) -> bool:
-        """Whether all files of the preprocessed case open."""
-        try:
-            read_properties(self.final.with_suffix(".pkl"))
-            seg = blosc2.open(str(self.final.with_name(f"{self.final.stem}_seg.b2nd")), mode="r")
-            return len(self.shape()) == 3 == len(seg.shape) - 1
-        except Exception:  # blosc2 and pickle raise several kinds
-            return False
+        return tuple(int(i) for i in open_array(self.final, mapped=False).shape[1:])
 
 
 def voxel_hash(data: np.ndarray) -> str:
@@ -158,7 +148,7 @@ class CaseWorker:
 
     def __call__(self, job: Job) -> Reply:
         """Do one case; never raises but for Ctrl-C."""
-        final = self.folder / f"{job.case.name}.b2nd"
+        final = self.folder / f"{job.case.name}{IMAGE}"
         state = _State(final, job.trust, job.hash_only)
         printed = io.StringIO()
         loud = sitk.ProcessObject.GetGlobalWarningDisplay()
@@ -225,7 +215,7 @@ class CaseWorker:
             except ValueError as error:
                 raise _Bad("", str(error)) from None
         state.sha256 = voxel_hash(data)
-        if state.hash_only or (state.trust in ("any", state.sha256) and state.readable()):
+        if state.hash_only or (state.trust in ("any", state.sha256) and complete(state.final.parent, state.final.stem)):
             raise _Known
 
     def _run(self, case: RawCase, state: _State) -> None:
@@ -258,16 +248,16 @@ class CaseWorker:
         self._clean(case.name)  # a process that was killed may have left a part, which blosc2 does not overwrite
         preprocessor = Unlabelled(verbose=False)
         preprocessor.run_case_save(truncated, list(case.files), None, self._manager, self._config, self.dataset_json)
-        written = blosc2.open(f"{truncated}.b2nd", mode="r", dparams={"nthreads": 1})
+        written = open_array(f"{truncated}{IMAGE}", mapped=False)
         written[:]  # raises where the disk took less than all of it
         store_range(Path(f"{truncated}.pkl"), intensity_range(written, masked=all(self._config.use_mask_for_norm)))
-        for ending in (".pkl", "_seg.b2nd", ".b2nd"):  # the image last: it marks the case as done
+        for ending in (PROPERTIES, LABELS, IMAGE):  # the image last: it marks the case as done
             with open(truncated + ending, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(truncated + ending, self.folder / f"{case.name}{ending}")
         state.saving = False
 
     def _clean(self, name: str) -> None:
-        for ending in (".pkl", "_seg.b2nd", ".b2nd"):
+        for ending in (PROPERTIES, LABELS, IMAGE):
             with contextlib.suppress(OSError):
                 os.unlink(self.temporary / f"{name}{ending}")

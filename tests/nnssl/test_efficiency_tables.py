@@ -12,10 +12,10 @@ import pytest
 
 from nnssl.errors import NnsslError
 from nnssl.experiments import tables
+from nnssl.experiments.interpretation import answers
 from nnssl.experiments.published import left_over, of_setting, published_notes, published_table, read_published
 from nnssl.experiments.scores import Key, read_scores
 from nnssl.experiments.summary import Gain, read_curves, summarise, verdict
-from nnssl.experiments.words import answers
 
 HEAD = "method,labels,setting,seed,fold,case,label,dice,surface_dice,hd95,reference_voxels,prediction_voxels"
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from nnssl.losses.overlap import base_offsets, overlap_labels
 from nnssl.losses.position import EPS, NEGATIVES, WEIGHTINGS, PositionLoss, orthogonality, similarity
-from nnssl.pretrain.methods.voco.levels import position_levels
+from nnssl.pretrain.methods.voco.levels import chance_levels
 
 
 def labels(b=2, s=3, grid=(1, 3, 2), size=(4, 5, 6), seed=0):
@@ -183,11 +183,11 @@ MEASURED = [  # 64 voxels, two random crops: orthogonal, constant (log, square),
 
 @pytest.mark.parametrize(("grid", "orthogonal", "log", "square", "collapse"), MEASURED)
 def test_levels_are_those_measured_by_sampling(grid, orthogonal, log, square, collapse):
-    levels = position_levels((64, 64, 64), grid, crops=2)
+    levels = chance_levels((64, 64, 64), grid, crops=2)
     assert levels.orthogonal == pytest.approx(orthogonal, rel=0.03)
     assert levels.constant == pytest.approx(log, rel=0.03)
     assert levels.collapse == pytest.approx(collapse, rel=0.06)
-    assert position_levels((64, 64, 64), grid, crops=2, negatives="square").constant == pytest.approx(square, rel=0.03)
+    assert chance_levels((64, 64, 64), grid, crops=2, negatives="square").constant == pytest.approx(square, rel=0.03)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -196,7 +196,7 @@ def test_levels_are_the_mean_loss_over_all_offsets(weighting):
     room = [range((g - 1) * c + 1) for g, c in zip(grid, size)]
     offset = torch.tensor(list(itertools.product(*room)))
     y = overlap_labels(offset, size, grid)[:, None]
-    levels = position_levels(size, grid, weighting=weighting)
+    levels = chance_levels(size, grid, weighting=weighting)
     loss = PositionLoss(weighting=weighting)
 
     def mean(s):

@@ -15,7 +15,7 @@ from nnssl.plans.primus import CLASSES, architecture, parse_network
 from nnssl.plans.variants import derive, list_variants
 from nnssl.transferability import RobustnessConfig, RobustnessEvaluator
 from nnssl.transferability.crops import crop_size
-from nnssl.weights import Adaptation, apply, prove_loadable, resize_positions
+from nnssl.weights import Adaptation, apply, check_loadable, resize_positions
 from nnssl.weights.formats import convert
 from nnssl.weights.info import describe
 
@@ -214,7 +214,7 @@ def test_all_but_the_up_projection_is_transferred(make):
     own, given = target.state_dict(), source.state_dict()
     taken = {n for n in own if own[n].shape == given[n].shape and torch.equal(own[n], given[n])}
     assert {n for n in own if n.startswith(("eva.", "down_projection."))} <= taken
-    assert prove_loadable(payload_of(plan, source), plan).part("encoder").percent == 100
+    assert check_loadable(payload_of(plan, source), plan).part("encoder").percent == 100
 
 
 @pytest.mark.parametrize("patch", [(8, 12, 24), (12, 8, 16), (16, 16, 16)])

@@ -10,7 +10,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, canonical_state_dict, walk
 from nnssl.plans import Plan
-from nnssl.weights import apply, build_payload, load, part_names, part_of, prove_loadable, save
+from nnssl.weights import apply, build_payload, check_loadable, load, part_names, part_of, save
 
 PROMISE = {"encoder": True, "decoder_stages": [0]}
 
@@ -225,7 +225,7 @@ def test_prove_loadable_accepts_and_leaves_no_trace(plan):
     payload = _payload(plan, build_network(plan))
     before = {k: v.clone() for k, v in payload["network_weights"].items()}
     state = torch.get_rng_state()
-    report = prove_loadable(payload, plan)
+    report = check_loadable(payload, plan)
     assert torch.equal(torch.get_rng_state(), state)
     assert report.part("encoder").percent == 100
     assert all(torch.equal(payload["network_weights"][k], v) for k, v in before.items())
@@ -236,15 +236,15 @@ def test_prove_loadable_finds_what_would_fail_later(plan, make_plan):
     weights = payload["network_weights"]
     no_alias = {k: v for k, v in weights.items() if not k.startswith("decoder.encoder.")}
     with pytest.raises(NnsslError, match="would not load this run's checkpoint.*decoder.encoder"):
-        prove_loadable({**payload, "network_weights": no_alias}, plan)
+        check_loadable({**payload, "network_weights": no_alias}, plan)
     stale = dict(weights)
     name = next(k for k in weights if k.startswith("decoder.encoder.") and k.endswith("all_modules.0.weight"))
     stale[name] = stale[name] + 1
     with pytest.raises(NnsslError, match="would load other weights than were trained"):
-        prove_loadable({**payload, "network_weights": stale}, plan)
+        check_loadable({**payload, "network_weights": stale}, plan)
     other = make_plan(plan.dim, features=(4, 8, 24))
     with pytest.raises(NnsslError, match="would not load"):
-        prove_loadable(payload, other)
+        check_loadable(payload, other)
 
 
 def test_prove_loadable_under_a_process_group_on_a_cpu(make_plan, tmp_path, monkeypatch):
@@ -254,9 +254,9 @@ def test_prove_loadable_under_a_process_group_on_a_cpu(make_plan, tmp_path, monk
     cut = {k: v for k, v in payload["network_weights"].items() if not k.startswith("decoder.encoder.")}
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        assert prove_loadable(payload, plan).part("encoder").percent == 100
+        assert check_loadable(payload, plan).part("encoder").percent == 100
         with pytest.raises(NnsslError, match="would not load.*decoder.encoder"):
-            prove_loadable({**payload, "network_weights": cut}, plan)
+            check_loadable({**payload, "network_weights": cut}, plan)
     finally:
         dist.destroy_process_group()
 

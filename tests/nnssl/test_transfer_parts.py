@@ -8,7 +8,7 @@ from nnssl.networks import build_network, canonical_state_dict
 from nnssl.plans import Plan, derive
 from nnssl.plans.parts import CHOICES, parts_for, select_parts
 from nnssl.pretrain.methods import list_methods
-from nnssl.weights import apply, build_payload, label_set, part_of, prove_loadable
+from nnssl.weights import apply, build_payload, check_loadable, label_set, part_of
 
 HELD = {"encoder": True, "decoder_stages": [1, 0]}
 WHY = "its decoder harms"
@@ -121,7 +121,7 @@ def test_what_is_left_out_is_no_shortfall_and_what_is_taken_still_is(plan, tiny_
 
 
 def test_the_proof_looks_at_everything_that_was_pretrained(plan):
-    report = prove_loadable(payload(plan, build_network(plan), transfer="encoder"), plan)
+    report = check_loadable(payload(plan, build_network(plan), transfer="encoder"), plan)
     assert report.part("decoder stage 1").percent == 100 and not report.left_out
 
 

@@ -18,7 +18,7 @@ from nnssl.pretrain.images import add_images
 from nnssl.pretrain.images import cli as command
 from nnssl.pretrain.images.kinds import label_path, looks_like_labels, modality_of_path
 from nnssl.pretrain.prepare.channels import modality_of, same_name
-from nnssl.pretrain.prepare.whole import check_header, check_voxels, check_whole
+from nnssl.pretrain.prepare.integrity import check_header, check_voxels, check_whole
 
 SHAPE = (12, 14, 16)  # (z, y, x)
 AFFINE = np.diag([1.0, 1.5, 2.0, 1.0])

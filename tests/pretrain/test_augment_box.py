@@ -9,7 +9,7 @@ import torch
 
 from nnssl.pretrain.augment.box import image_bounds, image_box, outer
 from nnssl.pretrain.data import CaseFormat, CaseRef, CropDataset, collate
-from nnssl.pretrain.data.turning import Orientation
+from nnssl.pretrain.data.reorientation import Orientation
 from nnssl.pretrain.methods import CropRequest
 
 SHAPES = [(20, 24, 18), (16, 30, 22), (25, 9, 20), (11, 22, 26)]

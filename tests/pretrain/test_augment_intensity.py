@@ -3,15 +3,19 @@
 import pytest
 import torch
 
-from nnssl.pretrain.augment import Draws, intensity, random_jitter
-from nnssl.pretrain.augment.intensity import (
+from nnssl import intensity
+from nnssl.intensity import (
     adjust_contrast,
+    bend,
     from_unit,
     gaussian_blur,
+    low_resolution,
     multiply,
+    resample,
     to_unit,
     where_chosen,
 )
+from nnssl.pretrain.augment import Draws, random_jitter
 
 
 def test_units_and_back():
@@ -91,3 +95,20 @@ def test_a_blur_in_blocks_is_the_whole_blur(size, monkeypatch):
     blocks = gaussian_blur(x, sigma, radius=4)
     monkeypatch.setattr(intensity, "BLUR_BLOCK", 10**6)
     assert torch.allclose(blocks, gaussian_blur(x, sigma, radius=4), atol=1e-6)
+
+
+def test_a_bend_is_a_power_within_the_range_and_a_shift_outside():
+    u = torch.tensor([[[-0.5, 0.0, 0.25, 1.0, 2.0]], [[-0.5, 0.0, 0.25, 1.0, 2.0]]])
+    out = bend(u, torch.tensor([2.0, 0.5]))
+    assert out.flatten().tolist() == [-0.5, 0, 0.0625, 1, 2, -0.5, 0, 0.5, 1, 2]
+    lifted = bend(u, torch.tensor([2.0, 0.5]), floor=0.01)[1, 0, :3]
+    assert lifted.tolist() == pytest.approx([-0.4, 0.1, 0.5])
+    shifted = bend(u, torch.tensor([2.0, 0.5]), low=0.01)[1, 0, :3]
+    assert shifted.tolist() == pytest.approx([-0.41, 0.09, 0.5])
+
+
+def test_one_resolution_for_all_equals_one_for_each_sample():
+    x = torch.randn(2, 3, 9, 12, 7)
+    coarse = resample(x, (4, 6, 4))  # halves: 4.5 and 3.5 are rounded to the even number
+    torch.testing.assert_close(low_resolution(x, torch.tensor([0.5, 0.5])), coarse)
+    assert torch.equal(resample(x, x.shape[2:]), x)

@@ -8,9 +8,9 @@ from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.methods.hdense.local import (
     _sources,
     _sources_in_order,
+    genesis_transforms,
     inpaint,
     inpaint_size_range,
-    local_corruption,
     monotone_intensity,
     pixel_shuffle,
     shuffle_block,
@@ -101,7 +101,7 @@ def test_both_ways_to_shuffle_agree():
 
 def test_probability_zero_is_the_identity():
     u = torch.rand(3, 2, 8, 12, 10)
-    out = local_corruption(u, Draws(0, 0, 3), shuffle_p=0, nonlinear_p=0, inpaint_max=1, inpaint_p=0)
+    out = genesis_transforms(u, Draws(0, 0, 3), shuffle_p=0, nonlinear_p=0, inpaint_max=1, inpaint_p=0)
     assert torch.equal(out, u)
     shuffled = pixel_shuffle(u.repeat(100, 1, 1, 1, 1), Draws(0, 0, 300), p=0.8)
     assert ((shuffled != u.repeat(100, 1, 1, 1, 1)).flatten(1).any(1).float().mean() - 0.8).abs() < 0.08
@@ -193,22 +193,22 @@ def test_the_clean_image_stays_clean():
     u = torch.rand(250, 1, 6, 8, 10)
     kept = u.clone()
     for step in range(2):
-        local_corruption(u, Draws(0, step, 250))
+        genesis_transforms(u, Draws(0, step, 250))
     assert torch.equal(u, kept)
 
 
 def test_streams():
     u = torch.rand(4, 1, 10, 12, 8)
     draws = Draws(0, 0, 4)
-    a, b = local_corruption(u, draws), local_corruption(u, draws)
+    a, b = genesis_transforms(u, draws), genesis_transforms(u, draws)
     assert not torch.equal(a, b)
-    assert torch.equal(a, local_corruption(u, Draws(0, 0, 4)))
-    assert not torch.equal(a, local_corruption(u, Draws(0, 1, 4)))
-    assert not torch.equal(a, local_corruption(u, Draws(1, 0, 4)))
+    assert torch.equal(a, genesis_transforms(u, Draws(0, 0, 4)))
+    assert not torch.equal(a, genesis_transforms(u, Draws(0, 1, 4)))
+    assert not torch.equal(a, genesis_transforms(u, Draws(1, 0, 4)))
 
 
 def test_two_ranks_draw_what_one_process_draws():
     u = torch.rand(4, 1, 10, 12, 8)
-    whole = local_corruption(u, Draws(0, 0, 4))
-    parts = [local_corruption(u[i : i + 2], Draws(0, 0, 4, i, 2)) for i in (0, 2)]
+    whole = genesis_transforms(u, Draws(0, 0, 4))
+    parts = [genesis_transforms(u[i : i + 2], Draws(0, 0, 4, i, 2)) for i in (0, 2)]
     assert torch.equal(torch.cat(parts), whole)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 
+from nnssl.intensity import gaussian_blur
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws, nnunet
-from nnssl.pretrain.augment.intensity import gaussian_blur
 from nnssl.pretrain.augment.spatial import warp
 
 SIZE = (10, 14, 12)
@@ -79,7 +79,7 @@ def test_outside_of_the_window_and_minus_one_get_the_label_asked_for(tiny_plans,
     assert bool((nnunet.move_label(label, far, outside=7) == 7).all())
 
 
-@pytest.mark.parametrize("change", [nnunet.alter, nnunet.alter_strongly])
+@pytest.mark.parametrize("change", [nnunet.augment_intensity, nnunet.augment_strongly])
 @pytest.mark.parametrize("masked", [(), (1,)])
 def test_alter_is_a_pure_function_and_keeps_masked_voxels(change, masked):
     x = image(8)
@@ -114,7 +114,7 @@ def test_rotation_follows_nnunet(tiny_plans, tiny_dataset_json):
 
 
 def test_constant_patches_stay_finite():
-    out = nnunet.alter(torch.zeros(64, 1, 4, 6, 5), Draws(0, 1, 64))
+    out = nnunet.augment_intensity(torch.zeros(64, 1, 4, 6, 5), Draws(0, 1, 64))
     assert bool(out.isfinite().all())
 
 
@@ -154,9 +154,9 @@ def test_each_change_alone():
     column = (..., None, None, None)
 
     def alone(on, below):
-        return nnunet.alter(x, Fixed(on, below, 2))
+        return nnunet.augment_intensity(x, Fixed(on, below, 2))
 
-    noisy = nnunet.alter(torch.zeros(2, 2, 20, 24, 18), Fixed(0, True, 2))
+    noisy = nnunet.augment_intensity(torch.zeros(2, 2, 20, 24, 18), Fixed(0, True, 2))
     assert float(noisy.std()) == pytest.approx(0.075, rel=0.03)  # three quarters of 0.1
     expected = {
         (1, True): gaussian_blur(x, torch.full((2, 3), 0.875), radius=3),
@@ -182,15 +182,15 @@ def test_each_strong_change_alone():
     """Three quarters of each range: noise of 0.225 x strength, a factor of 1.15, an exponent of 1.3."""
     x = image(2)
     for strength in (1.0, 2.0):
-        noisy = nnunet.alter_strongly(torch.zeros(2, 2, 20, 24, 18), Fixed(0, True, 2), strength=strength)
+        noisy = nnunet.augment_strongly(torch.zeros(2, 2, 20, 24, 18), Fixed(0, True, 2), strength=strength)
         assert float(noisy.std()) == pytest.approx(0.225 * strength, rel=0.03)
-    torch.testing.assert_close(nnunet.alter_strongly(x, Fixed(1, True, 2)), 1.15 * x)
-    added = nnunet.alter_strongly(x, Fixed(2, True, 2)) - x
+    torch.testing.assert_close(nnunet.augment_strongly(x, Fixed(1, True, 2)), 1.15 * x)
+    added = nnunet.augment_strongly(x, Fixed(2, True, 2)) - x
     assert float(added.flatten(2).std(-1).max()) < 1e-5 and float(added.abs().max()) > 0  # one number for a channel
     exponent = torch.full((2, 2), 0.7 + 0.75 * 0.8)
-    torch.testing.assert_close(nnunet.alter_strongly(x, Fixed(3, True, 2)), nnunet.adjust_gamma(x, exponent))
-    assert torch.equal(nnunet.alter_strongly(x, Fixed(4, True, 2)), x)
-    shifts = nnunet.alter_strongly(torch.zeros(4000, 1, 1, 1, 2), _Only(2, 4000))[:, 0, 0, 0, 0]
+    torch.testing.assert_close(nnunet.augment_strongly(x, Fixed(3, True, 2)), nnunet.adjust_gamma(x, exponent))
+    assert torch.equal(nnunet.augment_strongly(x, Fixed(4, True, 2)), x)
+    shifts = nnunet.augment_strongly(torch.zeros(4000, 1, 1, 1, 2), _Only(2, 4000))[:, 0, 0, 0, 0]
     assert float(shifts.std()) == pytest.approx(0.17, rel=0.05)
 
 
@@ -216,5 +216,5 @@ def test_how_often_each_change_happens():
             asked.append(p)
             return super().chance(p, *shape)
 
-    nnunet.alter(image(2), Counted(0, 0, 2))
+    nnunet.augment_intensity(image(2), Counted(0, 0, 2))
     assert [p for p in asked if p != 0.5] == [0.1, 0.2, 0.15, 0.15, 0.25, 0.1, 0.3]

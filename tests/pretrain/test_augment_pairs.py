@@ -1,11 +1,19 @@
+import math
+
 import pytest
 import torch
 
 from nnssl.pretrain.augment.box import image_bounds
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.pairs import _between, cut, draw_pairs, mean_overlap
+from nnssl.pretrain.augment.pairs import _between, cut, draw_pairs
 
 WINDOWS = [((20, 30, 24), (8, 16, 12)), ((16, 9, 31), (16, 5, 8)), ((12, 12), (8, 5))]
+
+
+def mean_overlap(size, start):
+    """Share of a crop that the other one shows too: ``(B,)`` of ``(2, B, dim)`` starts."""
+    shared = (torch.tensor(tuple(size)) - (start[0] - start[1]).abs()).clamp_min(0)
+    return shared.double().prod(1).float() / math.prod(size)
 
 
 def _body(batch, window, share=0.5, seed=0):

@@ -429,7 +429,7 @@ def test_truncation_of_data_is_seen_however_packed(tmp_path, ending):
 
     import SimpleITK as sitk
 
-    from nnssl.pretrain.prepare.whole import check_whole
+    from nnssl.pretrain.prepare.integrity import check_whole
 
     path = tmp_path / "a.nii"
     sitk.WriteImage(sitk.GetImageFromArray(np.arange(1000, dtype=np.float32).reshape(10, 10, 10)), str(path))

@@ -20,9 +20,9 @@ from nnssl.plans import Plan, load_plan
 from nnssl.pretrain import run
 from nnssl.pretrain.engine.config import EngineConfig
 from nnssl.pretrain.engine.speed import (
-    Transfers,
+    Prefetcher,
+    activation_checkpointing,
     apply_options,
-    recompute_stages,
     tensors_of,
     use_channels_last,
     use_kernels,
@@ -165,7 +165,7 @@ def test_recomputed_stages_give_the_same(plan, arch, dim):
     torch.manual_seed(0)
     a = build_network(plan(arch, dim))
     b = deepcopy(a)
-    n = recompute_stages(b)
+    n = activation_checkpointing(b)
     assert n == (3 + 2) + (arch == "resenc")
     assert a.state_dict().keys() == b.state_dict().keys()
     x = torch.randn(2, 1, *(8, 16, 8)[-dim:])
@@ -195,7 +195,7 @@ def saved(network, x):
 def test_a_copy_recomputes_its_own_stages(plan):
     """A teacher copied from a student with checkpointing runs its own weights."""
     student = build_network(plan())
-    recompute_stages(student)
+    activation_checkpointing(student)
     teacher = EMA(student)
     x = torch.randn(1, 1, 8, 16, 8)
     before = teacher(x)
@@ -212,7 +212,7 @@ def test_stages_with_hooks_of_one_forward_are_not_recomputed(plan):
     torch.manual_seed(0)
     a = build_network(plan())
     b = deepcopy(a)
-    recompute_stages(b)
+    activation_checkpointing(b)
     x, visible = torch.randn(2, 1, 8, 16, 8), torch.rand(2, 1, 8, 16, 8) > 0.5
     for net in (a, b):
         with sparse_encoder(net.encoder, visible):
@@ -224,7 +224,7 @@ def test_stages_with_hooks_of_one_forward_are_not_recomputed(plan):
 
 def test_networks_without_stages_are_refused():
     with pytest.raises(NnsslError, match="checkpointing=true: a Linear has no stages"):
-        recompute_stages(nn.Linear(2, 2))
+        activation_checkpointing(nn.Linear(2, 2))
 
 
 # ---- memory format, kernels, copies ----------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_all_tensors_of_a_batch_are_found():
     batch = crops(request, 2)
     assert len(list(tensors_of(batch))) == 6
     assert len(list(tensors_of({"a": [batch, (torch.zeros(1),)], "b": "text", "c": None}))) == 7
-    assert Transfers(CPU)(batch).data is batch.data
+    assert Prefetcher(CPU)(batch).data is batch.data
 
 
 def test_copies_run_beside_the_computation_on_cuda(monkeypatch):
@@ -318,7 +318,7 @@ def test_copies_run_beside_the_computation_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-    Transfers(torch.device("cuda", 0))(Batch())
+    Prefetcher(torch.device("cuda", 0))(Batch())
     assert calls == [("enter", "side"), ("copy", "cuda"), ("leave", "side"), ("wait", "side")]
 
 

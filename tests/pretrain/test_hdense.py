@@ -11,10 +11,10 @@ from nnssl.config import make_config
 from nnssl.errors import NnsslError
 from nnssl.heads.balanced import ScaleProjections
 from nnssl.heads.restoration import restoration_head
+from nnssl.intensity import from_unit, to_unit
 from nnssl.networks import build_network
 from nnssl.plans import Plan
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.intensity import from_unit, to_unit
 from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 from nnssl.pretrain.methods.hdense.method import ALIKE, COLOURS, OTHER, OTHER_COLOURS, REAL, RESTORED, SEEN

@@ -16,7 +16,7 @@ from nnssl.pretrain import run
 from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.methods import Progress, SourceStats, get_method, list_methods
-from nnssl.weights import prove_loadable, write_variant
+from nnssl.weights import check_loadable, write_variant
 
 SMALL = {"prototypes": 32, "hidden": 16, "bottleneck": 8}
 CASES = [((8, 12, 16), (4, 4, 4)), ((8, 8, 24), (2, 4, 8)), ((16, 8, 8), (4, 2, 4))]
@@ -231,7 +231,7 @@ def test_nnunet_will_load_it(make, make_batch, name):
         pretrained_parts=method.pretrained_parts(),
         data={},
     )
-    report = prove_loadable(payload, method.plan)
+    report = check_loadable(payload, method.plan)
     assert report.part("encoder").percent == 100 and report.part("up_projection").loaded == 0
 
 

@@ -279,7 +279,7 @@ def test_options_are_split_and_checked():
         resolve_omni({}, {"switch": 0.5, "threshold": 0.8})
     for given, words in [
         ({"swich": 1}, "omni.*Did you mean 'switch'"),
-        ({"switch": 2}, "omni.*outside"),
+        ({"switch": 2}, "omni.*must be a number in"),
         ({"preset": "papr"}, "Did you mean 'paper'"),
     ]:
         with pytest.raises(NnsslError, match=words):

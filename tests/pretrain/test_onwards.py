@@ -85,7 +85,7 @@ def test_stages_that_are_shares_of_the_length_are_not_stretched(tmp_path):
     saved = {"identity": {"epochs": 2, "omni": {"labelled": "x"}}}
     (tmp_path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(NnsslError, match="--labelled cannot be lengthened"):
-        RunFolder(tmp_path, lock=False).admit({"epochs": 4, "omni": {"labelled": "x"}}, continue_run=True)
+        RunFolder(tmp_path, lock=False).check_resume({"epochs": 4, "omni": {"labelled": "x"}}, continue_run=True)
 
 
 # ---- --init ------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_help_works(capsys):
         (["-d", "901", "-m", "mcal"], "Did you mean 'macl'"),
         (["-d", "901", "-m", "macl", "-c", "3d_fulres"], "Did you mean '3d_fullres'"),
         (["-d", "901", "-m", "macl", "-p", "nnUNetPlan"], "nnUNetPlans"),
-        (["-d", "901", "-m", "macl", "-o", "temperature=0"], r"temperature=0.0 is outside of \[0.01"),
+        (["-d", "901", "-m", "macl", "-o", "temperature=0"], r"'temperature' must be a number in \[0.01"),
         (["-d", "901", "-m", "macl", "-o", "temprature=1"], "Did you mean 'temperature'"),
         (["-d", "901", "-m", "macl", "-o", "preset=papr"], "Did you mean 'paper'"),
         (["-d", "901", "-m", "macl", "--crop", "8,a,8"], "whole numbers"),

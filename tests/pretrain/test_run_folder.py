@@ -24,35 +24,37 @@ def start(folder, **files):
 
 def test_a_new_folder_is_admitted_and_made(tmp_path):
     with RunFolder(tmp_path / "a" / "b") as folder:
-        assert folder.admit(WHO, continue_run=False) is False
+        assert folder.check_resume(WHO, continue_run=False) is False
         start(folder)
-        assert folder.admit(WHO, continue_run=False) is False  # nothing was saved yet: starting anew loses nothing
+        assert (
+            folder.check_resume(WHO, continue_run=False) is False
+        )  # nothing was saved yet: starting anew loses nothing
 
 
 def test_unfinished_finished_and_other_runs(tmp_path):
     with RunFolder(tmp_path) as folder:
         start(folder, latest=1)
         with pytest.raises(NnsslError, match="unfinished. Continue it with --c"):
-            folder.admit(WHO, continue_run=False)
-        assert folder.admit(WHO, continue_run=True) is True
+            folder.check_resume(WHO, continue_run=False)
+        assert folder.check_resume(WHO, continue_run=True) is True
         with pytest.raises(NnsslError, match="seed: 0 in the folder, 1 now"):
-            folder.admit({**WHO, "seed": 1}, continue_run=True)
+            folder.check_resume({**WHO, "seed": 1}, continue_run=True)
         with pytest.raises(NnsslError, match="--name"):
-            folder.admit({**WHO, "seed": 1}, continue_run=False)
+            folder.check_resume({**WHO, "seed": 1}, continue_run=False)
         start(folder, final=1)
         with pytest.raises(NnsslError, match="finished"):
-            folder.admit(WHO, continue_run=False)
-        assert folder.admit(WHO, continue_run=True) is True
+            folder.check_resume(WHO, continue_run=False)
+        assert folder.check_resume(WHO, continue_run=True) is True
 
 
 def test_a_checkpoint_without_config_or_a_broken_config_is_refused(tmp_path):
     with RunFolder(tmp_path) as folder:
         folder.latest.write_bytes(b"x")
         with pytest.raises(NnsslError, match="no config.json"):
-            folder.admit(WHO, continue_run=False)
+            folder.check_resume(WHO, continue_run=False)
         folder.config_file.write_text("{")
         with pytest.raises(NnsslError, match="cannot be read"):
-            folder.admit(WHO, continue_run=False)
+            folder.check_resume(WHO, continue_run=False)
 
 
 def test_a_second_process_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path):

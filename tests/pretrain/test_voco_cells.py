@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nnssl.intensity import gaussian_blur
 from nnssl.losses.overlap import base_crops, overlap_labels
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.intensity import gaussian_blur
-from nnssl.pretrain.methods.voco.cells import alter_intensity, draw_offsets, flip_and_turn, inside_image, usable_cells
+from nnssl.pretrain.methods.voco.cells import augment_intensity, draw_offsets, flip_and_turn, inside_image, usable_cells
 
 ISOTROPIC = (1.0, 1.0, 1.0)
 
@@ -44,11 +44,11 @@ def test_gamma_bends_the_range_and_keeps_what_lies_outside():
     x = torch.tensor([-0.2, 0.0, 0.25, 1.0, 1.3]).view(1, 1, 1, 5, 1, 1).expand(2, 3, 2, 5, 4, 4)
     exponent = math.exp(math.log(0.7) + 0.75 * (math.log(1.5) - math.log(0.7)))
     expected = torch.tensor([-0.2, 0.0, 0.25**exponent, 1.0, 1.3])
-    out = alter_intensity(x, UNIT, Fixed(0, 2), ISOTROPIC, p=0.5)
+    out = augment_intensity(x, UNIT, Fixed(0, 2), ISOTROPIC, p=0.5)
     torch.testing.assert_close(out[1, 2, 1, :, 0, 0], expected, atol=1e-4, rtol=0)
     wide = torch.tensor([-2.0, 4.0]).expand(2, 2, 2)  # the same in units of another range
     torch.testing.assert_close(
-        alter_intensity(6 * x - 2, wide, Fixed(0, 2), ISOTROPIC, p=0.5), 6 * out - 2, atol=1e-4, rtol=0
+        augment_intensity(6 * x - 2, wide, Fixed(0, 2), ISOTROPIC, p=0.5), 6 * out - 2, atol=1e-4, rtol=0
     )
 
 
@@ -58,27 +58,27 @@ def test_blur_and_half_resolution_spare_coarse_axes(spacing):
     fine = [s < 3.0 for s in spacing]
     sigma = torch.tensor([0.875 / s if f else 0.0 for s, f in zip(spacing, fine)]).expand(6, 3)
     torch.testing.assert_close(
-        alter_intensity(x, UNIT, Fixed(1, 2), spacing, p=0.5).flatten(0, 1), gaussian_blur(flat, sigma, radius=3)
+        augment_intensity(x, UNIT, Fixed(1, 2), spacing, p=0.5).flatten(0, 1), gaussian_blur(flat, sigma, radius=3)
     )
     half = [n // 2 if f else n for n, f in zip(x.shape[3:], fine)]
     small = F.interpolate(flat, size=half, mode="nearest-exact")
     torch.testing.assert_close(
-        alter_intensity(x, UNIT, Fixed(2, 2), spacing, p=0.5).flatten(0, 1),
+        augment_intensity(x, UNIT, Fixed(2, 2), spacing, p=0.5).flatten(0, 1),
         F.interpolate(small, size=x.shape[3:], mode="trilinear"),
     )
-    assert torch.equal(alter_intensity(x, UNIT, Fixed(9, 2), spacing, p=0.5), x)
+    assert torch.equal(augment_intensity(x, UNIT, Fixed(9, 2), spacing, p=0.5), x)
 
 
 def test_short_axes_keep_their_resolution():
     x = crops((3, 4, 8))
-    out = alter_intensity(x, UNIT, Fixed(2, 2), ISOTROPIC, p=0.5).flatten(0, 1)
+    out = augment_intensity(x, UNIT, Fixed(2, 2), ISOTROPIC, p=0.5).flatten(0, 1)
     small = F.interpolate(x.flatten(0, 1), size=(3, 2, 4), mode="nearest-exact")
     torch.testing.assert_close(out, F.interpolate(small, size=(3, 4, 8), mode="trilinear"))
 
 
 def test_noise_is_a_small_share_of_the_range():
     x, bounds = torch.zeros(2, 3, 2, 12, 14, 13), torch.tensor([-2.0, 4.0]).expand(2, 2, 2)
-    noisy = alter_intensity(x, bounds, Fixed(3, 2), ISOTROPIC, p=0.5)
+    noisy = augment_intensity(x, bounds, Fixed(3, 2), ISOTROPIC, p=0.5)
     assert float(noisy.std()) == pytest.approx(6 * 0.75 * 0.05, rel=0.03)
     assert len(noisy.flatten(2).std(2).unique()) == 6  # each crop its own
 

@@ -273,7 +273,7 @@ def test_scratch_has_the_same_schedule_and_random_weights(pretraining, tmp_path,
 def test_another_schedule_or_bad_figures_end_before_anything_is_written(dataset, nnunet_env, build):
     path = dataset / "nnUNetPlans.json"
     plans = json.loads(path.read_text())
-    for figures, text in (({"schedule": "sawtooth"}, "sawtooth"), ({"epochs": -1}, "nnssl.epochs is -1")):
+    for figures, text in (({"schedule": "sawtooth"}, "sawtooth"), ({"epochs": -1}, "'epochs' must be .*not -1")):
         path.write_text(json.dumps({**plans, "nnssl": figures}))
         with pytest.raises(NnsslError, match=text):
             build()

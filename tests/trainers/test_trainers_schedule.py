@@ -44,19 +44,19 @@ def test_warmup_epochs(epochs, warmup, expected):
 @pytest.mark.parametrize(
     ("bad", "text"),
     [
-        ({"epochs": 0}, "nnssl.epochs is 0"),
+        ({"epochs": 0}, "nnssl: 'epochs' must be a whole number of at least 1, not 0"),
         ({"epochs": 2.5}, "whole number"),
-        ({"iterations": True}, "nnssl.iterations is True"),
-        ({"val_iterations": "5"}, "nnssl.val_iterations is '5'"),
-        ({"peak_lr": 0}, "positive"),
-        ({"peak_lr": float("nan")}, "positive"),
-        ({"warmup": 1.0}, r"share in \[0, 1\)"),
+        ({"iterations": True}, "'iterations' must be .*not True"),
+        ({"val_iterations": "5"}, "'val_iterations' must be .*not '5'"),
+        ({"peak_lr": 0}, "a number above 0, not 0"),
+        ({"peak_lr": float("nan")}, "a number above 0, not nan"),
+        ({"warmup": 1.0}, r"a number in \[0, 1\)"),
         ({"schema": 2}, "update nnssl"),
         ({"train_cases": {"0": []}}, "train_cases"),
         ({"train_cases": ["a"]}, "train_cases"),
         ({"optimizer": "lamb"}, "'sgd' or 'adam'"),
-        ({"layer_decay": 0}, r"share in \(0, 1\]"),
-        ({"ramp": 0}, r"share in \(0, 1\)"),
+        ({"layer_decay": 0}, r"a number in \(0, 1\]"),
+        ({"ramp": 0}, r"a number in \(0, 1\)"),
     ],
 )
 def test_illegal_figures_are_named(bad, text):

@@ -86,7 +86,9 @@ def test_names_and_figures_of_schedules():
     check_options({"warmup": 0.1, "decoder_first": 0.2}, "sawtooth")
     with pytest.raises(NnsslError, match="found 2 problems") as error:
         check_options({"frozn": 0.5, "ramp": 2}, "freeze_unfreeze")
-    assert "Did you mean 'frozen'" in str(error.value) and "nnssl.ramp is 2" in str(error.value)
+    assert "Did you mean 'frozen'" in str(error.value) and "'ramp' must be a number in (0, 1), not 2" in str(
+        error.value
+    )
 
 
 GROUPS = ("seg_layers", "decoder stage 1", "decoder stage 0", "encoder stage 1", "encoder stage 0")
@@ -457,7 +459,7 @@ def test_the_variant_names_the_backbone_and_the_trainer(dataset, pretraining, bu
     assert not {"frozen", "optimizer", "backbone"} & set(told), "figures of the other family have left"
     for wrong, text in (
         ("-o warmup=0.1", "'warmup' is no figure of the schedule freeze-unfreeze"),
-        ("-o frozen=2", "nnssl.frozen is 2"),
+        ("-o frozen=2", "'frozen' must be a number in [0, 1), not '2'"),
     ):
         assert main(["-d", "901", "--schedule", "freeze-unfreeze", "--name", "y", *wrong.split()]) == 1
         assert text in capsys.readouterr().err

@@ -28,18 +28,18 @@ from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads.balanced import ScaleProjections, gather_pyramid, voxel_projector
 from nnssl.heads.restoration import restoration_head
+from nnssl.intensity import from_unit, to_unit
 from nnssl.losses.diagnostics import principal_colours, resemblance
 from nnssl.losses.info_nce import InfoNCE, chance_level, nearest_share, similarities
 from nnssl.networks import walk
 from nnssl.plans import Plan
 from nnssl.pretrain.augment.box import image_bounds
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.intensity import from_unit, to_unit
 from nnssl.pretrain.augment.pairs import cut, draw_pairs
 from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.geometry import choose_crop, largest_spread
 from nnssl.pretrain.methods.base import Method
-from nnssl.pretrain.methods.hdense.local import local_corruption
+from nnssl.pretrain.methods.hdense.local import genesis_transforms
 from nnssl.pretrain.methods.hdense.window import window_corruption
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, SourceStats
@@ -191,7 +191,7 @@ class HDense(Method):
             "shuffle_blocks": c.shuffle_blocks,
             "independent": c.independent_permutations,
         }
-        return local_corruption(
+        return genesis_transforms(
             u, draws, nonlinear_p=c.nonlinear_p, inpaint_max=c.inpaint_max, inpaint_p=c.inpaint_p, **shuffle
         )
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nnssl.intensity import add_noise, gaussian_blur, per_sample
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.intensity import gaussian_blur
 
 __all__ = ["window_corruption"]
 
@@ -33,16 +33,13 @@ def window_corruption(u: Tensor, draws: Draws) -> Tensor:
     noisy, sd = draws.chance(0.5), draws.uniform(0.0, 30.0 * HU)
     windowed, low, high = draws.chance(0.8), draws.uniform(0.0, 350 * HU), draws.uniform(1650 * HU, 1.0)
 
-    def column(x: Tensor) -> Tensor:
-        return x.view(-1, *[1] * (u.ndim - 1))
-
     blurred = gaussian_blur(u, _in_plane(torch.where(sharpen, sharp, soft), u.ndim - 2), radius=5)
     detail = blurred - gaussian_blur(blurred, _in_plane(torch.full_like(soft, 0.5), u.ndim - 2), radius=2)
-    blurred = torch.where(column(sharpen), blurred + column(amount) * detail, blurred)
-    out = torch.where(column(filtered), blurred, u)
-    out = out + column(torch.where(noisy, sd, 0.0)) * draws.noise(*u.shape[1:])
+    blurred = torch.where(per_sample(sharpen, u), blurred + per_sample(amount, u) * detail, blurred)
+    out = torch.where(per_sample(filtered, u), blurred, u)
+    out = add_noise(out, torch.where(noisy, sd, 0.0), draws.noise(*u.shape[1:]))
     low, high = torch.where(windowed, low, 0.0), torch.where(windowed, high, 1.0)
-    return ((out - column(low)) / column(high - low)).clamp(0, 1)
+    return ((out - per_sample(low, u)) / per_sample(high - low, u)).clamp(0, 1)
 
 
 def _in_plane(sigma: Tensor, dim: int) -> Tensor:

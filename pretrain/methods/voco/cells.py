@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl.intensity import add_noise, bend, from_unit, gaussian_blur, resample, to_unit, where_chosen
 from nnssl.losses.overlap import base_crops, overlap_labels
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.intensity import from_unit, gaussian_blur, to_unit, where_chosen
 
-__all__ = ["alter_crops", "alter_intensity", "draw_offsets", "flip_and_turn", "inside_image", "usable_cells"]
+__all__ = ["augment_crops", "augment_intensity", "draw_offsets", "flip_and_turn", "inside_image", "usable_cells"]
 
 TRIES = 16
 """Places that are tried for a random crop before it is left out."""
@@ -26,7 +24,6 @@ LEAST_BODY = 0.01
 """A cell with less body is air; two cells of air look alike."""
 
 _COARSE = 3.0  # an axis this much coarser than the finest is neither blurred nor sampled down, as in nnU-Net
-_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def inside_image(start: Tensor, shape: Tensor, window: Sequence[int]) -> Tensor:
@@ -92,7 +89,7 @@ def draw_offsets(
     return places[sample, pick, crop], overlap / kept.clamp_min(1e-6)[..., None], fits.any(1)
 
 
-def alter_crops(
+def augment_crops(
     x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: float, rot90: float, intensity: float
 ) -> Tensor:
     """Change each crop by itself, after it was cut: where it lies stays true.
@@ -104,13 +101,13 @@ def alter_crops(
         spacing: mm per voxel and axis.
         mirror: probability of a flip, per axis.
         rot90: probability of a quarter turn (or two or three) in a plane, see :func:`flip_and_turn`.
-        intensity: probability of each change of :func:`alter_intensity`.
+        intensity: probability of each change of :func:`augment_intensity`.
 
     Returns:
         The same shape; ``x`` itself where nothing changes.
     """
     x = flip_and_turn(x, draws, spacing, mirror=mirror, rot90=rot90)
-    return alter_intensity(x, bounds, draws, spacing, p=intensity) if intensity > 0 else x
+    return augment_intensity(x, bounds, draws, spacing, p=intensity) if intensity > 0 else x
 
 
 def flip_and_turn(x: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: float, rot90: float) -> Tensor:
@@ -118,7 +115,7 @@ def flip_and_turn(x: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: 
 
     Args:
         x: ``(B, K, C, *size)``.
-        draws, spacing, mirror, rot90: see :func:`alter_crops`.
+        draws, spacing, mirror, rot90: see :func:`augment_crops`.
     """
     k, size, shape = x.shape[1], x.shape[3:], x.shape
     x = x.flatten(0, 1)
@@ -134,28 +131,20 @@ def flip_and_turn(x: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: 
     return x.view(shape)
 
 
-def alter_intensity(x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence[float], *, p: float) -> Tensor:
+def augment_intensity(x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence[float], *, p: float) -> Tensor:
     """Gamma, blur, half the resolution and noise, each with probability ``p``. (Brightness and contrast cancel in InstanceNorm.)
 
     Args:
         x: ``(B, K, C, *size)``.
-        bounds, draws, spacing: see :func:`alter_crops`.
+        bounds, draws, spacing: see :func:`augment_crops`.
         p: probability of each.
     """
     k, size, shape = x.shape[1], x.shape[3:], x.shape
     flat, fine = x.flatten(0, 1), [s < _COARSE * min(spacing) for s in spacing]
 
-    def column(value: Tensor) -> Tensor:
-        return value.reshape(-1, *[1] * (flat.ndim - 1))
-
     gamma, exponent = draws.chance(p, k), draws.uniform(math.log(0.7), math.log(1.5), k).exp()
-    u, exponent = to_unit(flat, bounds.repeat_interleave(k, 0)), column(exponent)
-
-    def bend(rows: Any) -> Tensor:
-        within = u[rows].clamp(0, 1)
-        return within.clamp_min(1e-6) ** exponent[rows] + (u[rows] - within)
-
-    u = where_chosen(u, gamma.flatten(), bend)
+    u, exponent = to_unit(flat, bounds.repeat_interleave(k, 0)), exponent.flatten()
+    u = where_chosen(u, gamma.flatten(), lambda rows: bend(u[rows], exponent[rows], floor=1e-6))
 
     blurred, sigma = draws.chance(p, k), draws.uniform(0.5, 1.0, k).flatten()
     relative = torch.tensor([min(spacing) / s if f else 0.0 for s, f in zip(spacing, fine)], device=x.device)
@@ -165,13 +154,8 @@ def alter_intensity(x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence[f
     coarse = draws.chance(p, k)
     half = [n // 2 if f and n > 3 else n for n, f in zip(size, fine)]
     if half != list(size):
-
-        def lower(rows: Any) -> Tensor:
-            small = F.interpolate(u[rows], size=half, mode="nearest-exact")
-            return F.interpolate(small, size=size, mode=_LINEAR[len(size)])
-
-        u = where_chosen(u, coarse.flatten(), lower)
+        u = where_chosen(u, coarse.flatten(), lambda rows: resample(u[rows], half))
 
     noisy, sd = draws.chance(p, k), draws.uniform(0.0, 0.05, k)  # of the range, that is up to 0.2 standard deviations
-    u = u + column(torch.where(noisy, sd, 0.0)) * draws.noise(*shape[1:]).flatten(0, 1)
+    u = add_noise(u, torch.where(noisy, sd, 0.0).flatten(), draws.noise(*shape[1:]).flatten(0, 1))
     return from_unit(u, bounds.repeat_interleave(k, 0)).view(shape)

@@ -10,11 +10,11 @@ import numpy as np
 
 from nnssl.losses.position import EPS
 
-__all__ = ["PositionLevels", "position_levels"]
+__all__ = ["ChanceLevels", "chance_levels"]
 
 
 @dataclass(frozen=True)
-class PositionLevels:
+class ChanceLevels:
     """Mean position loss over uniform offsets where every similarity is the same number.
 
     Attributes:
@@ -31,14 +31,14 @@ class PositionLevels:
 
 
 @lru_cache(maxsize=64)
-def position_levels(
+def chance_levels(
     size: tuple[int, ...],
     grid: tuple[int, ...],
     *,
     crops: int = 1,
     weighting: str = "overlap",
     negatives: str = "log",
-) -> PositionLevels:
+) -> ChanceLevels:
     """Compute the levels exactly, over all whole-voxel offsets.
 
     Overlaps are products of independent shares per axis, so that their distribution is an outer product.
@@ -66,7 +66,7 @@ def position_levels(
     for _ in range(4):
         places = np.clip(np.linspace(best - step, best + step, 41), 0, 1)
         best, step = float(places[np.argmin([loss(float(s)) for s in places])]), step / 20
-    return PositionLevels(loss(0.0), loss(best), best, loss(1.0))
+    return ChanceLevels(loss(0.0), loss(best), best, loss(1.0))
 
 
 def _axis(size: int, cells: int, weighting: str) -> tuple[np.ndarray, np.ndarray, float]:

@@ -44,9 +44,9 @@ from nnssl.pretrain.augment.pairs import cut
 from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.registry import register
-from nnssl.pretrain.methods.voco.cells import alter_crops, draw_offsets, inside_image, usable_cells
+from nnssl.pretrain.methods.voco.cells import augment_crops, draw_offsets, inside_image, usable_cells
 from nnssl.pretrain.methods.voco.grid import FEWEST_CELLS, choose_grid
-from nnssl.pretrain.methods.voco.levels import position_levels
+from nnssl.pretrain.methods.voco.levels import chance_levels
 from nnssl.pretrain.methods.voco.picture import overlap_picture
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, Progress, SourceStats
 
@@ -128,7 +128,7 @@ class VoCo(Method):
         self.grid = tuple(w // s for w, s in zip(request.window, request.size))
         self.position_loss = PositionLoss(weighting=c.weighting, negatives=c.negatives, pool=c.pool)
         levels = {"crops": c.random_crops, "weighting": c.weighting, "negatives": c.negatives}
-        self.levels = position_levels(self.size, self.grid, **levels)
+        self.levels = chance_levels(self.size, self.grid, **levels)
         self.width = sum(encoder_channels(plan))
         self.projector = BatchNormMLP(self.width, c.proj_dim, c.proj_dim, norm=c.proj_norm)
         if c.teacher == "ema":
@@ -190,7 +190,7 @@ class VoCo(Method):
             shape = (x.shape[1], 1 if c.drop_rows else self.width)
             kept = [torch.rand(shape, generator=g, device=g.device) >= c.feature_dropout for g in draws.generators()]
             batch["kept"] = torch.stack(kept)
-        return {"crops": alter_crops(x, bounds, draws, self.plan.spacing, **alter), **batch}
+        return {"crops": augment_crops(x, bounds, draws, self.plan.spacing, **alter), **batch}
 
     def windows(self, crops: Crops, lowest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Windows with ``lowest`` ``(B, C)`` outside of the image, which voxels are inside, and which volumes are finite."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from nnssl.files import hash_of
 
 __all__ = ["case_hash", "labels_seen"]
 
 
 def case_hash(name: str) -> str:
     """sha256 (hex) of a case's name: what checkpoints tell of labelled cases."""
-    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+    return hash_of(name)
 
 
 def labels_seen(description: Mapping[str, Any], dataset: str, cases: Iterable[str]) -> list[str]:

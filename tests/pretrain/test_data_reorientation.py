@@ -11,8 +11,8 @@ import torch
 from nnssl.plans import load_plan
 from nnssl.pretrain.data import CaseFormat, CaseReader, make_loader
 from nnssl.pretrain.data.orientation import Geometry
+from nnssl.pretrain.data.reorientation import AxisTransform, Orientation, common_orientation
 from nnssl.pretrain.data.resample import foreground_box, resample_box, resampling_matrix
-from nnssl.pretrain.data.turning import Orientation, Turn, common_orientation
 from nnssl.pretrain.methods import CropRequest
 from nnssl.pretrain.prepare import prepare_sources
 
@@ -24,7 +24,7 @@ MM = (1.0, 1.0, 1.0)
 def test_a_turned_box_is_a_box_of_the_turned_array(axes):
     array = np.arange(2 * np.prod(SHAPE)).reshape(2, *SHAPE)
     for flips in itertools.product((False, True), repeat=3):
-        turn = Turn(axes, flips)
+        turn = AxisTransform(axes, flips)
         turned = turn(array)
         assert list(turned.shape[1:]) == turn.shape(SHAPE)
         start, window = (1, 2, 3), (4, 5, 6)
@@ -57,7 +57,7 @@ def test_every_orientation_becomes_the_common_one():
             x = stored(axes, flips)
             turn = common.turn(geometry(axes, flips, x.shape[1:]))
             assert np.array_equal(turn(x), reference)
-    assert common.turn(geometry(common.axes, common.flips)) == Turn()
+    assert common.turn(geometry(common.axes, common.flips)) == AxisTransform()
 
 
 def test_axes_of_other_spacing_stay():
@@ -65,9 +65,9 @@ def test_axes_of_other_spacing_stay():
     common = Orientation((2, 1, 0), (False, False, False), (5.0, 1.0, 1.0))
     coronal = geometry((2, 0, 1), (False, False, True))
     turn = common.turn(coronal)
-    assert turn == Turn((0, 1, 2), (False, True, False))
+    assert turn == AxisTransform((0, 1, 2), (False, True, False))
     swapped = geometry((1, 2, 0), (True, False, False))  # the two thin axes may change places
-    assert common.turn(swapped) == Turn((0, 2, 1), (False, False, True))
+    assert common.turn(swapped) == AxisTransform((0, 2, 1), (False, False, True))
     flat = Orientation((2, 1, 0), (False, False, False), (0.0, 1.0, 1.0))
     assert flat.turn(coronal).axes == (0, 1, 2)
     assert str(common) == "inferior to superior, anterior to posterior, right to left"

@@ -17,7 +17,7 @@ from nnssl.pretrain.data.case import CaseReader
 from nnssl.pretrain.data.orientation import Geometry
 from nnssl.pretrain.data.pool import CaseRef
 
-__all__ = ["LOOKED_AT", "Orientation", "Turn", "common_orientation"]
+__all__ = ["LOOKED_AT", "Orientation", "AxisTransform", "common_orientation"]
 
 log = logging.getLogger("nnssl")
 
@@ -29,7 +29,7 @@ _NAMES = (("right", "left"), ("anterior", "posterior"), ("inferior", "superior")
 
 
 @dataclass(frozen=True)
-class Turn:
+class AxisTransform:
     """Axis i of the turned array is axis ``axes[i]`` of the case's, backwards where ``flips[i]``. Axes are spatial, 0 to 2."""
 
     axes: tuple[int, int, int] = (0, 1, 2)
@@ -78,13 +78,13 @@ class Orientation:
     flips: tuple[bool, bool, bool]
     spacing: tuple[float, float, float]
 
-    def turn(self, geometry: Geometry) -> Turn:
+    def turn(self, geometry: Geometry) -> AxisTransform:
         """What turns a case to this orientation; where spacings forbid to swap axes, they are only flipped."""
         source = dict(zip(self.axes, geometry.axes))
         same = all(abs(self.spacing[a] - self.spacing[b]) <= _SAME_SPACING * self.spacing[a] for a, b in source.items())
         flips = {axis: mine != theirs for axis, mine, theirs in zip(geometry.axes, self.flips, geometry.flips)}
         axes = [source[i] if same else i for i in range(3)]
-        return Turn(tuple(axes), tuple(flips[a] for a in axes))  # type: ignore[arg-type]
+        return AxisTransform(tuple(axes), tuple(flips[a] for a in axes))  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         """``"inferior to superior, anterior to posterior, right to left"``, in the order of the array's axes."""

@@ -17,6 +17,8 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
+from nnssl.words import size_text
+
 __all__ = [
     "ITK_ENDINGS",
     "SPACING",
@@ -317,7 +319,7 @@ def check_same_size(files: Sequence[str]) -> None:
         sizes.append(reader.GetSize())
     for channel, size in enumerate(sizes):
         if size != sizes[0]:
-            one, other = ("x".join(map(str, s)) for s in (sizes[0], size))
+            one, other = (size_text(s) for s in (sizes[0], size))
             raise ValueError(f"channel 0 has {one} voxels, channel {channel} has {other}: resample it to the same grid")
 
 

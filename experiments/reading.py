@@ -1,0 +1,106 @@
+"""What an experiment file is read with: YAML that names no key twice, paths relative to it, lists of cases."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nnssl.errors import NnsslError
+
+__all__ = ["read_names", "read_yaml", "resolve_path"]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that refuses a key given twice, of which it would silently take the last."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for child, _ in node.value:
+        if child.tag == "tag:yaml.org,2002:merge":
+            continue  # what is merged in yields to what the mapping says itself
+        name = loader.construct_object(child, deep=True)
+        if not isinstance(name, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, "a key is a list or a mapping", child.start_mark)
+        if name in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"'{name}' is given twice", child.start_mark)
+        seen.add(name)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+def _construct(loader: Any, node: Any) -> dict[Any, Any]:
+    return _mapping(loader, node, True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        NnsslError: the file is missing, is no YAML, names a key twice or holds no mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)  # noqa: S506  a safe loader
+    except OSError as error:
+        raise NnsslError(f"{path} cannot be read: {error.strerror or error}") from error
+    except RecursionError:
+        raise NnsslError(f"{path} is nested too deeply, or refers to itself.") from None
+    except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
+        # numbers of thousands of digits, dates that do not exist, tags in odd places: PyYAML lets what Python says through
+        raise NnsslError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if _circular(content):
+        raise NnsslError(f"{path} refers to itself.")
+    if not isinstance(content, dict):
+        raise NnsslError(f"{path} holds no settings: lines such as 'dataset: 4' are expected.")
+    return {str(k): v for k, v in content.items()}
+
+
+def _circular(value: Any) -> bool:
+    """Whether a mapping or list holds itself; each is looked at once, since anchors may share one a million times."""
+    above: set[int] = set()
+    seen: set[int] = set()
+
+    def look(value: Any) -> bool:
+        if not isinstance(value, (dict, list)) or id(value) in seen:
+            return False
+        if id(value) in above:
+            return True
+        above.add(id(value))
+        found = any(look(v) for v in (value.values() if isinstance(value, dict) else value))
+        above.discard(id(value))
+        seen.add(id(value))
+        return found
+
+    return look(value)
+
+
+def resolve_path(text: str, folder: Path) -> Path:
+    """A path of the file: ``$VARIABLES`` and ``~`` are filled in; a relative one is relative to the file.
+
+    Raises:
+        NnsslError: a variable that is not set.
+    """
+    filled = os.path.expanduser(os.path.expandvars(text))
+    if "$" in filled:
+        raise NnsslError(f"'{text}' names a variable that is not set.")
+    return Path(os.path.normpath(folder / filled))
+
+
+def read_names(path: Path, what: str) -> list[str]:
+    """Case names of a text file, one a line, or of a JSON list. Raises :class:`NnsslError` where there are none."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise NnsslError(f"{what}: {path} cannot be read: {error}") from error
+    found = list(dict.fromkeys(str(n).strip() for n in names if str(n).strip() and not str(n).startswith("#")))
+    if not found:
+        raise NnsslError(f"{what}: {path} names no case.")
+    return found

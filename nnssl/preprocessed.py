@@ -1,0 +1,127 @@
+"""Preprocessed cases as nnU-Net writes them, ``<name>.b2nd``, ``<name>_seg.b2nd`` and ``<name>.pkl``: listed, opened and cut.
+
+Opening reads a header; of a crop only the compressed blocks that it touches are unpacked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+
+from nnssl.properties import read_properties
+
+__all__ = ["IMAGE", "LABELS", "PROPERTIES", "CaseRef", "case_names", "complete", "list_cases", "open_array", "read_box"]
+
+IMAGE, LABELS, PROPERTIES = ".b2nd", "_seg.b2nd", ".pkl"
+"""Endings of a case's files."""
+
+
+@dataclass(frozen=True)
+class CaseRef:
+    """One preprocessed case.
+
+    Attributes:
+        name: nnU-Net's case identifier.
+        folder: the folder of preprocessed cases.
+        source: name of the dataset that it comes from.
+    """
+
+    name: str
+    folder: Path
+    source: str
+
+    @property
+    def key(self) -> str:
+        """``"<source>/<name>"``, unique in a pool."""
+        return f"{self.source}/{self.name}"
+
+    @property
+    def image(self) -> Path:
+        """The image's file."""
+        return self.folder / f"{self.name}{IMAGE}"
+
+    @property
+    def labels(self) -> Path:
+        """The label map's file, whether or not there is one."""
+        return self.folder / f"{self.name}{LABELS}"
+
+    @property
+    def properties(self) -> Path:
+        """The file of what preprocessing wrote down."""
+        return self.folder / f"{self.name}{PROPERTIES}"
+
+
+def case_names(files: Iterable[str]) -> list[str]:
+    """The cases whose images are among the files of a folder, sorted."""
+    return sorted(f[: -len(IMAGE)] for f in files if f.endswith(IMAGE) and not f.endswith(LABELS))
+
+
+def list_cases(folder: Path) -> list[str]:
+    """Names of the preprocessed cases of a folder, sorted; empty where the folder does not exist. Nothing is opened."""
+    return case_names(os.listdir(folder)) if folder.is_dir() else []
+
+
+def open_array(file: str | os.PathLike[str], *, mapped: bool = True) -> Any:
+    """Open an image, a label map or a mask: a lazy array ``(C, Z, Y, X)``.
+
+    Args:
+        file: its file.
+        mapped: whether the file is mapped into memory, as in nnU-Net; not on Windows.
+
+    Raises:
+        OSError: it is missing, or the disk is at fault.
+        ValueError: it is damaged.
+    """
+    mapping = {"mmap_mode": "r"} if mapped and os.name != "nt" else {}
+    try:
+        return blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": 1}, **mapping)
+    except OSError:
+        raise
+    except Exception as error:  # blosc2 raises several kinds
+        raise ValueError(str(error)) from error
+
+
+def read_box(
+    array: Any,
+    start: Sequence[int] | np.ndarray,
+    size: Sequence[int] | np.ndarray,
+    dtype: Any = np.float32,
+    outside: int = 0,
+) -> np.ndarray:
+    """Read a box of a lazy array.
+
+    Args:
+        array: ``(C, Z, Y, X)``.
+        start: first voxel, (z, y, x); negative outside the image.
+        size: voxels per axis.
+        dtype: of the result.
+        outside: value of what lies outside the image.
+
+    Returns:
+        ``(C, *size)``, contiguous.
+
+    Raises:
+        OSError: the disk is at fault.
+        ValueError: the file is damaged.
+    """
+    box = [[int(s), int(s) + int(n)] for s, n in zip(start, size)]
+    try:
+        return np.ascontiguousarray(crop_and_pad_nd(array, box, outside), dtype=dtype)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+def complete(folder: Path, name: str) -> bool:
+    """Whether all files of a preprocessed case can be read; looks at the properties and at the headers of the arrays."""
+    try:
+        read_properties(folder / f"{name}{PROPERTIES}")
+        return all(len(open_array(folder / f"{name}{end}", mapped=False).shape) == 4 for end in (IMAGE, LABELS))
+    except Exception:  # unpickling raises anything
+        return False
