@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import signal
 import time
 import zlib
 from collections.abc import Callable, Generator
@@ -25,6 +26,10 @@ for _name, _value in {
     "nnssl_logger": "none",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# Under nohup SIGHUP is ignored, and programs heed that; the tests of signals begin where nobody has ignored any.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
