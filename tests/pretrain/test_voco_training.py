@@ -147,7 +147,7 @@ def test_overfits_four_volumes_on_both_networks(tiny_plans, tiny_dataset_json, a
     assert intra < min(0.3, 0.5 * method.levels.constant) and top1 > 0.6
     for bug in ({"drop_rows": True, "standardise": False}, {"proj_norm": "row", "standardise": False}):
         worse, _, method = overfit(plans, tiny_dataset_json(), 400, random_crops=6, **bug)
-        assert worse > 0.6 * method.levels.constant, bug
+        assert worse > max(0.3, 0.5 * method.levels.constant), bug  # the bound that the method itself stays below
 
 
 # ---- the whole command -----------------------------------------------------------------------------------------------
