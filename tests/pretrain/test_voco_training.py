@@ -136,18 +136,19 @@ def test_overfits_four_volumes(tiny_plans, tiny_dataset_json):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["plain", "resenc"])
-def test_overfits_four_volumes_on_both_networks(tiny_plans, tiny_dataset_json, arch):
-    """(29) Within 400 steps the intra loss is below half of the best constant's and the most similar cell mostly right.
+@pytest.mark.parametrize(("arch", "steps"), [("plain", 260), ("resenc", 200)])
+def test_overfits_four_volumes_on_both_networks(tiny_plans, tiny_dataset_json, arch, steps):
+    """(29) Within 260 steps the intra loss is below half of the best constant's and the most similar cell mostly right.
 
-    Dropping whole crops (B1) or normalising each row of raw pooled features (B3) does not get there.
+    Dropping whole crops (B1) or normalising each row of raw pooled features (B3) does not get there. With 400 steps, B1 on the
+    residual network ends between 0.35 and 0.67, by chance on either side of the bound; with 200 it ends above 0.47 (four seeds).
     """
     plans = tiny_plans(3, arch, strides=FLAT, patch=(8, 24, 24), features=(8, 16, 32))
-    intra, top1, method = overfit(plans, tiny_dataset_json(), 400, random_crops=6)
+    intra, top1, method = overfit(plans, tiny_dataset_json(), steps, random_crops=6)
     assert intra < min(0.3, 0.5 * method.levels.constant) and top1 > 0.6
     for bug in ({"drop_rows": True, "standardise": False}, {"proj_norm": "row", "standardise": False}):
-        worse, _, method = overfit(plans, tiny_dataset_json(), 400, random_crops=6, **bug)
-        assert worse > max(0.3, 0.5 * method.levels.constant), bug  # the bound that the method itself stays below
+        worse, _, method = overfit(plans, tiny_dataset_json(), steps, random_crops=6, **bug)
+        assert worse > 0.6 * method.levels.constant, bug
 
 
 # ---- the whole command -----------------------------------------------------------------------------------------------
