@@ -1,5 +1,8 @@
 """The experiment file: defaults, sections, and what is refused with the nearest name."""
 
+import importlib
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -152,3 +155,24 @@ def test_problems_are_told_once_with_the_file_and_counted(tmp_path):
     with pytest.raises(NnsslError, match="found 2 problems") as error:
         load_experiment(file)
     assert str(error.value).count("network: ") == 2
+
+
+def test_the_old_schema_module_works_and_tells_its_new_names(tmp_path):
+    sys.modules.pop("nnssl.experiments.schema", None)
+    with pytest.warns(FutureWarning, match=r"now nnssl\.experiments\.reading .* and nnssl\.config") as told:
+        old = importlib.import_module("nnssl.experiments.schema")
+    assert len(told) == 1
+
+    @dataclass(frozen=True)
+    class Made:
+        seeds: int = old.key(3, "how many", low=1)
+
+    assert old.build(Made, {"seeds": "4"}) == Made(4) and old.number("1e-2") == 0.01
+    with pytest.raises(NnsslError, match="'seeds' must be a whole number of at least 1, not 0"):
+        old.build(Made, {"seeds": 0})
+    (problem,) = old.check_keys({"seed": 1}, ["seeds"], "training: ")
+    assert problem.startswith("training: unknown key 'seed'. Did you mean 'seeds'?")
+    (tmp_path / "a.yaml").write_text("seeds: 2")
+    assert old.read_yaml(tmp_path / "a.yaml") == {"seeds": 2}
+    with pytest.raises(ImportError):
+        from nnssl.experiments.schema import nothing_of_that_name  # noqa: F401
