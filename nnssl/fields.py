@@ -15,6 +15,7 @@ __all__ = [
     "anything",
     "check_fields",
     "choice",
+    "field_problems",
     "flag",
     "interval",
     "listing",
@@ -145,15 +146,20 @@ def check_fields(content: Any, wanted: Mapping[str, Wanted], what: str, prefix: 
     Raises:
         NnsslError: lists all fields that are wrong.
     """
+    raise_problems(field_problems(content, wanted, prefix), what)
+
+
+def field_problems(content: Any, wanted: Mapping[str, Wanted], prefix: str = "") -> list[str]:
+    """One sentence for each field of a mapping that is missing or of a wrong kind, as :func:`check_fields` lists them."""
     if not isinstance(content, Mapping):
-        raise_problems([f"'{prefix.rstrip('.')}' must be keys and values, not {shown(content)}"], what)
+        return [f"'{prefix.rstrip('.')}' must be keys and values, not {shown(content)}"]
     problems = []
     for name, want in wanted.items():
         if name not in content:
             problems += [f"'{prefix}{name}' is missing"] if want.needed else []
         elif not want.fits(content[name]):
             problems.append(misfit(f"{prefix}{name}", want, content[name]))
-    raise_problems(problems, what)
+    return problems
 
 
 def misfit(name: str, wanted: Wanted, value: Any) -> str:

@@ -9,55 +9,50 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.errors import raise_problems
-from nnssl.fields import Wanted, check_fields, listing, mapping, optional, text, whole
+from nnssl.fields import Wanted, field_problems, listing, mapping, optional, text, whole
 
-__all__ = ["check_dataset_json", "check_description"]
+__all__ = ["check_description"]
 
 ALL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".tif", ".tiff")
 
+_CHANNELS = Wanted(
+    'names by index, for example {"0": "CT"}',
+    lambda v: mapping(text, text).fits(v) and sorted(v) == sorted(map(str, range(len(v)))),
+)
+_LABEL = Wanted("", lambda v: whole(0).fits(v) or listing(whole(0)).fits(v))
+_LABELS = {
+    "labels": optional(Wanted("a whole number, or several, by name", lambda v: mapping(text, _LABEL).fits(v))),
+    "regions_class_order": optional(listing(whole(0))),
+}
+_IMAGES = {"channel_names": optional(_CHANNELS), "modality": optional(_CHANNELS), "file_ending": optional(text)}
 
-def check_description(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Whether a dataset.json has nnU-Net's present form, as far as pretraining needs it.
+
+def check_description(content: Mapping[str, Any], where: str | Path, *, labels: bool = False) -> None:
+    """Whether a dataset.json has nnU-Net's present form, as far as it is used.
 
     Args:
         content: of the file.
-        path: of the file.
+        where: the file, or words for it.
+        labels: whether its labels are used, and not only its images.
 
     Raises:
         NnsslError: it names the file and each entry that is wrong, and shows the right one.
     """
     if _is_v1(content):
         entry = next(k for k in ("training", "tensorImageSize", "modality", "labels") if k in content)
-        problems = [
-            f"'{entry}' is an entry of nnU-Net v1's form. Make it v2's, with this content: {_as_v2(content, Path(path))}"
-        ]
+        right = _as_v2(content, where.parent if isinstance(where, Path) else None)
+        problems = [f"'{entry}' is an entry of nnU-Net v1's form. Make it v2's, with this content: {right}"]
     else:
         problems = [*_channels(content), *_ending(content), *_images(content)]
-    raise_problems(problems, str(path))
-
-
-def check_dataset_json(content: Any, what: str) -> None:
-    """Of a ``dataset.json``. Raises :class:`NnsslError` that names the fields."""
-    channels = Wanted(
-        'names by index, for example {"0": "CT"}',
-        lambda v: mapping(text, text).fits(v) and sorted(v) == sorted(map(str, range(len(v)))),
-    )
-    label = Wanted("", lambda v: whole(0).fits(v) or listing(whole(0)).fits(v))
-    labels = Wanted("a whole number, or several, by name", lambda v: mapping(text, label).fits(v))
-    check_fields(
-        content,
-        {
-            "channel_names": optional(channels),
-            "modality": optional(channels),
-            "labels": optional(labels),
-            "file_ending": optional(text),
-            "regions_class_order": optional(listing(whole(0))),
-        },
-        what,
-    )
+        kinds = {k: w for k, w in _IMAGES.items() if not any(p.startswith(f'"{k}"') for p in problems)}
+        problems += field_problems(content, {**kinds, **(_LABELS if labels else {})})
+    raise_problems(problems, str(where))
 
 
 def _is_v1(content: Mapping[str, Any]) -> bool:
+    """Entries of v1 beside all that v2 needs do no harm: nnU-Net's own conversion of the decathlon leaves some."""
+    if "channel_names" in content and "file_ending" in content:
+        return False
     labels = content.get("labels")
     swapped = (
         isinstance(labels, dict)
@@ -71,14 +66,14 @@ def _is_v1(content: Mapping[str, Any]) -> bool:
     )
 
 
-def _as_v2(content: Mapping[str, Any], path: Path) -> str:
+def _as_v2(content: Mapping[str, Any], folder: Path | None) -> str:
     """What a v1 file says in v2's form, in one line."""
     names = content.get("channel_names") or content.get("modality") or {"0": "MR"}
     labels = content.get("labels")
     if isinstance(labels, dict) and all(str(k).isdecimal() for k in labels):
         labels = {str(v): int(k) for k, v in labels.items()}
-    images = path.parent / "imagesTr"
-    files = sorted(f.name for f in images.iterdir()) if images.is_dir() else []
+    images = None if folder is None else folder / "imagesTr"
+    files = sorted(f.name for f in images.iterdir()) if images and images.is_dir() else []
     found = next((e for f in files for e in ALL_ENDINGS if f.lower().endswith(e)), ".nii.gz")
     cases = {f.rsplit("_", 1)[0] for f in files if f.endswith(found)}
     told = {

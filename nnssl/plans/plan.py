@@ -15,7 +15,7 @@ from nnssl.files import read_json
 from nnssl.paths import preprocessed_folder, set_folders
 from nnssl.plans.check import check_arguments, check_configuration, check_part, check_plans
 from nnssl.plans.datasets import dataset_id, resolve_dataset
-from nnssl.plans.description import check_dataset_json, check_description
+from nnssl.plans.description import check_description
 from nnssl.plans.hashes import architecture_hash, canonical_arch_kwargs, data_hash
 from nnssl.plans.primus import CLASSES, check_patch, problems_of, stock_trainer
 from nnssl.words import size_text
@@ -61,7 +61,7 @@ class Plan:
             raise NnsslError(f"These are not plans of nnU-Net v2: {', '.join(missing)} is missing.")
         what = f"Plans '{plans['plans_name']}' of {plans['dataset_name']}"
         check_plans(plans, what)
-        check_dataset_json(dataset_json, f"dataset.json of {plans['dataset_name']}")
+        check_description(dataset_json, f"dataset.json of {plans['dataset_name']}", labels=True)
         name, known = plans["plans_name"], list(plans["configurations"])
         if configuration not in known:
             raise NnsslError(

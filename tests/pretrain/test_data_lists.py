@@ -16,7 +16,7 @@ from nnssl.plans.description import check_description
 from nnssl.plans.labels import choose_validating
 from nnssl.pretrain.prepare.fingerprint import FigureWorker
 from nnssl.pretrain.prepare.planning import planned
-from nnssl.pretrain.prepare.raw import RawCase, list_unplanned
+from nnssl.pretrain.prepare.raw import RawCase, describe, list_unplanned
 from nnssl.pretrain.prepare.selection import read_case_list, select
 from nnssl.pretrain.prepare.worker import CaseWorker, Job
 
@@ -102,6 +102,29 @@ def test_a_file_of_nnunet_v1_is_shown_as_it_has_to_be(tiny_raw_dataset):
     check_description(content, path)  # whoever follows the advice is not told again
     path.write_text(json.dumps(content))
     assert len(list_unplanned("Dataset902_Free").cases) == 2
+
+
+def test_what_nnunets_conversion_of_the_decathlon_leaves_is_no_v1(tiny_preprocessed, nnunet_env):
+    tiny_preprocessed(901, "Tiny", 3, shape=(12, 16, 12), plan_options={"patch": (8, 8, 8)})
+    for path in (nnunet_env.raw, nnunet_env.preprocessed):
+        path = path / "Dataset901_Tiny" / "dataset.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tensorImageSize": "3D", "training": []}))
+    assert load_plan(901).channel_names == {0: "MR"} and describe("Dataset901_Tiny")["tensorImageSize"] == "3D"
+
+
+def test_labels_are_checked_where_they_are_used(tiny_preprocessed, nnunet_env):
+    tiny_preprocessed(901, "Tiny", 3, shape=(12, 16, 12), plan_options={"patch": (8, 8, 8)})
+    for root in (nnunet_env.raw, nnunet_env.preprocessed):
+        path = root / "Dataset901_Tiny" / "dataset.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "labels": {"liver": "one"}}))
+    assert describe("Dataset901_Tiny")["labels"]  # of a source, whose labels are never used
+    with pytest.raises(
+        NnsslError, match="dataset.json of Dataset901_Tiny: 'labels' must be a whole number, or several"
+    ):
+        load_plan(901)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "channel_names": {"00": "CT"}}))
+    with pytest.raises(NnsslError, match="'channel_names' must be names by index"):
+        load_plan(901)
 
 
 def test_the_target_is_checked_too(tiny_preprocessed, nnunet_env):
