@@ -20,6 +20,7 @@ from typing import Any
 from nnssl.config import build, option, unknown_keys
 from nnssl.errors import NnsslError, ProblemsError, raise_problems
 from nnssl.experiments.reading import read_names, read_yaml, resolve_path
+from nnssl.fields import mapping, misfit
 from nnssl.plans.figures import MEAN_TEACHER, check_options, family_name
 from nnssl.plans.variants import check_name
 
@@ -303,11 +304,11 @@ def _arm(given: Any, training: Training, pretraining: Pretraining, folder: Path,
     if method in FROM_RANDOM and (given.get("options") or given.get("pretraining")):
         problems.append(f"{at}there is no pretraining, so it has no options")
     raise_problems(problems, THE_FILE)
-    own = dict(given.get("pretraining") or {})
-    fitted = dict(given.get("training") or {})
+    own, fitted, chosen = (_section(given, key, at) for key in ("pretraining", "training", "options"))
     if method == TEACHER:
         fitted.setdefault("schedule", MEAN_TEACHER)
-    options = {**pretraining.options, **(own.pop("options", None) or {}), **(given.get("options") or {})}
+    options = {**pretraining.options, **_section(own, "options", f"{at}pretraining: "), **chosen}
+    own.pop("options", None)
     told = build(_ArmKeys, {k: given[k] for k in ("adapt", "coverage") if k in given}, at)
     learnt = replace(_merged(pretraining, own, f"{at}pretraining: "), options=options)
     if learnt.exclude:
@@ -325,6 +326,13 @@ def _arm(given: Any, training: Training, pretraining: Pretraining, folder: Path,
     return arm
 
 
+def _section(given: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """The mapping under a key; empty where there is none."""
+    value = given.get(key) or {}
+    raise_problems([] if isinstance(value, Mapping) else [f"{where}{misfit(key, mapping(), value)}"], THE_FILE)
+    return dict(value)
+
+
 @dataclass(frozen=True)
 class _ArmKeys:
     adapt: dict[str, Any] = option({})
@@ -338,7 +346,7 @@ def _merged(base: Any, own: Any, where: str) -> Any:
     values = {f.name: getattr(base, f.name) for f in fields(base)}
     if isinstance(base, Training):
         same = family_name(str(own.get("schedule", base.schedule))) == family_name(base.schedule)
-        values["figures"] = {**(base.figures if same else {}), **(own.get("figures") or {})}
+        values["figures"] = {**(base.figures if same else {}), **_section(own, "figures", where)}
         own = {k: v for k, v in own.items() if k != "figures"}
     return build(type(base), {**values, **own}, where)
 

@@ -157,6 +157,20 @@ def test_problems_are_told_once_with_the_file_and_counted(tmp_path):
     assert str(error.value).count("network: ") == 2
 
 
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ("options: true", "method mae: 'options' must be keys and values, not True"),
+        ("pretraining: {options: [1]}", r"method mae: pretraining: 'options' must be keys and values, not \[1\]"),
+        ("training: {figures: 3}", "method mae: training: 'figures' must be keys and values, not 3"),
+        ("training: long", "method mae: 'training' must be keys and values, not 'long'"),
+    ],
+)
+def test_sections_of_a_method_that_are_no_mappings_are_refused(tmp_path, entry, told):
+    with pytest.raises(NnsslError, match=told):
+        load(tmp_path, SHORT.replace("mae", f"{{method: mae, {entry}}}"))
+
+
 def test_the_old_schema_module_works_and_tells_its_new_names(tmp_path):
     sys.modules.pop("nnssl.experiments.schema", None)
     with pytest.warns(FutureWarning, match=r"now nnssl\.experiments\.reading .* and nnssl\.config") as told:
