@@ -16,8 +16,6 @@ from nnssl.plans import Plan, load_plan
 from nnssl.plans.labels import ALL, case_order, choose_cases, folds_of
 from nnssl.plans.variants import derive
 
-__all__ = ["LabelSubset", "Resolved", "TestCase", "digest", "forbidden_cases", "resolve_setting"]
-
 ORDER_SEED = 0
 """Of the fixed random orders: which test cases ``max_test_cases`` keeps, which cases draw the training curve."""
 
@@ -168,6 +166,7 @@ def _test_cases(setting: Setting, plan: Plan, splits: Mapping[str, Any]) -> list
 
 
 def cases_in(plan: Plan, part: str) -> dict[str, TestCase]:
+    """The raw cases of ``part`` (``Tr`` or ``Ts``) with their reference segmentations, by name."""
     folder, ending = raw_folder() / plan.dataset_name / f"labels{part}", plan.dataset_json["file_ending"]
     cases = _raw_cases(plan.dataset_name, plan, f"images{part}")
     return {n: TestCase(n, c.files, str(folder / f"{n}{ending}")) for n, c in sorted(cases.items())}

@@ -25,8 +25,6 @@ from nnssl.files import remove_temporary, write_atomic
 from nnssl.grammar import CommandParser
 from nnssl.words import counted, spoken
 
-__all__ = ["main", "parser", "run_experiment"]
-
 log = logging.getLogger("nnssl")
 
 

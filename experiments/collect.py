@@ -25,8 +25,6 @@ from nnssl.files import read_json, write_atomic, write_json
 from nnssl.variables import variables
 from nnssl.weights.save import package_versions
 
-__all__ = ["CASE_COLUMNS", "CURVE_COLUMNS", "collect"]
-
 CASE_COLUMNS = ("method", "labels", "setting", "seed", "fold", "case", "label", "dice", "surface_dice", "hd95",
                 "reference_voxels", "prediction_voxels")  # fmt: skip
 CURVE_COLUMNS = ("method", "labels", "setting", "seed", "fold", "epoch", "step", "pseudo_dice", "train_loss", "val_loss",

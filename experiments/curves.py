@@ -14,8 +14,6 @@ from nnssl.experiments.statistics import seed_means
 from nnssl.experiments.summary import Curves, Row, mean_curve
 from nnssl.files import write_atomic
 
-__all__ = ["colour_of", "dice_over_labels", "save", "training_curves"]
-
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the baseline is grey.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5f3f", "#7a5fc0")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")

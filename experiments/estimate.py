@@ -13,8 +13,6 @@ from nnssl.experiments.jobs import PHASES, Graph, Job
 from nnssl.experiments.records import Records
 from nnssl.plans import Plan
 
-__all__ = ["Estimate", "clock", "estimate_jobs", "step_seconds"]
-
 START_SECONDS = {"network": 15.0, "pretrain": 30.0, "plan": 15.0, "train": 30.0, "predict": 30.0, "evaluate": 15.0}
 """What a job takes before its first step, and all of a job without steps: mostly Python's imports."""
 PRETRAIN_FACTOR = 3.0

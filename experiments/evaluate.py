@@ -22,8 +22,6 @@ from nnssl.errors import NnsslError
 from nnssl.files import read_json, write_json
 from nnssl.weights.load import read_file
 
-__all__ = ["drop_unreadable", "evaluate_case", "evaluate_run", "main", "need_surface_library", "surface_metrics"]
-
 log = logging.getLogger("nnssl")
 
 Region = int | tuple[int, ...]

@@ -17,8 +17,6 @@ from nnssl.command import stop_on_signals
 from nnssl.experiments.jobs import Job
 from nnssl.experiments.records import Records, end_group, try_lock
 
-__all__ = ["LAUNCHER", "Backend", "Handle", "LocalBackend", "Outcome", "full_command", "run_jobs", "settle_lost"]
-
 log = logging.getLogger("nnssl")
 
 LAUNCHER = (sys.executable, "-m", "nnssl.experiments.launch")

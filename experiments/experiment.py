@@ -24,19 +24,6 @@ from nnssl.fields import mapping, misfit
 from nnssl.plans.figures import MEAN_TEACHER, check_options, family_name
 from nnssl.plans.variants import check_name
 
-__all__ = [
-    "FROM_RANDOM",
-    "SCRATCH",
-    "TEACHER",
-    "Arm",
-    "Experiment",
-    "Network",
-    "Pretraining",
-    "Setting",
-    "Training",
-    "load_experiment",
-]
-
 SCRATCH = "scratch"
 """The method without pretraining, which all others are compared with: labels only, whatever the schedule."""
 TEACHER = "mean-teacher"

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from nnssl.experiments.tables import Table
 
-__all__ = ["Picture", "details", "figure", "listing", "page", "paragraph", "section", "table"]
-
 STYLE = """
 :root { --text: #1b1f24; --muted: #59616b; --line: #d9dee4; --soft: #f4f6f8; --accent: #0b5cad; }
 * { box-sizing: border-box; }

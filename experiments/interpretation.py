@@ -9,8 +9,6 @@ from nnssl.experiments.scores import label_order
 from nnssl.experiments.summary import Gain, Row, verdict
 from nnssl.experiments.tables import NOTHING, baseline_of, labels_text, percent
 
-__all__ = ["EXPLANATIONS", "answers"]
-
 EXPLANATIONS = (
     "**Dice** is nnU-Net's: per label the mean over all test cases, then the mean over labels, then the mean over "
     "seeds. **±** is the standard deviation over seeds (n − 1); a seed draws other labelled cases and "

@@ -27,8 +27,6 @@ from nnssl.plans.figures import PRIMUS, Figures, family_name, spelt, trainer_for
 from nnssl.plans.figures import SCRATCH as SCRATCH_TRAINER
 from nnssl.plans.figures import TEACHER as TEACHER_TRAINER
 
-__all__ = ["PHASES", "Graph", "Job", "Run", "build_graph"]
-
 PHASES = ("network", "pretrain", "plan", "train", "predict", "evaluate")
 
 

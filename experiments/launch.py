@@ -15,8 +15,6 @@ from pathlib import Path
 
 from nnssl.trainers.discovery import activate
 
-__all__ = ["COMMANDS", "EVALUATE", "main", "typed"]
-
 EVALUATE = "nnssl_evaluate"
 """Name of the evaluation here; it has no console command of its own."""
 

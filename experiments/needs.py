@@ -7,8 +7,6 @@ from nnssl.experiments.experiment import FROM_RANDOM, Experiment
 from nnssl.paths import set_folders
 from nnssl.plans import dataset_id, list_datasets, resolve_dataset
 
-__all__ = ["need_datasets"]
-
 
 def need_datasets(experiment: Experiment) -> None:
     """Refuse an experiment of which datasets are missing.

@@ -17,16 +17,6 @@ from nnssl.experiments.summary import Row
 from nnssl.experiments.tables import baseline_of
 from nnssl.files import write_atomic
 
-__all__ = [
-    "CasePicture",
-    "best_slice",
-    "draw_case",
-    "extreme_cases",
-    "pictured_cell",
-    "remove_overlays",
-    "write_overlays",
-]
-
 log = logging.getLogger("nnssl")
 
 REFERENCE = "#ffffff"

@@ -12,8 +12,6 @@ from nnssl.experiments import html
 from nnssl.experiments.summary import Row
 from nnssl.experiments.tables import Table
 
-__all__ = ["failures", "lead", "made"]
-
 FIRST = ("job", "method", "labels", "setting", "seed", "fold", "phase", "reason", "log")
 PACKAGES = ("nnssl", "nnunetv2", "torch", "scipy", "numpy")
 

@@ -28,17 +28,6 @@ from nnssl.experiments.scores import BASELINE, Labels, number, parse_labels
 from nnssl.experiments.summary import MEAN, Row
 from nnssl.experiments.tables import NOTHING, Table, baseline_of, percent, plus_minus
 
-__all__ = [
-    "LEFT_OVER",
-    "PUBLISHED",
-    "Published",
-    "left_over",
-    "of_setting",
-    "published_notes",
-    "published_table",
-    "read_published",
-]
-
 REQUIRED = ("method", "labels", "dice")
 SHARES = ("dice", "sd", "surface_dice", "jaccard")
 DISTANCES = ("hd95", "asd")

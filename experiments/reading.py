@@ -12,8 +12,6 @@ import yaml
 
 from nnssl.errors import NnsslError
 
-__all__ = ["read_names", "read_yaml", "resolve_path"]
-
 
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader that refuses a key given twice, of which it would silently take the last."""

@@ -17,8 +17,6 @@ try:
 except ImportError:  # Windows: no two starts are told apart there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Records", "end_group", "try_lock"]
-
 
 def try_lock(path: Path) -> IO[str] | None:
     """An open file with an exclusive lock, or None where somebody has it. Child processes that get the file keep the lock."""

@@ -31,8 +31,6 @@ from nnssl.experiments.summary import Curves, Row, read_curves, summarise
 from nnssl.experiments.tables import Table
 from nnssl.files import write_atomic
 
-__all__ = ["described", "write"]
-
 log = logging.getLogger("nnssl")
 
 CURVE_CAPTION = (

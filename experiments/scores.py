@@ -34,8 +34,6 @@ import pandas as pd
 
 from nnssl.errors import NnsslError, raise_problems
 
-__all__ = ["BASELINE", "METRICS", "Key", "Scores", "read_rows", "read_scores"]
-
 BASELINE = "scratch"
 METRICS = ("dice", "surface_dice", "hd95")
 REQUIRED = ("method", "labels", "seed", "case", "label", "dice")

@@ -13,8 +13,6 @@ from nnssl.experiments.executor import LAUNCHER, Handle, full_command
 from nnssl.experiments.jobs import Job
 from nnssl.experiments.records import Records
 
-__all__ = ["SlurmBackend", "run_command_line"]
-
 
 def run_command_line(command: Sequence[str], environment: Mapping[str, str], log: str) -> int:
     """What runs on the node: the command with its output in the log. Returns its exit status."""

@@ -18,20 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = [
-    "Factor",
-    "case_weights",
-    "first_reached",
-    "holm",
-    "interval",
-    "labels_needed",
-    "mean_and_sd",
-    "paired_differences",
-    "seed_means",
-    "weighted_mean",
-    "wilcoxon_p",
-]
-
 RESAMPLES = 10_000
 LEVEL = 0.95
 

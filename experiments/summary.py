@@ -12,8 +12,6 @@ import numpy as np
 from nnssl.experiments import statistics as st
 from nnssl.experiments.scores import METRICS, Key, Scores, number, parse_labels
 
-__all__ = ["Curves", "Gain", "Row", "LabelFactor", "EpochsToMatch", "read_curves", "summarise", "verdict"]
-
 MEAN = "mean"
 SAVING_RESAMPLES = 2_000
 ALPHA = 0.05

@@ -14,18 +14,6 @@ from nnssl.experiments.scores import Labels, label_order
 from nnssl.experiments.statistics import Factor
 from nnssl.experiments.summary import MEAN, EpochsToMatch, LabelFactor, Row, verdict
 
-__all__ = [
-    "Table",
-    "comparison_table",
-    "csv_text",
-    "dice_table",
-    "label_table",
-    "markdown",
-    "metric_table",
-    "notes",
-    "tex",
-]
-
 NOTHING = "–"
 FEW_CASES = 10
 CSV_COLUMNS: tuple[str, ...] = (

@@ -42,8 +42,6 @@ from nnssl.variables import variables
 from nnssl.weights import check_loadable
 from nnssl.words import counted, size_text
 
-__all__ = ["RunResult", "pretrain", "run"]
-
 log = logging.getLogger("nnssl")
 
 

@@ -15,8 +15,6 @@ from nnssl.errors import NnsslError, UsageError
 from nnssl.grammar import CommandParser
 from nnssl.pretrain.options import LENGTH, MACHINE, WHAT, add_options, from_args
 
-__all__ = ["main", "parser"]
-
 
 def parser() -> CommandParser:
     """The command's arguments: those of :class:`~nnssl.pretrain.options.RunOptions`, and what only a command line needs."""

@@ -22,8 +22,6 @@ from nnssl.plans.figures import DEFAULT_FAMILY, MEAN_TEACHER, trainer_for
 from nnssl.results import find_pretrainings
 from nnssl.transfer import Adaptation, TransferReport, apply
 
-__all__ = ["Start", "finished_before", "keep_first_end", "next_lines", "start_from", "started_from"]
-
 log = logging.getLogger("nnssl")
 
 _OF_PLANS = re.compile(r"(?:type )?nnssl_plan --checkpoint FILE (--adapt [\w= ]+?) --name NAME")

@@ -20,8 +20,6 @@ from nnssl.grammar import SHARED, CommandParser
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.hooks import Hook
 
-__all__ = ["RunOptions", "Sources", "add_options", "as_function", "command_of", "from_args"]
-
 Sources = int | str | Sequence[int | str] | Mapping[int | str, float]
 """A dataset, several, or several with weights; text may carry a weight, ``"500:8"``."""
 

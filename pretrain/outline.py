@@ -16,8 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["outlines", "source_value"]
-
 ROOT = Path(__file__).parents[1]
 LIGHT = ("nnssl.config", "nnssl.errors")
 """Modules of this package that import nothing heavy: they are imported as usual."""

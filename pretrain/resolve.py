@@ -14,8 +14,6 @@ from nnssl.pretrain.engine.config import RUNTIME_OPTIONS, EngineConfig
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import CropRequest
 
-__all__ = ["Choice", "batch_size", "identity", "method_folder", "resolve"]
-
 EPOCHS, ITERATIONS, SEED = 200, 250, 0
 
 

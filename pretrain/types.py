@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "CropRequest", "Crops", "Curve", "Level", "Picture", "Progress", "SourceStats"]
-
 Batch = dict[str, Any]
 
 

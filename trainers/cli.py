@@ -13,8 +13,6 @@ from nnssl.grammar import CommandParser
 from nnssl.trainers import TRAINERS
 from nnssl.trainers.discovery import VARIABLE, is_active, shim_folder
 
-__all__ = ["describe", "export_line", "main", "parser"]
-
 FIRST_VERSION = (2, 8)
 
 

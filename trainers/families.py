@@ -10,13 +10,6 @@ from typing import ClassVar
 
 from nnssl.trainers.pretrained import nnUNetTrainerPretrained
 
-__all__ = [
-    "nnUNetTrainerPretrainedFreezeUnfreeze",
-    "nnUNetTrainerPretrainedFrozen",
-    "nnUNetTrainerPretrainedHeadOnly",
-    "nnUNetTrainerPretrainedSawtooth",
-]
-
 
 class nnUNetTrainerPretrainedFreezeUnfreeze(nnUNetTrainerPretrained):
     """Backbone frozen for a third of the steps, then raised exponentially to the heads' rate (Kats et al. 2024).

@@ -16,8 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nnssl.networks import canonical_state_dict, unwrap
 from nnssl.weights import is_head, part_of
 
-__all__ = ["backbone_groups", "build_optimizer", "changed_parts", "group_of", "hold_statistics", "parameter_groups"]
-
 _STAGE = re.compile(r"(?:decoder\.)?encoder\.stages\.(\d+)\.")
 _BLOCK = re.compile(r"eva\.blocks\.(\d+)\.")
 _LAST = "encoder norm"

@@ -11,8 +11,6 @@ import torch
 
 from nnssl.networks import canonical_state_dict
 
-__all__ = ["content_of", "digests"]
-
 
 def content_of(save: Callable[[Any], None]) -> dict[str, Any] | None:
     """What ``save(file)`` writes with ``torch.save``, on the CPU; None where it writes nothing."""

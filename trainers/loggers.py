@@ -11,8 +11,6 @@ from typing import Any
 
 from nnssl.loggers import Logger, logger_names, open_loggers
 
-__all__ = ["FineTuningLogger", "add_loggers"]
-
 _TIMES = ("epoch_start_timestamps", "epoch_end_timestamps")
 
 

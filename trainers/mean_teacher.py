@@ -48,8 +48,6 @@ from nnssl.trainers.rates import draw_below
 from nnssl.trainers.schedule import Rates, StepSchedule
 from nnssl.weights import Checkpoint
 
-__all__ = ["nnUNetTrainerMeanTeacher", "nnUNetTrainerPretrainedMeanTeacher"]
-
 TEACHER = "nnssl_mean_teacher"
 """Key of a fine-tuned checkpoint: the teacher, the steps that it has followed, and what was measured after each epoch."""
 COLLAPSE = 0.1

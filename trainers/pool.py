@@ -30,16 +30,6 @@ from nnssl.errors import NnsslError
 from nnssl.preprocessed import CaseRef, open_array
 from nnssl.teacher import changes
 
-__all__ = [
-    "Halves",
-    "TwoViews",
-    "UnlabelledDataset",
-    "UnlabelledLoader",
-    "shifted",
-    "split_transforms",
-    "strong_changes",
-]
-
 
 class UnlabelledDataset:
     """Preprocessed images of any folders, as nnU-Net's loader reads them. Labels that lie beside an image are not read.

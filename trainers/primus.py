@@ -17,8 +17,6 @@ from torch import nn
 from nnssl.networks.build import build_primus
 from nnssl.trainers.pretrained import nnUNetTrainerPretrained
 
-__all__ = ["nnUNetTrainerPretrainedPrimus", "nnUNetTrainerPretrainedPrimusScratch"]
-
 
 class nnUNetTrainerPretrainedPrimus(nnUNetTrainerPretrained):
     """Fine-tunes a Primus; weights are found as in :class:`~nnssl.trainers.pretrained.nnUNetTrainerPretrained`.

@@ -15,9 +15,6 @@ from nnssl.plans.figures import Figures
 from nnssl.plans.probe import from_probe, to_probe
 from nnssl.trainers.pretrained import check_network, nnUNetTrainerPretrained
 
-__all__ = ["nnUNetTrainerLinearProbe"]
-
-
 _ONLY_HERE = (
     "nnssl: NOTE: a linear probe predicts only where nnssl is installed. That goes for this folder and for a zip that "
     "nnUNetv2_export_model_to_zip makes of it: whoever installs it needs pip install of nnssl too."

@@ -8,8 +8,6 @@ from typing import Any
 
 from nnssl.trainers.schedule import Rates
 
-__all__ = ["describe_rates", "draw_below", "draw_rates", "merge_names"]
-
 MOST_POINTS = 2000
 """Steps of a training at which its rates are drawn, beside the first of each epoch."""
 

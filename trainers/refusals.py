@@ -8,8 +8,6 @@ from types import TracebackType
 
 from nnssl.errors import NnsslError
 
-__all__ = ["VARIABLE", "tell_refusals_briefly"]
-
 VARIABLE = "NNSSL_TRACEBACK"
 """Set to anything, it brings the traceback back."""
 

@@ -17,8 +17,6 @@ from nnssl.trainers.rates import describe_rates, draw_rates
 from nnssl.trainers.schedule import EpochSchedule, Figures, Rates, StepSchedule
 from nnssl.weights import is_head
 
-__all__ = ["StepwiseTrainer"]
-
 CLIP = 12.0  # nnU-Net's
 
 

@@ -12,8 +12,6 @@ from nnssl.plans import Plan, dataset_id
 from nnssl.plans.figures import PRIMUS, SCRATCH
 from nnssl.results import PretrainingRun, find_pretrainings, find_pretrainings_elsewhere, list_pretrainings
 
-__all__ = ["Source", "find_weights"]
-
 
 @dataclass(frozen=True)
 class Source:

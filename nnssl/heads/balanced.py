@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ScaleProjections", "gather_pyramid", "voxel_projector"]
-
 
 def gather_pyramid(levels: Sequence[Tensor], voxels: Tensor, strides: Sequence[Sequence[int]]) -> list[Tensor]:
     """Features of single voxels in each level: the feature at ``voxel // stride``, as after nearest up-sampling.

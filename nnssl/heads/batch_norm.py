@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from nnssl.amp import at_least_float32
 
-__all__ = ["ROW_NORMS", "BatchNormMLP", "standardise_rows"]
-
 ROW_NORMS = ("batch", "row")
 
 

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from nnssl.distributed import gather_with_grad
 
-__all__ = ["DinoHead", "RunningStandardisation", "pool_stages"]
-
 
 def pool_stages(maps: Sequence[Tensor], active: Sequence[Tensor] | None = None, *, maximum: bool = True) -> Tensor:
     """Mean and maximum of feature maps, concatenated, in float32.

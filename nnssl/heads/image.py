@@ -18,8 +18,6 @@ from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError, nearest
 from nnssl.heads.mlp import mlp
 
-__all__ = ["POOLINGS", "ImageHead", "pool", "pooled_width", "standardise"]
-
 POOLINGS = ("gap", "gap+gmp", "grid", "flatten")
 _ADAPTIVE: dict[int, Callable[..., Tensor]] = {
     1: F.adaptive_avg_pool1d,

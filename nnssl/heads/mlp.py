@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["mlp"]
-
 
 def mlp(width: int, out: int = 128, *, hidden: int = 128, layers: int = 2) -> nn.Sequential:
     """``layers`` linear maps with ReLU between them: ``(N, width) -> (N, out)``. The output is not normalised.

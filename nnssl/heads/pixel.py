@@ -7,8 +7,6 @@ from dynamic_network_architectures.building_blocks.simple_conv_blocks import Sta
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["norm_of", "pixel_projector"]
-
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 

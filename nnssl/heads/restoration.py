@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["restoration_head"]
-
 
 def restoration_head(channels: int, out: int, *, dim: int, layers: int = 1) -> nn.Module:
     """Features ``(B, channels, *size)`` to images ``(B, out, *size)``, without an activation at the end.

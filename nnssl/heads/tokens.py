@@ -9,8 +9,6 @@ from dynamic_network_architectures.building_blocks.patch_encode_decode import Pa
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
-__all__ = ["TokenDecoder"]
-
 
 class TokenDecoder(nn.Module):
     """A learned token where there is none, two transformer blocks with their own positions, then Primus's decoder of tokens.

@@ -15,20 +15,6 @@ from torch import Tensor, nn
 
 from nnssl.distributed import gather_with_grad, mean_over_ranks
 
-__all__ = [
-    "Centre",
-    "Health",
-    "alignment",
-    "consistency",
-    "diagnose",
-    "embedding_spread",
-    "entropy",
-    "koleo",
-    "retrieval",
-    "teacher_targets",
-    "variance_hinge",
-]
-
 
 @torch.no_grad()
 def teacher_targets(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:

@@ -10,16 +10,6 @@ from torch import Tensor
 
 from nnssl.losses.supcon import safe_normalise
 
-__all__ = [
-    "channel_std",
-    "middle_slice",
-    "off_diagonal_cosine",
-    "pair_similarity",
-    "place_share",
-    "principal_colours",
-    "resemblance",
-]
-
 
 @torch.no_grad()
 def off_diagonal_cosine(z: Tensor, valid: Tensor | None = None) -> Tensor:

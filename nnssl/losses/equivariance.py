@@ -15,8 +15,6 @@ from torch import Tensor
 from nnssl.amp import at_least_float32
 from nnssl.errors import NnsslError
 
-__all__ = ["equivariance_loss", "shrink"]
-
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 

@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["InfoNCE", "chance_level", "info_nce", "nearest_share", "similarities"]
-
 
 class InfoNCE(nn.Module):
     r"""Voxel contrast between two views of the same places.

@@ -11,8 +11,6 @@ from nnssl.amp import at_least_float32
 from nnssl.distributed import mean_over_ranks
 from nnssl.masking.baselines import block_means
 
-__all__ = ["BLOCK_EPS", "block_statistics", "masked_error"]
-
 BLOCK_EPS = 0.05**2
 """Added to the variance of a block, in z-score units: 1e-6 (SparK, MAE) would blow the noise of air up to SD 1."""
 

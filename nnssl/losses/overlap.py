@@ -13,8 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["base_crops", "base_offsets", "overlap_labels"]
-
 
 def base_offsets(size: Sequence[int], grid: Sequence[int]) -> Tensor:
     """First voxel of each base crop in the window: ``(n, dim)`` int64."""

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from nnssl.amp import at_least_float32
 
-__all__ = ["EPS", "NEGATIVES", "POOLS", "REGULARISATIONS", "WEIGHTINGS", "PositionLoss", "orthogonality", "similarity"]
-
 EPS = 1e-6
 WEIGHTINGS = ("overlap", "binary", "all")
 NEGATIVES = ("log", "square")

@@ -14,8 +14,6 @@ from torch import Tensor
 from nnssl.amp import at_least_float32
 from nnssl.errors import NnsslError
 
-__all__ = ["collapse_value", "dense_supcon", "position_positives", "safe_normalise", "site_contrast", "supcon"]
-
 _NORM_EPS = 1e-6  # added under the root: a zero vector keeps a bounded gradient
 _MIN_NORM = 1e-4  # shorter vectors (an empty patch under InstanceNorm) are neither anchors nor contrasts
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from nnssl.masking.blocks import block_sum, to_voxels
 
-__all__ = ["block_means", "inpaint", "surrounding_means"]
-
 _POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 

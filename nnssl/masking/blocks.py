@@ -11,8 +11,6 @@ from torch import Tensor
 from nnssl.errors import NnsslError
 from nnssl.words import size_text
 
-__all__ = ["block_sum", "choose_block", "mask_blocks", "mostly", "to_voxels"]
-
 LEAST_BLOCKS = 64
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from nnssl.masking.baselines import inpaint
 
-__all__ = ["ERROR", "FILLED", "PAINTED", "REAL", "SHOWN", "MaskedPanel", "masked_panel"]
-
 SHOWN = "what the network is shown (blue: hidden)"
 PAINTED = "what it paints into the blue blocks"
 REAL = "what was really there"

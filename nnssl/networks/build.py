@@ -10,8 +10,6 @@ from torch import nn
 from nnssl.errors import NnsslError
 from nnssl.plans.plan import Plan
 
-__all__ = ["build_network", "build_primus", "decoder_channels", "encoder_channels"]
-
 
 def build_network(plan: Plan, n_classes: int | None = None, deep_supervision: bool = False) -> nn.Module:
     """Build and initialise the stock network of a plan: a U-Net, or a Primus for the plan's patch.

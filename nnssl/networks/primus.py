@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from nnssl.networks.state import unwrap
 
-__all__ = ["PrimusEncoder", "encoder_module", "is_primus"]
-
 
 def is_primus(network: nn.Module) -> bool:
     """Whether a network, also a wrapped one, is made of tokens as Primus is."""

@@ -16,8 +16,6 @@ from torch.nn import functional
 
 from nnssl.networks.walker import partial_decode
 
-__all__ = ["LEVELS", "LinearProbe"]
-
 LEVELS = ("decoder", "encoder")
 
 

@@ -21,8 +21,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from nnssl.amp import at_least_float32
 from nnssl.errors import NnsslError
 
-__all__ = ["Active", "Densify", "check_sparse", "sparse_encoder"]
-
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _PLAIN = (nn.LeakyReLU, nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Identity, nn.modules.dropout._DropoutNd)
 _MAX_POOL = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}

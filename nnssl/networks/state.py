@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["alias_map", "canonical_state_dict", "full_state_dict", "unwrap"]
-
 
 def unwrap(network: nn.Module) -> nn.Module:
     """Strip DistributedDataParallel (``module``) and torch.compile (``_orig_mod``), in any order."""

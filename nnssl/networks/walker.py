@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from nnssl.networks.primus import PrimusEncoder, is_primus
 from nnssl.networks.state import unwrap
 
-__all__ = ["FeaturePyramid", "Pyramid", "partial_decode", "walk"]
-
 
 @dataclass
 class FeaturePyramid:

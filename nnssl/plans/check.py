@@ -8,8 +8,6 @@ from typing import Any
 from nnssl.errors import NnsslError
 from nnssl.fields import Wanted, anything, check_fields, flag, listing, mapping, number, optional, text, whole
 
-__all__ = ["check_arguments", "check_configuration", "check_part", "check_plans"]
-
 _PART = re.compile(r"[^/\\\x00-\x1f]{1,200}")
 MANY = 1 << 16
 

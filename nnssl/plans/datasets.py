@@ -8,8 +8,6 @@ from difflib import SequenceMatcher
 from nnssl.errors import NnsslError
 from nnssl.paths import FOLDERS, set_folders
 
-__all__ = ["dataset_id", "list_datasets", "resolve_dataset"]
-
 _NAME = re.compile(r"Dataset(\d{3,})_(.+)")
 
 

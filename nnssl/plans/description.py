@@ -11,8 +11,6 @@ from typing import Any
 from nnssl.errors import raise_problems
 from nnssl.fields import Wanted, field_problems, listing, mapping, optional, text, whole
 
-__all__ = ["check_description"]
-
 ALL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".tif", ".tiff")
 
 _CHANNELS = Wanted(

@@ -13,20 +13,6 @@ from nnssl.config import option, problems_of
 from nnssl.errors import NnsslError, nearest, raise_problems
 from nnssl.teacher.stages import Stages
 
-__all__ = [
-    "DEFAULT_FAMILY",
-    "FAMILIES",
-    "MEAN_TEACHER",
-    "PRIMUS",
-    "PRIMUS_FAMILIES",
-    "USED",
-    "Figures",
-    "check_options",
-    "family_name",
-    "spelt",
-    "trainer_for",
-]
-
 DEFAULT_FAMILY = "warmup_poly"
 SCRATCH = "nnUNetTrainerPretrainedScratch"
 MEAN_TEACHER = "mean_teacher"

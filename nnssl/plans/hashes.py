@@ -6,8 +6,6 @@ import hashlib
 import json
 from typing import Any
 
-__all__ = ["architecture_hash", "canonical_arch_kwargs", "data_hash"]
-
 _WITHOUT_STATISTICS = ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
 _PER_STAGE = ("features_per_stage", "n_conv_per_stage", "n_blocks_per_stage")
 _DEFAULTS = {"deep_supervision": False, "nonlin_first": False, "conv_bias": False}

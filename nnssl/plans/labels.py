@@ -13,8 +13,6 @@ from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import dataset_id
 from nnssl.plans.plan import Plan
 
-__all__ = ["ALL", "case_order", "choose_cases", "choose_validating", "folds_of", "restrict", "small_split"]
-
 ALL = "all"
 """nnU-Net's name for the fold that holds every case."""
 FOLDS = 5

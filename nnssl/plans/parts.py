@@ -11,8 +11,6 @@ from typing import Any
 
 from nnssl.errors import NnsslError, nearest
 
-__all__ = ["CHOICES", "HEADS_ONLY", "check_parts", "parts_for", "select_parts"]
-
 CHOICES = ("default", "encoder", "encoder+bottom", "all")
 """What ``--parts`` takes: the default that the checkpoint names, the encoder alone, with it the decoder stage of the lowest
 resolution, or everything that was pretrained."""

@@ -20,8 +20,6 @@ from nnssl.plans.hashes import architecture_hash, canonical_arch_kwargs, data_ha
 from nnssl.plans.primus import CLASSES, check_patch, problems_of, stock_trainer
 from nnssl.words import size_text
 
-__all__ = ["Plan", "load_plan", "plans_in"]
-
 NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", *CLASSES.values())
 _UNREADABLE = (KeyError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ImportError, IndexError)
 _NEEDED = ("dataset_name", "plans_name", "configurations", "transpose_forward")

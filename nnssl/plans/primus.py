@@ -13,8 +13,6 @@ from typing import Any
 
 from nnssl.errors import NnsslError, nearest
 
-__all__ = ["CLASSES", "architecture", "check_patch", "parse_network", "problems_of", "stock_trainer"]
-
 CLASSES = {"primus": "Primus", "primusv2": "PrimusV2", "primusv3": "PrimusV3"}
 """Kind as a user writes it -> class in dynamic_network_architectures."""
 

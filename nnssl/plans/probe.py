@@ -8,8 +8,6 @@ from typing import Any
 from nnssl.plans.plan import Plan
 from nnssl.plans.variants import free_children
 
-__all__ = ["CLASS", "from_probe", "to_probe"]
-
 CLASS = "nnssl.networks.probe.LinearProbe"
 
 

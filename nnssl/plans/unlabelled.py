@@ -19,17 +19,6 @@ from nnssl.plans.datasets import dataset_id
 from nnssl.plans.plan import Plan
 from nnssl.preprocessed import CaseRef
 
-__all__ = [
-    "UnlabelledCase",
-    "UnlabelledPool",
-    "case_key_hash",
-    "find_unlabelled",
-    "list_cases",
-    "prepared_folder",
-    "source_folder",
-]
-
-
 UnlabelledCase = CaseRef
 """As it was called here before."""
 

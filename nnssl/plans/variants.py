@@ -20,8 +20,6 @@ from nnssl.plans.parts import check_parts
 from nnssl.plans.plan import Plan, plans_in
 from nnssl.plans.primus import check_patch, parse_network
 
-__all__ = ["SCHEMA", "Variant", "check_name", "derive", "list_variants"]
-
 log = logging.getLogger("nnssl")
 
 SCHEMA = 1

@@ -16,8 +16,6 @@ from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
 from nnssl.plans.labels import case_order, choose_cases, folds_of, restrict
 
-__all__ = ["MOST_LABELLED", "Case", "Classes", "Fold", "choose_folds", "read_case"]
-
 MOST_LABELLED = 16
 """Labelled cases that are taken where nobody says how many."""
 MOST_LEFT_OUT = 10

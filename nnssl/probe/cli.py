@@ -13,8 +13,6 @@ from nnssl.plans import resolve_dataset
 from nnssl.probe.report import table
 from nnssl.probe.run import probe
 
-__all__ = ["main", "parser"]
-
 log = logging.getLogger("nnssl")
 
 

@@ -17,8 +17,6 @@ from nnssl.probe.cases import Case, Classes
 from nnssl.probe.linear import Linear, Samples
 from nnssl.probe.windows import Window, read_window, tile
 
-__all__ = ["Extractor", "Stages", "stages_of"]
-
 ENCODER = "encoder"
 
 

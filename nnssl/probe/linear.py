@@ -16,8 +16,6 @@ from torch.nn import functional
 
 from nnssl.probe.cases import Classes
 
-__all__ = ["Linear", "Samples", "fit"]
-
 DECAY = 0.3
 """Weight of half the squared weights (of standardised features) beside the mean cross entropy."""
 STEPS = 100

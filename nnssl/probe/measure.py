@@ -14,8 +14,6 @@ from nnssl.probe.cases import Case, Classes, Fold
 from nnssl.probe.features import Extractor, Stages, collect, stages_of
 from nnssl.probe.linear import fit
 
-__all__ = ["Scores", "Setup", "best_slice", "measure"]
-
 ROWS = 100_000
 """Voxels that a linear layer is fitted on, at most."""
 PER_LABEL = 2_000

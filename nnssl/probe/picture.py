@@ -13,8 +13,6 @@ from nnssl.probe.measure import best_slice
 from nnssl.probe.result import Probe
 from nnssl.probe.verdict import Row
 
-__all__ = ["choose_cases", "draw"]
-
 TRUE = "#ffffff"
 COLOURS = ("#ffb000", "#35d0e6", "#ff5a8a", "#8ce04a", "#b79bff", "#ff7a2f", "#4f9bff", "#f4f06a")
 MOST_CASES = 3

@@ -16,8 +16,6 @@ from nnssl.probe.result import Probe
 from nnssl.probe.verdict import Row
 from nnssl.weights import package_versions
 
-__all__ = ["as_json", "table", "write_all"]
-
 SCHEMA = 1
 
 

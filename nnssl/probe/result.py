@@ -11,8 +11,6 @@ from nnssl.probe.measure import Setup
 from nnssl.probe.sources import Source
 from nnssl.probe.verdict import Row
 
-__all__ = ["Probe"]
-
 
 @dataclass(frozen=True, eq=False)
 class Probe:

@@ -21,8 +21,6 @@ from nnssl.probe.sources import Source, discover, examine, name_checkpoints
 from nnssl.probe.verdict import RANDOM, Row, choose_sentence, compare, mean_dice, sentence
 from nnssl.weights import Adaptation, apply, load
 
-__all__ = ["probe"]
-
 log = logging.getLogger("nnssl")
 
 RANDOM_INITS = 3

@@ -14,8 +14,6 @@ from nnssl.plans import Plan, dataset_id
 from nnssl.results import find_pretrainings, find_pretrainings_elsewhere
 from nnssl.weights import Adaptation, TransferReport, apply, labels_seen, load
 
-__all__ = ["Source", "discover", "examine", "name_checkpoints"]
-
 USUAL = ("checkpoint_final", "checkpoint_latest", "checkpoint_best", "checkpoint_robust")
 
 

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student
 
-__all__ = ["Difference", "Row", "choose_sentence", "compare", "mean_dice", "sentence"]
-
 LEVEL = 0.95
 RANDOM = "random weights"
 

@@ -11,8 +11,6 @@ import numpy as np
 
 from nnssl.plans import Plan
 
-__all__ = ["Window", "read_window", "tile", "window_size"]
-
 SLICES = 16
 """Slices that a 2d network computes at once."""
 

@@ -21,8 +21,6 @@ from nnssl.transferability.evaluator import RobustnessEvaluator, RobustnessResul
 from nnssl.transferability.indicator import select_robust
 from nnssl.weights import Checkpoint, apply, load
 
-__all__ = ["Measured", "Run", "group_runs", "measure_checkpoints"]
-
 log = logging.getLogger("nnssl")
 
 

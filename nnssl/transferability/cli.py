@@ -20,8 +20,6 @@ from nnssl.transferability.report import robustness_table, tis_table
 from nnssl.transferability.robustness import NEGATIVES
 from nnssl.transferability.schedule import RANDOM_INITS
 
-__all__ = ["main", "parser"]
-
 log = logging.getLogger("nnssl")
 
 

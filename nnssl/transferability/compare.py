@@ -22,8 +22,6 @@ from nnssl.transferability.schedule import RANDOM_INITS
 from nnssl.transferability.verdict import Baseline
 from nnssl.transferability.views import choose_families
 
-__all__ = ["Comparison", "compare", "make_evaluator", "modality"]
-
 
 @dataclass(frozen=True)
 class Comparison:

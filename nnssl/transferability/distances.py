@@ -11,8 +11,6 @@ from torch import Tensor
 
 from nnssl.errors import NnsslError, nearest
 
-__all__ = ["DISTANCES", "degenerate", "distance_matrix", "paired_distance"]
-
 DISTANCES = ("cosine", "l2", "pearson")
 _EPS = 1e-12
 

@@ -13,8 +13,6 @@ from nnssl.errors import NnsslError, raise_problems
 from nnssl.transferability.checkpoints import Run
 from nnssl.transferability.indicator import baselines, rank_correlation, select_robust, tis
 
-__all__ = ["TISRow", "read_dice", "tis_rows"]
-
 log = logging.getLogger("nnssl")
 
 NO_PRETRAINING = ("scratch", "none", "no pretraining")

@@ -24,8 +24,6 @@ from nnssl.transferability.robustness import Separation, hinge, robustness_loss,
 from nnssl.transferability.verdict import FEW_CASES
 from nnssl.transferability.views import MR_FAMILIES, photometric_view
 
-__all__ = ["RobustnessConfig", "RobustnessEvaluator", "RobustnessResult", "untouched"]
-
 log = logging.getLogger("nnssl")
 
 WEAK_VIEWS = 1e-6

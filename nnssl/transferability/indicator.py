@@ -19,18 +19,6 @@ from dataclasses import dataclass
 from nnssl.errors import NnsslError
 from nnssl.transferability.stopper import Stopper
 
-__all__ = [
-    "OnlineChoice",
-    "TISSummary",
-    "baselines",
-    "rank_correlation",
-    "select_best",
-    "select_online",
-    "select_robust",
-    "summarise",
-    "tis",
-]
-
 Curve = Mapping[int, float]
 
 

@@ -17,8 +17,6 @@ from nnssl.transferability.schedule import BUDGET, RANDOM_INITS, Schedule
 from nnssl.transferability.stopper import Stopper
 from nnssl.transferability.verdict import FEW_CASES, Baseline, Verdict, judge
 
-__all__ = ["RobustnessMonitor", "random_baseline"]
-
 log = logging.getLogger("nnssl")
 
 

@@ -20,8 +20,6 @@ from torch import Tensor
 from nnssl.errors import NnsslError, nearest
 from nnssl.transferability.robustness import Separation
 
-__all__ = ["FORMS", "separation_loss"]
-
 FORMS = ("hinge", "hardest", "softplus", "lse")
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from nnssl.errors import NnsslError, nearest
 
-__all__ = ["POOLINGS", "pool"]
-
 POOLINGS = ("gap", "grid", "flat")
 _ADAPTIVE: dict[int, Callable[..., Tensor]] = {
     1: F.adaptive_avg_pool1d,

@@ -14,8 +14,6 @@ from nnssl.transferability.downstream import TISRow
 from nnssl.transferability.indicator import summarise
 from nnssl.transferability.verdict import Baseline
 
-__all__ = ["plot_runs", "robustness_table", "tis_table", "write_robustness_csv", "write_tis_csv"]
-
 TIE = 1e-3
 
 

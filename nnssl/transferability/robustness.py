@@ -24,8 +24,6 @@ from torch import Tensor
 from nnssl.errors import NnsslError, nearest
 from nnssl.transferability.distances import degenerate, distance_matrix, paired_distance
 
-__all__ = ["NEGATIVES", "Separation", "hinge", "mirror_index", "robustness_loss", "robustness_score", "separate"]
-
 NEGATIVES = ("all", "mirror")
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from nnssl.errors import NnsslError
 
-__all__ = ["BUDGET", "RANDOM_INITS", "Schedule", "plan_schedule"]
-
 BUDGET = 0.03
 RANDOM_INITS = 5
 MOST_CROPS, FEWEST_CROPS, ENOUGH_CROPS = 64, 8, 16

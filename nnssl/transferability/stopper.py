@@ -12,8 +12,6 @@ from typing import Any
 
 from nnssl.errors import NnsslError
 
-__all__ = ["Stopper"]
-
 
 @dataclass
 class Stopper:

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FEW_CASES", "Baseline", "Verdict", "judge"]
-
 FEW_CASES = 16
 """Below this many cases a measurement is mostly noise: it is said, and nothing is stopped."""
 

@@ -25,8 +25,6 @@ from torch import Tensor
 from nnssl.errors import NnsslError, nearest
 from nnssl.intensity import LINEAR, add_noise, bend, from_unit, gaussian_blur, resample, to_unit
 
-__all__ = ["CT_FAMILIES", "FAMILIES", "MR_FAMILIES", "choose_families", "intensity_range", "photometric_view"]
-
 FAMILIES = ("gamma", "bias", "window", "blur", "lowres", "noise")
 MR_FAMILIES = ("gamma", "bias", "blur", "lowres", "noise")
 CT_FAMILIES = ("window", "blur", "lowres", "noise")

@@ -17,8 +17,6 @@ from torch.nn import functional
 
 from nnssl.errors import NnsslError, nearest
 
-__all__ = ["Adaptation", "adapt_channels", "adapt_kernel", "adapt_tensor", "adapt_upsampling", "resize_positions"]
-
 _HOW = {
     "channels": ("repeat", "first", "skip"),
     "kernels": ("average", "centre"),

@@ -15,8 +15,6 @@ from typing import Any
 
 from nnssl.plans import Plan
 
-__all__ = ["adaptation_plan", "citation_entries"]
-
 _STEM = {
     "PlainConvUNet": (
         "encoder.stages.0",

@@ -35,8 +35,6 @@ from nnssl.weights.matching import count, match
 from nnssl.weights.parts import HEADS, part_names, part_of, wanted_parts
 from nnssl.weights.report import TransferReport
 
-__all__ = ["agreement", "apply"]
-
 _ORDER = (
     "the file does not tell which version of dynamic-network-architectures it is from; before 0.4.3 Primus counted its tokens in "
     "another order, and such weights load but mean something else"

@@ -19,8 +19,6 @@ from nnssl.weights.compare import second_stage
 from nnssl.weights.layout import describe, dimensions, stem_channels
 from nnssl.weights.load import Checkpoint
 
-__all__ = ["architecture_of", "complete_aliases", "inferred", "plan_of", "preset", "told_architecture"]
-
 _CLASSES = "dynamic_network_architectures.architectures.unet"
 _ENCODER_CONV = re.compile(r"encoder\.stages\.(\d+)\.(?:\d+\.convs|blocks)\.(\d+)\.conv1?\.")
 _DECODER_CONV = re.compile(r"decoder\.stages\.(\d+)\.convs\.(\d+)\.conv\.")

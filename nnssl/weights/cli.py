@@ -14,8 +14,6 @@ from nnssl.grammar import CommandParser
 from nnssl.weights.formats import FORMATS, convert
 from nnssl.weights.info import as_text, describe
 
-__all__ = ["convert_main", "convert_parser", "info_main", "info_parser"]
-
 log = logging.getLogger("nnssl")
 
 

@@ -9,8 +9,6 @@ from typing import Any
 from nnssl.plans import Plan
 from nnssl.weights.load import Checkpoint
 
-__all__ = ["differences", "image_channels", "second_stage", "trained_on"]
-
 
 def _inherited(plans: Mapping[str, Any], name: Any) -> dict[str, Any]:
     """A configuration of a plans file with what it inherits."""

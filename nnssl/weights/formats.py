@@ -32,8 +32,6 @@ from nnssl.weights.load import ENTRIES, Checkpoint, load
 from nnssl.weights.parts import HEADS, UP, part_names, part_of, wanted_parts
 from nnssl.weights.save import SCHEMA, describe_plan, package_versions, plain, save
 
-__all__ = ["FORMATS", "convert", "one_name_each"]
-
 log = logging.getLogger("nnssl")
 
 FORMATS = ("nnssl", "upstream", "nnunet", "safetensors")

@@ -16,8 +16,6 @@ from nnssl.weights.load import load
 from nnssl.weights.report import TransferReport
 from nnssl.weights.wrappers import OtherNetwork
 
-__all__ = ["check_fits", "import_checkpoint"]
-
 
 def check_fits(
     path: str | os.PathLike[str], plan: Plan, key: str | None = None, prefix: str | None = None

@@ -21,8 +21,6 @@ from nnssl.weights.names import looks_like
 from nnssl.weights.parts import part_names, part_of
 from nnssl.words import size_text
 
-__all__ = ["as_text", "describe"]
-
 _LENGTHS = {"current_epoch": "epochs", "epoch": "epochs", "global_step": "steps"}
 _ORIGINS = {
     "nnssl": "pretraining of nnssl",

@@ -8,8 +8,6 @@ from typing import Any
 from nnssl.plans import Plan
 from nnssl.weights.load import Checkpoint
 
-__all__ = ["keep_heads", "label_set"]
-
 
 def label_set(dataset_json: Mapping[str, Any], learnt: Iterable[str] | None = None) -> dict[str, Any]:
     """What decides the meaning of segmentation heads: classes or regions, their values, and their order.

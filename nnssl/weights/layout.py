@@ -8,19 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = [
-    "describe",
-    "dimensions",
-    "is_transformer",
-    "n_blocks",
-    "n_stages",
-    "shift_parts",
-    "shift_stages",
-    "stem_channels",
-    "stem_name",
-    "widths",
-]
-
 _STEMS = (
     *("encoder.stem.convs.0.conv.weight", "encoder.stages.0.0.convs.0.conv.weight"),
     *("down_projection.proj.weight", "down_projection.stem.blocks.0.conv1.conv.weight"),

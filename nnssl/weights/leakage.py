@@ -7,8 +7,6 @@ from typing import Any
 
 from nnssl.files import hash_of
 
-__all__ = ["case_hash", "labels_seen"]
-
 
 def case_hash(name: str) -> str:
     """sha256 (hex) of a case's name: what checkpoints tell of labelled cases."""

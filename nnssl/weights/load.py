@@ -22,8 +22,6 @@ from nnssl.errors import NnsslError
 from nnssl.weights.unpickle import LENIENT, TENSORS_ONLY
 from nnssl.weights.wrappers import OtherNetwork, find_weights_in
 
-__all__ = ["ENTRIES", "Checkpoint", "load", "plain_loading", "read_content", "read_file"]
-
 ENTRIES = ("nnssl", "nnssl_adaptation_plan", "citations", "trainer_name")
 """What a safetensors file holds besides tensors, as JSON."""
 

@@ -17,8 +17,6 @@ from nnssl.weights.parts import HEADS, UP, part_names, part_of
 from nnssl.weights.report import PartReport, TransferReport
 from nnssl.words import size_text
 
-__all__ = ["Matched", "count", "match"]
-
 Grids = tuple[Sequence[int] | None, Sequence[int] | None]
 
 _LEFT = {

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["from_version_1", "is_version_1", "looks_like", "own_name", "without_wrappers"]
-
 _BLOCK = r"(?:stages\.\d+\.(?:\d+\.convs|blocks)\.\d+|stem\.convs\.\d+)\."
 _WHOLE = re.compile(
     rf"(?:^|(?<=\.))(?:(?:decoder\.)?encoder\.{_BLOCK}"

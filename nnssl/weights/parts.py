@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["HEADS", "OTHER", "UP", "decoder_stage", "is_head", "part_names", "part_of", "wanted_parts"]
-
 HEADS = "seg_layers"
 UP = "up_projection"
 OTHER = "other"

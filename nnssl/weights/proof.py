@@ -20,8 +20,6 @@ from nnssl.weights.apply import apply
 from nnssl.weights.parts import HEADS, part_of
 from nnssl.weights.report import TransferReport
 
-__all__ = ["check_loadable", "prove_loadable"]
-
 
 def _load_as_nnunet_does(network: nn.Module, payload: Mapping[str, Any]) -> None:
     """Hand the weights to nnU-Net's own ``load_pretrained_weights``, through memory."""

@@ -20,8 +20,6 @@ from nnssl.networks import full_state_dict
 from nnssl.plans import Plan
 from nnssl.weights.adaptation_plan import adaptation_plan, citation_entries
 
-__all__ = ["SCHEMA", "build_payload", "describe_plan", "fingerprint_names", "package_versions", "plain", "save"]
-
 SCHEMA = 1
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
 _PACKAGES = ("nnssl", "nnunetv2", "torch", "dynamic-network-architectures", "numpy")

@@ -6,8 +6,6 @@ import pickle
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["LENIENT", "TENSORS_ONLY", "Placeholder"]
-
 _HARMLESS = {
     ("collections", "OrderedDict"),
     ("collections", "defaultdict"),

@@ -14,8 +14,6 @@ from nnssl.plans.plan import Plan
 from nnssl.plans.variants import derive
 from nnssl.weights.imports import check_fits, import_checkpoint
 
-__all__ = ["write_variant"]
-
 log = logging.getLogger("nnssl")
 
 

@@ -16,8 +16,6 @@ from torch import Tensor
 from nnssl.errors import NnsslError, nearest
 from nnssl.weights.names import from_version_1, is_version_1, looks_like, own_name, without_wrappers
 
-__all__ = ["Found", "OtherNetwork", "find_weights_in"]
-
 _STATE_OF_TRAINING = ("optim", "scaler", "scheduler", "nnssl_training", "loops", "callbacks", "hooks", "rng")
 _DEPTH = 3
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from nnssl.config import option
 
-__all__ = ["KERNELS", "RUNTIME_OPTIONS", "EngineConfig"]
-
 KERNELS = ("auto", "loop", "foreach", "fused")
 """Ways of the optimiser's arithmetic."""
 

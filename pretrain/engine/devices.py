@@ -26,8 +26,6 @@ from nnssl.grammar import DEVICES
 from nnssl.malloc import keep_freed_memory
 from nnssl.pretrain.engine.signals import LAUNCHER, SIGNALS, asked_to_stop
 
-__all__ = ["launch", "pick_device", "process_group", "restarted", "shared_preparation"]
-
 PREPARATION_LIMIT = timedelta(days=7)
 
 SAVING_SECONDS = 600

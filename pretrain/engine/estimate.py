@@ -18,8 +18,6 @@ from nnssl.words import spoken
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import RunSpec
 
-__all__ = ["estimate", "random_crops"]
-
 TIMED_STEPS = 3
 
 

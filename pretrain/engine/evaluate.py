@@ -15,8 +15,6 @@ from nnssl.pretrain.engine.stepping import Stepper
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import Batch, Crops
 
-__all__ = ["HeldOut", "effective_rank", "embedding_sd"]
-
 HELD_OUT_STREAM = 2**40
 """Steps from here on are those of held-out batches: no training step draws the same numbers."""
 

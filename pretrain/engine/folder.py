@@ -16,8 +16,6 @@ from nnssl.errors import NnsslError
 from nnssl.files import read_json, remove_temporary, write_json
 from nnssl.pretrain.engine.record import check_record
 
-__all__ = ["RunFolder", "differences"]
-
 log = logging.getLogger("nnssl")
 
 LOCK = ".lock"

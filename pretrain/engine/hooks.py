@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import Engine
 
-__all__ = ["Hook"]
-
 
 class Hook:
     """Watches a run; every method may be left out. All ranks call it, in the same order.

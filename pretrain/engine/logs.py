@@ -22,8 +22,6 @@ from nnssl.words import size_text
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import RunSpec
 
-__all__ = ["RunLog", "add_log_file", "choose_loggers", "keep_lines", "run_settings"]
-
 log = logging.getLogger("nnssl")
 
 

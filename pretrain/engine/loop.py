@@ -37,8 +37,6 @@ from nnssl.pretrain.engine.told import clock, disk_reason, epoch_line, memory_ad
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import CropRequest, Crops, Progress
 
-__all__ = ["Engine", "NonFiniteError", "Outcome", "RunSpec"]
-
 log = logging.getLogger("nnssl")
 
 

@@ -11,8 +11,6 @@ import numpy as np
 from nnssl.files import write_atomic
 from nnssl.pretrain.types import Picture
 
-__all__ = ["middle_slice", "save_picture"]
-
 WIDTH = 2.2
 """Inches of a column."""
 _MARK, _FRAME = "#00e5ff", "#ffd500"

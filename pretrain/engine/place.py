@@ -14,8 +14,6 @@ from torch import Tensor
 from nnssl.losses import place_share
 from nnssl.pretrain.methods.base import Method
 
-__all__ = ["CLEARLY", "noise_like", "place_sentence", "place_shares"]
-
 SITES = 1024
 """Most sites of a map that are looked at; the same random ones each time."""
 

@@ -11,8 +11,6 @@ from typing import Any
 from nnssl.files import write_atomic
 from nnssl.pretrain.types import Curve, Level
 
-__all__ = ["MOST_PANELS", "PLACE", "SPREAD", "plot_details", "plot_progress"]
-
 MOST_PANELS = 6
 HELD_OUT, TRAINING = "#1f5fa8", "#e0892b"
 _WITHOUT_PREFIX = ("embedding_sd", "effective_rank")

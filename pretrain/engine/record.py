@@ -7,8 +7,6 @@ from typing import Any
 
 from nnssl.fields import Wanted, anything, check_fields, flag, listing, mapping, number, optional, text, whole
 
-__all__ = ["check_record"]
-
 _TOP = {
     "method": text,
     "sources": listing(text),

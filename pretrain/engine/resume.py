@@ -12,8 +12,6 @@ from nnssl.distributed import rank
 from nnssl.errors import NnsslError
 from nnssl.pretrain.engine.folder import RunFolder, differences
 
-__all__ = ["load_state"]
-
 log = logging.getLogger("nnssl")
 
 DAMAGED = "checkpoint_damaged.pth"

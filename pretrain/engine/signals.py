@@ -8,8 +8,6 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["LAUNCHER", "StopSignals", "asked_to_stop"]
-
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 
 LAUNCHER = "NNSSL_LAUNCHER"

@@ -19,16 +19,6 @@ if TYPE_CHECKING:
     from nnssl.pretrain.engine.config import EngineConfig
     from nnssl.pretrain.methods.base import Method
 
-__all__ = [
-    "Prefetcher",
-    "apply_options",
-    "pads_channels",
-    "activation_checkpointing",
-    "tensors_of",
-    "use_channels_last",
-    "use_kernels",
-]
-
 log = logging.getLogger("nnssl")
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}

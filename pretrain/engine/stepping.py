@@ -19,8 +19,6 @@ from nnssl.pretrain.engine.speed import use_kernels
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import Batch, Crops
 
-__all__ = ["Numbers", "Stepper", "views_in_parts"]
-
 log = logging.getLogger("nnssl")
 
 

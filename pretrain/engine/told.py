@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from nnssl.pretrain.engine.folder import RunFolder
     from nnssl.pretrain.engine.loop import RunSpec
 
-__all__ = ["clock", "disk_advice", "disk_reason", "epoch_line", "memory_advice", "non_finite_advice"]
-
 _DISK_ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable"),

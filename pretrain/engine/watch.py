@@ -32,8 +32,6 @@ from nnssl.transferability.views import choose_families
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import Engine, RunSpec
 
-__all__ = ["ROBUST_CHECKPOINT", "RobustnessHook"]
-
 log = logging.getLogger("nnssl")
 
 ROBUST_CHECKPOINT = "checkpoint_robust.pth"

@@ -29,8 +29,6 @@ from nnssl.pretrain.prepare.preprocess import temporary_folder
 from nnssl.pretrain.prepare.processes import run_jobs
 from nnssl.words import counted
 
-__all__ = ["Summary", "add_images"]
-
 log = logging.getLogger("nnssl")
 
 HEADERS_PER_JOB = 64

@@ -14,8 +14,6 @@ from nnssl.pretrain.images.scan import dataset_channels
 from nnssl.pretrain.prepare.channels import modality_of, same_name
 from nnssl.pretrain.prepare.raw import describe
 
-__all__ = ["Channels", "choose_channels"]
-
 log = logging.getLogger("nnssl")
 
 NAMES = {"CT": "CT", "MR": "MR", "PT": "PET", "US": "US"}

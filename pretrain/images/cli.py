@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from nnssl.command import run_command
 from nnssl.grammar import CommandParser, pair
 
-__all__ = ["main", "parser"]
-
 
 def parser() -> CommandParser:
     """The command's arguments."""

@@ -16,8 +16,6 @@ from nnssl.paths import raw_folder
 from nnssl.plans import dataset_id, list_datasets
 from nnssl.plans.description import check_description
 
-__all__ = ["Dataset", "Line", "find_dataset"]
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 ENDING = ".nii.gz"
 INDEX = "nnssl_images.jsonl"

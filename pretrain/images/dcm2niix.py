@@ -22,8 +22,6 @@ from nnssl.pretrain.images.headers import dcm2niix_program
 from nnssl.pretrain.images.items import Item
 from nnssl.words import size_text
 
-__all__ = ["OPTIONS", "Unconverted", "convert", "joined"]
-
 OPTIONS = ("-g", "i", "-b", "n", "-z", "n", "-m", "1", "-x", "i", "-f", "v", "-w", "2")
 """No user's defaults, no sidecar, not compressed, one stack whatever headers say, not cropped, not turned, neutral names."""
 

@@ -16,8 +16,6 @@ import numpy as np
 from nnssl.pretrain.images.headers import Frame, Header
 from nnssl.pretrain.images.items import Item, Rejected
 
-__all__ = ["volumes_of"]
-
 NO_FILMS = frozenset({"US", "XA", "RF", "ES", "IVUS", "OCT", "OP", "GM", "SM", "MG", "DX", "CR", "NM"})
 """Modalities whose multi-frame files are films or stacks of other things than slices."""
 

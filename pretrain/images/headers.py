@@ -18,8 +18,6 @@ from nnssl.errors import NnsslError
 from nnssl.files import hash_of
 from nnssl.pretrain.images.items import Rejected
 
-__all__ = ["Frame", "Header", "dcm2niix_program", "is_dicom", "read_headers", "require_dicom"]
-
 GROUPS = (0x0002, 0x0008)
 """What a DICOM file without preamble begins with."""
 

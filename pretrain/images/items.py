@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from nnssl.errors import NnsslError
 
-__all__ = ["FOUR_D", "Item", "Job", "Rejected", "group_channels", "single_channels"]
-
 ENDINGS = re.compile(r"\.?(nii\.gz|nii|nrrd|nhdr|mha|mhd|gipl|gipl\.gz|mgz|mgh|hdr|tif|tiff)$", re.IGNORECASE)
 
 FOUR_D = ("reject", "split", "first")

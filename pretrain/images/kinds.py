@@ -10,8 +10,6 @@ import numpy as np
 
 from nnssl.pretrain.prepare.channels import modality_of
 
-__all__ = ["KEEP", "LABEL_MAP", "TEST_IMAGE", "label_path", "looks_like_labels", "modality_of_path"]
-
 KEEP = ("label-maps", "test-images")
 """What ``--keep`` keeps."""
 

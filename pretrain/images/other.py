@@ -13,8 +13,6 @@ import tifffile
 
 from nnssl.pretrain.prepare.integrity import check_axes
 
-__all__ = ["read_nibabel", "read_tiff"]
-
 MM = {"mm": 1.0, "cm": 10.0, "micron": 1e-3, "um": 1e-3, "\u00b5m": 1e-3, "\\u00B5m": 1e-3, "nm": 1e-6, "inch": 25.4}
 
 

@@ -14,8 +14,6 @@ from nnssl.pretrain.images.headers import is_dicom
 from nnssl.pretrain.images.items import Item, Rejected
 from nnssl.pretrain.images.kinds import LABEL_MAP, TEST_IMAGE, label_path, modality_of_path
 
-__all__ = ["Found", "dataset_channels", "scan"]
-
 VOLUMES = (
     *(".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".gipl.gz"),
     *(".mgz", ".mgh", ".hdr", ".tif", ".tiff"),

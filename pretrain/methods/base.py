@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from nnssl.plans import Plan
     from nnssl.pretrain.augment import Draws
 
-__all__ = ["Method"]
-
 
 class Method(nn.Module, ABC):
     """One self-supervised objective over a plan's own network.

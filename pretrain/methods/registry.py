@@ -17,8 +17,6 @@ from nnssl.errors import NnsslError, nearest
 from nnssl.files import sha256_of
 from nnssl.pretrain.methods.base import Method
 
-__all__ = ["GROUP", "get_method", "list_methods", "origin", "register"]
-
 log = logging.getLogger("nnssl")
 
 GROUP = "nnssl.methods"

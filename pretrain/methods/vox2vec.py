@@ -14,8 +14,6 @@ from nnssl.config import option
 from nnssl.pretrain.methods.hdense.method import CPU, HDense, HDenseConfig
 from nnssl.pretrain.methods.registry import register
 
-__all__ = ["Vox2Vec", "Vox2VecConfig"]
-
 
 @dataclass(frozen=True)
 class Vox2VecConfig(HDenseConfig):

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from nnssl.pretrain.omni.companion import OmniCompanion
     from nnssl.pretrain.omni.config import OmniConfig
 
-__all__ = ["AgreementHook", "Counts"]
-
 log = logging.getLogger("nnssl")
 
 CASES = 64

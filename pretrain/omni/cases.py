@@ -21,8 +21,6 @@ from nnssl.pretrain.prepare.selection import read_case_list
 from nnssl.properties import read_properties
 from nnssl.weights import case_hash
 
-__all__ = ["LabelledCase", "LabelledSet", "class_locations", "find_labelled", "head_names"]
-
 log = logging.getLogger("nnssl")
 
 

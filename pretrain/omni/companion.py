@@ -18,8 +18,6 @@ from nnssl.pretrain.omni.cases import LabelledSet
 from nnssl.pretrain.omni.patches import COMPARED, LABELLED, UNLABELLED, LabelledDataset, Patches, stack
 from nnssl.pretrain.types import CropRequest, Crops
 
-__all__ = ["OmniCompanion", "OmniCrops", "StepReader", "Sizes"]
-
 
 @dataclass(frozen=True)
 class Sizes:

@@ -9,8 +9,6 @@ from typing import Any
 from nnssl.config import make_config, option, split_options
 from nnssl.errors import NnsslError, nearest
 
-__all__ = ["OMNI_RUNTIME", "PREFIX", "PRESETS", "OmniConfig", "resolve_omni", "take_omni"]
-
 PREFIX = "omni."
 
 

@@ -18,8 +18,6 @@ from nnssl.distributed import is_distributed, world_size
 from nnssl.networks import partial_decode, unwrap
 from nnssl.plans import Plan
 
-__all__ = ["SegmentationLoss", "deep_weights", "ignore_value", "restrict_logits", "segment", "to_regions"]
-
 Annotated = Sequence["tuple[int, ...] | None"]
 
 

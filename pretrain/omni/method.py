@@ -42,8 +42,6 @@ from nnssl.teacher.components import Class
 from nnssl.teacher.pseudo_labels import confidence, labels_of, pseudo_label
 from nnssl.teacher.stages import Stages
 
-__all__ = ["OmniMixin", "make_omni", "running_momentum"]
-
 
 def running_momentum(step: int, most: float) -> float:
     """Momentum of ``teacher=running`` after ``step`` steps of the run: ``min(most, (1 + t) / (10 + t))``."""

@@ -25,8 +25,6 @@ from nnssl.teacher.components import Class, foreground_classes, one_piece_of_cas
 from nnssl.teacher.stages import Stages
 from nnssl.words import size_text
 
-__all__ = ["FOLDER", "Omni", "prepare_omni"]
-
 log = logging.getLogger("nnssl")
 
 _TEACHERS = {

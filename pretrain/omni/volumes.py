@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import Engine
     from nnssl.pretrain.omni.companion import OmniCompanion
 
-__all__ = ["choose_volumes", "write_volumes"]
-
 log = logging.getLogger("nnssl")
 
 

@@ -30,8 +30,6 @@ from nnssl.pretrain.prepare.raw import RawSource, list_raw
 from nnssl.pretrain.prepare.worker import Job, Reply
 from nnssl.properties import read_properties
 
-__all__ = ["BodyWorker", "prepare_bodies"]
-
 log = logging.getLogger("nnssl")
 
 BLOCK, CHUNK = 32, 128

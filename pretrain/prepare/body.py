@@ -13,8 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-__all__ = ["AIR_HU", "body_of_raw", "resize_mask", "tissue_threshold"]
-
 AIR_HU = -500.0
 """CT voxels above this are no air."""
 

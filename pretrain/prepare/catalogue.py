@@ -33,8 +33,6 @@ from nnssl.paths import set_folders
 from nnssl.pretrain.data.pool import BadCase
 from nnssl.pretrain.prepare.index import Entry, journals
 
-__all__ = ["Catalogue", "folder_times", "settled_times"]
-
 log = logging.getLogger("nnssl")
 
 SCHEMA = 1

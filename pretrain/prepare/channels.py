@@ -12,8 +12,6 @@ from nnssl.plans import Plan
 from nnssl.pretrain.prepare.raw import RawSource
 from nnssl.words import counted
 
-__all__ = ["match_channels", "modality_of", "same_name"]
-
 log = logging.getLogger("nnssl")
 
 SPELLINGS = {

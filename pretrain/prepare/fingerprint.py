@@ -28,8 +28,6 @@ from nnssl.pretrain.prepare.integrity import check_header, check_same_size, chec
 from nnssl.pretrain.prepare.processes import run_jobs
 from nnssl.pretrain.prepare.raw import RawCase
 
-__all__ = ["MOST_IMAGES", "CaseFigures", "FigureWorker", "combine", "looks_like_ct", "measure", "sample_cases"]
-
 MOST_IMAGES = 2000
 """Images that are looked at; medians of more do not differ. They are chosen by the hash of their names."""
 

@@ -16,8 +16,6 @@ from nnssl.journal import append_line, read_lines
 from nnssl.pretrain.data.pool import BadCase
 from nnssl.pretrain.prepare.raw import Stamp
 
-__all__ = ["Entry", "Index", "journals", "write_report"]
-
 
 @dataclass(frozen=True)
 class Entry:

@@ -19,18 +19,6 @@ import SimpleITK as sitk
 
 from nnssl.words import size_text
 
-__all__ = [
-    "ITK_ENDINGS",
-    "SPACING",
-    "check_axes",
-    "check_header",
-    "check_same_size",
-    "check_spacing",
-    "check_voxels",
-    "check_whole",
-    "is_nifti2",
-]
-
 PIECE = 1 << 20
 NIFTI = (".nii", ".nii.gz")
 ITK_ENDINGS = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".gipl.gz", ".hdr", ".img")

@@ -15,8 +15,6 @@ from nnssl.pretrain.prepare.processes import run_jobs
 from nnssl.pretrain.prepare.raw import RawCase, list_raw
 from nnssl.pretrain.prepare.worker import CaseWorker, Job
 
-__all__ = ["duplicates", "find_leaks", "list_test_images", "test_hashes", "warn_of_leaks"]
-
 log = logging.getLogger("nnssl")
 
 FEW_BYTES = 200e6

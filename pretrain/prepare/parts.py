@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from nnssl.errors import NnsslError
 
-__all__ = ["Part"]
-
 
 @dataclass(frozen=True)
 class Part:

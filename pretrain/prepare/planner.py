@@ -16,8 +16,6 @@ import torch
 from nnssl.errors import NnsslError, nearest
 from nnssl.files import read_json, write_json
 
-__all__ = ["PLANNERS", "plans_name", "run_planner"]
-
 _PACKAGE = "nnunetv2.experiment_planning.experiment_planners"
 _RESENC = f"{_PACKAGE}.residual_unets.residual_encoder_unet_planners"
 PLANNERS: dict[str, tuple[str, str, str]] = {

@@ -30,8 +30,6 @@ from nnssl.pretrain.prepare.planner import PLANNERS, plans_name, run_planner
 from nnssl.pretrain.prepare.raw import RawCase, RawSource, describe, list_unplanned
 from nnssl.words import size_text
 
-__all__ = ["is_unlabelled", "planned"]
-
 log = logging.getLogger("nnssl")
 
 ESTIMATE_IMAGES = 32

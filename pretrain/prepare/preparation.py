@@ -19,8 +19,6 @@ from nnssl.pretrain.prepare.parts import Part
 from nnssl.pretrain.prepare.planning import planned
 from nnssl.pretrain.types import SourceStats
 
-__all__ = ["Prepared", "preprocess"]
-
 log = logging.getLogger("nnssl")
 
 

@@ -28,8 +28,6 @@ from nnssl.pretrain.prepare.processes import run_jobs
 from nnssl.pretrain.prepare.raw import RawCase
 from nnssl.pretrain.prepare.worker import CaseWorker, Job, Reply
 
-__all__ = ["done_cases", "in_memory", "preprocess_source", "raise_fatal", "temporary_folder", "try_plans"]
-
 log = logging.getLogger("nnssl")
 
 ABANDONED_SECONDS = 24 * 3600.0

@@ -21,8 +21,6 @@ from tqdm import tqdm
 from nnssl.errors import NnsslError
 from nnssl.words import counted
 
-__all__ = ["run_jobs"]
-
 log = logging.getLogger("nnssl")
 
 IN_FLIGHT = 3

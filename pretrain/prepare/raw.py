@@ -19,8 +19,6 @@ from nnssl.plans import Plan
 from nnssl.plans.description import check_description
 from nnssl.pretrain.data.pool import BadCase
 
-__all__ = ["RawCase", "RawSource", "Stamp", "describe", "list_images", "list_raw", "list_unplanned"]
-
 log = logging.getLogger("nnssl")
 
 IMAGES = (

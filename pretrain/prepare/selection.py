@@ -9,8 +9,6 @@ from pathlib import Path
 from nnssl.errors import NnsslError, nearest
 from nnssl.files import read_text, same_text
 
-__all__ = ["read_case_list", "select"]
-
 LISTED = 10
 """Names that an error spells out."""
 

@@ -13,8 +13,6 @@ from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan
 from nnssl.pretrain.prepare.raw import RawCase
 
-__all__ = ["fingerprint_shapes", "header_shapes", "preprocessed_shape"]
-
 HEADERS_READ = 32
 """Raw files whose headers are read for the median shape where nothing may be preprocessed."""
 

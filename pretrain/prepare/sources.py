@@ -28,8 +28,6 @@ from nnssl.pretrain.prepare.raw import RawCase, RawSource, list_raw
 from nnssl.pretrain.prepare.selection import select
 from nnssl.pretrain.prepare.shapes import fingerprint_shapes, header_shapes
 
-__all__ = ["prepare_sources"]
-
 log = logging.getLogger("nnssl")
 
 NAMED = 10

@@ -25,9 +25,6 @@ from nnssl.pretrain.prepare.index import Entry
 from nnssl.pretrain.prepare.integrity import check_header, check_same_size, check_voxels, check_whole
 from nnssl.pretrain.prepare.raw import RawCase
 
-__all__ = ["CaseWorker", "Job", "Reply", "voxel_hash"]
-
-
 CHUNK, BLOCK = 64, 16
 """Voxels per axis of the compressed chunks and blocks of a preprocessed case."""
 

@@ -39,8 +39,6 @@ from nnssl.pretrain.methods.mae.method import MAE, PICTURE_NOTE, MaskedConfig, c
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, Progress, SourceStats
 
-__all__ = ["GLMAE", "GLMAEConfig"]
-
 log = logging.getLogger("nnssl")
 
 WIDER = 1.2  # a global view that is not this much wider than a local one on any axis is no wider

@@ -28,8 +28,6 @@ from nnssl.losses.consistency import (
     variance_hinge,
 )
 
-__all__ = ["STAGES", "Agreement"]
-
 STAGES = 2  # last encoder stages that stand in for a class token
 
 

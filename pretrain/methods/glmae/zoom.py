@@ -11,8 +11,6 @@ from nnssl.pretrain.augment.box import ImageBox, outer
 from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.augment.pairs import cut
 
-__all__ = ["box_share", "copy_box", "place_boxes", "zoom"]
-
 
 def place_boxes(
     body: Tensor,

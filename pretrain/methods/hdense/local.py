@@ -18,15 +18,6 @@ from torch import Tensor
 
 from nnssl.pretrain.augment.draws import Draws
 
-__all__ = [
-    "inpaint",
-    "inpaint_size_range",
-    "genesis_transforms",
-    "monotone_intensity",
-    "pixel_shuffle",
-    "shuffle_block",
-]
-
 SHUFFLE_SHARE = 5000 * 36 / (128 * 128 * 32)
 """Voxels of all shuffled blocks over voxels of the crop, in the authors' code on its 128x128x32 crops: 0.34."""
 SAMPLES = 2048

@@ -44,8 +44,6 @@ from nnssl.pretrain.methods.hdense.window import window_corruption
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, SourceStats
 
-__all__ = ["HDense", "HDenseConfig"]
-
 PAIRS = 10  # a step
 CPU = {"n_voxels": 128, "crop_voxels": 128 * 128}
 """Preset for a processor: the contrast compares all voxels of a step, so that its cost falls with the square of ``n_voxels``."""

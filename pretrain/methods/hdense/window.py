@@ -12,8 +12,6 @@ from torch import Tensor
 from nnssl.intensity import add_noise, gaussian_blur, per_sample
 from nnssl.pretrain.augment.draws import Draws
 
-__all__ = ["window_corruption"]
-
 HU = 1 / 2350  # of the default window, -1350 to 1000
 
 

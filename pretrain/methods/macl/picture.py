@@ -11,8 +11,6 @@ from torch import Tensor
 from nnssl.losses.diagnostics import middle_slice, principal_colours, resemblance
 from nnssl.pretrain.types import Picture
 
-__all__ = ["pair_picture"]
-
 FINE, COARSE = "view 1: a crop in full detail", "view 2: shifted and coarser"
 ALIKE = "view 2: bright where it resembles the cross of view 1"
 COLOURS, COARSE_COLOURS = "view 1: descriptions as colours", "view 2: descriptions as colours"

@@ -11,8 +11,6 @@ from nnssl.errors import NnsslError
 from nnssl.plans import Plan
 from nnssl.pretrain.geometry import size_text
 
-__all__ = ["PRIMUS_BETAS", "PRIMUS_CLIP", "check_options", "make_optimiser", "uses_adamw"]
-
 PRIMUS_CLIP = 1.0
 PRIMUS_BETAS = (0.9, 0.98)
 

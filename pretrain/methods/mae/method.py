@@ -37,8 +37,6 @@ from nnssl.pretrain.methods.mae.masked import PRIMUS_CLIP, check_options, make_o
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, SourceStats
 
-__all__ = ["MAE", "MAEConfig", "MaskedConfig", "compare"]
-
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 
 

@@ -12,8 +12,6 @@ from nnssl.intensity import add_noise, bend, from_unit, gaussian_blur, resample,
 from nnssl.losses.overlap import base_crops, overlap_labels
 from nnssl.pretrain.augment.draws import Draws
 
-__all__ = ["augment_crops", "augment_intensity", "draw_offsets", "flip_and_turn", "inside_image", "usable_cells"]
-
 TRIES = 16
 """Places that are tried for a random crop before it is left out."""
 

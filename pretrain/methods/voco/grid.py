@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from nnssl.errors import NnsslError
 from nnssl.pretrain.geometry import choose_crop, size_text
 
-__all__ = ["FEWEST_CELLS", "MOST_PADDING", "Grid", "choose_grid"]
-
 FEWEST_CELLS = 4
 MOST_PADDING = 0.25
 """Largest share of a window that may exceed the median image, per axis."""

@@ -10,8 +10,6 @@ import numpy as np
 
 from nnssl.losses.position import EPS
 
-__all__ = ["ChanceLevels", "chance_levels"]
-
 
 @dataclass(frozen=True)
 class ChanceLevels:

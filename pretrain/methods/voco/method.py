@@ -50,8 +50,6 @@ from nnssl.pretrain.methods.voco.levels import chance_levels
 from nnssl.pretrain.methods.voco.picture import overlap_picture
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, Progress, SourceStats
 
-__all__ = ["VoCo", "VoCoConfig"]
-
 log = logging.getLogger("nnssl")
 
 CLEARLY = 0.9

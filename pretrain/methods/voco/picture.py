@@ -11,8 +11,6 @@ from torch import Tensor
 
 from nnssl.pretrain.types import Picture
 
-__all__ = ["overlap_picture"]
-
 ROWS = 4
 CELLS = "an image in cells (blue lines); yellow: a crop to be located"
 TRUE = "truth: red where the crop overlaps a cell"
