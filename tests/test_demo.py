@@ -6,6 +6,7 @@ import importlib
 import json
 import shlex
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,6 +91,39 @@ def test_runner_shows_the_end_of_a_failing_log(demo, tmp_path):
     assert "01_bad.log" in str(caught.value)
     with pytest.raises(demo.runner.StepFailed, match="cannot be started"):
         runner.run(demo.runner.Step("none", "None", [str(tmp_path / "no_such_command")]))
+
+
+def test_runner_runs_steps_side_by_side(demo, tmp_path, capsys):
+    """Each waits for the other's file, which only ends where both run at once."""
+    code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch()\n"
+    code += "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.01)"
+    step = demo.runner.Step
+    steps = [
+        step("one", "One", [sys.executable, "-c", code, "a", "b"]),
+        step("two", "Two", [sys.executable, "-c", code, "b", "a"], beside=True),
+        step("three", "Three", [sys.executable, "-c", ""]),
+    ]
+    runner = demo.runner.Runner(tmp_path, tmp_path / "logs", {}, total=3)
+    for together in demo.runner.groups(steps):
+        runner.run(*together)
+    shown = capsys.readouterr().out
+    assert " a b &\n" in shown
+    assert " b a &\n\n$ wait\n" in shown
+    assert list(runner.seconds) == ["one", "two", "three"]
+    assert sorted(p.name for p in runner.logs.iterdir()) == ["01_one.log", "02_two.log", "03_three.log"]
+
+
+def test_runner_stops_what_runs_beside_a_failing_step(demo, tmp_path):
+    step = demo.runner.Step
+    runner = demo.runner.Runner(tmp_path, tmp_path / "logs", {}, total=2)
+    wait = "import pathlib, time; pathlib.Path('started').touch(); time.sleep(60)"
+    fail = "import pathlib, time\nwhile not pathlib.Path('started').exists(): time.sleep(.01)\nexit(4)"
+    start = time.monotonic()
+    with pytest.raises(demo.runner.StepFailed, match=r"status 4"):
+        runner.run(
+            step("a", "A", [sys.executable, "-c", wait]), step("b", "B", [sys.executable, "-c", fail], beside=True)
+        )
+    assert time.monotonic() - start < 30
 
 
 def test_last_lines_show_the_state_of_a_progress_bar(demo, tmp_path):

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from phantoms import LABELLED  # noqa: E402
 from report import dice_of, summary, write_pictures  # noqa: E402
-from runner import Runner, Step, StepFailed, clock  # noqa: E402
+from runner import Runner, Step, StepFailed, clock, groups  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = ".nnssl-demo"
@@ -84,7 +84,9 @@ def steps(folder: str, size: dict, phantoms: str = "examples/demo/phantoms.py", 
                 f"train_{name}",
                 f"nnU-Net trains {how}",
                 ["nnUNetv2_train", "901", CONFIGURATION, FOLD, "-tr", trainer, "-p", PLANS, "-device", "cpu"],
-                result=f"{results}/{trainer}__{PLANS}__{CONFIGURATION}",
+                {} if name == "scratch" else {"OMP_NUM_THREADS": str(max(1, cores() // 2))},
+                f"{results}/{trainer}__{PLANS}__{CONFIGURATION}",
+                beside=name == "scratch",
             )
         )
     for name, trainer in TRAINERS.items():
@@ -110,6 +112,11 @@ def steps(folder: str, size: dict, phantoms: str = "examples/demo/phantoms.py", 
             )
         )
     return out
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare(folder: Path) -> None:
@@ -160,8 +167,8 @@ def main() -> int:
     runner = Runner(folder.parent, folder / "logs", environment(folder, shown), len(todo))
     start = time.monotonic()
     try:
-        for step in todo:
-            runner.run(step)
+        for together in groups(todo):
+            runner.run(*together)
     except StepFailed as error:
         print(f"\nThe demo stopped: {error}", file=sys.stderr)
         return 1
