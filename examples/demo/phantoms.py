@@ -91,14 +91,14 @@ def draw_anatomy(rng: np.random.Generator, shape: tuple, spacing: tuple) -> np.n
     for _ in range(rng.integers(4, 8)):
         a.paint(a.ellipsoid((u(10, 50), u(-16, 4), u(-17, 17)), (u(5, 9), u(3, 6), u(3, 6)), u(0, 3)), BOWEL, (FAT,))
     centre = np.array([u(-15, -5), u(-1, 4), u(-4, 4)])
-    fill = u(0.8, 1.3)
+    fill = u(0.95, 1.2)
     bladder = centre + (u(17, 21), u(-10, -6), u(-3, 3))
     a.paint(a.ellipsoid(bladder, fill * np.array([u(11, 14), u(9, 12), u(11, 14)]), u(-0.3, 0.3)), BLADDER)
-    size = u(0.8, 1.25)
+    size = u(1.1, 1.35)
     for side in (-1, 1):
         lobe = centre + (u(-1.5, 1.5), u(-1, 1), side * size * u(4, 5.5))
         a.paint(a.ellipsoid(lobe, size * np.array([u(12, 15), u(8, 10), u(8, 9.5)]), side * u(0, 0.5)), GLAND)
-    for _ in range(rng.integers(3, 7)):
+    for _ in range(rng.integers(4, 9)):
         # Look-alikes: as bright as the gland, smaller, anywhere in the fat.
         a.paint(a.ellipsoid((u(-45, 45), u(-16, 16), u(-20, 20)), (u(3, 7), u(2, 4.5), u(2, 4.5))), NODE, (FAT,))
     return a.tissue
@@ -107,18 +107,18 @@ def draw_anatomy(rng: np.random.Generator, shape: tuple, spacing: tuple) -> np.n
 def draw_image(rng: np.random.Generator, tissue: np.ndarray, spacing: tuple) -> np.ndarray:
     """Signal without noise: tissue contrast of this scan, texture within tissues, bias field."""
     u = rng.uniform
-    muscle, fat = u(0.30, 0.42), u(0.6, 0.9)
+    muscle, fat = u(0.26, 0.36), u(0.8, 1.0)
     fluid = fat * u(1.2, 1.7)
-    gland = muscle * u(1.3, 1.7)
+    gland = u(0.46, 0.66)
     mean = np.zeros(11)
     mean[[AIR, FAT, MUSCLE, CORTEX, MARROW]] = 0.01, fat, muscle, u(0.05, 0.12), u(0.5, 0.85)
-    mean[[VESSEL, NODE, BOWEL, GAS, GLAND]] = u(0.08, 0.9), gland * u(0.9, 1.1), u(0.35, 0.65), 0.03, gland
+    mean[[VESSEL, NODE, BOWEL, GAS, GLAND]] = u(0.08, 0.9), gland * u(0.9, 1.1), u(0.2, 0.45), 0.03, gland
     mean[BLADDER] = fluid
     texture = np.full(11, 0.05)
     texture[[AIR, GAS, CORTEX, BLADDER, GLAND, BOWEL]] = 0.0, 0.0, 0.02, 0.015, u(0.06, 0.14), 0.12
     fine = 0.6 * smooth_noise(rng, tissue.shape, spacing, 2.5) + 0.6 * smooth_noise(rng, tissue.shape, spacing, 6.0)
     image = mean[tissue] * (1 + texture[tissue] / 0.4 * fine)
-    return image * np.exp(u(0.1, 0.3) * smooth_noise(rng, tissue.shape, spacing, 60.0))
+    return image * np.exp(u(0.05, 0.2) * smooth_noise(rng, tissue.shape, spacing, 60.0))
 
 
 def make_case(seed: list[int]) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
@@ -134,7 +134,7 @@ def make_case(seed: list[int]) -> tuple[np.ndarray, np.ndarray, tuple[float, flo
     def average(x: np.ndarray) -> np.ndarray:
         return x.reshape(shape[0], FINE, shape[1], FINE, shape[2], FINE).mean((1, 3, 5))
 
-    image, sigma = average(blurred), rng.uniform(0.02, 0.07)
+    image, sigma = average(blurred), rng.uniform(0.015, 0.045)
     image = np.hypot(image + sigma * rng.standard_normal(shape), sigma * rng.standard_normal(shape))
     shares = np.stack([average((tissue == t).astype(np.float32)) for t in (GLAND, BLADDER)])
     labels = np.where(shares.max(0) >= 0.5, shares.argmax(0) + 1, 0).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The main job from end to end on phantoms and a CPU, with two labelled scans and 32 without labels: pretrain, train, compare.
+"""The main job from end to end on phantoms and a CPU, with one labelled scan and 32 without labels: pretrain, train, compare.
 
 Each step is a command that can be typed; it is shown, timed and logged. Everything is written below one folder (``demo``),
 which each run makes anew. ``--quick`` only shows that the commands work: its networks learn nothing.
@@ -32,7 +32,7 @@ CONFIGURATION, PLANS, FOLD = "3d_fullres", "nnUNetPlans_cpu", "0"
 FEW_PROCESSES = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 # Cases: labelled, unlabelled, test. Lengths: epochs x iterations.
-FULL = {"cases": (5, 32, 8), "pretrain": (4, 50), "finetune": (12, 100), "val": 2}
+FULL = {"cases": (5, 32, 8), "pretrain": (8, 50), "finetune": (18, 100), "val": 2}
 QUICK = {"cases": (5, 6, 2), "pretrain": (1, 2), "finetune": (2, 2), "val": 1}
 
 
@@ -59,9 +59,9 @@ def steps(folder: str, size: dict, phantoms: str = "examples/demo/phantoms.py", 
         ),
         Step(
             "small_plan",
-            "Derive a plan: two labelled cases, a small network and a short training, so that a CPU can do it",
+            "Derive a plan: one labelled case, a small network and a short training, so that a CPU can do it",
             ["nnssl_plan", "-d", "901", "-c", CONFIGURATION, "-p", "nnUNetPlans", "--name", "cpu"]
-            + ["--features", "8,16,32", "--patch", "24,32,32", "--labels", "2", "--schedule", "mean-teacher"]
+            + ["--features", "8,16,32", "--patch", "24,32,32", "--labels", "1", "--schedule", "mean-teacher"]
             + ["--epochs", epochs, "--iterations", iterations, "--val-iterations", str(size["val"])],
             result=f"nnUNet_preprocessed/{LABELLED}/{PLANS}.json",
         ),
@@ -70,7 +70,7 @@ def steps(folder: str, size: dict, phantoms: str = "examples/demo/phantoms.py", 
             "Pretrain this plan's network on the unlabelled dataset",
             ["nnssl_pretrain", "-d", "900", "-t", "901", "-m", "mae", "-c", CONFIGURATION, "-p", PLANS]
             + ["-device", "cpu", "--epochs", pretrain_epochs, "--iterations", pretrain_iterations]
-            + ["-o", "preset=adamw", "lr=2e-3", "batch_size=4"],
+            + ["-o", "preset=adamw", "lr=2e-3", "batch_size=4", "block=4,4,4"],
             FEW_PROCESSES,
             f"{results}/nnssl*",
         ),
