@@ -27,6 +27,7 @@ from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, MEAN_TEACHER, PRIMUS, 
 from nnssl.plans.labels import folds_of, restrict
 from nnssl.plans.parts import parts_for
 from nnssl.plans.primus import CLASSES
+from nnssl.threads import keep_to_threads
 from nnssl.trainers.groups import changed_parts
 from nnssl.trainers.inspection import content_of, digests
 from nnssl.trainers.loggers import FineTuningLogger, add_loggers
@@ -91,6 +92,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
     ) -> None:
         check_network(type(self), plans, configuration, self.primus)
         if device.type == "cpu":
+            keep_to_threads()
             keep_freed_memory()
         self.family = self.schedule_of(plans)
         figures = Figures.from_plans(plans, self.family, type(self).__name__)

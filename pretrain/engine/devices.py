@@ -25,6 +25,7 @@ from nnssl.errors import NnsslError, PeerLostError
 from nnssl.grammar import DEVICES
 from nnssl.malloc import keep_freed_memory
 from nnssl.pretrain.engine.signals import LAUNCHER, SIGNALS, asked_to_stop
+from nnssl.threads import threads_asked
 
 PREPARATION_LIMIT = timedelta(days=7)
 
@@ -53,15 +54,9 @@ def pick_device(name: str) -> torch.device:
         torch.cuda.set_device(device)
         return device
     if name == "cpu":
-        torch.set_num_threads(_threads())
+        torch.set_num_threads(threads_asked() or os.cpu_count() or 1)
         keep_freed_memory()
     return torch.device(name)
-
-
-def _threads() -> int:
-    if "OMP_NUM_THREADS" in os.environ:
-        return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    return os.cpu_count() or 1
 
 
 @contextmanager

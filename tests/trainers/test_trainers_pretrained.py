@@ -416,3 +416,15 @@ def test_a_shared_safetensors_file_is_named_and_trained_from(dataset, pretrainin
     trainer = start(build(plans="nnUNetPlans_shared"))
     weights = {n for n in canonical_state_dict(trainer.network) if not is_constant(n)}
     assert weights - same(trainer.network, file) == {n for n in weights if ".seg_layers." in n}
+
+
+def test_a_training_on_a_cpu_keeps_to_the_threads_asked_for(build, monkeypatch):
+    """``nnUNetv2_train -device cpu`` has taken all cores just before it builds the trainer."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 2)
+        monkeypatch.setenv("OMP_NUM_THREADS", str(before + 1))
+        build()
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
