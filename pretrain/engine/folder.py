@@ -20,17 +20,19 @@ log = logging.getLogger("nnssl")
 
 LOCK = ".lock"
 NAMED = 10
+UNKNOWN = "not known"
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """``key: saved -> wanted`` for each key of ``wanted`` whose value is another in ``saved``."""
+    """One line for each key of ``wanted`` whose value is another in ``saved``, or which an earlier version did not know."""
     out = []
     for key, value in wanted.items():
         old = saved.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
             out += differences(old, value, f"{prefix}{key}.")
         elif old != value:
-            out.append(f"{prefix}{key}: {old} in the folder, {value} now")
+            then = old if key in saved else UNKNOWN
+            out.append(f"{prefix}{key}: {then} in the folder, {value} now")
     return out
 
 
@@ -212,9 +214,14 @@ class RunFolder:
         if changed:
             what = "continue it with" if continue_run else "start"
             lines = "\n".join(f"  - {c}" for c in changed)
+            advice = "Leave those options out with --c." if continue_run else "Give this run a --name of its own."
+            if continue_run and any(f": {UNKNOWN} in" in c for c in changed):
+                advice = (
+                    "What is not known there is new: an earlier version began it, and this one would go on otherwise. Start "
+                    f"a run with a --name, from the weights of this one with --init {self.latest}."
+                )
             raise NnsslError(
-                f"{self.path} holds a run with another configuration, so it cannot {what} this one:\n{lines}\n"
-                + ("Leave those options out with --c." if continue_run else "Give this run a --name of its own.")
+                f"{self.path} holds a run with another configuration, so it cannot {what} this one:\n{lines}\n{advice}"
             )
         if self.final.exists():
             if continue_run:
