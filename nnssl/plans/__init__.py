@@ -2,9 +2,10 @@
 
 from nnssl.plans.datasets import dataset_id, list_datasets, resolve_dataset
 from nnssl.plans.plan import Plan, load_plan
-from nnssl.plans.variants import check_name, derive, list_variants
+from nnssl.plans.variants import Changes, check_name, derive, list_variants
 
 __all__ = [
+    "Changes",
     "Plan",
     "check_name",
     "dataset_id",

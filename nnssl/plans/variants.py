@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ SCHEMA = 1
 # nnU-Net gives the lowest of its deep-supervision outputs no weight: with two stages that is the only one, and the loss is nan
 MIN_STAGES = 3
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9-])?")
+LENGTHS = ("epochs", "iterations", "val_iterations")
 _PER_STAGE = ("features_per_stage", "strides", "kernel_sizes", "n_conv_per_stage", "n_blocks_per_stage")
 
 
@@ -44,11 +45,60 @@ def check_name(name: str, what: str = "--name") -> str:
     return name
 
 
-def _positive(**values: int | None) -> dict[str, int]:
-    for key, value in values.items():
-        if value is not None and value < 1:
-            raise NnsslError(f"--{key.replace('_', '-')} {value}: at least 1.")
-    return {key: int(value) for key, value in values.items() if value is not None}
+@dataclass(frozen=True)
+class Changes:
+    """What a variant has that its base has not; None leaves a thing as it is.
+
+    Attributes:
+        network: a transformer in place of the plan's U-Net, see :func:`nnssl.plans.primus.parse_network`.
+        features: channels per encoder stage, at least three; fewer than the network has stages cuts the deepest off.
+        patch: training patch, one number per axis.
+        batch_size: training batch.
+        epochs, iterations, val_iterations: length of the fine-tuning, iterations per epoch.
+        checkpoint, sha256: the pretrained file in the form of :func:`nnssl.paths.encode_path`, and its hash.
+        schedule: family of the learning rate (:data:`nnssl.plans.figures.FAMILIES`); another one than the base's drops the base's
+            figures.
+        figures: of that family, see :class:`nnssl.plans.figures.Figures`.
+        cases: ``train_cases`` (fold -> case names), and ``labels`` and ``seed`` that they came from.
+        adapt, coverage: what may be adapted where the weights come from another network, and the least share of the encoder that
+            must then be filled (:class:`nnssl.weights.Adaptation`).
+        unlabelled: datasets whose images ``mean_teacher`` learns from without labels, see :mod:`nnssl.plans.unlabelled`.
+        transductive: whether these may include the fold's validation cases and known test images.
+        parts: which of the pretrained parts the network gets, one of :data:`nnssl.plans.parts.CHOICES`.
+        place: where the weights lie in a file of others (``key``, ``prefix``), see :func:`nnssl.checkpoint.load`.
+        backbone: the parts that ``freeze_unfreeze`` freezes first.
+    """
+
+    network: str | None = None
+    features: Sequence[int] | None = None
+    patch: Sequence[int] | None = None
+    batch_size: int | None = None
+    epochs: int | None = None
+    iterations: int | None = None
+    val_iterations: int | None = None
+    checkpoint: str | None = None
+    sha256: str | None = None
+    schedule: str | None = None
+    figures: Mapping[str, Any] | None = None
+    cases: Mapping[str, Any] | None = None
+    adapt: Mapping[str, str] | None = None
+    coverage: float | None = None
+    unlabelled: Sequence[int | str] | None = None
+    transductive: bool | None = None
+    parts: str | None = None
+    place: Mapping[str, str] | None = None
+    backbone: Sequence[str] | None = None
+
+    def lengths(self) -> dict[str, int]:
+        """The lengths that are given. Raises :class:`NnsslError` for one, or a batch, below 1."""
+        given = {}
+        for key in (*LENGTHS, "batch_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise NnsslError(f"--{key.replace('_', '-')} {value}: at least 1.")
+            if value is not None and key in LENGTHS:
+                given[key] = int(value)
+        return given
 
 
 def _truncate(plan: Plan, config: dict[str, Any], features: Sequence[int]) -> None:
@@ -106,132 +156,105 @@ def free_children(plans: dict[str, Any], base: Plan) -> None:
             plans["configurations"][name] = resolved
 
 
-def _tell_schedule(told: dict[str, Any], schedule: str | None, figures: Mapping[str, Any]) -> None:
+def _change_configuration(plans: dict[str, Any], plan: Plan, asked: Changes) -> None:
+    """Put network, patch and batch into the configuration of ``plans``."""
+    if all(x is None for x in (asked.network, asked.features, asked.patch, asked.batch_size)):
+        return
+    free_children(plans, plan)
+    config = plans["configurations"][plan.configuration] = deepcopy(plan.config.configuration)
+    config.pop("inherits_from", None)
+    if asked.features is not None:
+        if plan.is_primus or asked.network is not None:
+            raise NnsslError(
+                "--features are the stages of a U-Net; a Primus is chosen with --network, for example primus-s."
+            )
+        _truncate(plan, config, asked.features)
+    if asked.patch is not None:
+        if len(asked.patch) != plan.dim:
+            raise NnsslError(
+                f"--patch has {len(asked.patch)} numbers; configuration {plan.configuration} has {plan.dim} axes."
+            )
+        config["patch_size"] = [int(p) for p in asked.patch]
+    if asked.network is not None:
+        config["architecture"] = parse_network(asked.network)
+        token = config["architecture"]["arch_kwargs"]["patch_embed_size"]
+        check_patch(config["patch_size"], token, f"--network {asked.network}")
+    if asked.batch_size is not None:
+        config["batch_size"] = int(asked.batch_size)
+
+
+def _tell_schedule(told: dict[str, Any], asked: Changes) -> None:
     """Put family and figures into the entry for the trainer; the figures of another family leave."""
     before = told.get("schedule") or DEFAULT_FAMILY
-    family = before if schedule is None else family_name(schedule)
+    family = before if asked.schedule is None else family_name(asked.schedule)
     if family != before:
         for key in {*(key for used in USED.values() for key in used), "backbone"}:
             told.pop(key, None)
-    if schedule is not None or figures:  # a plan that asks for none can be trained with any trainer
+    if asked.schedule is not None or asked.figures:  # a plan that asks for none can be trained with any trainer
         told["schedule"] = family
-    told.update(check_options(figures, family))
+    told.update(check_options(asked.figures or {}, family))
 
 
-def _tell_pool(told: dict[str, Any], unlabelled: Sequence[int | str] | None, transductive: bool | None) -> None:
+def _tell_weights(told: dict[str, Any], asked: Changes) -> None:
+    """Put the checkpoint, and what is taken of it, into the entry for the trainer."""
+    if asked.checkpoint is not None:
+        told.update(checkpoint=asked.checkpoint, sha256=asked.sha256)
+        for key in ("adapt", "coverage", "parts", "place", "backbone"):  # said of the file named before
+            told.pop(key, None)
+    if asked.adapt is not None:
+        told["adapt"] = dict(asked.adapt)
+    if asked.coverage is not None:
+        told["coverage"] = asked.coverage
+    if asked.place:
+        told["place"] = dict(asked.place)
+    if asked.parts is not None:
+        told["parts"] = check_parts(asked.parts)
+
+
+def _tell_pool(told: dict[str, Any], asked: Changes) -> None:
     """Put the images without labels into the entry for the trainer; only one schedule learns from any."""
-    if (unlabelled or transductive) and told.get("schedule", MEAN_TEACHER) != MEAN_TEACHER:
+    if (asked.unlabelled or asked.transductive) and told.get("schedule", MEAN_TEACHER) != MEAN_TEACHER:
         raise NnsslError(
             f"--unlabelled and --transductive are for the schedule mean-teacher, not {told['schedule'].replace('_', '-')}; "
             "add --schedule mean-teacher."
         )
-    if unlabelled:
-        told["unlabelled"] = [resolve_dataset(source) for source in unlabelled]
-    if transductive:
+    if asked.unlabelled:
+        told["unlabelled"] = [resolve_dataset(source) for source in asked.unlabelled]
+    if asked.transductive:
         told["transductive"] = True
 
 
-def derive(
-    plan: Plan,
-    name: str,
-    *,
-    network: str | None = None,
-    features: Sequence[int] | None = None,
-    patch: Sequence[int] | None = None,
-    batch_size: int | None = None,
-    epochs: int | None = None,
-    iterations: int | None = None,
-    val_iterations: int | None = None,
-    checkpoint: str | None = None,
-    sha256: str | None = None,
-    schedule: str | None = None,
-    figures: Mapping[str, Any] | None = None,
-    cases: Mapping[str, Any] | None = None,
-    adapt: Mapping[str, str] | None = None,
-    coverage: float | None = None,
-    unlabelled: Sequence[int | str] | None = None,
-    transductive: bool | None = None,
-    parts: str | None = None,
-    place: Mapping[str, str] | None = None,
-    backbone: Sequence[str] | None = None,
-) -> Plan:
+def derive(plan: Plan, name: str, changes: Changes | None = None, **others: Any) -> Plan:
     """Make a variant of a plan in memory; nothing is written and ``plan`` stays as it is.
 
     Args:
         plan: what it is derived from, itself a variant or not.
         name: joined to the plans name with ``_``.
-        network: a transformer in place of the plan's U-Net, see :func:`nnssl.plans.primus.parse_network`.
-        features: channels per encoder stage, at least three; fewer than the network has stages cuts the deepest off.
-        patch: training patch, one number per axis.
-        batch_size: training batch.
-        epochs, iterations, val_iterations: length of the fine-tuning, iterations per epoch.
-        checkpoint, sha256: the pretrained file in the form of :func:`nnssl.paths.encode_path`, and its hash.
-        schedule: family of the learning rate (:data:`nnssl.plans.figures.FAMILIES`); another one than the base's drops the base's
-            figures.
-        figures: of that family, see :class:`nnssl.plans.figures.Figures`.
-        cases: ``train_cases`` (fold -> case names), and ``labels`` and ``seed`` that they came from.
-        adapt, coverage: what may be adapted where the weights come from another network, and the least share of the encoder that
-            must then be filled (:class:`nnssl.weights.Adaptation`).
-        unlabelled: datasets whose images ``mean_teacher`` learns from without labels, see :mod:`nnssl.plans.unlabelled`.
-        transductive: whether these may include the fold's validation cases and known test images.
-        parts: which of the pretrained parts the network gets, one of :data:`nnssl.plans.parts.CHOICES`.
-        place: where the weights lie in a file of others (``key``, ``prefix``), see :func:`nnssl.checkpoint.load`.
-        backbone: the parts that ``freeze_unfreeze`` freezes first.
+        changes: what it has that ``plan`` has not.
+        others: more of them, by the names of :class:`Changes`: ``derive(plan, "small", features=(8, 16, 32))``.
 
     Raises:
         NnsslError: an illegal name, features that the network has no stages for, a patch that the strides or tokens do not
             divide, a figure that the schedule does not have or that is out of range.
     """
-    lengths = _positive(epochs=epochs, iterations=iterations, val_iterations=val_iterations)
-    _positive(batch_size=batch_size)
+    asked = replace(changes or Changes(), **others)
+    lengths = asked.lengths()
     plans = deepcopy(plan.plans)
     plans["plans_name"] = f"{plan.plans_name}_{check_name(name)}"
-    if any(x is not None for x in (network, features, patch, batch_size)):
-        free_children(plans, plan)
-        config = deepcopy(plan.config.configuration)
-        config.pop("inherits_from", None)
-        plans["configurations"][plan.configuration] = config
-        if features is not None:
-            if plan.is_primus or network is not None:
-                raise NnsslError(
-                    "--features are the stages of a U-Net; a Primus is chosen with --network, for example primus-s."
-                )
-            _truncate(plan, config, features)
-        if patch is not None:
-            if len(patch) != plan.dim:
-                raise NnsslError(
-                    f"--patch has {len(patch)} numbers; configuration {plan.configuration} has {plan.dim} axes."
-                )
-            config["patch_size"] = [int(p) for p in patch]
-        if network is not None:
-            config["architecture"] = parse_network(network)
-            check_patch(
-                config["patch_size"], config["architecture"]["arch_kwargs"]["patch_embed_size"], f"--network {network}"
-            )
-        if batch_size is not None:
-            config["batch_size"] = int(batch_size)
+    _change_configuration(plans, plan, asked)
     told = {**plan.nnssl, "schema": SCHEMA, "base_plans": plan.base_plans, "configuration": plan.configuration}
-    _tell_schedule(told, schedule, figures or {})
+    _tell_schedule(told, asked)
     told.update(lengths)
-    if checkpoint is not None:
-        told.update(checkpoint=checkpoint, sha256=sha256)
-        for key in ("adapt", "coverage", "parts", "place", "backbone"):  # said of the file named before
-            told.pop(key, None)
-    told.update({k: v for k, v in (("adapt", adapt and dict(adapt)), ("coverage", coverage)) if v is not None})
-    if place:
-        told["place"] = dict(place)
-    if parts is not None:
-        told["parts"] = check_parts(parts)
-    if cases is not None:
-        told.update(cases)
-    _tell_pool(told, unlabelled, transductive)
-    if backbone is not None and told.get("schedule") == "freeze_unfreeze":
-        told["backbone"] = list(backbone)
+    _tell_weights(told, asked)
+    told.update(asked.cases or {})
+    _tell_pool(told, asked)
+    if asked.backbone is not None and told.get("schedule") == "freeze_unfreeze":
+        told["backbone"] = list(asked.backbone)
     plans["nnssl"] = told
     variant = Plan.from_dicts(plans, plan.configuration, plan.dataset_json, second_stage=True)
     family = told.get("schedule") or DEFAULT_FAMILY
     Figures.from_plans(plans, family, trainer_for(family, variant.is_primus))
-    if features is not None or patch is not None:
+    if asked.features is not None or asked.patch is not None:
         _check_patch(variant)
     return variant
 

@@ -37,7 +37,7 @@ def write_variant(
         labels: how many of each fold's training cases are trained on: a number, ``"25%"`` or a file of case names.
         seed: which of them (:func:`nnssl.plans.labels.case_order`).
         validate: a file of the cases that validate in fold ``all``, in place of all that are not trained on.
-        changes: the other arguments of :func:`nnssl.plans.derive`.
+        changes: what it has besides, by the names of :class:`nnssl.plans.Changes`.
 
     Returns:
         ``nnUNet_preprocessed/<Dataset>/<plans>_<name>.json``.
