@@ -457,17 +457,17 @@ def _full_first() -> None:
 
 @LAB.add("pictures cannot be written")
 def _pictures() -> None:
-    from nnssl.pretrain.engine import logs, loop
+    from nnssl.pretrain.engine import drawing, logs
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
-    before = loop.save_picture, logs.plot_progress
-    loop.save_picture, logs.plot_progress = fail, fail
+    before = drawing.save_picture, logs.plot_progress
+    drawing.save_picture, logs.plot_progress = fail, fail
     try:
         told = here(*RUN, "--name", "pictures", "-o", "workers=0", "picture_every=1", "held_out_batches=1")
     finally:
-        loop.save_picture, logs.plot_progress = before
+        drawing.save_picture, logs.plot_progress = before
     expect(told, 0, "progress.png could not be written.*Weights:")
     same("pictures")
 

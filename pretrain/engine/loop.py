@@ -7,7 +7,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,14 +23,15 @@ from nnssl.plans import Plan
 from nnssl.pretrain.data import Pool, make_loader
 from nnssl.pretrain.data.weights import case_weights
 from nnssl.pretrain.engine.config import EngineConfig
+from nnssl.pretrain.engine.drawing import draw, draw_views
 from nnssl.pretrain.engine.evaluate import HeldOut
 from nnssl.pretrain.engine.folder import RunFolder
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.engine.logs import RunLog
-from nnssl.pretrain.engine.pictures import save_picture
 from nnssl.pretrain.engine.place import place_sentence
 from nnssl.pretrain.engine.signals import StopSignals
 from nnssl.pretrain.engine.speed import Prefetcher, apply_options
+from nnssl.pretrain.engine.state import restore, training_state
 from nnssl.pretrain.engine.stepping import Numbers, Stepper, views_in_parts
 from nnssl.pretrain.engine.told import clock, disk_reason, epoch_line, memory_advice, non_finite_advice
 from nnssl.pretrain.methods.base import Method
@@ -119,6 +119,8 @@ class Engine:
         verdict: ``{"learnt": bool, "sentence": str}`` once the run has ended.
         start: what it starts from, with the report of the transfer; None where it starts from random weights or is continued.
         started_from: what its checkpoints say about that.
+        first: held-out terms before the first step.
+        sums, counted: of each term over the steps of this epoch, and how many those are.
     """
 
     def __init__(self, spec: RunSpec, state: dict[str, Any] | None = None) -> None:
@@ -147,15 +149,15 @@ class Engine:
         self.first: dict[str, float] = {}
         self._untrained: Method | None = None
         self.stop_reason: str | None = None
-        self._sums: dict[str, float] = {}
-        self._counted = 0
+        self.sums: dict[str, float] = {}
+        self.counted = 0
         self._pending: Numbers | None = None
         self._last: dict[str, float] = {}
         self._stop_agreed = False
         self._cases: list[str] = []
         self.log = RunLog(spec.folder.path if rank() == 0 else None, loggers=spec.loggers)
         if state is not None:
-            self._restore(state)
+            restore(self, state)
         total, place = spec.batch_size // self.parts, spec.engine.place_crops
         self.held_out = HeldOut(self._loader("held_out", 0), spec.seed, spec.device, total, place)
 
@@ -181,79 +183,6 @@ class Engine:
             companion=None if spec.companion is None else spec.companion.reader(split),
         )
 
-    # ---- state ---------------------------------------------------------------------------------------------------
-
-    def training_state(self) -> dict[str, Any]:
-        """What ``--c`` needs beyond the network's weights; tensors and plain values only."""
-        own = {k: v.detach().cpu() for k, v in self.method.state_dict().items() if not k.startswith("network.")}
-        return {
-            "method": own,
-            "stepper": self.stepper.state_dict(),
-            "step": self.step,
-            "first": self.first,
-            "history": self.log.history,
-            "sums": self._sums,
-            "counted": self._counted,
-            "hooks": {h.name: h.state_dict() for h in self.spec.hooks},
-            "started_from": self.started_from,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.spec.device) if self.spec.device.type == "cuda" else None,
-            "identity": self.spec.identity,
-        }
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        """Take back :meth:`training_state`; NnsslError names the part that is missing or does not fit."""
-        steps: dict[str, Callable[[Any], None]] = {
-            "network_weights": self._restore_network,
-            "method": lambda v: self.method.load_state_dict({**self._network_state(), **v}),
-            "stepper": self.stepper.load_state_dict,
-            "step": lambda v: setattr(self, "step", int(v)),
-            "first": lambda v: setattr(self, "first", dict(v)),
-            "history": lambda v: setattr(self.log, "history", [dict(row) for row in v]),
-            "sums": lambda v: setattr(self, "_sums", dict(v)),
-            "counted": lambda v: setattr(self, "_counted", int(v)),
-            "hooks": self._restore_hooks,
-            "rng": self._restore_rng,
-            "cuda_rng": self._restore_cuda_rng,
-        }
-        for part, take in steps.items():
-            try:
-                take(state[part])
-            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-                lines = str(error).splitlines() or [""]
-                why = (
-                    "is missing"
-                    if isinstance(error, KeyError) and error.args == (part,)
-                    else f"does not fit ({lines[-1].strip()})"
-                )
-                raise NnsslError(
-                    f"{self.spec.folder.latest} cannot be continued: its part '{part}' {why}. Start anew with a --name, or put "
-                    "the run's own checkpoint back."
-                ) from error
-        self.started_from = state.get("started_from")
-        if not 0 <= self.step <= self.spec.steps:
-            raise NnsslError(f"{self.spec.folder.latest} is from step {self.step}; this run has {self.spec.steps}.")
-
-    def _network_state(self) -> dict[str, torch.Tensor]:
-        return {k: v for k, v in self.method.state_dict().items() if k.startswith("network.")}
-
-    def _restore_network(self, weights: dict[str, torch.Tensor]) -> None:
-        self.method.load_state_dict({**self.method.state_dict(), **{f"network.{k}": v for k, v in weights.items()}})
-
-    def _restore_hooks(self, states: dict[str, Any]) -> None:
-        for hook in self.spec.hooks:
-            hook.load_state_dict(states.get(hook.name, {}))
-
-    def _restore_rng(self, state: torch.Tensor) -> None:
-        if rank():  # only rank 0's generators are saved; the others' must differ from them
-            torch.manual_seed(self.spec.seed + 7919 * rank() + self.step)
-        else:
-            torch.set_rng_state(state.cpu())
-
-    def _restore_cuda_rng(self, state: torch.Tensor | None) -> None:
-        if not rank() and state is not None and self.spec.device.type == "cuda":
-            torch.cuda.set_rng_state(state.cpu(), self.spec.device)
-
     def save(self, *, final: bool = False) -> None:
         """Write ``checkpoint_latest.pth`` (and, at the end, ``checkpoint_final.pth`` without the training state).
 
@@ -262,7 +191,7 @@ class Engine:
         """
         self._check_weights()
         if rank() == 0:
-            self.spec.save(self, self.spec.folder.latest, self.training_state())
+            self.spec.save(self, self.spec.folder.latest, training_state(self))
             if final:
                 self.spec.save(self, self.spec.folder.final, None)
 
@@ -312,7 +241,7 @@ class Engine:
             self.verdict = None if judged is None else dict(zip(("learnt", "sentence"), judged))
             self.save(final=finished)
         if finished:
-            self._draw(self.step // spec.iterations)
+            draw(self, self.step // spec.iterations)
         else:
             name = signals.name or "a signal to another process"
             log.info("Stopped by %s after step %d of %d; continue with --c.", name, self.step, spec.steps)
@@ -375,8 +304,8 @@ class Engine:
             raise NonFiniteError(non_finite_advice(self.spec.folder, numbers.step, bad, numbers.cases))
         for key, value in values.items():
             if not (skipped and key == "grad_norm"):
-                self._sums[key] = self._sums.get(key, 0.0) + value
-        self._counted += 1
+                self.sums[key] = self.sums.get(key, 0.0) + value
+        self.counted += 1
         self._last = values
         if self.spec.engine.log_every and numbers.step % self.spec.engine.log_every == 0:
             self.log.event("step", step=numbers.step, lr=self.stepper.optimiser.param_groups[0]["lr"], **values)
@@ -395,7 +324,7 @@ class Engine:
         devices = [self.spec.device] if self.spec.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             self.first = self.held_out.evaluate(untrained, self.stepper)
-        self._picture(0, untrained)
+        draw_views(self, 0, untrained)
         self.log.event("untrained", step=0, **{f"held_out/{k}": v for k, v in self.first.items()})
 
     def _check_weights(self) -> None:
@@ -410,8 +339,8 @@ class Engine:
         spec = self.spec
         self._look_at_untrained()
         self._check_weights()
-        means = {k: v / max(1, self._counted) for k, v in self._sums.items()}
-        self._sums, self._counted = {}, 0
+        means = {k: v / max(1, self.counted) for k, v in self.sums.items()}
+        self.sums, self.counted = {}, 0
         row: dict[str, Any] = {"epoch": epoch + 1, "step": self.step}
         row["lr"] = self.stepper.optimiser.param_groups[0]["lr"]
         row["grad_norm"] = means.pop("grad_norm", None)
@@ -434,49 +363,11 @@ class Engine:
             return  # the final checkpoint comes first, then what is drawn
         if (epoch + 1) % spec.engine.save_every == 0:
             self.save()
-        self._draw(epoch + 1, last=False)
-
-    def _draw(self, epoch: int, last: bool = True) -> None:
-        """Rank 0 draws the curves and, every few epochs, a picture; what cannot be drawn or written is told, no more."""
-        every = self.spec.engine.picture_every
-        every = max(1, self.spec.epochs // 10) if every is None else every
-        if rank() == 0:
-            with _only_told("progress.png"):
-                first, now = self._ends()
-                words = {"title": self._heading(epoch), "sentence": self.method.verdict(first, now)[1]}
-                self.log.draw(self.method.curves(), first=self.first, **words)
-        if every and (last or epoch % every == 0):
-            with _only_told("progress_details.png"):
-                self.log.draw_details()
-            self._picture(epoch)
-
-    def _picture(self, epoch: int, method: Method | None = None) -> None:
-        """Rank 0 draws what the network makes of the first held-out batch."""
-        method = self.method if method is None else method
-        if rank() != 0 or not self.held_out or self.spec.engine.picture_every == 0:
-            return
-        name = f"views_epoch_{epoch:04d}.png"
-        training = method.training
-        method.eval()
-        try:
-            own_rng = torch.random.fork_rng([self.spec.device] if self.spec.device.type == "cuda" else [])
-            with _only_told(name), own_rng, torch.no_grad(), self.stepper.autocast():
-                picture = method.pictures(self.held_out.batch(method, 0))
-                if picture is not None:
-                    spacing = self.spec.plan.spacing
-                    heading = f"{self._heading(epoch)}, on held-out images"
-                    path = self.spec.folder.path / name
-                    save_picture(picture, path, heading=heading, aspect=spacing[-2] / spacing[-1])
-        finally:
-            method.train(training)
-
-    def _heading(self, epoch: int) -> str:
-        when = f"after epoch {epoch} of {self.spec.epochs}" if epoch else "before training"
-        return f"{self.method.name}, pretraining for {self.spec.plan.dataset_name}, {when}"
+        draw(self, epoch + 1, last=False)
 
     # ---- words ---------------------------------------------------------------------------------------------------
 
-    def _ends(self) -> tuple[dict[str, float], dict[str, float]]:
+    def ends(self) -> tuple[dict[str, float], dict[str, float]]:
         """Held-out terms before the first step and now; training terms where nothing is held out."""
         row = self.log.history[-1] if self.log.history else {}
         prefix = "held_out/" if self.held_out else "train/"
@@ -488,16 +379,16 @@ class Engine:
 
     def _judge(self) -> tuple[bool, str] | None:
         """Whether the method learnt, by its own judgement; None where no epoch has ended."""
-        first, last = self._ends()
+        first, last = self.ends()
         if not last:
             return None
         learnt, sentence = self.method.verdict(first, last)
-        return bool(
-            learnt
-        ), sentence if self.held_out else f"{sentence} (No case is held out: these are training losses.)"
+        if not self.held_out:
+            sentence += " (No case is held out: these are training losses.)"
+        return bool(learnt), sentence
 
     def _outcome(self, finished: bool) -> Outcome:
-        first, last = self._ends()
+        first, last = self.ends()
         if not finished or self.verdict is None:
             return Outcome(finished, False, "The run has not ended yet.", first, last, self.log.history)
         learnt, sentence = self.verdict["learnt"], self.verdict["sentence"]
@@ -507,12 +398,3 @@ class Engine:
             log.warning("%s See docs/methods/README.md.", place)
         closing = [s for s in (h.finish(self) for h in self.spec.hooks) if s]
         return Outcome(True, learnt, " ".join([sentence, *closing]), first, last, self.log.history)
-
-
-@contextmanager
-def _only_told(what: str) -> Iterator[None]:
-    """A picture that fails is worth a warning, never a run of days."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001  drawing code, and disks
-        log.warning("%s could not be written (%s: %s); the run goes on.", what, type(error).__name__, error)

@@ -437,13 +437,13 @@ def test_a_checkpoint_without_a_part_is_refused_by_the_part(stopped, part):
 
 
 def test_pictures_that_cannot_be_written_end_no_run(target, monkeypatch, caplog):
-    from nnssl.pretrain.engine import logs, loop
+    from nnssl.pretrain.engine import drawing, logs
 
     def fail(*args, **options):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     straight = go(name="straight", options={**OPTIONS, "picture_every": 0})
-    monkeypatch.setattr(loop, "save_picture", fail)
+    monkeypatch.setattr(drawing, "save_picture", fail)
     monkeypatch.setattr(logs.RunLog, "draw", fail)
     other = go(name="blind", options={**OPTIONS, "picture_every": 1})
     assert other.finished and same_weights(straight, other)
