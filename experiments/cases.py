@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnssl.errors import NnsslError, nearest, raise_problems
+from nnssl.errors import NnsslError, did_you_mean, raise_problems
 from nnssl.experiments.experiment import Arm, Setting
 from nnssl.paths import raw_folder
 from nnssl.plans import Plan, load_plan
@@ -154,7 +154,7 @@ def _test_cases(setting: Setting, plan: Plan, splits: Mapping[str, Any]) -> list
     both = {**found["Tr"], **found["Ts"]}
     unknown = [c for c in wanted if c not in both]
     problems = [
-        f"'{c}' is in neither imagesTs nor imagesTr of {plan.dataset_name}.{nearest(c, both)}" for c in unknown[:5]
+        f"'{c}' is in neither imagesTs nor imagesTr of {plan.dataset_name}.{did_you_mean(c, both)}" for c in unknown[:5]
     ]
     problems += [
         f"'{c}' has no segmentation {both[c].reference}"
@@ -183,7 +183,7 @@ def _check_pool(
         f"'{c}' is a test case and in the pool or among the labelled cases of {setting.splits}" for c in both[:5]
     ]
     missing = sorted((set(pool) | few) - known)
-    problems += [f"'{c}' is not among the preprocessed cases.{nearest(c, known)}" for c in missing[:5]]
+    problems += [f"'{c}' is not among the preprocessed cases.{did_you_mean(c, known)}" for c in missing[:5]]
     outside = sorted(few - set(pool) - test) if "pool" in splits else []
     problems += [f"'{c}' is among the labelled cases and not in the pool of {setting.splits}" for c in outside[:5]]
     raise_problems(problems, f"cases of dataset {setting.dataset}")

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nnssl.errors import NnsslError, nearest, raise_problems
+from nnssl.errors import NnsslError, did_you_mean, raise_problems
 from nnssl.experiments.scores import BASELINE, Labels, number, parse_labels
 from nnssl.experiments.summary import MEAN, Row
 from nnssl.experiments.tables import NOTHING, Table, baseline_of, percent, plus_minus
@@ -94,7 +94,7 @@ def read_published(file: str | Path) -> list[Published]:
     except (OSError, UnicodeDecodeError) as error:
         raise NnsslError(f"The published figures {file} cannot be read: {error}") from error
     problems = [f"line 1: no column '{c}'." for c in REQUIRED if c not in columns]
-    problems += [f"line 1: unknown column '{c}'.{nearest(c, COLUMNS)}" for c in columns if c not in COLUMNS]
+    problems += [f"line 1: unknown column '{c}'.{did_you_mean(c, COLUMNS)}" for c in columns if c not in COLUMNS]
     raise_problems(problems, str(file))
     out: list[Published] = []
     seen: dict[tuple[str, str, str, str], int] = {}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, field, fields, is_dataclass
 from typing import Any, TypeVar
 
-from nnssl.errors import ProblemsError, nearest, raise_problems
+from nnssl.errors import ProblemsError, did_you_mean, raise_problems
 from nnssl.fields import (
     LARGEST,
     Wanted,
@@ -113,7 +113,7 @@ def unknown_keys(given: Iterable[str], known: Iterable[str], where: str = "", wh
     """One sentence for each key that is not known, with the nearest one that is."""
     names = sorted(known)
     listed = f" There are: {', '.join(names)}" if what == "key" else ""
-    return [f"{where}unknown {what} '{k}'.{nearest(k, names)}{listed}" for k in map(str, given) if k not in names]
+    return [f"{where}unknown {what} '{k}'.{did_you_mean(k, names)}{listed}" for k in map(str, given) if k not in names]
 
 
 def _wanted(cls: type) -> dict[str, tuple[Any, Wanted]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["NnsslError", "PeerLostError", "ProblemsError", "UsageError", "nearest", "raise_problems"]
+__all__ = ["NnsslError", "PeerLostError", "ProblemsError", "UsageError", "did_you_mean", "nearest", "raise_problems"]
 
 
 class NnsslError(RuntimeError):
@@ -23,10 +23,14 @@ class PeerLostError(NnsslError):
     """Another process of a distributed run has ended, and this one cannot go on alone."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
     match = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{match[0]}'?" if match else ""
+
+
+nearest = did_you_mean
+"""The name that it had."""
 
 
 class ProblemsError(NnsslError):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nnssl.errors import nearest, raise_problems
+from nnssl.errors import did_you_mean, raise_problems
 
 __all__ = [
     "Wanted",
@@ -164,7 +164,7 @@ def field_problems(content: Any, wanted: Mapping[str, Wanted], prefix: str = "")
 
 def misfit(name: str, wanted: Wanted, value: Any) -> str:
     """The sentence on a value that is not what is wanted; a text that is nearly one of the choices gets that one named."""
-    near = nearest(value, wanted.choices) if isinstance(value, str) and wanted.choices else ""
+    near = did_you_mean(value, wanted.choices) if isinstance(value, str) and wanted.choices else ""
     return f"'{name}' must be {wanted.words}, not {shown(value)}{f'.{near}' if near else ''}"
 
 

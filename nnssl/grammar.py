@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
-from nnssl.errors import nearest
+from nnssl.errors import did_you_mean
 
 __all__ = ["DEVICES", "SHARED", "CommandParser", "Flag", "pair", "version_text", "whole_numbers"]
 
@@ -224,7 +224,9 @@ class CommandParser(argparse.ArgumentParser):
             words = unknown.group(1).split()
             known = [name for action in self.options() for name in action.option_strings]
             told = [
-                f"{w} is no option of {self.prog}.{nearest(w.split('=')[0], known)}" for w in words if w.startswith("-")
+                f"{w} is no option of {self.prog}.{did_you_mean(w.split('=')[0], known)}"
+                for w in words
+                if w.startswith("-")
             ]
             message = " ".join(told) or f"{', '.join(words)}: not understood here."
         choice = re.match(r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", message)

@@ -133,7 +133,7 @@ def _several(args: argparse.Namespace, arguments: list[str]) -> int:
 
 def _listing(method: str | None) -> str:
     from nnssl.config import describe_options
-    from nnssl.errors import nearest
+    from nnssl.errors import did_you_mean
     from nnssl.pretrain.engine.config import EngineConfig
     from nnssl.pretrain.outline import outlines, source_value
 
@@ -149,7 +149,7 @@ def _listing(method: str | None) -> str:
         rows = [f"  {name:10} {cls.title}" for name, cls in methods.items()]
         return "Methods (-m):\n" + "\n".join(rows) + "\n\nnnssl_pretrain --list -m METHOD shows a method's options.\n"
     if method not in methods:
-        raise NnsslError(f"unknown method '{method}'.{nearest(method, methods)} Known: {', '.join(methods)}.")
+        raise NnsslError(f"unknown method '{method}'.{did_you_mean(method, methods)} Known: {', '.join(methods)}.")
     cls = methods[method]
     omni = "nnssl.pretrain.omni.config"
     before, presets, omni_config = (source_value(omni, n) for n in ("PREFIX", "PRESETS", "OmniConfig"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnssl.config import config_dict, make_config, split_options
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 from nnssl.plans import Plan
 from nnssl.pretrain.data import Pool
 from nnssl.pretrain.engine.config import RUNTIME_OPTIONS, EngineConfig
@@ -49,7 +49,7 @@ def resolve(
     old = dict(saved or {}).get("identity", {})
     if preset is not None and preset not in method.presets:
         known = ", ".join(method.presets) or "none"
-        raise NnsslError(f"-o preset={preset}: {method.name} has {known}.{nearest(str(preset), method.presets)}")
+        raise NnsslError(f"-o preset={preset}: {method.name} has {known}.{did_you_mean(str(preset), method.presets)}")
     base = {**(method.presets[preset] if preset else {})} if preset or not old else dict(old["options"])
     of_method, of_engine = split_options(given, [method.Config, EngineConfig])
     for key, value in {"epochs": epochs, "iterations": iterations}.items():

@@ -11,7 +11,7 @@ import torch
 from nnssl.distributed import gather_with_grad
 from nnssl.heads import ImageHead
 from nnssl.losses import supcon
-from nnssl.networks import walk
+from nnssl.networks import forward_features
 from nnssl.pretrain import geometry
 from nnssl.pretrain.augment import random_affine, random_jitter
 from nnssl.pretrain.methods import CropRequest, Method, option, register
@@ -51,7 +51,7 @@ class SimCLR(Method):
         return {k: random_jitter(x, crops.intensity, draws, **change) for k, x in zip("ab", turned)}
 
     def project(self, x):
-        return gather_with_grad(self.head(walk(self.network, x, 0).skips[-1]))
+        return gather_with_grad(self.head(forward_features(self.network, x, 0).skips[-1]))
 
     def loss(self, batch):
         a, b = self.project(batch["a"]), self.project(batch["b"])

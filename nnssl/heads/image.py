@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nnssl.amp import at_least_float32
 from nnssl.distributed import gather_with_grad
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 from nnssl.heads.mlp import mlp
 
 POOLINGS = ("gap", "gap+gmp", "grid", "flatten")
@@ -34,7 +34,7 @@ def pooled_width(channels: int, shape: Sequence[int], pooling: str) -> int:
         NnsslError: for an unknown pooling.
     """
     if pooling not in POOLINGS:
-        raise NnsslError(f"unknown pooling '{pooling}'.{nearest(pooling, POOLINGS)} Known: {', '.join(POOLINGS)}.")
+        raise NnsslError(f"unknown pooling '{pooling}'.{did_you_mean(pooling, POOLINGS)} Known: {', '.join(POOLINGS)}.")
     cells = {"gap": 1, "gap+gmp": 2, "grid": math.prod(min(_GRID, n) for n in shape), "flatten": math.prod(shape)}
     return channels * cells[pooling]
 

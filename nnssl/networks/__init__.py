@@ -1,9 +1,9 @@
-"""Builds a plan's network, and walks it: encoder skips and decoder levels without segmentation heads."""
+"""Builds a plan's network, and its features: encoder skips and decoder levels without segmentation heads."""
 
 from nnssl.networks.build import build_network, decoder_channels, encoder_channels
 from nnssl.networks.primus import PrimusEncoder, encoder_module, is_primus
 from nnssl.networks.state import alias_map, canonical_state_dict, full_state_dict, unwrap
-from nnssl.networks.walker import FeaturePyramid, Pyramid, partial_decode, walk
+from nnssl.networks.walker import FeaturePyramid, Pyramid, forward_features, partial_decode, walk
 
 __all__ = [
     "PrimusEncoder",
@@ -15,6 +15,7 @@ __all__ = [
     "decoder_channels",
     "encoder_channels",
     "encoder_module",
+    "forward_features",
     "full_state_dict",
     "is_primus",
     "partial_decode",

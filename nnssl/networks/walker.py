@@ -19,7 +19,7 @@ from nnssl.networks.state import unwrap
 
 @dataclass
 class FeaturePyramid:
-    """What :func:`walk` saw.
+    """What :func:`forward_features` saw.
 
     Attributes:
         skips: encoder outputs, highest resolution first, the bottleneck last; ``(B, C_s, *size_s)`` each.
@@ -58,7 +58,7 @@ def partial_decode(network: nn.Module, skips: Sequence[Tensor], n_stages: int | 
     return outputs
 
 
-def walk(network: nn.Module, x: Tensor, n_decoder_stages: int | None = None) -> FeaturePyramid:
+def forward_features(network: nn.Module, x: Tensor, n_decoder_stages: int | None = None) -> FeaturePyramid:
     """Run the encoder and the first decoder stages; never the segmentation heads.
 
     Args:
@@ -86,5 +86,5 @@ def walk(network: nn.Module, x: Tensor, n_decoder_stages: int | None = None) -> 
     return FeaturePyramid(skips=skips, levels=[skips[-1], *partial_decode(network, skips, n_decoder_stages)])
 
 
-Pyramid = FeaturePyramid
-"""Its name before."""
+Pyramid, walk = FeaturePyramid, forward_features
+"""Their names before."""

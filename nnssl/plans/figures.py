@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nnssl.config import option, problems_of
-from nnssl.errors import NnsslError, nearest, raise_problems
+from nnssl.errors import NnsslError, did_you_mean, raise_problems
 from nnssl.teacher.stages import Stages
 
 DEFAULT_FAMILY = "warmup_poly"
@@ -220,7 +220,7 @@ def family_name(text: str) -> str:
     name = text.strip().lower().replace("-", "_")
     if name not in FAMILIES:
         known = [spelt(family) for family in FAMILIES]
-        raise NnsslError(f"There is no schedule '{text}'.{nearest(text, known)} There are: {', '.join(known)}.")
+        raise NnsslError(f"There is no schedule '{text}'.{did_you_mean(text, known)} There are: {', '.join(known)}.")
     return name
 
 
@@ -242,7 +242,8 @@ def check_options(options: Mapping[str, Any], family: str) -> dict[str, Any]:
     read, problems = problems_of(Figures, {k: v for k, v in options.items() if k in known})
     unknown = [k for k in options if k not in known]
     told = [
-        f"'{k}' is no figure of the schedule {name}.{nearest(k, known)} It has: {', '.join(known)}" for k in unknown
+        f"'{k}' is no figure of the schedule {name}.{did_you_mean(k, known)} It has: {', '.join(known)}"
+        for k in unknown
     ]
     raise_problems([*told, *problems], "option -o")
     return read

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 from nnssl.files import read_text, same_text
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import dataset_id
@@ -131,7 +131,7 @@ def _named(path: Path, folds: Mapping[str, Split], option: str) -> list[str]:
     unknown = [case for case in named if case not in known and same_text(case) not in forms]
     if unknown:
         raise NnsslError(
-            f"{option} {path} names '{unknown[0]}', which is no preprocessed case.{nearest(unknown[0], known)}"
+            f"{option} {path} names '{unknown[0]}', which is no preprocessed case.{did_you_mean(unknown[0], known)}"
         )
     return [case if case in known else forms[same_text(case)] for case in named]
 

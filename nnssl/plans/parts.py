@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 
 CHOICES = ("default", "encoder", "encoder+bottom", "all")
 """What ``--parts`` takes: the default that the checkpoint names, the encoder alone, with it the decoder stage of the lowest
@@ -25,7 +25,7 @@ def check_parts(choice: str) -> str:
         NnsslError: names the nearest.
     """
     if choice not in CHOICES:
-        raise NnsslError(f"parts '{choice}': it can be {', '.join(CHOICES)}.{nearest(str(choice), CHOICES)}")
+        raise NnsslError(f"parts '{choice}': it can be {', '.join(CHOICES)}.{did_you_mean(str(choice), CHOICES)}")
     return choice
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnssl.errors import NnsslError, nearest, raise_problems
+from nnssl.errors import NnsslError, did_you_mean, raise_problems
 from nnssl.files import read_json
 from nnssl.paths import preprocessed_folder, set_folders
 from nnssl.plans.check import check_arguments, check_configuration, check_part, check_plans
@@ -64,7 +64,7 @@ class Plan:
         if configuration not in known:
             raise NnsslError(
                 f"Plans '{name}' of {plans['dataset_name']} have no configuration '{configuration}'."
-                f"{nearest(configuration, known)} They have: {', '.join(known)}. Choose one with -c."
+                f"{did_you_mean(configuration, known)} They have: {', '.join(known)}. Choose one with -c."
             )
         plan = cls(plans, configuration, dataset_json)
         try:
@@ -333,7 +333,7 @@ def load_plan(
         number, others = dataset_id(name), plans_in(folder) if folder.is_dir() else []
         if others:
             raise NnsslError(
-                f"{name} has no plans '{plans_name}'.{nearest(plans_name, others)} It has: {', '.join(others)}. "
+                f"{name} has no plans '{plans_name}'.{did_you_mean(plans_name, others)} It has: {', '.join(others)}. "
                 f"Choose one with -p, or plan anew: nnUNetv2_plan_and_preprocess -d {number}"
             )
         raw = set_folders().get("nnUNet_raw")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 
 CLASSES = {"primus": "Primus", "primusv2": "PrimusV2", "primusv3": "PrimusV3"}
 """Kind as a user writes it -> class in dynamic_network_architectures."""
@@ -37,7 +37,7 @@ def parse_network(text: str) -> dict[str, Any]:
     known = [f"{kind}-{size}" for kind in CLASSES for size in _SIZES]
     if asked is None:
         raise NnsslError(
-            f"--network {text}: there is no such network.{nearest(text, known)} There are: {', '.join(known)}, and "
+            f"--network {text}: there is no such network.{did_you_mean(text, known)} There are: {', '.join(known)}, and "
             "primus:WIDTH,BLOCKS,HEADS."
         )
     kind, size, *numbers = asked.groups()

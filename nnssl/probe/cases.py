@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
 from nnssl.plans.labels import case_order, choose_cases, folds_of, restrict
@@ -203,7 +203,9 @@ def _read_names(path: Path, known: Sequence[str]) -> list[str]:
     names = list(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")))
     for name in names:
         if name not in known:
-            raise NnsslError(f"--evaluate {path} names '{name}', which is no preprocessed case.{nearest(name, known)}")
+            raise NnsslError(
+                f"--evaluate {path} names '{name}', which is no preprocessed case.{did_you_mean(name, known)}"
+            )
     return names
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnssl.networks import is_primus, walk
+from nnssl.networks import forward_features, is_primus
 from nnssl.plans import Plan
 from nnssl.probe.cases import Case, Classes
 from nnssl.probe.linear import Linear, Samples
@@ -75,7 +75,7 @@ class Extractor:
         flat = self.plan.dim == 2
         x = x.transpose(0, 1) if flat else x[None]
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
-            found = walk(self.network, x, self.n_decoder)
+            found = forward_features(self.network, x, self.n_decoder)
         levels = found.skips if is_primus(self.network) else [*found.skips, *found.levels[1:]]
         return [(f.transpose(0, 1) if flat else f[0]).float() for f in levels]
 

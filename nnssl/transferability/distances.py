@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 
 DISTANCES = ("cosine", "l2", "pearson")
 _EPS = 1e-12
@@ -17,7 +17,7 @@ _EPS = 1e-12
 
 def _check(x: Tensor, y: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if kind not in DISTANCES:
-        raise NnsslError(f"unknown distance '{kind}'.{nearest(kind, DISTANCES)} Known: {', '.join(DISTANCES)}.")
+        raise NnsslError(f"unknown distance '{kind}'.{did_you_mean(kind, DISTANCES)} Known: {', '.join(DISTANCES)}.")
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"distances need two matrices (N, D) and (M, D), got {tuple(x.shape)} and {tuple(y.shape)}")
     return _upcast(x), _upcast(y)

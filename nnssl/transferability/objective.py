@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 from nnssl.transferability.robustness import Separation
 
 FORMS = ("hinge", "hardest", "softplus", "lse")
@@ -47,7 +47,7 @@ def separation_loss(
         NnsslError: for an unknown form.
     """
     if form not in FORMS:
-        raise NnsslError(f"unknown form '{form}'.{nearest(form, FORMS)} Known: {', '.join(FORMS)}.")
+        raise NnsslError(f"unknown form '{form}'.{did_you_mean(form, FORMS)} Known: {', '.join(FORMS)}.")
     u, mask = separation.delta + margin, separation.mask
     if form == "hinge":
         each = separation.mean_over_negatives(u.clamp_min(0))

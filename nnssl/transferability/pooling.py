@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 
 POOLINGS = ("gap", "grid", "flat")
 _ADAPTIVE: dict[int, Callable[..., Tensor]] = {
@@ -37,7 +37,7 @@ def pool(features: Tensor, kind: str = "grid", *, grid: int = 2, channels_last: 
         NnsslError: for an unknown kind or a grid below 1.
     """
     if kind not in POOLINGS:
-        raise NnsslError(f"unknown pooling '{kind}'.{nearest(kind, POOLINGS)} Known: {', '.join(POOLINGS)}.")
+        raise NnsslError(f"unknown pooling '{kind}'.{did_you_mean(kind, POOLINGS)} Known: {', '.join(POOLINGS)}.")
     if grid < 1:
         raise NnsslError(f"the pooling grid must have at least one cell per axis, got {grid}.")
     x = features if features.is_floating_point() and features.element_size() >= 4 else features.float()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 from nnssl.transferability.distances import degenerate, distance_matrix, paired_distance
 
 NEGATIVES = ("all", "mirror")
@@ -80,7 +80,7 @@ def separate(
     """
     n = len(anchors)
     if negatives not in NEGATIVES:
-        raise NnsslError(f"unknown negatives '{negatives}'.{nearest(negatives, NEGATIVES)} Known: all, mirror.")
+        raise NnsslError(f"unknown negatives '{negatives}'.{did_you_mean(negatives, NEGATIVES)} Known: all, mirror.")
     if n < 2:
         raise NnsslError(f"the robustness criterion compares volumes and needs at least 2, got {n}.")
     if check:

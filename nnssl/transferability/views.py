@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 from nnssl.intensity import LINEAR, add_noise, bend, from_unit, gaussian_blur, resample, to_unit
 
 FAMILIES = ("gamma", "bias", "window", "blur", "lowres", "noise")
@@ -44,7 +44,7 @@ def choose_families(modality: str, exclude: Sequence[str] = ()) -> tuple[str, ..
     for name in exclude:
         if name not in FAMILIES:
             raise NnsslError(
-                f"unknown family of views '{name}'.{nearest(name, FAMILIES)} Known: {', '.join(FAMILIES)}."
+                f"unknown family of views '{name}'.{did_you_mean(name, FAMILIES)} Known: {', '.join(FAMILIES)}."
             )
     base = CT_FAMILIES if modality == "ct" else MR_FAMILIES
     left = tuple(f for f in base if f not in exclude)

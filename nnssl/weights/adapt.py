@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 
 _HOW = {
     "channels": ("repeat", "first", "skip"),
@@ -46,7 +46,7 @@ class Adaptation:
             value = getattr(self, key)
             if value is not None and value not in known:
                 raise NnsslError(
-                    f"--adapt {key}={value}: {key} can be {' or '.join(known)}.{nearest(str(value), known)}"
+                    f"--adapt {key}={value}: {key} can be {' or '.join(known)}.{did_you_mean(str(value), known)}"
                 )
         if isinstance(self.coverage, bool) or not isinstance(self.coverage, (int, float)) or not 0 < self.coverage <= 1:
             raise NnsslError(f"--coverage {self.coverage}: a share in (0, 1].")
@@ -68,7 +68,7 @@ class Adaptation:
         for key in asked:
             if key not in known:
                 raise NnsslError(
-                    f"--adapt {key}=...: there is no such kind.{nearest(key, known)} There are: {', '.join(known)}."
+                    f"--adapt {key}=...: there is no such kind.{did_you_mean(key, known)} There are: {', '.join(known)}."
                 )
         coverage = told.get("coverage")
         return cls(**asked, **({} if coverage is None else {"coverage": coverage}))

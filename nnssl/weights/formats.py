@@ -22,7 +22,7 @@ from typing import Any
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 from nnssl.files import write_atomic
 from nnssl.plans import Plan
 from nnssl.weights.adaptation_plan import adaptation_plan
@@ -68,7 +68,7 @@ def convert(
             target exists.
     """
     if form not in FORMATS:
-        raise NnsslError(f"There is no format '{form}'.{nearest(form, FORMATS)} There are: {', '.join(FORMATS)}.")
+        raise NnsslError(f"There is no format '{form}'.{did_you_mean(form, FORMATS)} There are: {', '.join(FORMATS)}.")
     target = Path(target)
     if target.exists() and (not overwrite or target.resolve() == Path(source).resolve()):
         raise NnsslError(

@@ -14,7 +14,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from torch import nn
 
 from nnssl.errors import NnsslError
-from nnssl.networks import build_network, canonical_state_dict, walk
+from nnssl.networks import build_network, canonical_state_dict, forward_features
 from nnssl.plans import Plan
 from nnssl.weights.apply import apply
 from nnssl.weights.parts import HEADS, part_of
@@ -70,7 +70,10 @@ def check_loadable(payload: Mapping[str, Any], plan: Plan) -> TransferReport:
     if report.part("encoder").percent == 100.0:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             stock.eval(), own.eval()  # a Primus drops paths in training
-            if not all(torch.equal(a, b) for a, b in zip(walk(stock, x, 0).skips, walk(own, x, 0).skips)):
+            if not all(
+                torch.equal(a, b)
+                for a, b in zip(forward_features(stock, x, 0).skips, forward_features(own, x, 0).skips)
+            ):
                 raise NnsslError(f"The encoder of {where} computes something else after loading this run's checkpoint.")
     return report
 

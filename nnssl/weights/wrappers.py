@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 from nnssl.weights.names import from_version_1, is_version_1, looks_like, own_name, without_wrappers
 
 _STATE_OF_TRAINING = ("optim", "scaler", "scheduler", "nnssl_training", "loops", "callbacks", "hooks", "rng")
@@ -89,7 +89,9 @@ def _choose_prefix(groups: dict[str, Any], prefix: str | None, key: str | None, 
         wanted = without_wrappers(wanted)
         if wanted in groups:
             return wanted
-        raise NnsslError(f"--prefix {prefix}: in {path} nnU-Net's names stand behind {held}.{nearest(wanted, groups)}")
+        raise NnsslError(
+            f"--prefix {prefix}: in {path} nnU-Net's names stand behind {held}.{did_you_mean(wanted, groups)}"
+        )
     if told is not None:
         if told in groups:
             return told
@@ -120,7 +122,7 @@ def _choose_state(
             if named:
                 raise _other_network(named, path)
             raise NnsslError(
-                f"--key {key}: {path} has no such entry.{nearest(key, known)} It has: {', '.join(known) or 'none'}."
+                f"--key {key}: {path} has no such entry.{did_you_mean(key, known)} It has: {', '.join(known) or 'none'}."
             )
         fitting = chosen
     if len(fitting) == 1:

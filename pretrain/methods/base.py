@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl.errors import NnsslError
-from nnssl.networks import unwrap, walk
+from nnssl.networks import forward_features, unwrap
 from nnssl.pretrain.augment.spatial import central_crop
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Picture, Progress, SourceStats
 from nnssl.weights.parts import part_of, wanted_parts
@@ -153,7 +153,7 @@ class Method(nn.Module, ABC):
         if self.plan.is_primus:
             return {}
         stages = [int(i) for i in self.pretrained_parts().get("decoder_stages", ())]
-        levels = walk(self.network, images, max(stages) + 1 if stages else 0).levels
+        levels = forward_features(self.network, images, max(stages) + 1 if stages else 0).levels
         return {"bottleneck": levels[0]} | ({f"decoder stage {max(stages)}": levels[-1]} if stages else {})
 
     def pictures(self, batch: Batch) -> Picture | None:

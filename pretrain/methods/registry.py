@@ -13,7 +13,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TypeVar
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 from nnssl.files import sha256_of
 from nnssl.pretrain.methods.base import Method
 
@@ -119,7 +119,7 @@ def get_method(name: str) -> type[Method]:
         return _from_file(Path(name).expanduser().resolve())
     if name not in _METHODS:
         raise NnsslError(
-            f"unknown method '{name}'.{nearest(name, _METHODS)} Known: {', '.join(sorted(_METHODS))}, or a file such as "
+            f"unknown method '{name}'.{did_you_mean(name, _METHODS)} Known: {', '.join(sorted(_METHODS))}, or a file such as "
             "./simclr.py."
         )
     return _METHODS[name]

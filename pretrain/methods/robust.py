@@ -23,7 +23,7 @@ from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads import standardise
 from nnssl.intensity import add_noise, bend, from_unit, to_unit
-from nnssl.networks import walk
+from nnssl.networks import forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws, central_crop, random_affine, random_jitter
 from nnssl.pretrain.geometry import choose_crop, rotation_degrees, window_for
@@ -125,7 +125,7 @@ class Robust(Method):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Pooled features of the compared encoder stages, shallow to deep: ``(B, D_l)`` float32 each."""
-        skips = walk(self.network, x, 0).skips[-self.config.levels :]
+        skips = forward_features(self.network, x, 0).skips[-self.config.levels :]
         return [pool(s, self.config.pooling, grid=self.config.grid) for s in skips]
 
     def _compare(self, a: Tensor, b: Tensor, case: Tensor) -> list[Separation]:
@@ -168,7 +168,9 @@ class Robust(Method):
 
     def embed(self, batch: Batch) -> Tensor:
         """Pooled bottleneck of the unaltered crops, standardised like the views where that is on."""
-        z = pool(walk(self.network, batch["still"], 0).skips[-1], self.config.pooling, grid=self.config.grid)
+        z = pool(
+            forward_features(self.network, batch["still"], 0).skips[-1], self.config.pooling, grid=self.config.grid
+        )
         return standardise(z) if self.config.batch_standardise else z
 
     def pictures(self, batch: Batch) -> Picture:

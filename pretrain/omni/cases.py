@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnssl.errors import NnsslError, nearest, raise_problems
+from nnssl.errors import NnsslError, did_you_mean, raise_problems
 from nnssl.files import read_text
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
@@ -137,7 +137,7 @@ def _heads(names: Sequence[str] | None, known: Mapping[str, int], where: str) ->
     """Head indices of class names; None where they are all."""
     if not names:
         return None
-    problems = [f"'{n}' is no class of the dataset.{nearest(n, known)}" for n in names if n not in known]
+    problems = [f"'{n}' is no class of the dataset.{did_you_mean(n, known)}" for n in names if n not in known]
     raise_problems(problems, where)
     chosen = tuple(sorted({known[n] for n in names}))
     return None if len(chosen) == len(known) else chosen
@@ -165,7 +165,7 @@ def find_labelled(
         named = _named(cases)
         unknown = [n for n in named if n not in set(names)]
         raise_problems(
-            [f"'{n}' is no preprocessed case of {plan.dataset_name}.{nearest(n, names)}" for n in unknown[:10]],
+            [f"'{n}' is no preprocessed case of {plan.dataset_name}.{did_you_mean(n, names)}" for n in unknown[:10]],
             f"--labelled-cases {cases}",
         )
         train = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnssl.config import make_config, option, split_options
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 
 PREFIX = "omni."
 
@@ -121,7 +121,9 @@ def resolve_omni(given: Mapping[str, Any], saved: Mapping[str, Any] | None = Non
     options = dict(given)
     preset = options.pop("preset", None)
     if preset is not None and preset not in PRESETS:
-        raise NnsslError(f"-o omni.preset={preset}: known are {', '.join(PRESETS)}.{nearest(str(preset), PRESETS)}")
+        raise NnsslError(
+            f"-o omni.preset={preset}: known are {', '.join(PRESETS)}.{did_you_mean(str(preset), PRESETS)}"
+        )
     base = PRESETS[preset] if preset else {**({"intensities": "nnunet"} if saved else {}), **(saved or {})}
     try:
         (mine,) = split_options(options, [OmniConfig])

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 from nnssl.files import read_json, write_json
 
 _PACKAGE = "nnunetv2.experiment_planning.experiment_planners"
@@ -37,7 +37,7 @@ def plans_name(planner: str | None, plans: str) -> str:
         return plans
     if planner not in PLANNERS:
         raise NnsslError(
-            f"--planner {planner} is not known.{nearest(planner, PLANNERS)} There are: {', '.join(PLANNERS)}."
+            f"--planner {planner} is not known.{did_you_mean(planner, PLANNERS)} There are: {', '.join(PLANNERS)}."
         )
     return PLANNERS[planner][2] if plans == "nnUNetPlans" else plans
 

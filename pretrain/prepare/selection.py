@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 from nnssl.files import read_text, same_text
 
 LISTED = 10
@@ -55,7 +55,7 @@ def _find(names: Iterable[str], known: Mapping[str, set[str]], path: Path, optio
     if unknown:
         everything = set().union(*known.values())
         few = len(everything) <= 5000
-        shown = [f"{n}{nearest(n, everything) if few and i < 3 else ''}" for i, n in enumerate(unknown[:LISTED])]
+        shown = [f"{n}{did_you_mean(n, everything) if few and i < 3 else ''}" for i, n in enumerate(unknown[:LISTED])]
         more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
         raise NnsslError(
             f"{option} {path}: {len(unknown)} name(s) are no case of {', '.join(known)}: {', '.join(shown)}{more}. "

@@ -8,10 +8,10 @@ from nnssl.networks import (
     canonical_state_dict,
     decoder_channels,
     encoder_channels,
+    forward_features,
     full_state_dict,
     partial_decode,
     unwrap,
-    walk,
 )
 from nnssl.plans import Plan
 
@@ -40,7 +40,7 @@ def test_levels_are_those_of_the_networks_own_deep_supervision(plan):
     x = _input(plan)
     with torch.no_grad():
         expected = network(x)
-        levels = walk(network, x).levels[1:]
+        levels = forward_features(network, x).levels[1:]
         heads = network.decoder.seg_layers
         ours = [heads[i](level) for i, level in enumerate(levels)][::-1]
     assert len(expected) == len(ours) == plan.n_stages - 1
@@ -51,7 +51,7 @@ def test_levels_are_those_of_the_networks_own_deep_supervision(plan):
 def test_skips_and_shapes(plan):
     network = build_network(plan)
     x = _input(plan)
-    pyramid = walk(network, x, 2)
+    pyramid = forward_features(network, x, 2)
     for skip, reference in zip(pyramid.skips, network.encoder(x), strict=True):
         assert torch.equal(skip, reference)
     assert pyramid.levels[0] is pyramid.skips[-1]
@@ -71,16 +71,16 @@ def test_only_the_stages_asked_for_run_and_no_head_does(plan):
         if name.startswith(("decoder.stages.", "decoder.seg_layers.", "decoder.transpconvs.")) and name.count(".") == 2:
             module.register_forward_hook(lambda *_, name=name: called.append(name))
     network.decoder.register_forward_hook(lambda *_: called.append("decoder"))
-    walk(network, _input(plan), 1)
+    forward_features(network, _input(plan), 1)
     assert called == ["decoder.transpconvs.0", "decoder.stages.0"]
     called.clear()
-    assert walk(network, _input(plan), 0).levels[1:] == []
+    assert forward_features(network, _input(plan), 0).levels[1:] == []
     assert called == []
 
 
 def test_gradients_reach_exactly_the_parts_that_ran(plan):
     network = build_network(plan)
-    walk(network, _input(plan), 1).levels[-1].square().mean().backward()
+    forward_features(network, _input(plan), 1).levels[-1].square().mean().backward()
     for name, parameter in network.named_parameters():
         ran = name.startswith(("encoder.", "decoder.stages.0.", "decoder.transpconvs.0."))
         assert (parameter.grad is not None) == ran, name
@@ -90,11 +90,11 @@ def test_illegal_sizes_and_stages_are_refused_with_numbers(plan):
     network = build_network(plan)
     x = _input(plan)
     with pytest.raises(ValueError, match="axis .* has 15 voxels, which the total stride 8 does not divide"):
-        walk(network, x[..., :15])
+        forward_features(network, x[..., :15])
     with pytest.raises(ValueError, match="3 stages, 4 were asked for"):
-        walk(network, x, 4)
+        forward_features(network, x, 4)
     with pytest.raises(ValueError, match="-1 were asked for"):
-        partial_decode(network, walk(network, x, 0).skips, -1)
+        partial_decode(network, forward_features(network, x, 0).skips, -1)
 
 
 def test_number_of_classes_and_deep_supervision(plan):
@@ -151,7 +151,7 @@ def test_wrapped_networks_have_the_same_names_and_levels(plan):
     assert list(full_state_dict(wrapped)) == list(network.state_dict())
     assert list(canonical_state_dict(wrapped)) == list(canonical_state_dict(network))
     x = _input(plan)
-    assert torch.equal(walk(wrapped, x, 1).levels[-1], walk(network, x, 1).levels[-1])
+    assert torch.equal(forward_features(wrapped, x, 1).levels[-1], forward_features(network, x, 1).levels[-1])
 
 
 def test_batchnorm_statistics_are_part_of_the_state(tiny_plans, tiny_dataset_json):

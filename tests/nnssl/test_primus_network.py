@@ -8,7 +8,7 @@ import torch
 from nnssl import checkpoint
 from nnssl.errors import NnsslError
 from nnssl.heads.tokens import TokenDecoder
-from nnssl.networks import PrimusEncoder, build_network, encoder_module, walk
+from nnssl.networks import PrimusEncoder, build_network, encoder_module, forward_features
 from nnssl.plan_command import main
 from nnssl.plans import Plan, load_plan
 from nnssl.plans.primus import CLASSES, architecture, parse_network
@@ -132,7 +132,7 @@ def test_with_all_tokens_it_is_the_network_itself(make, kind):
         assert torch.equal(network.up_projection(tokens), network(x))
         everything = torch.ones(2, 1, *tokens.shape[2:], dtype=torch.bool)
         assert torch.allclose(encoder(x, everything)[0], tokens, atol=1e-6)
-        assert torch.equal(walk(network, x, 0).skips[-1], tokens)
+        assert torch.equal(forward_features(network, x, 0).skips[-1], tokens)
     assert {n.split(".")[0] for n, _ in encoder.named_parameters()} == {"down_projection", "eva"}
     assert encoder_module(network).eva is network.eva
 
@@ -185,7 +185,7 @@ def test_nothing_visible_and_wrong_patches(make):
     out = PrimusEncoder(network)(torch.zeros(2, 1, 8, 12, 16), nothing)[0]
     assert (out[0] == 0).all() and torch.isfinite(out).all()
     with pytest.raises(ValueError, match=r"\(3, 2, 4\) tokens, the network was built for \(2, 3, 4\)"):
-        walk(network, torch.zeros(1, 1, 12, 8, 16))
+        forward_features(network, torch.zeros(1, 1, 12, 8, 16))
 
 
 def test_the_decoder_draws_different_things_at_hidden_places():

@@ -8,7 +8,7 @@ from torch import nn
 
 from nnssl.errors import NnsslError
 from nnssl.masking import mask_blocks, to_voxels
-from nnssl.networks import build_network, encoder_channels, walk
+from nnssl.networks import build_network, encoder_channels, forward_features
 from nnssl.networks.sparse import Active, Densify, check_sparse, masked_instance_norm, sparse_encoder
 from nnssl.plans import Plan
 
@@ -41,13 +41,13 @@ def case(request, tiny_plans, tiny_dataset_json):
 
 def run(network, x, mask):
     with sparse_encoder(network.encoder, ~mask) as active:
-        skips = walk(network, torch.where(mask, 0.0, x), 0).skips
+        skips = forward_features(network, torch.where(mask, 0.0, x), 0).skips
     return skips, [active.at(s.shape[2:]) for s in skips]
 
 
 def test_all_visible_is_dense(case):
     _, network, x, mask = case
-    dense = walk(network, x, 0).skips
+    dense = forward_features(network, x, 0).skips
     for a, b in zip(dense, run(network, x, torch.zeros_like(mask))[0]):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
@@ -73,11 +73,11 @@ def test_nothing_leaks(case, value):
 
 def test_leaves_no_trace(case):
     _, network, x, mask = case
-    before, keys = walk(network, x, 0).skips, list(network.state_dict())
+    before, keys = forward_features(network, x, 0).skips, list(network.state_dict())
     run(network, x, mask)
     with pytest.raises(RuntimeError, match="stop"), sparse_encoder(network.encoder, ~mask):
         raise RuntimeError("stop")
-    assert all(torch.equal(a, b) for a, b in zip(before, walk(network, x, 0).skips))
+    assert all(torch.equal(a, b) for a, b in zip(before, forward_features(network, x, 0).skips))
     assert list(network.state_dict()) == keys
     assert not any(m._forward_hooks for m in network.modules())
 
@@ -117,7 +117,7 @@ def test_tokens_fill_what_is_hidden_and_nothing_else(case):
     plan, network, x, mask = case
     densify = Densify(encoder_channels(plan))
     with sparse_encoder(network.encoder, ~mask) as active:
-        skips = walk(network, torch.where(mask, 0.0, x), 0).skips
+        skips = forward_features(network, torch.where(mask, 0.0, x), 0).skips
     for skip, full, token in zip(skips, densify(skips, active), densify.tokens):
         on = active.at(skip.shape[2:]).expand_as(skip)
         assert torch.equal(full[on], skip[on])

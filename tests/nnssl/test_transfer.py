@@ -8,7 +8,7 @@ import torch.distributed as dist
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnssl.errors import NnsslError
-from nnssl.networks import build_network, canonical_state_dict, walk
+from nnssl.networks import build_network, canonical_state_dict, forward_features
 from nnssl.plans import Plan
 from nnssl.weights import apply, build_payload, check_loadable, load, part_names, part_of, save
 
@@ -48,7 +48,7 @@ def test_pretrained_parts_are_loaded_and_the_others_stay_as_initialised(plan):
         pretrained = part_of(name) in ("encoder", "decoder stage 0")
         assert torch.equal(tensor, given[name] if pretrained else before[name]), name
     x = torch.randn(1, 1, *(8, 16, 24)[-plan.dim :])
-    for a, b in zip(walk(source, x, 1).levels, walk(target, x, 1).levels, strict=True):
+    for a, b in zip(forward_features(source, x, 1).levels, forward_features(target, x, 1).levels, strict=True):
         assert torch.equal(a, b)
     assert [p.part for p in report.parts] == [
         *("encoder", "decoder stage 0", "decoder stage 1", "decoder stage 2", "seg_layers")
@@ -216,7 +216,7 @@ def test_stock_nnunet_takes_the_saved_file_as_it_is(plan, tmp_path):
     with redirect_stdout(StringIO()):
         load_pretrained_weights(target, str(tmp_path / "c.pth"))
     x = torch.randn(1, 1, *(8, 16, 24)[-plan.dim :])
-    for a, b in zip(walk(source, x).levels, walk(target, x).levels, strict=True):
+    for a, b in zip(forward_features(source, x).levels, forward_features(target, x).levels, strict=True):
         assert torch.equal(a, b)
     assert all(torch.equal(layer.weight, old) for layer, old in zip(target.decoder.seg_layers, heads))
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from nnssl.errors import NnsslError
-from nnssl.networks import build_network, canonical_state_dict, walk
+from nnssl.networks import build_network, canonical_state_dict, forward_features
 from nnssl.plans import Plan
 from nnssl.weights import Adaptation, apply, build_payload, resize_positions, save
 from nnssl.weights.adapt import adapt_channels, adapt_kernel, adapt_tensor, adapt_upsampling
@@ -167,7 +167,7 @@ def test_more_channels_compute_the_same_on_equal_channels(arch, dim, make):
     plan, target, _ = make(dim, arch, 3)
     report = apply(target, payload, plan, adapt=Adaptation(channels="repeat"))
     x = torch.randn(1, 1, *(8, 12, 16)[-dim:])
-    got, want = walk(target, x.expand(-1, 3, *x.shape[2:])), walk(source, x)
+    got, want = forward_features(target, x.expand(-1, 3, *x.shape[2:])), forward_features(source, x)
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(got.levels, want.levels))
     assert report.part("encoder").adapted == 1 and report.part("encoder").random == 0
     line = next(line for line in str(report).splitlines() if line.startswith("  adapted:"))
@@ -180,12 +180,18 @@ def test_first_channel_and_back(make):
     plan, target, _ = make(channels=2)
     apply(target, payload, plan, adapt=Adaptation(channels="first"))
     x = torch.randn(1, 2, 8, 12, 16)
-    assert torch.allclose(walk(target, x, 0).skips[-1], walk(source, x[:, :1], 0).skips[-1], atol=1e-4)
+    assert torch.allclose(
+        forward_features(target, x, 0).skips[-1], forward_features(source, x[:, :1], 0).skips[-1], atol=1e-4
+    )
     _, two, payload = make(channels=2)
     plan, one, _ = make(channels=1)
     apply(one, payload, plan, adapt=Adaptation(channels="repeat"))
     y = x[:, :1]
-    assert torch.allclose(walk(one, y, 0).skips[-1], walk(two, y.expand(-1, 2, -1, -1, -1), 0).skips[-1], atol=1e-3)
+    assert torch.allclose(
+        forward_features(one, y, 0).skips[-1],
+        forward_features(two, y.expand(-1, 2, -1, -1, -1), 0).skips[-1],
+        atol=1e-3,
+    )
 
 
 def test_a_skipped_stem_stays_random_and_is_said(make):
@@ -214,7 +220,7 @@ def test_kernels_and_strides_that_differ_by_axis(arch, make):
     name = next(n for n in got if n.startswith("encoder") and got[n].ndim == 5)
     assert torch.equal(got[name][:, :, 1:2], given[name]) and (got[name][:, :, 0] == 0).all()
     x = torch.randn(1, 1, 8, 12, 16)
-    assert torch.allclose(walk(target, x, 0).skips[0], walk(source, x, 0).skips[0], atol=1e-4)
+    assert torch.allclose(forward_features(target, x, 0).skips[0], forward_features(source, x, 0).skips[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("arch", ["plain", "resenc"])
@@ -237,7 +243,7 @@ def test_a_deeper_network_takes_the_stages_of_equal_resolution(arch, make):
             kind, module, index, rest = name.split(".", 3)
             assert torch.equal(tensor, given[f"{kind}.{module}.{int(index) - 1}.{rest}"]), name
     x = torch.randn(1, 1, 16, 32, 32)
-    for a, b in zip(walk(source, x, 0).skips, walk(target, x, 0).skips):
+    for a, b in zip(forward_features(source, x, 0).skips, forward_features(target, x, 0).skips):
         assert torch.equal(a, b)
     assert report.adaptations[0] == "depth: 4 -> 5 encoder stages, those of equal resolution paired"
     assert report.part("decoder stage 0").random and not report.part("decoder stage 1").random

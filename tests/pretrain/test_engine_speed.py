@@ -13,7 +13,7 @@ from nnssl import checkpoint
 from nnssl.config import make_config
 from nnssl.ema import EMA
 from nnssl.errors import NnsslError
-from nnssl.networks import build_network, walk
+from nnssl.networks import build_network, forward_features
 from nnssl.networks.sparse import sparse_encoder
 from nnssl.networks.state import full_state_dict
 from nnssl.plans import Plan, load_plan
@@ -176,7 +176,7 @@ def test_recomputed_stages_give_the_same(plan, arch, dim):
     kept = [sum(1 for _ in saved(m, x)) for m in (a, b)]
     assert kept[1] < kept[0]
     for net in (a, b):
-        walk(net, x).levels[-1].square().mean().backward()
+        forward_features(net, x).levels[-1].square().mean().backward()
     assert handle is None and runs == {"stage": 0}
     for (name, p), q in zip(a.named_parameters(), b.parameters()):
         assert (p.grad is None) == (q.grad is None), name
@@ -188,7 +188,7 @@ def saved(network, x):
     """Tensors that the forward pass keeps for the backward pass."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        walk(network, x).levels[-1].sum()
+        forward_features(network, x).levels[-1].sum()
     return kept
 
 
@@ -239,7 +239,9 @@ def test_channels_last_computes_the_same_and_files_stay_plain(plan, dim):
     form = {2: torch.channels_last, 3: torch.channels_last_3d}[dim]
     assert b.encoder.stages[1][0].convs[0].conv.weight.is_contiguous(memory_format=form)
     x = torch.randn(2, 1, *(8, 16, 8)[-dim:])
-    torch.testing.assert_close(walk(a, x).levels[-1], walk(b, x).levels[-1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        forward_features(a, x).levels[-1], forward_features(b, x).levels[-1], atol=1e-5, rtol=1e-4
+    )
     assert all(v.is_contiguous() for v in full_state_dict(b).values())
 
 

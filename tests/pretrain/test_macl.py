@@ -10,7 +10,7 @@ from torch import nn
 from nnssl import losses
 from nnssl.config import describe_options, make_config
 from nnssl.errors import NnsslError
-from nnssl.networks import build_network, full_state_dict, walk
+from nnssl.networks import build_network, forward_features, full_state_dict
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.geometry import cells
@@ -368,7 +368,7 @@ def test_weights_fit_the_stock_network(make):  # T19
     fresh = build_network(method.plan)
     fresh.load_state_dict(full_state_dict(method.network))
     with torch.no_grad():
-        ours, theirs = (walk(n, batch["i_aux"], 1) for n in (method.network, fresh))
+        ours, theirs = (forward_features(n, batch["i_aux"], 1) for n in (method.network, fresh))
     assert all(torch.equal(a, b) for a, b in zip(ours.skips + ours.levels, theirs.skips + theirs.levels))
 
 

@@ -16,7 +16,7 @@ from nnssl.config import make_config
 from nnssl.errors import NnsslError
 from nnssl.losses.masked import masked_error
 from nnssl.masking.picture import ERROR, FILLED, PAINTED, REAL, SHOWN
-from nnssl.networks import build_network, walk
+from nnssl.networks import build_network, forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain import run
 from nnssl.pretrain.augment.draws import Draws
@@ -341,7 +341,7 @@ def test_nnunet_loads_the_weights(make, tmp_path, arch, mode, make_batch):
     checkpoint.save(tmp_path / "weights.pth", payload)
     network = build_network(method.plan)
     load_pretrained_weights(network, str(tmp_path / "weights.pth"))
-    a, b = walk(network, batch["input"]), walk(method.network, batch["input"])
+    a, b = forward_features(network, batch["input"]), forward_features(method.network, batch["input"])
     assert all(torch.equal(x, y) for x, y in zip(a.skips + a.levels, b.skips + b.levels))
 
 

@@ -110,9 +110,9 @@ def test_first_stage_is_ssl_plus_segmentation_exactly(tiny_plans, tiny_dataset_j
 
 
 def _levels(network, x):
-    from nnssl.networks import walk
+    from nnssl.networks import forward_features
 
-    return walk(network, x).levels[1:]
+    return forward_features(network, x).levels[1:]
 
 
 def test_snapshot_is_taken_at_the_switch_and_stays(tiny_plans, tiny_dataset_json):

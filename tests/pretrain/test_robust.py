@@ -8,7 +8,7 @@ import torch
 
 from nnssl.config import make_config
 from nnssl.errors import NnsslError
-from nnssl.networks import build_network, walk
+from nnssl.networks import build_network, forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
@@ -244,7 +244,7 @@ def pair_of(method, n=6):
 def test_the_deepest_stages_are_compared(make):
     method = make(levels=1)
     x = pair_of(method)["a"]
-    skips = walk(method.network, x, 0).skips
+    skips = forward_features(method.network, x, 0).skips
     (only,) = method.features(x)
     assert torch.equal(only, pool(skips[-1], "grid", grid=2))
     two = make(levels=2).features(x)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from nnssl.errors import NnsslError
-from nnssl.networks import canonical_state_dict, walk
+from nnssl.networks import canonical_state_dict, forward_features
 from nnssl.networks.probe import LinearProbe
 from nnssl.plans import Plan, load_plan
 from nnssl.plans.probe import CLASS, from_probe, to_probe
@@ -45,7 +45,7 @@ def test_it_is_the_sum_of_upsampled_linear_maps(arch, dim, levels, tiny_plans, t
     with torch.no_grad():
         for p in probe.heads.parameters():
             p.normal_()
-        seen = walk(probe.backbone, x)
+        seen = forward_features(probe.backbone, x)
         maps = seen.levels if levels == "decoder" else seen.skips[::-1]
         want = sum(
             functional.interpolate(

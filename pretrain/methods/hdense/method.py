@@ -31,7 +31,7 @@ from nnssl.heads.restoration import restoration_head
 from nnssl.intensity import from_unit, to_unit
 from nnssl.losses.diagnostics import principal_colours, resemblance
 from nnssl.losses.info_nce import InfoNCE, chance_level, nearest_share, similarities
-from nnssl.networks import walk
+from nnssl.networks import forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain.augment.box import image_bounds
 from nnssl.pretrain.augment.draws import Draws
@@ -215,7 +215,7 @@ class HDense(Method):
         """Decoder outputs from fine to coarse, then the bottleneck: the first of ``n_stages`` levels, ``(2B, C_i, *size_i)``."""
         # Statistics over the batch are taken per view, as published; InstanceNorm does not care.
         parts = x.chunk(2) if self.norm_sees_batch else [x]
-        walked = [walk(self.network, p).levels[::-1][: len(self.strides)] for p in parts]
+        walked = [forward_features(self.network, p).levels[::-1][: len(self.strides)] for p in parts]
         return [torch.cat(level) if len(level) > 1 else level[0] for level in zip(*walked)]
 
     def representation(self, levels: Sequence[Tensor], voxels: Tensor) -> Tensor:

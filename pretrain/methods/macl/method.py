@@ -23,7 +23,7 @@ from nnssl.config import option
 from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads import POOLINGS, ImageHead, norm_of, pixel_projector
-from nnssl.networks import decoder_channels, encoder_channels, walk
+from nnssl.networks import decoder_channels, encoder_channels, forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
 from nnssl.pretrain.augment import Draws, central_crop, random_affine, random_jitter
@@ -234,14 +234,14 @@ class MACL(Method):
     def image_vectors(self, aux: Tensor, dominant: Tensor) -> tuple[Tensor, Tensor]:
         """Projected vectors ``(B, proj_dim)`` of the variance pair: auxiliary, dominant."""
         blocks = self.branches.blocks if self.config.image_source == "decoder" else 0
-        z_aux = self.image_aux(walk(self.network, aux, 0).skips[-1])
-        return z_aux, self.image_dominant(walk(self.network, dominant, blocks).levels[-1])
+        z_aux = self.image_aux(forward_features(self.network, aux, 0).skips[-1])
+        return z_aux, self.image_dominant(forward_features(self.network, dominant, blocks).levels[-1])
 
     def dense_maps(self, aux: Tensor, dominant: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
         """Aligned maps ``(B, C, *sites)`` (auxiliary, dominant; none without L_d) and bottlenecks (dominant, auxiliary)."""
-        skips = walk(self.network, aux, 0).skips
+        skips = forward_features(self.network, aux, 0).skips
         dense = self.config.dense_weight > 0
-        pyramid = walk(self.network, dominant, self.branches.blocks if dense else 0)
+        pyramid = forward_features(self.network, dominant, self.branches.blocks if dense else 0)
         maps = (self.pixel_aux(skips[self.branches.aux_stage]), pyramid.levels[-1]) if dense else ()
         return maps, (pyramid.skips[-1], skips[-1])
 
@@ -270,7 +270,7 @@ class MACL(Method):
         """Auxiliary image vectors of the unchanged crops."""
         if self.config.image_weight == 0:
             return None
-        return self.image_aux(walk(self.network, batch["i_aux"], 0).skips[-1])
+        return self.image_aux(forward_features(self.network, batch["i_aux"], 0).skips[-1])
 
     def pictures(self, batch: Batch) -> Picture:
         """One place in both branches' crops, where the second resembles it, and the turned pair."""

@@ -25,7 +25,7 @@ from nnssl.heads.restoration import restoration_head
 from nnssl.heads.tokens import TokenDecoder
 from nnssl.losses.masked import block_statistics, masked_error
 from nnssl.masking.picture import ERROR, MaskedPanel, masked_panel
-from nnssl.networks import PrimusEncoder, encoder_channels, encoder_module, partial_decode, walk
+from nnssl.networks import PrimusEncoder, encoder_channels, encoder_module, forward_features, partial_decode
 from nnssl.networks.sparse import Densify, check_sparse, sparse_encoder
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
@@ -205,12 +205,12 @@ class MAE(Method):
         if self.config.masking == "sparse":
             return self._encode_sparse(image, mask)
         fill = self.fill.to(image.dtype) if self.config.fill == "learned" else 0.0
-        return walk(self.network, torch.where(mask, fill, image), 0).skips, None
+        return forward_features(self.network, torch.where(mask, fill, image), 0).skips, None
 
     @torch.compiler.disable
     def _encode_sparse(self, image: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         with sparse_encoder(encoder_module(self.network), ~mask) as active:
-            skips = walk(self.network, torch.where(mask, 0.0, image), 0).skips
+            skips = forward_features(self.network, torch.where(mask, 0.0, image), 0).skips
         places = [active.at(s.shape[2:]) for s in skips]
         return self.densify(skips, active), places
 
@@ -277,7 +277,7 @@ class MAE(Method):
 
     def embed(self, batch: Batch) -> Tensor:
         """Mean and maximum of the bottleneck of the whole crop, ``(B, 2 C)``; of a Primus the mean over tokens, ``(B, C)``."""
-        return self.summarise(walk(self.network, batch["input"], 0).skips)
+        return self.summarise(forward_features(self.network, batch["input"], 0).skips)
 
     def pictures(self, batch: Batch) -> Picture:
         """Middle slices: mask, reconstruction of what is hidden, the image, linear interpolation, and the error."""

@@ -37,7 +37,7 @@ from nnssl.losses.position import (
     orthogonality,
     similarity,
 )
-from nnssl.networks import encoder_channels, walk
+from nnssl.networks import encoder_channels, forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.augment.pairs import cut
@@ -264,7 +264,7 @@ class VoCo(Method):
 
     def pooled(self, x: Tensor) -> Tensor:
         """Mean of every encoder stage's map, concatenated: ``(N, C, *size)`` -> ``(N, sum of the stages' channels)`` float32."""
-        return torch.cat([pool(skip.float(), "gap") for skip in walk(self.network, x, 0).skips], 1)
+        return torch.cat([pool(skip.float(), "gap") for skip in forward_features(self.network, x, 0).skips], 1)
 
     def partners(self, counts: Tensor, dataset: Tensor) -> tuple[Tensor, Tensor]:
         """The next volume that counts, round the batch (of the same dataset with ``pairing=dataset``), and whether there is one.
