@@ -18,15 +18,15 @@ from nnunetv2.configuration import default_num_processes
 from nnssl.errors import NnsslError
 from nnssl.files import write_atomic
 from nnssl.pretrain.images.choice import Channels, choose_channels
-from nnssl.pretrain.images.convert import LEAST_SPACING, LINKS, Converter, Reply
+from nnssl.pretrain.images.convert import LEAST_SPACING, LINKS, Converter, Result
 from nnssl.pretrain.images.dataset import Dataset, Line, find_dataset
 from nnssl.pretrain.images.dicom import volumes_of
 from nnssl.pretrain.images.headers import Header, read_headers, require_dicom
-from nnssl.pretrain.images.items import FOUR_D, Item, Job, Rejected, group_channels, single_channels
+from nnssl.pretrain.images.items import FOUR_D, Item, Rejected, Task, group_channels, single_channels
 from nnssl.pretrain.images.kinds import KEEP
 from nnssl.pretrain.images.scan import scan
 from nnssl.pretrain.prepare.preprocess import temporary_folder
-from nnssl.pretrain.prepare.processes import run_jobs
+from nnssl.pretrain.prepare.processes import run_tasks
 from nnssl.words import counted
 
 log = logging.getLogger("nnssl")
@@ -109,22 +109,22 @@ def add_images(
     own.open()
     items, rejected = _find(folders, keep, four_d, least_slices, n_processes)
     chosen = choose_channels(items, own.name, own.channels, target=target, modality=modality, patterns=channels)
-    jobs, odd = _jobs(chosen)
+    tasks, odd = _tasks(chosen)
     rejected += [*chosen.rejected, *odd]
     new = not own.folder.exists()
-    if not jobs and new:
+    if not tasks and new:
         raise NnsslError(_nothing(_write_report(report, own.name, rejected), rejected))
     own.channels = chosen.names
     summary = Summary(own.name, rejected=rejected)
     options = Converter(Path(), four_d, least_slices, link, least_spacing, "label-maps" in keep)
     try:
-        sources = _add(own, jobs, summary, options, n_processes)
+        sources = _add(own, tasks, summary, options, n_processes)
     finally:
         summary.report = _write_report(report, own.name, summary.rejected)
     if new and not sources:
         shutil.rmtree(own.folder)
         raise NnsslError(_nothing(summary.report, summary.rejected))
-    summary.files = len({f for job in sources.values() for item in job.items for f in item.files})
+    summary.files = len({f for task in sources.values() for item in task.items for f in item.files})
     if mapping is not None:
         _write_mapping(Path(mapping), sources, chosen.names)
     _tell(summary)
@@ -149,8 +149,8 @@ def _find(
     parts = [found.dicom[i : i + HEADERS_PER_JOB] for i in range(0, len(found.dicom), HEADERS_PER_JOB)]
     headers: list[Header] = []
     rejected = found.rejected
-    with contextlib.closing(run_jobs(read_headers, parts, n_processes, "Reading DICOM headers")) as replies:
-        for part in replies:
+    with contextlib.closing(run_tasks(read_headers, parts, n_processes, "Reading DICOM headers")) as results:
+        for part in results:
             headers += [h for h in part if isinstance(h, Header)]
             rejected += [h for h in part if isinstance(h, Rejected)]
     headers.sort(key=lambda h: h.file)
@@ -158,7 +158,7 @@ def _find(
     return [*found.images, *volumes], [*rejected, *bad]
 
 
-def _jobs(chosen: Channels) -> tuple[list[Job], list[Rejected]]:
+def _tasks(chosen: Channels) -> tuple[list[Task], list[Rejected]]:
     """The cases to be. An image that went away meanwhile is one line of the table."""
     items: list[Item] = []
     gone: list[Item] = []
@@ -168,73 +168,73 @@ def _jobs(chosen: Channels) -> tuple[list[Job], list[Rejected]]:
     rejected = [Rejected(i.files[0], "it is gone", "", len(i.files)) for i in gone]
     if chosen.patterns is None:
         return single_channels(items), rejected
-    jobs, odd = group_channels(items, chosen.patterns)
-    return jobs, [*rejected, *odd]
+    tasks, odd = group_channels(items, chosen.patterns)
+    return tasks, [*rejected, *odd]
 
 
-def _add(target: Dataset, jobs: list[Job], summary: Summary, options: Converter, n_processes: int) -> dict[str, Job]:
-    """Convert and place what is new; returns the job of every case that these images are."""
+def _add(target: Dataset, tasks: list[Task], summary: Summary, options: Converter, n_processes: int) -> dict[str, Task]:
+    """Convert and place what is new; returns the task of every case that these images are."""
     told = options.options
-    sources: dict[str, Job] = {}
+    sources: dict[str, Task] = {}
     todo = []
-    for job in sorted(jobs, key=lambda j: j.key):
-        line = target.lines.get(job.key)
+    for task in sorted(tasks, key=lambda j: j.key):
+        line = target.lines.get(task.key)
         if line is not None and line.cases:
             summary.known += len(line.cases)
-            sources.update(dict.fromkeys(line.cases, job))
+            sources.update(dict.fromkeys(line.cases, task))
         elif line is not None and line.reason and line.options == told and line.reason != "duplicate":
-            summary.rejected.append(Rejected(job.items[0].files[0], line.reason, "as before", _count(job)))
+            summary.rejected.append(Rejected(task.items[0].files[0], line.reason, "as before", _count(task)))
         else:
-            todo.append(job)
+            todo.append(task)
     with temporary_folder(target.images, "nnUNet_raw") as temporary:
         worker = replace(options, temporary=temporary)
         try:
-            with contextlib.closing(run_jobs(worker, todo, n_processes, f"Adding to {target.name}")) as replies:
-                for reply in replies:
-                    if reply.fatal:
-                        raise NnsslError(_fatal(reply, target))
-                    _settle(reply, target, summary, sources, told)
+            with contextlib.closing(run_tasks(worker, todo, n_processes, f"Adding to {target.name}")) as results:
+                for result in results:
+                    if result.fatal:
+                        raise NnsslError(_fatal(result, target))
+                    _settle(result, target, summary, sources, told)
         finally:
             target.describe()
     return sources
 
 
-def _settle(reply: Reply, target: Dataset, summary: Summary, sources: dict[str, Job], told: str) -> None:
+def _settle(result: Result, target: Dataset, summary: Summary, sources: dict[str, Task], told: str) -> None:
     cases: list[str] = []
     hashes: list[str] = []
-    file = reply.job.items[0].files[0]
-    for made in reply.made:
+    file = result.task.items[0].files[0]
+    for made in result.made:
         if made.sha256 in target.hashes:
             detail = f"of {target.hashes[made.sha256]}"
-            summary.rejected.append(Rejected(file, "duplicate", detail, 0 if cases else _count(reply.job)))
+            summary.rejected.append(Rejected(file, "duplicate", detail, 0 if cases else _count(result.task)))
             for draft in made.drafts:
                 os.unlink(draft)
             continue
-        line = Line(reply.job.key, sha256=(*hashes, made.sha256), options=told)
+        line = Line(result.task.key, sha256=(*hashes, made.sha256), options=told)
         case = target.place(made.drafts, lambda name, line=line: target.append(replace(line, cases=(*cases, name))))  # type: ignore[misc]
         target.hashes[made.sha256] = case
         cases.append(case)
         hashes.append(made.sha256)
         summary.linked += made.linked
-    if reply.reason:
-        summary.rejected.append(Rejected(file, reply.reason, reply.detail, _count(reply.job)))
+    if result.reason:
+        summary.rejected.append(Rejected(file, result.reason, result.detail, _count(result.task)))
     if not cases:
-        target.append(Line(reply.job.key, reason=reply.reason or "duplicate", options=told))
+        target.append(Line(result.task.key, reason=result.reason or "duplicate", options=told))
     summary.added += cases
-    sources.update(dict.fromkeys(cases, reply.job))
+    sources.update(dict.fromkeys(cases, result.task))
 
 
-def _count(job: Job) -> int:
-    return sum(len(item.files) for item in job.items)
+def _count(task: Task) -> int:
+    return sum(len(item.files) for item in task.items)
 
 
-def _fatal(reply: Reply, target: Dataset) -> str:
+def _fatal(result: Result, target: Dataset) -> str:
     kept = "What is added is kept: start the same command again, and it goes on from there"
-    if reply.fatal == "memory":
+    if result.fatal == "memory":
         return f"Memory ran out. {kept}; take fewer processes (-np)."
-    if reply.fatal == "disk":
+    if result.fatal == "disk":
         return f"No space left in {target.folder}. {kept}."
-    return f"An image could not be written into {target.folder}: {reply.fatal}. {kept}."
+    return f"An image could not be written into {target.folder}: {result.fatal}. {kept}."
 
 
 def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
@@ -260,7 +260,7 @@ def _write_report(path: str | os.PathLike[str] | None, dataset: str, rejected: S
     return file
 
 
-def _write_mapping(path: Path, sources: Mapping[str, Job], channels: Sequence[str]) -> None:
+def _write_mapping(path: Path, sources: Mapping[str, Task], channels: Sequence[str]) -> None:
     """One row per case and channel; rows of cases that these images are not are kept."""
     head = ("case", "channel", "file", "files")
     kept: list[Sequence[str]] = []
@@ -269,8 +269,8 @@ def _write_mapping(path: Path, sources: Mapping[str, Job], channels: Sequence[st
             kept = [row for row in list(csv.reader(file))[1:] if row and row[0] not in sources]
     new = [
         (case, channel, item.files[0], str(len(item.files)))
-        for case, job in sources.items()
-        for channel, item in zip(channels, job.items)
+        for case, task in sources.items()
+        for channel, item in zip(channels, task.items)
     ]
     _write_csv(path.absolute(), [head, *sorted([*map(tuple, kept), *new])])
 

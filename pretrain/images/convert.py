@@ -14,14 +14,14 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnssl.pretrain.images.dcm2niix import Unconverted, convert, joined
-from nnssl.pretrain.images.items import Item, Job
+from nnssl.pretrain.images.items import Item, Task
 from nnssl.pretrain.images.kinds import LABEL_MAP, looks_like_labels
 from nnssl.pretrain.images.other import read_nibabel, read_tiff
 from nnssl.pretrain.prepare.integrity import check_header, check_spacing, check_voxels, check_whole, is_nifti2
 from nnssl.pretrain.prepare.worker import voxel_hash
 from nnssl.words import size_text
 
-__all__ = ["LARGEST_SPACING", "LEAST_SPACING", "LINKS", "Converter", "Made", "Reply", "tells_nothing"]
+__all__ = ["LARGEST_SPACING", "LEAST_SPACING", "LINKS", "Converter", "Made", "Result", "tells_nothing"]
 
 LINKS = ("auto", "symbolic", "never")
 """Whether NIfTI files are linked: by hard link where their header tells nothing of a patient, as they are, or not at all."""
@@ -68,10 +68,10 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What became of a job: cases, or why there is none; ``fatal`` where nothing can be written at the moment."""
+class Result:
+    """What became of a task: cases, or why there is none; ``fatal`` where nothing can be written at the moment."""
 
-    job: Job
+    task: Task
     made: tuple[Made, ...] = ()
     reason: str = ""
     detail: str = ""
@@ -183,21 +183,21 @@ class Converter:
     def _limits(self) -> tuple[float, float]:
         return self.least_spacing, LARGEST_SPACING
 
-    def __call__(self, job: Job) -> Reply:
-        """Do one job; never raises but for Ctrl-C."""
+    def __call__(self, task: Task) -> Result:
+        """Do one task; never raises but for Ctrl-C."""
         loud = sitk.ProcessObject.GetGlobalWarningDisplay()
         sitk.ProcessObject.SetGlobalWarningDisplay(False)
         try:
-            return Reply(job, tuple(self._cases(job)))
+            return Result(task, tuple(self._cases(task)))
         except _No as error:
             reason, *detail = error.args
-            return Reply(job, reason=reason, detail="; ".join(detail))
+            return Result(task, reason=reason, detail="; ".join(detail))
         except MemoryError:
-            return Reply(job, fatal="memory")
+            return Result(task, fatal="memory")
         except OSError as error:
-            return Reply(job, fatal=self._why(error))
+            return Result(task, fatal=self._why(error))
         except RuntimeError as error:  # ITK, while it wrote
-            return Reply(job, fatal=self._why(error))
+            return Result(task, fatal=self._why(error))
         finally:
             sitk.ProcessObject.SetGlobalWarningDisplay(loud)
 
@@ -205,8 +205,8 @@ class Converter:
         full = shutil.disk_usage(self.temporary).free < 1 << 24
         return "disk" if full else f"{type(error).__name__}: {error}".strip().splitlines()[-1]
 
-    def _cases(self, job: Job) -> list[Made]:
-        read, pure = zip(*(self._read(item) for item in job.items))
+    def _cases(self, task: Task) -> list[Made]:
+        read, pure = zip(*(self._read(item) for item in task.items))
         channels = [_volumes(image, self.four_d) for image in read]
         dimensions = [image.GetDimension() for image in read]
         if len(channels) > 1 and any(len(volumes) > 1 for volumes in channels):
@@ -219,8 +219,8 @@ class Converter:
             _same_place(images)
             voxels = np.stack([sitk.GetArrayViewFromImage(image).astype(np.float32) for image in images])
             drafts, linked = [], 0
-            for c, (item, image) in enumerate(zip(job.items, images)):
-                draft = str(self.temporary / f"{job.key[:32]}_{i:04d}_{c:04d}.nii.gz")
+            for c, (item, image) in enumerate(zip(task.items, images)):
+                draft = str(self.temporary / f"{task.key[:32]}_{i:04d}_{c:04d}.nii.gz")
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(draft)
                 if image.GetDimension() == dimensions[c] and self._linked(item, draft, pure[c]):

@@ -23,10 +23,10 @@ INDEX = "nnssl_images.jsonl"
 
 @dataclass(frozen=True)
 class Line:
-    """What became of one job in an earlier call. It holds hashes and neutral names, no path.
+    """What became of one task in an earlier call. It holds hashes and neutral names, no path.
 
     Attributes:
-        key: of the job.
+        key: of the task.
         cases: that it gave.
         sha256: of each.
         reason: why it gave none.
@@ -158,7 +158,7 @@ class Dataset:
         return all(os.path.exists(self.images / f"{case}_{c:04d}{ENDING}") for c in range(max(1, len(self.channels))))
 
     def append(self, line: Line) -> None:
-        """Remember what became of a job."""
+        """Remember what became of a task."""
         append_line(self.folder / INDEX, vars(line))
         self.lines[line.key] = line
 

@@ -263,7 +263,7 @@ def _read(root: str, file: str) -> Header | Rejected:
 
 
 def read_headers(files: Sequence[tuple[str, str]]) -> list[Header | Rejected]:
-    """Headers of (root, path) pairs; pickles as a job of :func:`nnssl.pretrain.prepare.processes.run_jobs`."""
+    """Headers of (root, path) pairs; pickles as a task of :func:`nnssl.pretrain.prepare.processes.run_tasks`."""
     import logging
     import warnings
 

@@ -61,14 +61,14 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class Job:
+class Task:
     """One case to be: its channels, and a key that changes when a file does."""
 
     key: str
     items: tuple[Item, ...]
 
     @classmethod
-    def of(cls, items: Sequence[Item]) -> Job:
+    def of(cls, items: Sequence[Item]) -> Task:
         """The key is a hash of paths, sizes and times: it finds an image again and tells nothing of it."""
         digest = hashlib.sha256()
         for item in items:
@@ -79,9 +79,9 @@ class Job:
         return cls(digest.hexdigest(), tuple(items))
 
 
-def single_channels(items: Sequence[Item]) -> list[Job]:
+def single_channels(items: Sequence[Item]) -> list[Task]:
     """Each image is a case."""
-    return [Job.of([item]) for item in items]
+    return [Task.of([item]) for item in items]
 
 
 def _pattern(name: str, pattern: str) -> re.Pattern[str]:
@@ -91,7 +91,7 @@ def _pattern(name: str, pattern: str) -> re.Pattern[str]:
         raise NnsslError(f"--channels {name}={pattern}: this is no regular expression ({error}).") from None
 
 
-def group_channels(items: Sequence[Item], patterns: Mapping[str, str]) -> tuple[list[Job], list[Rejected]]:
+def group_channels(items: Sequence[Item], patterns: Mapping[str, str]) -> tuple[list[Task], list[Rejected]]:
     """Images that differ in their channel only become one case.
 
     Args:
@@ -120,7 +120,7 @@ def group_channels(items: Sequence[Item], patterns: Mapping[str, str]) -> tuple[
         (name, match), *_ = found.items()
         rest = item.study or item.text[: match.start()] + "\0" + ENDINGS.sub("", item.text[match.end() :])
         groups.setdefault(f"{item.root}\0{rest}", {}).setdefault(name, []).append(item)
-    jobs = []
+    tasks = []
     for channels in groups.values():
         missing = [name for name in compiled if name not in channels]
         twice = [name for name, several in channels.items() if len(several) > 1]
@@ -129,5 +129,5 @@ def group_channels(items: Sequence[Item], patterns: Mapping[str, str]) -> tuple[
             members = [i for several in channels.values() for i in several]
             rejected += [Rejected(i.files[0], reason, ", ".join(missing or twice), len(i.files)) for i in members]
         else:
-            jobs.append(Job.of([channels[name][0] for name in compiled]))
-    return jobs, rejected
+            tasks.append(Task.of([channels[name][0] for name in compiled]))
+    return tasks, rejected

@@ -27,7 +27,7 @@ from nnssl.pretrain.prepare.body import body_of_raw, resize_mask
 from nnssl.pretrain.prepare.index import Entry, Index
 from nnssl.pretrain.prepare.preprocess import done_cases, in_memory, raise_fatal, temporary_folder
 from nnssl.pretrain.prepare.raw import RawSource, list_raw
-from nnssl.pretrain.prepare.worker import Job, Reply
+from nnssl.pretrain.prepare.worker import Result, Task
 from nnssl.properties import read_properties
 
 log = logging.getLogger("nnssl")
@@ -71,36 +71,38 @@ class BodyWorker:
     folder: Path
     temporary: Path
 
-    def __call__(self, job: Job) -> Reply:
+    def __call__(self, task: Task) -> Result:
         """Make one mask; an image that cannot be read, or is not the one that was preprocessed, gives an entry that says so."""
-        name, stamps, saving = job.case.name, job.case.stamps, False
+        name, stamps, saving = task.case.name, task.case.stamps, False
         draft = self.temporary / f"{name}.b2nd"
         try:
-            mask = self._mask(job)
+            mask = self._mask(task)
             saving = True
             write_mask(draft, mask)
             with open(draft, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(draft, self.folder / f"{name}.b2nd")
-            return Reply(Entry(name, stamps, mask.shape))
+            return Result(Entry(name, stamps, mask.shape))
         except MemoryError:
-            return Reply(Entry(name, stamps), "memory", "out of memory")
+            return Result(Entry(name, stamps), "memory", "out of memory")
         except Exception as error:  # readers raise anything on broken files
             if saving:
                 full = shutil.disk_usage(self.folder).free < 1 << 20
-                return Reply(Entry(name, stamps), "disk" if full else "write", str(error), mask.nbytes)
-            return Reply(Entry(name, stamps, bad=f"{type(error).__name__}: {error}"[:300], bad_file=job.case.files[0]))
+                return Result(Entry(name, stamps), "disk" if full else "write", str(error), mask.nbytes)
+            return Result(
+                Entry(name, stamps, bad=f"{type(error).__name__}: {error}"[:300], bad_file=task.case.files[0])
+            )
         finally:
             with contextlib.suppress(OSError):
                 draft.unlink()
 
-    def _mask(self, job: Job) -> np.ndarray:
-        name, manager = job.case.name, PlansManager(self.plans)
+    def _mask(self, task: Task) -> np.ndarray:
+        name, manager = task.case.name, PlansManager(self.plans)
         shape = open_array(self.cases / f"{name}{IMAGE}", mapped=False).shape[1:]
         properties = read_properties(self.cases / f"{name}{PROPERTIES}")
         order = manager.transpose_forward
         place = Geometry.from_properties(properties, shape, order, self.folder.parent.name)
-        data, _ = manager.image_reader_writer_class().read_images(list(job.case.files))
+        data, _ = manager.image_reader_writer_class().read_images(list(task.case.files))
         data = data.transpose(0, *[i + 1 for i in order])
         if data.shape[1:] != place.full:
             raise ValueError(
@@ -119,35 +121,35 @@ def _is_ct(raw: RawSource, plan: Plan) -> tuple[bool, ...]:
     return tuple("CTNormalization" in pair for pair in zip(named, ours))
 
 
-def _jobs(raw: RawSource, refs: Sequence[CaseRef], index: Index, done: Mapping[str, Any]) -> list[Job]:
-    jobs = []
+def _tasks(raw: RawSource, refs: Sequence[CaseRef], index: Index, done: Mapping[str, Any]) -> list[Task]:
+    tasks = []
     for ref in refs:
         case = raw.cases.get(ref.name)
         if case is None:
             continue
         entry = index.entries.get(ref.name)
         if entry is None or entry.files != case.stamps or not (entry.bad or ref.name in done):
-            jobs.append(Job(case))
-    random.Random(os.getpid()).shuffle(jobs)  # several machines may work on it and seldom meet
-    return jobs
+            tasks.append(Task(case))
+    random.Random(os.getpid()).shuffle(tasks)  # several machines may work on it and seldom meet
+    return tasks
 
 
 def _make(plan: Plan, source: str, refs: Sequence[CaseRef], raw: RawSource, n_processes: int) -> list[Entry]:
     """Make what is missing of one source; returns the cases that have no mask because their raw image gives none."""
     folder = body_folder(plan, source)
     index = Index(beside(folder, "index.jsonl"))
-    jobs = _jobs(raw, refs, index, done_cases(folder, image_only=True))
-    if jobs:
+    tasks = _tasks(raw, refs, index, done_cases(folder, image_only=True))
+    if tasks:
         with temporary_folder(folder) as temporary:
             worker = BodyWorker(plan.plans, _is_ct(raw, plan), refs[0].folder, folder, temporary)
-            replies = in_memory(worker, jobs, n_processes, f"Body masks of {source}")
-            with contextlib.closing(replies):
-                for count, reply in enumerate(replies):
-                    if reply.fatal:
-                        raise_fatal(reply, folder, len(jobs) - count)
-                    if reply.entry.bad:
-                        (folder / f"{reply.entry.name}.b2nd").unlink(missing_ok=True)  # of another image
-                    index.append(reply.entry)
+            results = in_memory(worker, tasks, n_processes, f"Body masks of {source}")
+            with contextlib.closing(results):
+                for count, result in enumerate(results):
+                    if result.fatal:
+                        raise_fatal(result, folder, len(tasks) - count)
+                    if result.entry.bad:
+                        (folder / f"{result.entry.name}.b2nd").unlink(missing_ok=True)  # of another image
+                    index.append(result.entry)
     return [e for ref in refs if (e := index.entries.get(ref.name)) is not None and e.bad]
 
 

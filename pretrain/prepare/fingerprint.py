@@ -25,7 +25,7 @@ from nnssl.journal import append_line, read_lines
 from nnssl.pretrain.data.orientation import direction_matrix, patient_axes
 from nnssl.pretrain.prepare.body import AIR_HU, body_of_raw
 from nnssl.pretrain.prepare.integrity import check_header, check_same_size, check_voxels, check_whole
-from nnssl.pretrain.prepare.processes import run_jobs
+from nnssl.pretrain.prepare.processes import run_tasks
 from nnssl.pretrain.prepare.raw import RawCase
 
 MOST_IMAGES = 2000
@@ -86,9 +86,9 @@ class FigureWorker:
     reader: str
     is_ct: tuple[bool, ...] | None = None
 
-    def __call__(self, job: tuple[str, RawCase]) -> CaseFigures:
+    def __call__(self, task: tuple[str, RawCase]) -> CaseFigures:
         """Measure an image; never raises but for Ctrl-C and lack of memory."""
-        name, case = job
+        name, case = task
         loud = sitk.ProcessObject.GetGlobalWarningDisplay()
         sitk.ProcessObject.SetGlobalWarningDisplay(False)
         try:
@@ -157,9 +157,9 @@ def measure(
     """
     before = {f.name: f for f in (read_lines(notes, CaseFigures.from_json) if notes is not None else ())}
     known = {n: f for n, f in before.items() if n in cases and f.files == cases[n].stamps}
-    jobs = [(name, case) for name, case in cases.items() if name not in known]
-    with contextlib.closing(run_jobs(worker, jobs, n_processes, description)) as replies:
-        for figures in replies:
+    tasks = [(name, case) for name, case in cases.items() if name not in known]
+    with contextlib.closing(run_tasks(worker, tasks, n_processes, description)) as results:
+        for figures in results:
             known[figures.name] = figures
             if notes is not None:
                 append_line(notes, asdict(figures))

@@ -11,9 +11,9 @@ from nnssl.errors import NnsslError
 from nnssl.files import read_json, sha256_of, write_atomic, write_json
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan
-from nnssl.pretrain.prepare.processes import run_jobs
+from nnssl.pretrain.prepare.processes import run_tasks
 from nnssl.pretrain.prepare.raw import RawCase, list_raw
-from nnssl.pretrain.prepare.worker import CaseWorker, Job
+from nnssl.pretrain.prepare.worker import CaseWorker, Task
 
 log = logging.getLogger("nnssl")
 
@@ -53,18 +53,18 @@ def test_hashes(plan: Plan, images: Mapping[str, RawCase], n_processes: int) -> 
     path = preprocessed_folder() / plan.dataset_name / "nnssl_test_hashes.json"
     cache = _read_cache(path)
     current: dict[str, list] = {name: [list(map(list, case.stamps)), ""] for name, case in images.items()}
-    jobs = []
+    tasks = []
     for name, case in images.items():
         if name in cache and cache[name][0] == current[name][0]:
             current[name] = cache[name]
         else:
-            jobs.append(Job(case, hash_only=True))
-    if jobs:
+            tasks.append(Task(case, hash_only=True))
+    if tasks:
         nowhere = Path()
         worker = CaseWorker(plan.plans, plan.configuration, plan.dataset_json, plan.n_channels, nowhere, nowhere)
-        n = n_processes if sum(s[1] for j in jobs for s in j.case.stamps) > FEW_BYTES else 0
-        for reply in run_jobs(worker, jobs, n, f"Hashing test images of {plan.dataset_name}"):
-            current[reply.entry.name][1] = reply.entry.sha256
+        n = n_processes if sum(s[1] for j in tasks for s in j.case.stamps) > FEW_BYTES else 0
+        for result in run_tasks(worker, tasks, n, f"Hashing test images of {plan.dataset_name}"):
+            current[result.entry.name][1] = result.entry.sha256
         with contextlib.suppress(OSError):  # a read-only folder: they are read again the next time
             write_json(path, current)
     return {sha for _, sha in current.values() if sha}

@@ -24,9 +24,9 @@ from nnssl.preprocessed import IMAGE, LABELS, PROPERTIES, complete
 from nnssl.pretrain.data.folders import beside, own_folder
 from nnssl.pretrain.data.pool import BadCase
 from nnssl.pretrain.prepare.index import Entry, Index
-from nnssl.pretrain.prepare.processes import run_jobs
+from nnssl.pretrain.prepare.processes import run_tasks
 from nnssl.pretrain.prepare.raw import RawCase
-from nnssl.pretrain.prepare.worker import CaseWorker, Job, Reply
+from nnssl.pretrain.prepare.worker import CaseWorker, Result, Task
 
 log = logging.getLogger("nnssl")
 
@@ -100,42 +100,42 @@ def temporary_folder(folder: Path, variable: str = "nnUNet_preprocessed") -> Ite
             parent.rmdir()
 
 
-def _jobs(
+def _tasks(
     cases: Mapping[str, RawCase],
     index: Index,
     done: Mapping[str, tuple[int, int]],
     retry_bad: bool,
     folder: Path | None,
-) -> list[Job]:
+) -> list[Task]:
     """What is left to do. A case is done where its file is there and its line tells the raw files as they are now."""
-    jobs = []
+    tasks = []
     for name, case in cases.items():
         entry = index.entries.get(name)
         settled = entry is not None and (not retry_bad if entry.bad else name in done)
         if entry is not None and settled and entry.files == case.stamps:
             if folder is None or entry.bad or complete(folder, name):
                 continue
-            jobs.append(Job(case, stale=True))  # damaged after it was made
+            tasks.append(Task(case, stale=True))  # damaged after it was made
             continue
         trust = ""
         if name in done and entry is None and done[name][1] > max(s[2] for s in case.stamps):
             trust = "any"  # the line was lost
         elif name in done and entry is not None and [s[:2] for s in entry.files] == [s[:2] for s in case.stamps]:
             trust = entry.sha256  # copied or touched: same size, another time
-        jobs.append(Job(case, trust, stale=name in done))
+        tasks.append(Task(case, trust, stale=name in done))
     # in another order in each process: several machines may work on the same folder and seldom meet
-    random.Random(f"{socket.gethostname()}-{os.getpid()}").shuffle(jobs)
-    return jobs
+    random.Random(f"{socket.gethostname()}-{os.getpid()}").shuffle(tasks)
+    return tasks
 
 
-def raise_fatal(reply: Reply, folder: Path, left: int) -> None:
+def raise_fatal(result: Result, folder: Path, left: int) -> None:
     """Say why nothing can be written at the moment. Raises :class:`NnsslError`."""
-    if reply.fatal == "write":
+    if result.fatal == "write":
         raise NnsslError(
-            f"{reply.entry.name} could not be written into {folder}: {reply.detail}. What is done is kept."
+            f"{result.entry.name} could not be written into {folder}: {result.detail}. What is done is kept."
         )
     sizes = [size for size, _ in done_cases(folder).values()]
-    need = left * (sum(sizes) / len(sizes) if sizes else reply.nbytes)
+    need = left * (sum(sizes) / len(sizes) if sizes else result.nbytes)
     free = shutil.disk_usage(folder).free
     raise NnsslError(
         f"No space left in {folder}: {left} images are still to be preprocessed, which takes about {need / GB:.2g} GB, and "
@@ -144,23 +144,23 @@ def raise_fatal(reply: Reply, folder: Path, left: int) -> None:
 
 
 def in_memory(
-    worker: Callable[[Job], Reply], jobs: Sequence[Job], n_processes: int, description: str
-) -> Generator[Reply, None, None]:
-    """Do all jobs; one for which memory ran out, or whose process was killed, is done again alone in the end.
+    worker: Callable[[Task], Result], tasks: Sequence[Task], n_processes: int, description: str
+) -> Generator[Result, None, None]:
+    """Do all tasks; one for which memory ran out, or whose process was killed, is done again alone in the end.
 
     What does not fit even then is the image's fault: its entry is bad and says so.
     """
-    again: list[Job] = []
-    by_name = {job.case.name: job for job in jobs}
-    alone = min(n_processes, len(jobs)) <= 1
-    with contextlib.closing(run_jobs(worker, jobs, n_processes, description, killed=_killed)) as replies:
-        for reply in replies:
-            if reply.fatal == "memory" and not alone:
-                again.append(by_name[reply.entry.name])
+    again: list[Task] = []
+    by_name = {task.case.name: task for task in tasks}
+    alone = min(n_processes, len(tasks)) <= 1
+    with contextlib.closing(run_tasks(worker, tasks, n_processes, description, killed=_killed)) as results:
+        for result in results:
+            if result.fatal == "memory" and not alone:
+                again.append(by_name[result.entry.name])
             else:
-                yield _too_large(reply)
-    for job in again:
-        yield _too_large(worker(job))
+                yield _too_large(result)
+    for task in again:
+        yield _too_large(worker(task))
 
 
 def try_plans(plan: Plan) -> None:
@@ -197,19 +197,19 @@ def try_plans(plan: Plan) -> None:
         ) from error
 
 
-def _killed(job: Job) -> Reply:
+def _killed(task: Task) -> Result:
     reason = (
         "its process was killed, though it worked alone: most likely the image does not fit into this machine's memory"
     )
-    return Reply(Entry(job.case.name, job.case.stamps, bad=reason, bad_file=job.case.files[0]))
+    return Result(Entry(task.case.name, task.case.stamps, bad=reason, bad_file=task.case.files[0]))
 
 
-def _too_large(reply: Reply) -> Reply:
-    if reply.fatal != "memory":
-        return reply
-    entry = reply.entry
+def _too_large(result: Result) -> Result:
+    if result.fatal != "memory":
+        return result
+    entry = result.entry
     file = entry.files[0][0] if entry.files else ""
-    return Reply(replace(entry, bad="it does not fit into this machine's memory, also alone", bad_file=file))
+    return Result(replace(entry, bad="it does not fit into this machine's memory, also alone", bad_file=file))
 
 
 def preprocess_source(
@@ -241,18 +241,18 @@ def preprocess_source(
     """
     folder = own_folder(plan, source)
     index = Index(beside(folder, "index.jsonl"), part)
-    jobs = _jobs(cases, index, done_cases(folder), retry_bad, folder if thorough else None)
-    if jobs:
-        log.info("Preprocessing %d of %d images of %s into %s", len(jobs), len(cases), source, folder)
+    tasks = _tasks(cases, index, done_cases(folder), retry_bad, folder if thorough else None)
+    if tasks:
+        log.info("Preprocessing %d of %d images of %s into %s", len(tasks), len(cases), source, folder)
         try_plans(plan)
         with temporary_folder(folder) as temporary:
             worker = CaseWorker(plan.plans, plan.configuration, plan.dataset_json, plan.n_channels, folder, temporary)
-            replies = in_memory(worker, jobs, n_processes, f"Preprocessing {source}")
-            with contextlib.closing(replies):
-                for count, reply in enumerate(replies):
-                    if reply.fatal:
-                        raise_fatal(reply, folder, len(jobs) - count)
-                    _append(index, reply.entry, folder, len(jobs) - count)
+            results = in_memory(worker, tasks, n_processes, f"Preprocessing {source}")
+            with contextlib.closing(results):
+                for count, result in enumerate(results):
+                    if result.fatal:
+                        raise_fatal(result, folder, len(tasks) - count)
+                    _append(index, result.entry, folder, len(tasks) - count)
     good, bad = {}, []
     for name in cases:
         entry = index.entries[name]
@@ -268,5 +268,5 @@ def _append(index: Index, entry: Entry, folder: Path, left: int) -> None:
         index.append(entry)
     except OSError as error:
         if shutil.disk_usage(folder).free < 1 << 20:
-            raise_fatal(Reply(entry, "disk", nbytes=1), folder, left)
+            raise_fatal(Result(entry, "disk", nbytes=1), folder, left)
         raise NnsslError(f"Cannot write {index.path}: {error.strerror}.") from error

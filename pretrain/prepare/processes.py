@@ -50,47 +50,47 @@ def _start(worker: Callable[[Any], Any]) -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def _do(job: Any) -> Any:
+def _do(task: Any) -> Any:
     if _worker is None:
-        raise RuntimeError("the process was not started by run_jobs")
-    return _worker(job)
+        raise RuntimeError("the process was not started by run_tasks")
+    return _worker(task)
 
 
-def run_jobs(
+def run_tasks(
     worker: Callable[[J], R],
-    jobs: Sequence[J],
+    tasks: Sequence[J],
     n_processes: int,
     description: str,
     *,
     killed: Callable[[J], R] | None = None,
 ) -> Generator[R, None, None]:
-    """Do all jobs and yield replies as they come, with a progress bar.
+    """Do all tasks and yield results as they come, with a progress bar.
 
     Args:
         worker: does one; pickles.
-        jobs: in any order.
+        tasks: in any order.
         n_processes: spawned processes; 0 and 1 work in this process.
         description: of the progress bar.
-        killed: the reply of a job whose process was killed even when it was the only one; None raises.
+        killed: the result of a task whose process was killed even when it was the only one; None raises.
 
-    Where a process is killed (most often because memory ran out), what was at work is done again, one job at a time, and the
+    Where a process is killed (most often because memory ran out), what was at work is done again, one task at a time, and the
     rest goes on with half as many processes.
 
     Raises:
-        NnsslError: no processes can be started, or a job's process was killed though it was the only one.
+        NnsslError: no processes can be started, or a task's process was killed though it was the only one.
     """
-    with tqdm(total=len(jobs), desc=description, disable=None if jobs else True, dynamic_ncols=True) as bar:
-        if min(n_processes, len(jobs)) <= 1:
-            replies: Iterator[R] = map(worker, jobs)
+    with tqdm(total=len(tasks), desc=description, disable=None if tasks else True, dynamic_ncols=True) as bar:
+        if min(n_processes, len(tasks)) <= 1:
+            results: Iterator[R] = map(worker, tasks)
         else:
-            replies = _in_processes(worker, jobs, min(n_processes, len(jobs)), killed)
-        for reply in replies:
+            results = _in_processes(worker, tasks, min(n_processes, len(tasks)), killed)
+        for result in results:
             bar.update()
-            yield reply
+            yield result
 
 
-def _in_processes(worker: Callable[[J], R], jobs: Sequence[J], n: int, killed: Callable[[J], R] | None) -> Iterator[R]:
-    waiting = iter(jobs)
+def _in_processes(worker: Callable[[J], R], tasks: Sequence[J], n: int, killed: Callable[[J], R] | None) -> Iterator[R]:
+    waiting = iter(tasks)
     while True:
         broken: list[J] = []
         yield from _pool(worker, waiting, n, broken)
@@ -107,19 +107,19 @@ def _in_processes(worker: Callable[[J], R], jobs: Sequence[J], n: int, killed: C
             lost: list[J] = []
             yield from _pool(worker, todo, 1, lost)
             if lost:  # a single process works in order: the first of them is to blame
-                first = min(lost, key=lambda job: next(i for i, known in enumerate(broken) if known is job))
+                first = min(lost, key=lambda task: next(i for i, known in enumerate(broken) if known is task))
                 if killed is None:
                     raise NnsslError(
                         "A process was killed though it was the only one, most likely because memory ran out. What is done is "
                         "kept: make memory free and start again."
                     )
                 yield killed(first)
-                lost = [job for job in lost if job is not first]
+                lost = [task for task in lost if task is not first]
             broken = [*lost, *todo]
 
 
 def _pool(worker: Callable[[J], R], waiting: Iterator[J], n: int, broken: list[J]) -> Iterator[R]:
-    """Do jobs in ``n`` processes until all are done or one of the processes is killed; ``broken`` gets those at work then."""
+    """Do tasks in ``n`` processes until all are done or one of the processes is killed; ``broken`` gets those at work then."""
     try:
         executor = ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), _start, (worker,))
     except OSError as error:  # locks of processes live in shared memory
@@ -132,22 +132,22 @@ def _pool(worker: Callable[[J], R], waiting: Iterator[J], n: int, broken: list[J
     running: dict[Future[R], J] = {}
     try:
         while True:
-            while len(running) < IN_FLIGHT * n and (job := next(waiting, None)) is not None:
+            while len(running) < IN_FLIGHT * n and (task := next(waiting, None)) is not None:
                 try:
-                    running[executor.submit(_do, job)] = job
+                    running[executor.submit(_do, task)] = task
                 except BrokenProcessPool:
-                    broken.append(job)
+                    broken.append(task)
                     break
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED)[0]:
-                job = running.pop(future)
+                task = running.pop(future)
                 try:
-                    reply = future.result()
+                    result = future.result()
                 except BrokenProcessPool:
-                    broken.append(job)
+                    broken.append(task)
                 else:
-                    yield reply
+                    yield result
             if broken:
                 broken += running.values()
                 executor.shutdown()

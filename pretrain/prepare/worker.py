@@ -30,7 +30,7 @@ CHUNK, BLOCK = 64, 16
 
 
 @dataclass(frozen=True)
-class Job:
+class Task:
     """A case to do.
 
     Attributes:
@@ -48,8 +48,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What became of a job: an entry for the index, or, in ``fatal``, why no case can be done at the moment.
+class Result:
+    """What became of a task: an entry for the index, or, in ``fatal``, why no case can be done at the moment.
 
     Attributes:
         entry: of a good or a bad case.
@@ -143,42 +143,46 @@ class CaseWorker:
     def _config(self) -> ConfigurationManager:
         return self._manager.get_configuration(self.configuration)
 
-    def __call__(self, job: Job) -> Reply:
+    def __call__(self, task: Task) -> Result:
         """Do one case; never raises but for Ctrl-C."""
-        final = self.folder / f"{job.case.name}{IMAGE}"
-        state = _State(final, job.trust, job.hash_only)
+        final = self.folder / f"{task.case.name}{IMAGE}"
+        state = _State(final, task.trust, task.hash_only)
         printed = io.StringIO()
         loud = sitk.ProcessObject.GetGlobalWarningDisplay()
         sitk.ProcessObject.SetGlobalWarningDisplay(False)
         try:
             with contextlib.redirect_stdout(printed), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                for file in job.case.files:
+                for file in task.case.files:
                     self._whole(file)
-                self._same_size(job.case.files)
-                if not (job.trust or job.stale or job.hash_only) and final.exists() and self._newer(final, job.case):
+                self._same_size(task.case.files)
+                if (
+                    not (task.trust or task.stale or task.hash_only)
+                    and final.exists()
+                    and self._newer(final, task.case)
+                ):
                     state.trust = "any"  # another process has made it meanwhile
                 with contextlib.suppress(_Known):
-                    self._run(job.case, state)
-            shape = () if job.hash_only else state.shape()
-            return Reply(Entry(job.case.name, job.case.stamps, shape, state.spacing, state.sha256))
+                    self._run(task.case, state)
+            shape = () if task.hash_only else state.shape()
+            return Result(Entry(task.case.name, task.case.stamps, shape, state.spacing, state.sha256))
         except _Bad as error:
             file, reason = error.args
-            return Reply(Entry(job.case.name, job.case.stamps, bad=reason, bad_file=file or job.case.files[0]))
+            return Result(Entry(task.case.name, task.case.stamps, bad=reason, bad_file=file or task.case.files[0]))
         except MemoryError:
-            return self._fatal(job, state, "memory", "out of memory")
+            return self._fatal(task, state, "memory", "out of memory")
         except Exception as error:  # readers raise anything on broken files; each case has to be told by its name
             reason = _reason(error, printed.getvalue())
             if state.saving:
                 full = shutil.disk_usage(self.folder).free < 2 * state.nbytes
-                return self._fatal(job, state, "disk" if full else "write", reason)
-            return Reply(Entry(job.case.name, job.case.stamps, bad=reason, bad_file=job.case.files[0]))
+                return self._fatal(task, state, "disk" if full else "write", reason)
+            return Result(Entry(task.case.name, task.case.stamps, bad=reason, bad_file=task.case.files[0]))
         finally:
             sitk.ProcessObject.SetGlobalWarningDisplay(loud)
-            self._clean(job.case.name)
+            self._clean(task.case.name)
 
-    def _fatal(self, job: Job, state: _State, kind: str, detail: str) -> Reply:
-        return Reply(Entry(job.case.name, job.case.stamps), kind, detail, state.nbytes)
+    def _fatal(self, task: Task, state: _State, kind: str, detail: str) -> Result:
+        return Result(Entry(task.case.name, task.case.stamps), kind, detail, state.nbytes)
 
     @staticmethod
     def _newer(final: Path, case: RawCase) -> bool:

@@ -16,7 +16,7 @@ from nnssl.pretrain.prepare import processes
 from nnssl.pretrain.prepare.index import Entry
 from nnssl.pretrain.prepare.preprocess import in_memory
 from nnssl.pretrain.prepare.raw import RawCase
-from nnssl.pretrain.prepare.worker import CaseWorker, Job, Reply
+from nnssl.pretrain.prepare.worker import CaseWorker, Result, Task
 from nnssl.properties import UnsafePickleError, read_properties
 
 SMALL = {"shape": (12, 16, 12), "plan_options": {"patch": (8, 8, 8)}}
@@ -110,18 +110,18 @@ class Short:
     def __init__(self):
         self.main = os.getpid()
 
-    def __call__(self, job):
-        short = job.case.name == "never" or (job.case.name == "alone" and os.getpid() != self.main)
-        return Reply(Entry(job.case.name, (), (1, 1, 1)), "memory" if short else "")
+    def __call__(self, task):
+        short = task.case.name == "never" or (task.case.name == "alone" and os.getpid() != self.main)
+        return Result(Entry(task.case.name, (), (1, 1, 1)), "memory" if short else "")
 
 
 def test_what_fails_beside_others_is_done_again_alone(monkeypatch):
     context = processes.multiprocessing.get_context("fork")
     monkeypatch.setattr(processes.multiprocessing, "get_context", lambda method: context)
-    jobs = [Job(RawCase(name, (f"{name}.nii",), ())) for name in ("a", "alone", "b", "never")]
-    replies = {r.entry.name: r for r in in_memory(Short(), jobs, 2, "")}
-    assert {n for n, r in replies.items() if r.entry.bad} == {"never"} and len(replies) == 4
-    assert not any(r.fatal for r in replies.values())
+    tasks = [Task(RawCase(name, (f"{name}.nii",), ())) for name in ("a", "alone", "b", "never")]
+    results = {r.entry.name: r for r in in_memory(Short(), tasks, 2, "")}
+    assert {n for n, r in results.items() if r.entry.bad} == {"never"} and len(results) == 4
+    assert not any(r.fatal for r in results.values())
 
 
 # ---- pickles ---------------------------------------------------------------------------------------------------------------

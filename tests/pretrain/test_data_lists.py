@@ -18,7 +18,7 @@ from nnssl.pretrain.prepare.fingerprint import FigureWorker
 from nnssl.pretrain.prepare.planning import planned
 from nnssl.pretrain.prepare.raw import RawCase, describe, list_unplanned
 from nnssl.pretrain.prepare.selection import read_case_list, select
-from nnssl.pretrain.prepare.worker import CaseWorker, Job
+from nnssl.pretrain.prepare.worker import CaseWorker, Task
 
 NAME = "Müller Jörg"
 FORMS = [unicodedata.normalize(form, NAME) for form in ("NFC", "NFD")]
@@ -196,5 +196,5 @@ def test_bad_images_are_named_for_planning_and_for_training(
         (tmp_path / folder).mkdir()
     plans = tiny_plans()
     worker = CaseWorker(plans, "3d_fullres", tiny_dataset_json(), len(arrays), tmp_path / "out", tmp_path / "tmp")
-    reply = worker(Job(case))
-    assert reply.fatal == "" and told in reply.entry.bad
+    result = worker(Task(case))
+    assert result.fatal == "" and told in result.entry.bad

@@ -607,19 +607,19 @@ def forked(monkeypatch):
 
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_each_job_is_done_once(forked, n):
-    jobs = list(range(25))
-    assert sorted(forked.run_jobs(str, jobs, n, "")) == sorted(map(str, jobs))
-    assert list(forked.run_jobs(str, [], n, "")) == []
+    tasks = list(range(25))
+    assert sorted(forked.run_tasks(str, tasks, n, "")) == sorted(map(str, tasks))
+    assert list(forked.run_tasks(str, [], n, "")) == []
 
 
 def test_stopping_early_ends_the_processes(forked):
     import multiprocessing
 
-    jobs = forked.run_jobs(time.sleep, [0, 0, *[60] * 20], 2, "")
-    next(jobs)
+    tasks = forked.run_tasks(time.sleep, [0, 0, *[60] * 20], 2, "")
+    next(tasks)
     processes = multiprocessing.active_children()
     assert len(processes) >= 2
-    jobs.close()
+    tasks.close()
     # The pool's own thread may be the one that reaps a process: its entry then goes a moment after the process.
     deadline = time.monotonic() + 30
     while multiprocessing.active_children() and time.monotonic() < deadline:
@@ -638,8 +638,8 @@ def test_an_image_whose_process_is_killed_is_named_and_can_be_skipped(
     tiny_raw_dataset(902, "Free", 9, labelled=False, **RAW)
     submit = forked.ProcessPoolExecutor.submit
 
-    def kill_one(self, do, job):
-        return submit(self, os._exit, 9) if job.case.name == "case_004" else submit(self, do, job)
+    def kill_one(self, do, task):
+        return submit(self, os._exit, 9) if task.case.name == "case_004" else submit(self, do, task)
 
     monkeypatch.setattr(forked.ProcessPoolExecutor, "submit", kill_one)
     with pytest.raises(NnsslError, match=r"1 of 9 images.*\n.*case_004.*does not fit into this machine's memory"):
