@@ -23,7 +23,7 @@ from nnssl.experiments.reading import read_names
 from nnssl.files import sha256_of
 from nnssl.paths import preprocessed_folder, results_folder
 from nnssl.plans import dataset_id, resolve_dataset
-from nnssl.plans.figures import PRIMUS, Figures, family_name, spelt, trainer_for
+from nnssl.plans.figures import PRIMUS, FineTuningConfig, family_name, spelt, trainer_for
 from nnssl.plans.figures import SCRATCH as SCRATCH_TRAINER
 from nnssl.plans.figures import TEACHER as TEACHER_TRAINER
 
@@ -185,7 +185,7 @@ class _Builder:
         elif arm.method == SCRATCH:
             trainer = PRIMUS[1] if primus else SCRATCH_TRAINER
         model = results_folder() / self.plan.dataset_name / f"{trainer}__{plans}__{self.plan.configuration}"
-        steps = Figures.from_plans(
+        steps = FineTuningConfig.from_plans(
             {"nnssl": {"schedule": family, **figures, **arm.training.lengths}}, family, trainer
         ).steps
         about = {

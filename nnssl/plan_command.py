@@ -13,7 +13,7 @@ from nnssl.files import write_json
 from nnssl.grammar import CommandParser, pair, whole_numbers
 from nnssl.paths import encode_path, preprocessed_folder
 from nnssl.plans.datasets import dataset_id, resolve_dataset
-from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, Figures, spelt, trainer_for
+from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, FineTuningConfig, spelt, trainer_for
 from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
 from nnssl.plans.variants import Variant, list_variants
@@ -163,7 +163,7 @@ def _said(key: str, value: Any) -> str:
 def _lengthen(args: argparse.Namespace) -> None:
     """Raise the number of epochs of an existing variant, so that ``nnUNetv2_train --c`` goes on with it."""
     plan = load_plan(args.dataset, args.configuration, args.plans, second_stage=True)
-    old, new = plan.nnssl.get("epochs", Figures.epochs), args.lengthen
+    old, new = plan.nnssl.get("epochs", FineTuningConfig.epochs), args.lengthen
     if not plan.nnssl:
         raise NnsslError(
             f"--lengthen: {args.plans} is no plan variant and has nnU-Net's own length. Name a variant with -p."

@@ -26,8 +26,8 @@ from nnssl.pretrain.engine.estimate import estimate
 from nnssl.pretrain.engine.folder import LOCK, RunFolder
 from nnssl.pretrain.engine.logs import add_log_file, choose_loggers, keep_lines, run_settings
 from nnssl.pretrain.engine.loop import Engine, Outcome, RunSpec
+from nnssl.pretrain.engine.messages import disk_advice
 from nnssl.pretrain.engine.resume import load_state
-from nnssl.pretrain.engine.told import disk_advice
 from nnssl.pretrain.engine.watch import RobustnessHook
 from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.methods.registry import origin

@@ -1,7 +1,7 @@
 """The trainers of the other schedules: :class:`nnUNetTrainerPretrained` with other learning rates, and nothing else.
 
 All figures come from the plan variant (``nnssl_plan --schedule ... -o ...``); without one they are the family's defaults, see
-:class:`nnssl.plans.figures.Figures`.
+:class:`nnssl.plans.figures.FineTuningConfig`.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from nnssl.teacher.averaging import averaging_momentum
 from nnssl.teacher.components import foreground_classes, keep_largest, one_piece_of_cases
 from nnssl.teacher.pseudo_labels import labels_of
 from nnssl.trainers.groups import build_optimizer
+from nnssl.trainers.learning_rates import draw_below
 from nnssl.trainers.pool import (
     Halves,
     UnlabelledDataset,
@@ -44,7 +45,6 @@ from nnssl.trainers.pool import (
     with_strong_changes,
 )
 from nnssl.trainers.pretrained import nnUNetTrainerPretrained
-from nnssl.trainers.rates import draw_below
 from nnssl.trainers.schedule import Rates, StepSchedule
 from nnssl.weights import Checkpoint
 
@@ -59,7 +59,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
 
     The images are those that the plan names (``nnssl_plan --unlabelled``), else those whose labels a few-label variant leaves out
     and those that the weights were pretrained on; see :func:`nnssl.plans.unlabelled.find_unlabelled`. Figures:
-    :class:`nnssl.plans.figures.Figures`.
+    :class:`nnssl.plans.figures.FineTuningConfig`.
 
     Raises:
         NnsslError: as the parent; also where there is no image without labels, or the configuration is a cascade's second stage.

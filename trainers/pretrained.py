@@ -23,7 +23,7 @@ from nnssl.malloc import keep_freed_memory
 from nnssl.networks import canonical_state_dict
 from nnssl.paths import encode_path
 from nnssl.plans import Plan
-from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, MEAN_TEACHER, PRIMUS, SCRATCH, trainer_for
+from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, MEAN_TEACHER, PRIMUS, SCRATCH, FineTuningConfig, trainer_for
 from nnssl.plans.labels import folds_of, restrict
 from nnssl.plans.parts import parts_for
 from nnssl.plans.primus import CLASSES
@@ -31,7 +31,6 @@ from nnssl.threads import keep_to_threads
 from nnssl.trainers.groups import changed_parts
 from nnssl.trainers.inspection import content_of, digests
 from nnssl.trainers.loggers import FineTuningLogger, add_loggers
-from nnssl.trainers.schedule import Figures
 from nnssl.trainers.stepwise import StepwiseTrainer
 from nnssl.trainers.weights import find_weights
 from nnssl.weights.load import plain_loading, read_file
@@ -95,7 +94,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
             keep_to_threads()
             keep_freed_memory()
         self.family = self.schedule_of(plans)
-        figures = Figures.from_plans(plans, self.family, type(self).__name__)
+        figures = FineTuningConfig.from_plans(plans, self.family, type(self).__name__)
         if self.family == MEAN_TEACHER and self.schedule != MEAN_TEACHER:
             figures = replace(figures, labelled_first=1.0)  # the control: labels only, one schedule over as many steps
         super().__init__(plans, configuration, fold, dataset_json, device)

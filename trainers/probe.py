@@ -11,7 +11,7 @@ from nnssl import transfer
 from nnssl.errors import NnsslError
 from nnssl.networks import unwrap
 from nnssl.plans import Plan, dataset_id
-from nnssl.plans.figures import Figures
+from nnssl.plans.figures import FineTuningConfig
 from nnssl.plans.probe import from_probe, to_probe
 from nnssl.trainers.pretrained import check_network, nnUNetTrainerPretrained
 
@@ -40,7 +40,7 @@ class nnUNetTrainerLinearProbe(nnUNetTrainerPretrained):
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net reads this very signature
     ) -> None:
         check_network(type(self), plans, configuration, primus=False)
-        levels = Figures.from_plans(plans, self.schedule, type(self).__name__).levels
+        levels = FineTuningConfig.from_plans(plans, self.schedule, type(self).__name__).levels
         plan = Plan.from_dicts(from_probe(plans, configuration), configuration, dataset_json, second_stage=True)
         super().__init__(to_probe(plan, levels), configuration, fold, dataset_json, device)
         self.enable_deep_supervision = False

@@ -11,20 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from nnssl.plans.figures import FAMILIES, MEAN_TEACHER, Figures
+from nnssl.plans.figures import MEAN_TEACHER, FineTuningConfig
 from nnssl.teacher.stages import Stages
 from nnssl.weights import is_head
-
-__all__ = [
-    "FAMILIES",
-    "EpochSchedule",
-    "Figures",
-    "Rates",
-    "StepSchedule",
-    "freeze_unfreeze",
-    "sawtooth",
-    "warmup_poly",
-]
 
 
 def warmup_poly(epoch: int, epochs: int, warmup_epochs: int, exponent: float = 0.9) -> float:
@@ -80,7 +69,7 @@ class Rates:
     """
 
     family: str
-    figures: Figures
+    figures: FineTuningConfig
     groups: tuple[str, ...]
     backbone: Collection[str] = ()
 

@@ -12,9 +12,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnssl.amp import autocast_for, cpu_bfloat16, float_outputs
+from nnssl.plans.figures import FineTuningConfig
 from nnssl.trainers.groups import backbone_groups, build_optimizer, hold_statistics, parameter_groups
-from nnssl.trainers.rates import describe_rates, draw_rates
-from nnssl.trainers.schedule import EpochSchedule, Figures, Rates, StepSchedule
+from nnssl.trainers.learning_rates import describe_rates, draw_rates
+from nnssl.trainers.schedule import EpochSchedule, Rates, StepSchedule
 from nnssl.weights import is_head
 
 CLIP = 12.0  # nnU-Net's
@@ -34,7 +35,7 @@ class StepwiseTrainer(nnUNetTrainer):
     schedule: ClassVar[str] = "warmup_poly"
     clip: ClassVar[float] = CLIP
     family: str
-    figures: Figures
+    figures: FineTuningConfig
     provenance: dict[str, Any]
     rates: Sequence[dict[str, Any]] = ()
     _iteration: int = 0

@@ -1,6 +1,6 @@
 """What a plan tells a fine-tuning trainer: the family of schedule, its figures, and the cases to train on.
 
-A trainer fixes the family, the plan gives the figures: ``plans["nnssl"]`` holds them under the names of :class:`Figures`.
+A trainer fixes the family, the plan gives the figures: ``plans["nnssl"]`` holds them by the names of :class:`FineTuningConfig`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ADAM_PEAK_LR = 2e-3
 
 
 @dataclass(frozen=True)
-class Figures:
+class FineTuningConfig:
     """What ``plans["nnssl"]`` may set for a training; the defaults are nnU-Net's, but for the peak learning rate.
 
     ``freeze_unfreeze`` and ``linear_probe`` have the defaults of the paper that they come from (Kats et al. 2024, after
@@ -138,7 +138,7 @@ class Figures:
         return asdict(self)
 
     @classmethod
-    def from_plans(cls, plans: Mapping[str, Any], family: str, trainer: str) -> Figures:
+    def from_plans(cls, plans: Mapping[str, Any], family: str, trainer: str) -> FineTuningConfig:
         """Read the figures of a plans dict.
 
         Args:
@@ -180,7 +180,11 @@ class Figures:
         return figures
 
 
-def _peak(family: str, figures: Figures) -> float:
+Figures = FineTuningConfig
+"""The name that it had."""
+
+
+def _peak(family: str, figures: FineTuningConfig) -> float:
     """The largest learning rate where the plan names none."""
     if family == MEAN_TEACHER:
         return SHORT_PEAK_LR if figures.optimizer == "sgd" else ADAM_PEAK_LR
@@ -239,7 +243,7 @@ def check_options(options: Mapping[str, Any], family: str) -> dict[str, Any]:
         NnsslError: lists all that the family does not have or that are out of range.
     """
     known, name = USED[family], spelt(family)
-    read, problems = problems_of(Figures, {k: v for k, v in options.items() if k in known})
+    read, problems = problems_of(FineTuningConfig, {k: v for k, v in options.items() if k in known})
     unknown = [k for k in options if k not in known]
     told = [
         f"'{k}' is no figure of the schedule {name}.{did_you_mean(k, known)} It has: {', '.join(known)}"

@@ -15,7 +15,15 @@ from nnssl.errors import NnsslError
 from nnssl.files import read_json
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import resolve_dataset
-from nnssl.plans.figures import DEFAULT_FAMILY, MEAN_TEACHER, USED, Figures, check_options, family_name, trainer_for
+from nnssl.plans.figures import (
+    DEFAULT_FAMILY,
+    MEAN_TEACHER,
+    USED,
+    FineTuningConfig,
+    check_options,
+    family_name,
+    trainer_for,
+)
 from nnssl.plans.parts import check_parts
 from nnssl.plans.plan import Plan, plans_in
 from nnssl.plans.primus import check_patch, parse_network
@@ -58,7 +66,7 @@ class Changes:
         checkpoint, sha256: the pretrained file in the form of :func:`nnssl.paths.encode_path`, and its hash.
         schedule: family of the learning rate (:data:`nnssl.plans.figures.FAMILIES`); another one than the base's drops the base's
             figures.
-        figures: of that family, see :class:`nnssl.plans.figures.Figures`.
+        figures: of that family, see :class:`nnssl.plans.figures.FineTuningConfig`.
         cases: ``train_cases`` (fold -> case names), and ``labels`` and ``seed`` that they came from.
         adapt, coverage: what may be adapted where the weights come from another network, and the least share of the encoder that
             must then be filled (:class:`nnssl.weights.Adaptation`).
@@ -253,7 +261,7 @@ def derive(plan: Plan, name: str, changes: Changes | None = None, **others: Any)
     plans["nnssl"] = told
     variant = Plan.from_dicts(plans, plan.configuration, plan.dataset_json, second_stage=True)
     family = told.get("schedule") or DEFAULT_FAMILY
-    Figures.from_plans(plans, family, trainer_for(family, variant.is_primus))
+    FineTuningConfig.from_plans(plans, family, trainer_for(family, variant.is_primus))
     if asked.features is not None or asked.patch is not None:
         _check_patch(variant)
     return variant

@@ -28,12 +28,12 @@ from nnssl.pretrain.engine.evaluate import HeldOut
 from nnssl.pretrain.engine.folder import RunFolder
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.engine.logs import RunLog
+from nnssl.pretrain.engine.messages import clock, disk_reason, epoch_line, memory_advice, non_finite_advice
 from nnssl.pretrain.engine.place import place_sentence
 from nnssl.pretrain.engine.signals import StopSignals
 from nnssl.pretrain.engine.speed import Prefetcher, apply_options
 from nnssl.pretrain.engine.state import restore, training_state
 from nnssl.pretrain.engine.stepping import Numbers, Stepper, views_in_parts
-from nnssl.pretrain.engine.told import clock, disk_reason, epoch_line, memory_advice, non_finite_advice
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import CropRequest, Crops, Progress
 
@@ -270,9 +270,9 @@ class Engine:
                 seconds = (time.perf_counter() - begin) / done
                 self._show(bar, seconds, waited / (seconds * done))
                 if self._stop_agreed:
-                    self._settle()
+                    self._flush()
                     return False
-            self._settle()
+            self._flush()
         seconds = (time.perf_counter() - begin) / max(1, done)
         self._end_epoch(epoch, seconds, waited / max(1e-9, seconds * done))
         return True
@@ -288,10 +288,10 @@ class Engine:
         self.step += 1
         if stepped:
             self.method.after_step(Progress(self.step, spec.steps, (self.step - 1) // spec.iterations, spec.epochs))
-        self._settle()
+        self._flush()
         self._pending = numbers
 
-    def _settle(self) -> None:
+    def _flush(self) -> None:
         """Read the numbers of the step before, which the device has finished by now."""
         numbers, self._pending = self._pending, None
         if numbers is None:

@@ -15,12 +15,12 @@ from nnssl.plans.labels import ALL, case_order
 from nnssl.pretrain.augment.nnunet import TrainingAugmentation
 from nnssl.pretrain.data import Pool
 from nnssl.pretrain.methods.base import Method
-from nnssl.pretrain.omni.agreement import AgreementHook
 from nnssl.pretrain.omni.cases import LabelledSet, find_labelled, head_names
 from nnssl.pretrain.omni.companion import OmniCompanion, Sizes
 from nnssl.pretrain.omni.config import OMNI_RUNTIME, OmniConfig, resolve_omni
 from nnssl.pretrain.omni.method import make_omni
 from nnssl.pretrain.omni.patches import read_label
+from nnssl.pretrain.omni.pseudo_metrics import PseudoMetricsHook
 from nnssl.teacher.components import Class, foreground_classes, one_piece_of_cases
 from nnssl.teacher.stages import Stages
 from nnssl.words import size_text
@@ -71,9 +71,9 @@ class Omni:
             weights=weights,
         )
 
-    def hook(self, companion: OmniCompanion) -> AgreementHook:
+    def hook(self, companion: OmniCompanion) -> PseudoMetricsHook:
         """The watcher."""
-        return AgreementHook(self.config, companion)
+        return PseudoMetricsHook(self.config, companion)
 
     def switch(self, steps: int) -> int:
         """First step of the second stage; ``steps`` where there is none."""

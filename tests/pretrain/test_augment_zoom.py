@@ -6,7 +6,14 @@ import torch.nn.functional as F
 
 from nnssl.pretrain.augment.box import ImageBox
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.methods.glmae.zoom import _box_sums, _first_enough, box_share, copy_box, place_boxes, zoom
+from nnssl.pretrain.methods.glmae.resized_crop import (
+    _box_sums,
+    _first_enough,
+    box_share,
+    copy_box,
+    resized_crop,
+    sample_boxes,
+)
 
 
 def image_of(low, high, n=1):
@@ -28,18 +35,18 @@ def box(start, extent, n=1):
 
 def test_whole_factors_are_averages():
     x = torch.randn(2, 2, 12, 20, 9)
-    got = zoom(x, *box([2, 4, 0], [8, 12, 9], 2), (4, 4, 3))
+    got = resized_crop(x, *box([2, 4, 0], [8, 12, 9], 2), (4, 4, 3))
     torch.testing.assert_close(got, F.avg_pool3d(x[:, :, 2:10, 4:16, :9], (2, 3, 3)))
     flat = torch.randn(1, 1, 10, 6)
-    torch.testing.assert_close(zoom(flat, *box([0, 0], [10, 6]), (5, 2)), F.avg_pool2d(flat, (2, 3)))
+    torch.testing.assert_close(resized_crop(flat, *box([0, 0], [10, 6]), (5, 2)), F.avg_pool2d(flat, (2, 3)))
 
 
 def test_no_zoom_is_a_copy_and_mirrors():
     x = torch.randn(2, 1, 8, 9, 7)
     start, extent = box([1, 3, 2], [4, 6, 5], 2)
-    assert torch.equal(zoom(x, start, extent, (4, 6, 5)), x[:, :, 1:5, 3:9, 2:7])
+    assert torch.equal(resized_crop(x, start, extent, (4, 6, 5)), x[:, :, 1:5, 3:9, 2:7])
     mirror = torch.tensor([[True, False, True], [False, False, False]])
-    got = zoom(x, start, extent, (4, 6, 5), mirror)
+    got = resized_crop(x, start, extent, (4, 6, 5), mirror)
     assert torch.equal(got, copy_box(x, start, extent, (4, 6, 5), mirror))
     assert torch.equal(got[0], x[0, :, 1:5, 3:9, 2:7].flip(1, 3)) and torch.equal(got[1], x[1, :, 1:5, 3:9, 2:7])
 
@@ -49,14 +56,14 @@ def test_a_slope_stays_one_and_a_constant_is_exact(factor):
     size, window = (6, 8, 4), (16, 24, 12)
     extent = [factor * s for s in size]
     ramp = torch.arange(24.0).view(1, 1, 1, -1, 1).expand(1, 1, *window)
-    view = zoom(ramp, *box([0, 2, 1], extent), size)[0, 0, 0, :, 0]
+    view = resized_crop(ramp, *box([0, 2, 1], extent), size)[0, 0, 0, :, 0]
     steps = view.diff()
     assert (steps > 0).all() and abs(float(steps.mean()) - factor) < 1 / 8  # a source voxel over the size
     assert abs(float(view[0]) - (2 + factor / 2 - 0.5)) < 1 / 8
-    constant = zoom(torch.full((1, 1, *window), 3.0), *box([0, 2, 1], extent), size)
+    constant = resized_crop(torch.full((1, 1, *window), 3.0), *box([0, 2, 1], extent), size)
     torch.testing.assert_close(constant, torch.full_like(constant, 3.0))
     noise = torch.randn(1, 1, *window)
-    view = zoom(noise, *box([0, 0, 0], extent), size)
+    view = resized_crop(noise, *box([0, 0, 0], extent), size)
     assert view.min() >= noise.min() and view.max() <= noise.max()  # nothing overshoots
 
 
@@ -71,12 +78,12 @@ def test_what_a_voxel_sees_of_the_image_is_the_zoomed_mask_of_it(window, size):
     mask = mask_of(image, window)
     for flip in (None, mirror):
         share = box_share(image, start, extent, size, flip)
-        torch.testing.assert_close(share, zoom(mask, start, extent, size, flip))
+        torch.testing.assert_close(share, resized_crop(mask, start, extent, size, flip))
         assert ((share > 0) & (share < 1)).float().mean() > 0.01 and (share == 1).float().mean() > 0.01
     data = torch.randn(20, 2, *window, generator=g) * mask  # padding is 0, and shows the lowest intensity
     whole = torch.where(mask > 0, data, -2.0)
-    seen = zoom(data, start, extent, size, mirror) + image.dark * (1 - share)
-    torch.testing.assert_close(seen, zoom(whole, start, extent, size, mirror))
+    seen = resized_crop(data, start, extent, size, mirror) + image.dark * (1 - share)
+    torch.testing.assert_close(seen, resized_crop(whole, start, extent, size, mirror))
     place, plain = start.floor(), torch.tensor(size).expand(20, dim).float()
     copied = copy_box(data, place, plain, size, mirror) + image.dark * (
         1 - box_share(image, place, plain, size, mirror)
@@ -114,7 +121,7 @@ def test_the_first_box_with_enough_is_found_without_looking_at_all(least):
 def test_boxes_lie_in_the_image_and_reach_all_of_it(extent):
     image = image_of((2, 1, 3), (11, 12, 10), 600)
     body = torch.ones(600, 1, 12, 14, 10)
-    start = place_boxes(body, image, torch.tensor([extent]).expand(600, 3), Draws(0, 0, 600))
+    start = sample_boxes(body, image, torch.tensor([extent]).expand(600, 3), Draws(0, 0, 600))
     low, high = torch.tensor([2, 1, 3]), torch.tensor([11, 12, 10])
     assert (start >= low).all() and (start + torch.tensor(extent) <= high).all() and torch.equal(start, start.round())
     for axis in range(3):
@@ -126,12 +133,12 @@ def test_boxes_lie_in_the_image_and_reach_all_of_it(extent):
 
 def test_images_smaller_than_the_box_lie_in_its_middle():
     body, extent = torch.ones(4, 1, 12, 12), torch.tensor([[8.0, 6.0]]).expand(4, 2)
-    start = place_boxes(body, image_of((3, 0), (7, 12), 4), extent, Draws(0, 0, 4))
+    start = sample_boxes(body, image_of((3, 0), (7, 12), 4), extent, Draws(0, 0, 4))
     assert (start[:, 0] == 1).all()
     edge = image_of((10, 0), (12, 12), 4)
-    start = place_boxes(body, edge, extent, Draws(0, 0, 4))
+    start = sample_boxes(body, edge, extent, Draws(0, 0, 4))
     assert (start[:, 0] == 4).all()  # the window ends there
-    whole = place_boxes(body, edge, torch.tensor([[12.0, 12.0]]).expand(4, 2), Draws(0, 0, 4))
+    whole = sample_boxes(body, edge, torch.tensor([[12.0, 12.0]]).expand(4, 2), Draws(0, 0, 4))
     assert (whole == 0).all()
 
 
@@ -140,21 +147,21 @@ def test_boxes_of_air_are_avoided():
     body[..., 16:, 10:] = 1
     image = image_of((0, 0), (24, 20), 200)
     extent = torch.tensor([[8.0, 8.0]]).expand(200, 2)
-    start = place_boxes(body, image, extent, Draws(0, 0, 200)).long()
+    start = sample_boxes(body, image, extent, Draws(0, 0, 200)).long()
     share = torch.stack([b[0, i : i + 8, j : j + 8].float().mean() for b, (i, j) in zip(body, start.tolist())])
-    blind = place_boxes(body, image, extent, Draws(0, 0, 200), tries=1).long()
+    blind = sample_boxes(body, image, extent, Draws(0, 0, 200), tries=1).long()
     without = torch.stack([b[0, i : i + 8, j : j + 8].float().mean() for b, (i, j) in zip(body, blind.tolist())])
     assert (share >= 0.25).float().mean() > 0.85 > 0.6 > (without >= 0.25).float().mean()
-    nowhere = place_boxes(torch.zeros_like(body), image, extent, Draws(0, 0, 200))
+    nowhere = sample_boxes(torch.zeros_like(body), image, extent, Draws(0, 0, 200))
     assert torch.isfinite(nowhere).all()
 
 
 def test_ranks_draw_what_one_process_draws():
     body = (torch.rand(4, 1, 12, 10) < 0.5).float()
     image, extent = image_of((0, 0), (12, 10), 4), torch.tensor([[5.0, 4.0]]).expand(4, 2)
-    whole = place_boxes(body, image, extent, Draws(0, 0, 4))
+    whole = sample_boxes(body, image, extent, Draws(0, 0, 4))
     rows = torch.arange(2)
-    parts = [place_boxes(body[i : i + 2], image[rows + i], extent[:2], Draws(0, 0, 4, i, 2)) for i in (0, 2)]
+    parts = [sample_boxes(body[i : i + 2], image[rows + i], extent[:2], Draws(0, 0, 4, i, 2)) for i in (0, 2)]
     assert torch.equal(whole, torch.cat(parts))
 
 
@@ -165,7 +172,7 @@ def test_the_first_place_with_enough_body_or_the_one_with_most(least):
     body = torch.zeros(n, 1, *window)
     body[:, :, 2:9, 3:10, 1:6] = (torch.rand(n, 1, 7, 7, 5) < 0.8).float()
     image = ImageBox(torch.zeros(n, 3).long(), torch.tensor([window] * n), torch.zeros(n, 1))
-    start = place_boxes(body, image, torch.tensor([extent] * n).float(), Draws(0, 0, n), least=least, tries=tries)
+    start = sample_boxes(body, image, torch.tensor([extent] * n).float(), Draws(0, 0, n), least=least, tries=tries)
     share = Draws(0, 0, n).uniform(0, 1, tries, 3)
     places = (share * (torch.tensor(window) - torch.tensor(extent) + 1)).floor().long()
     later = 0

@@ -7,9 +7,9 @@ import torch
 
 from nnssl.plans import Plan
 from nnssl.pretrain.data.pool import CaseRef
-from nnssl.pretrain.omni.agreement import Counts, _counted, _masks
 from nnssl.pretrain.omni.cases import LabelledCase
 from nnssl.pretrain.omni.pictures import LABELS, PSEUDO, dice_tags, omni_columns
+from nnssl.pretrain.omni.pseudo_metrics import Counts, _counted, _masks
 from nnssl.pretrain.omni.volumes import _dice, choose_volumes
 
 

@@ -13,8 +13,8 @@ from nnssl.plans import load_plan
 from nnssl.pretrain import run
 from nnssl.pretrain.cli import main
 from nnssl.pretrain.engine.hooks import Hook
-from nnssl.pretrain.omni.agreement import AgreementHook
 from nnssl.pretrain.omni.config import resolve_omni
+from nnssl.pretrain.omni.pseudo_metrics import PseudoMetricsHook
 from nnssl.trainers.weights import find_weights
 from nnssl.weights import apply
 
@@ -99,7 +99,7 @@ def test_a_run_leaves_what_the_contract_says(data, nnunet_env, tmp_path, capsys)
     from matplotlib.figure import Figure
 
     axis = Figure().subplots()
-    hook = AgreementHook(resolve_omni({}), None)
+    hook = PseudoMetricsHook(resolve_omni({}), None)
     hook.load_state_dict(checkpoint.load(result.folder / "checkpoint_latest.pth").training["hooks"]["omni"])
     hook._draw(axis)
     drawn = {line.get_label(): list(line.get_ydata()) for line in axis.get_lines()}

@@ -15,7 +15,7 @@ from nnssl import checkpoint
 from nnssl.errors import NnsslError
 from nnssl.networks import canonical_state_dict
 from nnssl.plans import load_plan
-from nnssl.plans.figures import Figures
+from nnssl.plans.figures import FineTuningConfig
 from nnssl.plans.unlabelled import case_key_hash, find_unlabelled, prepared_folder
 from nnssl.teacher.averaging import averaging_momentum
 from nnssl.teacher.components import foreground_classes
@@ -506,10 +506,10 @@ def test_classes_that_are_one_piece_are_found_in_the_labelled_cases(few, build, 
 
 def test_the_control_has_one_schedule_over_as_many_steps():
     plans = {"plans_name": "p", "nnssl": {"schedule": "mean_teacher", "epochs": 9, "iterations": 10}}
-    figures = Figures.from_plans(plans, "mean_teacher", "nnUNetTrainerMeanTeacher")
+    figures = FineTuningConfig.from_plans(plans, "mean_teacher", "nnUNetTrainerMeanTeacher")
     assert (figures.stages.first, figures.optimizer, figures.peak_lr, figures.strength) == (3, "adam", 2e-3, 2.0)
     long = {"plans_name": "p", "nnssl": {"schedule": "mean_teacher"}}
-    figures = Figures.from_plans(long, "mean_teacher", "nnUNetTrainerMeanTeacher")
+    figures = FineTuningConfig.from_plans(long, "mean_teacher", "nnUNetTrainerMeanTeacher")
     assert (figures.optimizer, figures.peak_lr, figures.epochs) == ("sgd", 1e-2, 1000)  # nnU-Net's own
 
 

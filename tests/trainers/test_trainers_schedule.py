@@ -4,18 +4,20 @@ import pytest
 import torch
 
 from nnssl.errors import NnsslError
-from nnssl.trainers.schedule import EpochSchedule, Figures, warmup_poly
+from nnssl.trainers.schedule import EpochSchedule, FineTuningConfig, warmup_poly
 
 FAMILY, NAME = "warmup_poly", "nnUNetTrainerPretrained"
 
 
 def figures(**nnssl):
-    return Figures.from_plans({"plans_name": "nnUNetPlans_x", "nnssl": nnssl}, FAMILY, NAME)
+    return FineTuningConfig.from_plans({"plans_name": "nnUNetPlans_x", "nnssl": nnssl}, FAMILY, NAME)
 
 
 def test_defaults_are_nnunets_lengths():
-    assert Figures.from_plans({"plans_name": "nnUNetPlans"}, FAMILY, NAME) == Figures(1000, 250, 50, 1e-3, 0.05)
-    assert Figures().warmup_epochs == 50
+    assert FineTuningConfig.from_plans({"plans_name": "nnUNetPlans"}, FAMILY, NAME) == FineTuningConfig(
+        1000, 250, 50, 1e-3, 0.05
+    )
+    assert FineTuningConfig().warmup_epochs == 50
 
 
 def test_short_runs_get_nnunets_own_learning_rate():
@@ -24,21 +26,21 @@ def test_short_runs_get_nnunets_own_learning_rate():
     assert figures(epochs=10, peak_lr=2e-3).peak_lr == 2e-3, "what the plan names wins"
     assert figures(epochs=10, optimizer="adam").peak_lr == 1e-3, "the rule is for SGD"
     other = {"plans_name": "x", "nnssl": {"epochs": 10, "schedule": "freeze_unfreeze"}}
-    assert Figures.from_plans(other, "freeze_unfreeze", NAME).peak_lr == 3e-4
+    assert FineTuningConfig.from_plans(other, "freeze_unfreeze", NAME).peak_lr == 3e-4
 
 
 def test_figures_come_from_the_plan():
     got = figures(
         schema=1, schedule=FAMILY, epochs=20, iterations=3, val_iterations=2, peak_lr=0.01, warmup=0.2, base_plans="b"
     )
-    assert got == Figures(20, 3, 2, 0.01, 0.2)
+    assert got == FineTuningConfig(20, 3, 2, 0.01, 0.2)
     assert got.warmup_epochs == 4
-    assert figures(epochs=None) == Figures()
+    assert figures(epochs=None) == FineTuningConfig()
 
 
 @pytest.mark.parametrize(("epochs", "warmup", "expected"), [(1, 0.05, 0), (2, 0.05, 1), (30, 0.05, 2), (50, 0.0, 0)])
 def test_warmup_epochs(epochs, warmup, expected):
-    assert Figures(epochs=epochs, warmup=warmup).warmup_epochs == expected
+    assert FineTuningConfig(epochs=epochs, warmup=warmup).warmup_epochs == expected
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,9 @@ def test_another_family_names_the_trainer_to_use():
     with pytest.raises(NnsslError, match="use -tr nnUNetTrainerPretrainedSawtooth or"):
         figures(schedule="sawtooth")
     with pytest.raises(NnsslError, match="'warmup_poly' .*use -tr nnUNetTrainerPretrained or"):
-        Figures.from_plans({"plans_name": "p", "nnssl": {"schedule": FAMILY}}, "sawtooth", "nnUNetTrainerSawtooth")
+        FineTuningConfig.from_plans(
+            {"plans_name": "p", "nnssl": {"schedule": FAMILY}}, "sawtooth", "nnUNetTrainerSawtooth"
+        )
 
 
 def test_factor_by_hand():

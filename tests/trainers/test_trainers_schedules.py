@@ -12,10 +12,10 @@ from nnssl import checkpoint, trainers
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, canonical_state_dict
 from nnssl.plans import Plan, load_plan
-from nnssl.plans.figures import FAMILIES, Figures, check_options, family_name
-from nnssl.trainers import nnUNetTrainerPretrainedScratch, rates
+from nnssl.plans.figures import FAMILIES, FineTuningConfig, check_options, family_name
+from nnssl.trainers import learning_rates, nnUNetTrainerPretrainedScratch
 from nnssl.trainers.groups import backbone_groups, build_optimizer, group_of, hold_statistics, parameter_groups
-from nnssl.trainers.rates import describe_rates, draw_rates, merge_names
+from nnssl.trainers.learning_rates import describe_rates, draw_rates, merge_names
 from nnssl.trainers.schedule import Rates, StepSchedule, freeze_unfreeze, sawtooth
 from nnssl.weights import part_of, write_variant
 
@@ -64,19 +64,19 @@ def test_sawtooth_by_hand():
 
 
 def test_published_lengths_of_the_sawtooth():
-    f = Figures()
+    f = FineTuningConfig()
     assert (f.decoder_epochs, f.warmup_epochs) == (50, 50)
-    assert [Figures(epochs=n).decoder_epochs for n in (1, 2, 3, 20)] == [0, 1, 1, 1]
+    assert [FineTuningConfig(epochs=n).decoder_epochs for n in (1, 2, 3, 20)] == [0, 1, 1, 1]
 
 
 def test_defaults_of_the_families():
     plans = {"plans_name": "p"}
-    f = Figures.from_plans(plans, "freeze_unfreeze", "t")
+    f = FineTuningConfig.from_plans(plans, "freeze_unfreeze", "t")
     assert (f.optimizer, f.peak_lr, f.frozen) == ("adam", 3e-4, 1 / 3)
     told = {**plans, "nnssl": {"schedule": "freeze_unfreeze", "optimizer": "sgd", "peak_lr": 0.01}}
-    f = Figures.from_plans(told, "freeze_unfreeze", "t")
+    f = FineTuningConfig.from_plans(told, "freeze_unfreeze", "t")
     assert (f.optimizer, f.peak_lr) == ("sgd", 0.01)
-    assert Figures.from_plans(plans, "sawtooth", "t") == Figures()
+    assert FineTuningConfig.from_plans(plans, "sawtooth", "t") == FineTuningConfig()
 
 
 def test_names_and_figures_of_schedules():
@@ -109,16 +109,16 @@ GROUPS = ("seg_layers", "decoder stage 1", "decoder stage 0", "encoder stage 1",
 def test_rates_of_the_groups(family, epoch, want):
     backbone = backbone_groups(["encoder", "decoder stage 0"], GROUPS)
     assert backbone == GROUPS[2:]
-    rates = Rates(family, Figures(epochs=20, iterations=3, peak_lr=1.0, warmup=0.05), GROUPS, backbone)
+    rates = Rates(family, FineTuningConfig(epochs=20, iterations=3, peak_lr=1.0, warmup=0.05), GROUPS, backbone)
     if family == "warmup_poly":
-        rates = Rates(family, Figures(epochs=20, iterations=3, peak_lr=1.0, warmup=0.45), GROUPS)
+        rates = Rates(family, FineTuningConfig(epochs=20, iterations=3, peak_lr=1.0, warmup=0.45), GROUPS)
     if family == "freeze_unfreeze":
-        rates = Rates(family, Figures(21, 3, peak_lr=1.0), GROUPS, backbone)
+        rates = Rates(family, FineTuningConfig(21, 3, peak_lr=1.0), GROUPS, backbone)
     assert [rates.at(3 * epoch, g) for g in GROUPS] == pytest.approx(want)
 
 
 def test_layer_decay_counts_stages_from_the_heads():
-    rates = Rates("warmup_poly", Figures(epochs=4, peak_lr=1.0, warmup=0, layer_decay=0.5), GROUPS)
+    rates = Rates("warmup_poly", FineTuningConfig(epochs=4, peak_lr=1.0, warmup=0, layer_decay=0.5), GROUPS)
     assert [rates.at(0, g) for g in GROUPS] == [1, 0.5, 0.25, 0.125, 0.0625]
     assert rates.at(2 * 250, GROUPS[1]) == pytest.approx(0.5 * 0.5**0.9)
 
@@ -134,7 +134,7 @@ def test_optimisers_are_those_that_are_named():
 
 
 def test_a_linear_probe_has_one_rate_unless_it_warms_up():
-    still, rising = (Rates("linear_probe", Figures(20, 3, peak_lr=1.0, warmup=w), GROUPS) for w in (0, 0.1))
+    still, rising = (Rates("linear_probe", FineTuningConfig(20, 3, peak_lr=1.0, warmup=w), GROUPS) for w in (0, 0.1))
     assert [still.at(step, "seg_layers") for step in (0, 30, 59)] == [1.0, 1.0, 1.0]
     assert rising.at(0, "seg_layers") == pytest.approx(1 / 3) and rising.at(59, "seg_layers") == pytest.approx(
         (1 / 18) ** 0.9
@@ -143,7 +143,7 @@ def test_a_linear_probe_has_one_rate_unless_it_warms_up():
 
 def test_a_schedule_needs_no_state():
     optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "name": g} for g in GROUPS], lr=9.0)
-    schedule = StepSchedule(optimizer, Rates("sawtooth", Figures(20, 3), GROUPS))
+    schedule = StepSchedule(optimizer, Rates("sawtooth", FineTuningConfig(20, 3), GROUPS))
     for step in (50, 0, 31, 4):
         schedule.set(step)
         assert schedule.now() == {g: schedule.rates.at(step, g) for g in GROUPS}
@@ -208,7 +208,7 @@ def test_names_are_merged_and_described():
 
 
 def frozen_then_not():
-    figures = Figures(epochs=4, iterations=10, peak_lr=1e-3, frozen=0.375, ramp=0.1)
+    figures = FineTuningConfig(epochs=4, iterations=10, peak_lr=1e-3, frozen=0.375, ramp=0.1)
     return Rates("freeze_unfreeze", figures, ("seg_layers", "encoder stage 0"), ("encoder stage 0",))
 
 
@@ -217,7 +217,7 @@ def test_a_jump_of_the_learning_rate_is_drawn_as_one():
     from matplotlib.figure import Figure as Canvas
 
     ax = Canvas().subplots()
-    rates._draw(frozen_then_not(), 2, ax)
+    learning_rates._draw(frozen_then_not(), 2, ax)
     line = next(line for line in ax.get_lines() if line.get_label() == "encoder stage 0")
     assert line.get_drawstyle() == "steps-post"
     drawn = {round(x * 10): y for x, y in line.get_xydata()}

@@ -32,8 +32,8 @@ from nnssl.plans import Plan
 from nnssl.pretrain import geometry
 from nnssl.pretrain.augment.box import image_box
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.methods.glmae.self_distillation import STAGES, Agreement
-from nnssl.pretrain.methods.glmae.zoom import box_share, copy_box, place_boxes, zoom
+from nnssl.pretrain.methods.glmae.resized_crop import box_share, copy_box, resized_crop, sample_boxes
+from nnssl.pretrain.methods.glmae.self_distillation import STAGES, SelfDistillation
 from nnssl.pretrain.methods.mae.masked import check_options
 from nnssl.pretrain.methods.mae.method import MAE, PICTURE_NOTE, MaskedConfig, compare, reconstruction_curve
 from nnssl.pretrain.methods.registry import register
@@ -124,7 +124,7 @@ class GLMAE(MAE):
         self._measure = True
         if self.consistent:
             width = plan.features[0] if plan.is_primus else 2 * sum(encoder_channels(plan)[-STAGES:])
-            self.agreement = Agreement(encoder_module(network), width, config, maximum=not plan.is_primus)
+            self.agreement = SelfDistillation(encoder_module(network), width, config, maximum=not plan.is_primus)
             self.register_buffer("balance", torch.zeros(()))
 
     # ---- views ---------------------------------------------------------------------------------------------------
@@ -195,8 +195,8 @@ class GLMAE(MAE):
                 extent, cutter = plain, copy_box
                 if kind == "global":
                     factor = draws.uniform(c.min_zoom, c.max_zoom)[:, None]
-                    extent, cutter = torch.maximum(torch.minimum(plain * factor, image), plain), zoom
-                start = place_boxes(body, box, extent, draws, least=c.body_share)
+                    extent, cutter = torch.maximum(torch.minimum(plain * factor, image), plain), resized_crop
+                start = sample_boxes(body, box, extent, draws, least=c.body_share)
                 flip = draws.chance(0.5, dim) if c.mirror else None
                 seen = box_share(box, start, extent, size, flip)
                 region = cutter(body, start, extent, size, flip) if c.region == "body" else seen

@@ -31,7 +31,7 @@ from nnssl.losses.consistency import (
 STAGES = 2  # last encoder stages that stand in for a class token
 
 
-class Agreement(nn.Module):
+class SelfDistillation(nn.Module):
     """The student's projector, the teacher, and what is kept of both from step to step. Nothing of it is transferred.
 
     Args:

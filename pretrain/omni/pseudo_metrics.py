@@ -65,7 +65,7 @@ class Counts:
         return float(self.values[-1, 0] / self.values[-1, 1].clamp_min(1))
 
 
-class AgreementHook(Hook):
+class PseudoMetricsHook(Hook):
     """Measures pseudo-labels of held-out labelled cases before the first step and after each epoch, and writes volumes.
 
     Args:

@@ -12,7 +12,7 @@ from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.augment.pairs import cut
 
 
-def place_boxes(
+def sample_boxes(
     body: Tensor,
     box: ImageBox,
     extent: Tensor,
@@ -106,11 +106,11 @@ def _edges(start: Tensor, extent: Tensor, n: int, mirror: Tensor | None) -> tupl
 def box_share(
     box: ImageBox, start: Tensor, extent: Tensor, size: Sequence[int], mirror: Tensor | None = None
 ) -> Tensor:
-    """How much of what each voxel of :func:`zoom` covers is image: ``(B, 1, *size)`` in [0, 1], exactly 1 where all of it is.
+    """How much of what each voxel of :func:`resized_crop` covers is image: ``(B, 1, *size)`` in [0, 1], exactly 1 where all is.
 
     Args:
         box: where the image is.
-        start, extent, size, mirror: as in :func:`zoom`.
+        start, extent, size, mirror: as in :func:`resized_crop`.
     """
     lines = []
     for axis, n in enumerate(size):
@@ -120,7 +120,7 @@ def box_share(
     return outer(lines)
 
 
-def zoom(x: Tensor, start: Tensor, extent: Tensor, size: Sequence[int], mirror: Tensor | None = None) -> Tensor:
+def resized_crop(x: Tensor, start: Tensor, extent: Tensor, size: Sequence[int], mirror: Tensor | None = None) -> Tensor:
     """Shrink a box of each sample by exact area averaging: a voxel of the result is the mean of what it covers.
 
     Nothing overshoots and nothing aliases; where the box is as large as the result and starts at a whole voxel, it is copied.
@@ -152,7 +152,7 @@ def zoom(x: Tensor, start: Tensor, extent: Tensor, size: Sequence[int], mirror: 
 
 
 def copy_box(x: Tensor, start: Tensor, extent: Tensor, size: Sequence[int], mirror: Tensor | None = None) -> Tensor:
-    """As :func:`zoom` where the extent is the size and boxes start at whole voxels: a copy, without arithmetic."""
+    """As :func:`resized_crop` where the extent is the size and boxes start at whole voxels: a copy, without arithmetic."""
     x = cut(x, start.long(), size)
     if mirror is not None:
         for axis in range(len(size)):
