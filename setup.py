@@ -40,6 +40,6 @@ class BuildWithDiscovery(build_py):
 
 setup(
     packages=find_packages(include=["nnssl", "nnssl.*"]),
-    package_data={"nnssl": ["py.typed"], "nnssl.trainers": ["extension/*.py"]},
+    package_data={"nnssl": ["py.typed"], "nnssl.trainers": ["extension/*.py"], "nnssl.experiments": ["*.j2"]},
     cmdclass={"build_py": BuildWithDiscovery},
 )

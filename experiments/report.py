@@ -144,10 +144,10 @@ def _names_of(rest: Table) -> str:
     return ", ".join(dict.fromkeys(row[0] for row in rest.rows))
 
 
-def _left_over(data: _Data, rest: Table) -> str:
+def _left_over(data: _Data, rest: Table) -> dict[str, Any]:
     used = {id(p) for setting in data.scores.settings for p in data.figures(setting)}
     noted = published_notes([p for p in data.published if id(p) not in used])[1:]
-    return html.details(f"{len(rest.rows)} figures of {_names_of(rest)}", html.table(rest) + html.listing(noted))
+    return {"title": f"{len(rest.rows)} figures of {_names_of(rest)}", "table": rest, "notes": noted}
 
 
 def _joined(parts: Sequence[str]) -> str:
@@ -172,17 +172,13 @@ def _pictures(data: _Data, setting: str) -> list[html.Picture]:
     return out
 
 
-def _cases(data: _Data, setting: str, drawn: Sequence[CasePicture]) -> str:
+def _cases(data: _Data, setting: str, drawn: Sequence[CasePicture]) -> dict[str, Any] | None:
     if data.about.get("pictures") is False:
-        return html.paragraph("Pictures of cases are switched off for this experiment.", "muted")
+        off = "Pictures of cases are switched off for this experiment."
+        return {"lead": off, "kind": "muted", "legend": [], "figures": []}
     if not drawn:
-        return ""
+        return None
     key, base = drawn[0].key, data.scores.methods(setting)[0]
-    names = data.scores.label_names[setting]
-    legend = "".join(
-        f'<span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{html.rich(n)}'
-        for i, n in enumerate(names)
-    )
     cell = f"`{key.method}` with {tables.labels_text(key.labels)}, seed {drawn[0].seed}"
     most = ", where the methods differ most" if key.method != base else ""
     lead = (
@@ -191,7 +187,7 @@ def _cases(data: _Data, setting: str, drawn: Sequence[CasePicture]) -> str:
         "patient's right (R), left (L), front (A), back (P), head (S) and feet (I), as the image's header tells them."
     )
     figures = [
-        html.figure(
+        html.Picture(
             c.file,
             f"**{c.rank}**: {c.case}, Dice {tables.percent(c.dice)}"
             + (f", {base} {tables.percent(c.scratch)}" if c.scratch == c.scratch else "")
@@ -200,38 +196,24 @@ def _cases(data: _Data, setting: str, drawn: Sequence[CasePicture]) -> str:
         )
         for c in drawn
     ]
-    return f'{html.paragraph(lead)}<p class="muted">{legend}</p><div class="cases">{"".join(figures)}</div>'
+    legend = [(COLOURS[i % len(COLOURS)], n) for i, n in enumerate(data.scores.label_names[setting])]
+    return {"lead": lead, "kind": "", "legend": legend, "figures": figures}
 
 
-def _block(data: _Data, setting: str, content: Table) -> str:
-    block = f"<h3>{html.rich(content.title)}</h3>{html.table(content)}"
-    if content.title == PUBLISHED:
-        block += html.listing(published_notes(data.figures(setting)))
-    return f"<div>{block}</div>"
-
-
-def _setting(data: _Data, setting: str) -> str:
+def _setting(data: _Data, setting: str) -> dict[str, Any]:
     rows = data.of(setting)
-    parts = []
-    found = interpretation.answers(rows)
-    if found:
-        parts.append(f'<div class="lead">{"".join(html.paragraph(line) for line in found)}</div>')
-    else:
-        parts.append(html.paragraph("Nothing has been measured yet."))
-    contents = _tables(data, setting)
-    pictures = _pictures(data, setting)
-    parts += [f"<h3>{contents[0].title}</h3>", html.table(contents[0])]
-    parts += [html.figure(p.file, p.caption, p.alternative) for p in pictures[:1]]
-    parts.append(f'<div class="tables">{"".join(_block(data, setting, content) for content in contents[1:])}</div>')
-    parts += [html.listing(tables.notes(rows))]
-    parts += [html.figure(p.file, p.caption, p.alternative) for p in pictures[1:]]
+    shown: dict[str, Any] = {
+        "answers": interpretation.answers(rows),
+        "tables": _tables(data, setting),
+        "published_notes": published_notes(data.figures(setting)),
+        "notes": tables.notes(rows),
+        "pictures": _pictures(data, setting),
+    }
     drawn: list[CasePicture] = []
     if data.about.get("pictures") is not False and rows:
         images = read_json_file(data.folder / "images.json")
         drawn = write_overlays(data.scores, data.rows, images, setting, data.folder / "overlays") if images else []
-    shown = _cases(data, setting, drawn)
-    parts += ["<h3>Best and worst cases</h3>", shown] if shown else []
-    return "".join(parts)
+    return {**shown, "cases": _cases(data, setting, drawn)}
 
 
 def write(
@@ -256,17 +238,22 @@ def write(
     remove_overlays(folder / "overlays")
     failures = read_rows(folder / "failures.csv")
     rest = left_over(data.published, data.scores.settings)
-    sections = [(f"setting-{i}", _heading(s), _setting(data, s)) for i, s in enumerate(data.scores.settings)]
-    sections += [
-        ("others", LEFT_OVER, _left_over(data, rest) if rest else ""),
-        ("failures", "Failed jobs", provenance.failures(failures)),
-        ("reading", "How to read this", html.listing(interpretation.EXPLANATIONS)),
-        ("provenance", "How this was made", provenance.made(data.about)),
+    sections = [
+        html.Section(f"setting-{i}", _heading(s), "setting", _setting(data, s))
+        for i, s in enumerate(data.scores.settings)
     ]
-    there = [(anchor, title, body) for anchor, title, body in sections if body]
-    body = provenance.lead(data.about, data.rows, failures)
-    body += "".join(html.section(title, content, anchor) for anchor, title, content in there)
-    page = html.page(_title(data), body, [(anchor, title) for anchor, title, _ in there])
+    sections += [
+        html.Section("others", LEFT_OVER, "others", _left_over(data, rest) if rest else None),
+        html.Section("failures", "Failed jobs", "failures", provenance.failures(failures)),
+        html.Section("reading", "How to read this", "reading", interpretation.EXPLANATIONS),
+        html.Section("provenance", "How this was made", "provenance", provenance.made(data.about)),
+    ]
+    page = html.template().render(
+        title=_title(data),
+        lead=provenance.lead(data.about, data.rows, failures),
+        sections=[section for section in sections if section.content],
+        published=PUBLISHED,
+    )
     _write_text(folder / "report.html", page)
     log.info("Wrote %s.", folder / "report.html")
     return folder / "report.html"

@@ -148,8 +148,11 @@ def test_an_experiment_object_says_what_is_asked():
 
 def test_text_is_escaped():
     assert html.rich("a < b & `c<d` **e**") == "a &lt; b &amp; <code>c&lt;d</code> <b>e</b>"
-    assert "<script>" not in html.table(Table("t", ["<script>"], [["<script>"]]))
-    assert "<script>" not in html.page("<script>", "")
+    sign = "<script>"
+    failed = html.Section("failures", sign, "failures", Table(sign, [sign], [[sign]]))
+    lead = {"facts": sign, "warnings": [sign], "notes": [sign]}
+    page = html.template().render(title=sign, lead=lead, sections=[failed], published="")
+    assert sign not in page and page.count("&lt;script&gt;") == 9
 
 
 def test_colours_stay_with_their_method():

@@ -102,7 +102,7 @@ SHOW = "import os; print(os.environ.get('nnUNet_extTrainer'))"
 
 def test_wheel_holds_every_module_and_no_other_top_level_name(wheel):
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    expected = {"_nnssl_discovery.py", "nnssl_discovery.pth", "nnssl/py.typed"}
+    expected = {"_nnssl_discovery.py", "nnssl_discovery.pth", "nnssl/py.typed", "nnssl/experiments/report.html.j2"}
     for folder, target in [("nnssl", "nnssl"), *((n, f"nnssl/{n}") for n in ("pretrain", "trainers", "experiments"))]:
         expected |= {f"{target}/{p.relative_to(ROOT / folder).as_posix()}" for p in (ROOT / folder).rglob("*.py")}
     assert names == expected
