@@ -12,6 +12,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+TRAINERS = ROOT / "nnssl" / "trainers"  # a link in a checkout, a folder in an sdist, which has no other one
 HELPER, PTH = "_nnssl_discovery", "nnssl_discovery.pth"
 
 
@@ -23,12 +24,12 @@ class BuildWithDiscovery(build_py):
         if self.editable_mode:
             target, folder = (
                 self.get_finalized_command("install").install_lib,
-                repr(str(ROOT / "trainers" / "extension")),
+                repr(str((TRAINERS / "extension").resolve())),
             )
         else:
             target, folder = self.build_lib, ""
         Path(target).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / "trainers" / "discovery.py", Path(target, f"{HELPER}.py"))
+        shutil.copyfile(TRAINERS / "discovery.py", Path(target, f"{HELPER}.py"))
         Path(target, PTH).write_text(f"import {HELPER}; {HELPER}.activate({folder})\n", encoding="utf-8")
 
     def get_outputs(self, include_bytecode=True):
