@@ -18,8 +18,9 @@ from nnssl.distributed import rank, world_size
 from nnssl.errors import NnsslError, UsageError
 from nnssl.files import write_json
 from nnssl.loggers import open_loggers
-from nnssl.plans import resolve_dataset
+from nnssl.plans import Plan, resolve_dataset
 from nnssl.plans.unlabelled import case_key_hash
+from nnssl.pretrain.data import Pool
 from nnssl.pretrain.data.weights import parse_sources, relative
 from nnssl.pretrain.engine.devices import pick_device, process_group, restarted, shared_preparation
 from nnssl.pretrain.engine.estimate import estimate
@@ -30,13 +31,15 @@ from nnssl.pretrain.engine.messages import disk_advice
 from nnssl.pretrain.engine.resume import load_state
 from nnssl.pretrain.engine.watch import RobustnessHook
 from nnssl.pretrain.methods import get_method
+from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.registry import origin
 from nnssl.pretrain.omni import FOLDER, prepare_omni, take_omni
 from nnssl.pretrain.onwards import finished_before, keep_first_end, next_lines, start_from, started_from
 from nnssl.pretrain.options import RunOptions, Sources, as_function, command_of
 from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
 from nnssl.pretrain.prepare.planning import planned
-from nnssl.pretrain.resolve import batch_size, identity, method_folder, resolve
+from nnssl.pretrain.resolve import Choice, batch_size, identity, method_folder, resolve
+from nnssl.pretrain.types import CropRequest
 from nnssl.results import CONFIG, output_folder
 from nnssl.variables import variables
 from nnssl.weights import check_loadable
@@ -107,24 +110,10 @@ def _pretrain(asked: RunOptions, said: MemoryHandler) -> RunResult:
         if asked.labelled is not None:
             omni = prepare_omni(plan, omni_options, saved, cases=asked.labelled_cases, ranks=world_size())
             cls = omni.method(cls)
-        with shared_preparation():
-            pool = prepare_sources(
-                plan,
-                names,
-                cases=Path(accepted["cases"]) if accepted["cases"] else None,
-                exclude=Path(accepted["exclude"]) if accepted["exclude"] else None,
-                skip_bad=accepted["skip_bad"],
-                n_processes=asked.processes or default_num_processes,
-                allow_mismatch=accepted["allow_mismatch"],
-                preprocess=not asked.dry_run,
-            )
-        request = cls.crops(plan, pool.stats(), choice.config, choice.crop)
+        pool, request = _data(asked, cls, plan, names, accepted, choice)
         if saved is not None and asked.crop is None:
             explanation = request.explanation.replace("as asked for", "as in the run that is continued")
             request = replace(request, explanation=explanation)
-        if request.body and not asked.dry_run:
-            with shared_preparation():
-                prepare_bodies(plan, pool, n_processes=asked.processes or default_num_processes)
         batch = batch_size(choice.engine, request, world_size())
         workers = choice.engine.workers
         spec = RunSpec(
@@ -196,6 +185,29 @@ def _source_names(sources: Sources) -> tuple[list[str], dict[str, float] | None]
     """Names, and weights where any were given."""
     weights, given = parse_sources(sources)
     return list(weights), weights if given else None
+
+
+def _data(
+    asked: RunOptions, cls: type[Method], plan: Plan, names: list[str], accepted: Mapping[str, Any], choice: Choice
+) -> tuple[Pool, CropRequest]:
+    """The prepared cases, and the crops of them that the method asks for."""
+    n_processes = asked.processes or default_num_processes
+    with shared_preparation():
+        pool = prepare_sources(
+            plan,
+            names,
+            cases=Path(accepted["cases"]) if accepted["cases"] else None,
+            exclude=Path(accepted["exclude"]) if accepted["exclude"] else None,
+            skip_bad=accepted["skip_bad"],
+            n_processes=n_processes,
+            allow_mismatch=accepted["allow_mismatch"],
+            preprocess=not asked.dry_run,
+        )
+    request = cls.crops(plan, pool.stats(), choice.config, choice.crop)
+    if request.body and not asked.dry_run:
+        with shared_preparation():
+            prepare_bodies(plan, pool, n_processes=n_processes)
+    return pool, request
 
 
 def _weights(given: dict[str, float] | None, saved: dict[str, Any] | None) -> dict[str, float] | None:

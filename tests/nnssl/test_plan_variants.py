@@ -10,7 +10,7 @@ from nnssl.files import sha256_of
 from nnssl.networks import build_network, canonical_state_dict
 from nnssl.paths import decode_path
 from nnssl.plan_command import main
-from nnssl.plans import Plan, check_name, derive, list_variants, load_plan
+from nnssl.plans import Changes, Plan, check_name, derive, list_variants, load_plan
 from nnssl.weights import build_payload, save, write_variant
 
 STRIDES = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2))
@@ -381,3 +381,13 @@ def test_defects_keep_their_traceback_and_interrupts_end_quietly(capsys):
 
 def test_plan_is_only_a_plan_with_the_right_type(folder):
     assert isinstance(derive(load_plan(4), "x", epochs=2), Plan)
+
+
+def test_changes_are_one_object_or_arguments_or_both(folder):
+    plan = load_plan(4)
+    asked = Changes(epochs=3, features=(4, 8, 16), schedule="sawtooth")
+    one, other = derive(plan, "x", asked), derive(plan, "x", epochs=3, features=(4, 8, 16), schedule="sawtooth")
+    assert one.plans == other.plans and one.nnssl["schedule"] == "sawtooth"
+    assert derive(plan, "x", asked, epochs=5).nnssl["epochs"] == 5 and asked.epochs == 3
+    with pytest.raises(TypeError, match="epoch"):
+        derive(plan, "x", epoch=5)
