@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from nnssl.command import run_command, show
@@ -16,7 +17,7 @@ from nnssl.plans.datasets import dataset_id, resolve_dataset
 from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, FineTuningConfig, spelt, trainer_for
 from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
-from nnssl.plans.variants import Variant, list_variants
+from nnssl.plans.variants import Changes, Variant, list_variants
 from nnssl.weights import write_variant
 from nnssl.words import size_text
 
@@ -194,23 +195,8 @@ def _run(args: argparse.Namespace) -> None:
     if not args.name:
         raise UsageError("--name is missing: the variant is written as <plans>_<name>.json.")
     plan = load_plan(args.dataset, args.configuration, args.plans, second_stage=True)
-    keys = (
-        "network",
-        "features",
-        "patch",
-        "batch_size",
-        "epochs",
-        "iterations",
-        "val_iterations",
-        "schedule",
-        "labels",
-        "validate",
-        "coverage",
-        "unlabelled",
-        "transductive",
-        "parts",
-    )
-    changes = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    keys = ("labels", "validate", *(f.name for f in fields(Changes) if f.name not in ("checkpoint", "adapt")))
+    changes = {key: getattr(args, key) for key in keys if getattr(args, key, None) is not None}
     changes |= {key: dict(pairs) for key, pairs in (("figures", args.options), ("adapt", args.adapt)) if pairs}
     place = {key: getattr(args, key) for key in ("key", "prefix") if getattr(args, key) is not None}
     if place:
