@@ -72,7 +72,7 @@ def _rates(graph: Graph, records: Records) -> Mapping[tuple[Any, ...], float]:
     found: dict[tuple[Any, ...], list[float]] = {}
     for job in graph.jobs.values():
         record = records.read(job.id)
-        if record.get("status") == "done" and record.get("seconds"):
+        if record.get("status") == "done" and record.get("seconds") and job.amount:
             found.setdefault(_kind(job), []).append(float(record["seconds"]) / job.amount)
     return {kind: statistics.median(rates) for kind, rates in found.items()}
 

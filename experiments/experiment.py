@@ -54,7 +54,7 @@ class Training:
 
     schedule: str = option("warmup-poly", "schedule of the learning rate, see nnssl_plan --schedule")
     figures: dict[str, Any] = option({}, "figures of the schedule, for example {peak_lr: 1e-3}")
-    epochs: int | None = option(None, "epochs (default: nnU-Net's 1000)", low=1)
+    epochs: int | None = option(None, "epochs (default: nnU-Net's 1000); 0: the weights as they are", low=0)
     iterations: int | None = option(None, "steps per epoch (default: nnU-Net's 250)", low=1)
     val_iterations: int | None = option(None, "validation batches per epoch (default: nnU-Net's 50)", low=1)
     val_cases: int = option(

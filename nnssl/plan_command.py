@@ -65,7 +65,7 @@ def parser() -> CommandParser:
     )
     network.add_argument("--batch-size", type=int, metavar="N", help="training batch")
     length = p.group("fine-tuning")
-    p.share(length, "epochs", help="epochs of the fine-tuning (default: nnU-Net's 1000)")
+    p.share(length, "epochs", help="epochs of the fine-tuning (default: nnU-Net's 1000); 0: the weights as they are")
     length.add_argument(
         "--lengthen",
         type=int,

@@ -188,6 +188,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
                     f"{type(self).__name__} is the control without pretraining and takes no -pretrained_weights; "
                     f"use -tr {PRIMUS[0] if self.primus else trainer_for(self.family)}."
                 )
+            self._refuse_untrained("the control without pretraining starts from random weights")
             self.provenance["weights"] = "random"
             self.set_backbone()
             self.print_to_log_file("nnssl: random weights (the control without pretraining).")
@@ -196,9 +197,19 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         else:
             self._load_found()
 
+    def _refuse_untrained(self, why: str) -> None:
+        """Raise where the plan asks for no training and some of the weights would be random."""
+        if self.num_epochs == 0:
+            raise NnsslError(
+                f"Plans '{self.plans_manager.plans.get('plans_name', '?')}' have 0 epochs, which keeps the weights as they are; "
+                f"{why}. Give it epochs (nnssl_plan --epochs), or weights with heads that have learnt these labels (--labelled)."
+            )
+
     def _report_given(self, changed: list[str], named: str | None) -> None:
         """What nnU-Net loaded through ``-pretrained_weights``: it does not tell us the file, but its effect shows."""
         state = canonical_state_dict(self.network)
+        if len(changed) < len(state):
+            self._refuse_untrained(f"-pretrained_weights has left {len(state) - len(changed)} tensors random")
         share = 100 * sum(state[n].numel() for n in changed) / sum(t.numel() for t in state.values())
         text = f"nnssl: -pretrained_weights has set {len(changed)} of {len(state)} tensors, {share:.1f} % of all parameters"
         text += f"; the plan's own file {named} is not used." if named else "; no pretraining is searched."
@@ -215,6 +226,9 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
             self.print_to_log_file(f"nnssl: WARNING: {source.path} says of itself: {loaded.verdict[1]}")
         parts = parts_for(plan.nnssl, self.family)
         report = transfer.apply(self.pretrained_network(), loaded, plan=plan, parts=parts)
+        left = [part.part for part in report.parts if part.random]
+        if left:
+            self._refuse_untrained(f"{source.path} leaves random: {', '.join(left)}")
         self.check_transfer(report, source.path)
         self.note_source(loaded)
         filled = [part.part for part in report.parts if part.loaded or part.adapted]

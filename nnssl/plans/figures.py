@@ -66,7 +66,7 @@ class FineTuningConfig:
     fine-tuning; its training from scratch takes 3e-4).
 
     Attributes:
-        epochs: epochs of training.
+        epochs: epochs of training; 0, in ``warmup_poly`` alone, keeps the weights as they are, in nnU-Net's form.
         iterations: optimiser steps per epoch.
         val_iterations: validation batches per epoch.
         peak_lr: largest learning rate, reached at the end of the warm-up. Where the plan does not name one, 1e-2 for SGD in runs
@@ -92,7 +92,7 @@ class FineTuningConfig:
             it is one piece, ``"always"`` or ``"never"``.
     """
 
-    epochs: int = option(1000, low=1)
+    epochs: int = option(1000, low=0)
     iterations: int = option(250, low=1)
     val_iterations: int = option(50, low=1)
     peak_lr: float = option(1e-3, above=0)
@@ -171,6 +171,11 @@ class FineTuningConfig:
             **{f.name: ours[f.name] for f in fields(cls) if ours.get(f.name) is not None},
         }
         read, wrong = problems_of(cls, values, "nnssl: ", text=False)
+        if read.get("epochs") == 0 and family != DEFAULT_FAMILY:
+            wrong = [
+                *wrong,
+                f"nnssl: 0 epochs keep the weights as they are: for the schedule '{spelt(DEFAULT_FAMILY)}' alone",
+            ]
         raise_problems([*problems, *wrong], where)
         figures = cls(**read)
         if family == MEAN_TEACHER and "optimizer" not in values and figures.steps < SHORT_RUN:

@@ -62,7 +62,7 @@ class Changes:
         features: channels per encoder stage, at least three; fewer than the network has stages cuts the deepest off.
         patch: training patch, one number per axis.
         batch_size: training batch.
-        epochs, iterations, val_iterations: length of the fine-tuning, iterations per epoch.
+        epochs, iterations, val_iterations: length of the fine-tuning, iterations per epoch; 0 epochs keep the weights as they are.
         checkpoint, sha256: the pretrained file in the form of :func:`nnssl.paths.encode_path`, and its hash.
         schedule: family of the learning rate (:data:`nnssl.plans.figures.FAMILIES`); another one than the base's drops the base's
             figures.
@@ -98,12 +98,13 @@ class Changes:
     backbone: Sequence[str] | None = None
 
     def lengths(self) -> dict[str, int]:
-        """The lengths that are given. Raises :class:`NnsslError` for one, or a batch, below 1."""
+        """The lengths that are given. Raises :class:`NnsslError` for one, or a batch, that is too small."""
         given = {}
         for key in (*LENGTHS, "batch_size"):
             value = getattr(self, key)
-            if value is not None and value < 1:
-                raise NnsslError(f"--{key.replace('_', '-')} {value}: at least 1.")
+            least = 0 if key == "epochs" else 1
+            if value is not None and value < least:
+                raise NnsslError(f"--{key.replace('_', '-')} {value}: at least {least}.")
             if value is not None and key in LENGTHS:
                 given[key] = int(value)
         return given

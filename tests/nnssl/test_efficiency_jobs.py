@@ -6,6 +6,7 @@ A small program stands in for the commands: it writes the files that each would 
 import csv
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from nnssl.errors import NnsslError
 from nnssl.experiments import cli, executor, report
+from nnssl.experiments.estimate import estimate_jobs
 from nnssl.experiments.executor import LocalBackend, full_command, run_jobs
 from nnssl.experiments.experiment import load_experiment
 from nnssl.experiments.jobs import PHASES, Job, build_graph
@@ -148,6 +150,25 @@ def test_a_pretraining_with_labels_is_made_for_each_draw_with_exactly_its_cases(
         lab.write(methods="[{name: omni, method: mae, options: {omni.switch: 0.5}}]")
     with pytest.raises(NnsslError, match="omni: .*swich"):
         lab.write(methods="[{name: omni, method: mae, pretraining: {labelled: true, options: {omni.swich: 0.5}}}]")
+
+
+def test_the_network_of_a_labelled_pretraining_is_an_arm_without_steps(lab):
+    """No step, and nothing in the estimate or the training curves that needs one."""
+    own = "{name: own, method: mae, pretraining: {labelled: true}, training: {epochs: 0}}"
+    lab.write(labels="[1]", seeds="1", methods=f"[scratch, {own}]")
+    graph = lab.graph()
+    run = next(r for r in graph.runs if r.arm.name == "own")
+    train = graph.jobs[next(j for j in run.jobs if j.startswith("train-"))]
+    plan = graph.jobs[next(j for j in run.jobs if j.startswith("plan-"))]
+    assert run.steps == train.amount == 0
+    assert plan.command[plan.command.index("--epochs") + 1] == "0"
+    records = Records(lab.out)
+    records.write(train.id, status="done", seconds=40.0)
+    times = estimate_jobs(graph, records, [train], "cpu", timed=False)
+    assert math.isnan(times.seconds[train.id])  # unknown: a job without steps tells nothing of a step
+    with pytest.raises(NnsslError, match="0 epochs keep the weights as they are"):
+        lab.write(methods="[scratch, {name: own, method: mae, training: {schedule: mean-teacher, epochs: 0}}]")
+        lab.graph()
 
 
 def test_settings_share_what_is_the_same(lab):
