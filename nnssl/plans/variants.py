@@ -62,7 +62,7 @@ class Changes:
         features: channels per encoder stage, at least three; fewer than the network has stages cuts the deepest off.
         patch: training patch, one number per axis.
         batch_size: training batch.
-        epochs, iterations, val_iterations: length of the fine-tuning, iterations per epoch; 0 epochs keep the weights as they are.
+        epochs, iterations, val_iterations: length of the fine-tuning, iterations per epoch; 0 epochs keep the weights.
         checkpoint, sha256: the pretrained file in the form of :func:`nnssl.paths.encode_path`, and its hash.
         schedule: family of the learning rate (:data:`nnssl.plans.figures.FAMILIES`); another one than the base's drops the base's
             figures.

@@ -127,7 +127,7 @@ def test_variant_of_a_variant_keeps_the_first_base_and_what_it_was_told(folder):
         ({"features": (4, 8, 16, 32, 64)}, r"--features names 5 stages; .* has 4, so 3 to 4 numbers"),
         ({"features": (4, 8)}, r"--features names 2 stages; .* so 3 to 4 numbers"),
         ({"features": (4, 0, 8)}, r"--features 4,0,8: each at least 1"),
-        ({"epochs": 0}, r"--epochs 0: at least 1"),
+        ({"epochs": -1}, r"--epochs -1: at least 0"),
         ({"val_iterations": -1}, r"--val-iterations -1: at least 1"),
         ({"batch_size": 0}, r"--batch-size 0"),
     ],
