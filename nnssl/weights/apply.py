@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +278,27 @@ def _notes(checkpoint: Checkpoint, plan: Plan | None, stale: int) -> list[str]:
     return notes
 
 
+def _opened(checkpoint: Checkpoint | Mapping[str, Any] | str | os.PathLike[str]) -> Checkpoint:
+    if isinstance(checkpoint, (str, os.PathLike)):
+        return load(checkpoint)
+    return checkpoint if isinstance(checkpoint, Checkpoint) else read_content(checkpoint, Path("<memory>"))
+
+
+def _aliases_of(aliases: Mapping[str, str], names: Iterable[str]) -> dict[str, list[str]]:
+    """The other names of each tensor."""
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for alias, name in aliases.items():
+        if alias != name:
+            found[name].append(alias)
+    return found
+
+
+def _check_finite(found: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NnsslError(f"{where} holds weights that are not finite numbers, first in '{name}'; it is not used.")
+
+
 def apply(
     network: nn.Module,
     checkpoint: Checkpoint | Mapping[str, Any] | str | os.PathLike[str],
@@ -309,19 +330,13 @@ def apply(
         NnsslError: nothing fits, parts that are not there, less than the minimum or the coverage, another number of channels,
             another width, or weights that are not finite.
     """
-    if isinstance(checkpoint, (str, os.PathLike)):
-        checkpoint = load(checkpoint)
-    elif not isinstance(checkpoint, Checkpoint):
-        checkpoint = read_content(checkpoint, Path("<memory>"))
+    checkpoint = _opened(checkpoint)
     where = f"{checkpoint.path} ({checkpoint.method})"
     how = adapt if adapt is not None else Adaptation.from_told(plan.nnssl if plan is not None else {})
     source = dict(checkpoint.weights)
     target = canonical_state_dict(network)
     aliases = alias_map(network)
-    names: dict[str, list[str]] = {name: [] for name in target}
-    for alias, canonical in aliases.items():
-        if alias != canonical:
-            names[canonical].append(alias)
+    names = _aliases_of(aliases, target)
     cut = _with_segmentation(source, target, plan)
     if cut is None and how.channels == "first":
         cut = _image_alone(source, checkpoint)
@@ -348,23 +363,18 @@ def apply(
     report.adaptations[:0] = lines
     report.notes += [said] if said else []
     report.notes += _notes(checkpoint, plan, matched.stale) + _stride_notes(checkpoint, network)
-    homeless = Counter(part_of(name) for name in source if name not in aliases)
     foreign_tokens = checkpoint.pretrained_parts is None and is_transformer(target)
     by_coverage = minimum is None and (how.active or foreign_tokens)
     if foreign_tokens:
         report.notes.append(_ORDER)
     if minimum is None:
         minimum = taken if checkpoint.pretrained_parts is not None else {"encoder": True}
+    homeless = Counter(part_of(name) for name in source if name not in aliases)
     _check_promise(report, [] if by_coverage else wanted_parts(minimum), target, source, homeless)
     if by_coverage:
         _check_coverage(report, how)
-    found = matched.found
-    broken = [
-        name for name, tensor in found.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())
-    ]
-    if broken:
-        raise NnsslError(f"{where} holds weights that are not finite numbers, first in '{broken[0]}'; it is not used.")
+    _check_finite(matched.found, where)
     with torch.no_grad():
-        for name, tensor in found.items():
+        for name, tensor in matched.found.items():
             target[name].copy_(tensor)
     return report

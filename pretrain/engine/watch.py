@@ -1,6 +1,6 @@
 """Watches a pretraining by the robustness of its encoder: the trace, ``checkpoint_robust.pth``, the stop, the verdict.
 
-Rank 0 measures, on the target's own images where these are not learnt from, else on the held-out cases; the others only hear
+Rank 0 measures, on the target's own images where these are not learnt from, else on the held-out cases; the others only get
 whether to stop. How it is measured and what it can tell: :mod:`nnssl.transferability`, docs/transferability.md.
 """
 
