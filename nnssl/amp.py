@@ -18,16 +18,6 @@ from torch import Tensor
 
 from nnssl.errors import NnsslError
 
-__all__ = [
-    "VARIABLE",
-    "amp_dtype",
-    "at_least_float32",
-    "autocast_for",
-    "cpu_bfloat16",
-    "float_outputs",
-    "has_amx_bfloat16",
-]
-
 VARIABLE = "nnssl_cpu_bf16"
 """Environment variable: ``1`` computes in bfloat16 on any CPU, ``0`` on none."""
 

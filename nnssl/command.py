@@ -19,8 +19,6 @@ from typing import Any
 from nnssl.errors import NnsslError, PeerLostError, UsageError
 from nnssl.grammar import USAGE
 
-__all__ = ["Stopped", "check_device", "configure_logging", "others_quiet", "run_command", "show", "stop_on_signals"]
-
 log = logging.getLogger("nnssl")
 
 _USER_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}

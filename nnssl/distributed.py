@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather_with_grad", "is_distributed", "mean_over_ranks", "rank", "world_size"]
-
 
 def is_distributed() -> bool:
     """Whether a process group with more than one rank is up."""

@@ -12,8 +12,6 @@ from torch import nn
 
 from nnssl.networks.state import unwrap
 
-__all__ = ["EMA", "cosine_momentum"]
-
 
 def cosine_momentum(step: int, steps: int, start: float = 0.996, end: float = 1.0) -> float:
     """``mu_t = end - (end - start) (1 + cos(pi t / T)) / 2``: from ``start`` at step 0 to ``end`` at ``steps``."""

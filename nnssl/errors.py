@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["NnsslError", "PeerLostError", "ProblemsError", "UsageError", "did_you_mean", "nearest", "raise_problems"]
-
 
 class NnsslError(RuntimeError):
     """Something that the user can mend: the message names the file, case or option and says what to do.

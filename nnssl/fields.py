@@ -10,23 +10,6 @@ from typing import Any
 
 from nnssl.errors import did_you_mean, raise_problems
 
-__all__ = [
-    "Wanted",
-    "anything",
-    "check_fields",
-    "choice",
-    "field_problems",
-    "flag",
-    "interval",
-    "listing",
-    "mapping",
-    "misfit",
-    "number",
-    "optional",
-    "text",
-    "whole",
-]
-
 LARGEST = 2**63 - 1
 """What is larger is no number that anything here counts with."""
 

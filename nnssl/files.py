@@ -15,18 +15,6 @@ from typing import Any, BinaryIO
 
 from nnssl.errors import NnsslError
 
-__all__ = [
-    "hash_of",
-    "is_text",
-    "read_json",
-    "read_text",
-    "remove_temporary",
-    "same_text",
-    "sha256_of",
-    "write_atomic",
-    "write_json",
-]
-
 STALE_SECONDS = 3600.0
 
 

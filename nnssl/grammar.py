@@ -17,8 +17,6 @@ from typing import Any, NoReturn
 
 from nnssl.errors import did_you_mean
 
-__all__ = ["DEVICES", "SHARED", "CommandParser", "Flag", "pair", "version_text", "whole_numbers"]
-
 DEVICES = ("cuda", "cpu", "mps")
 USAGE = 2
 """Exit status of a command line that is not understood."""

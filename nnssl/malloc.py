@@ -11,8 +11,6 @@ import ctypes
 import os
 import platform
 
-__all__ = ["VARIABLE", "keep_freed_memory"]
-
 VARIABLE = "nnssl_malloc"
 """Environment variable: ``0`` leaves the allocator as it is."""
 

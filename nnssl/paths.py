@@ -7,16 +7,6 @@ from pathlib import Path, PurePosixPath
 
 from nnssl.errors import NnsslError
 
-__all__ = [
-    "FOLDERS",
-    "decode_path",
-    "encode_path",
-    "preprocessed_folder",
-    "raw_folder",
-    "results_folder",
-    "set_folders",
-]
-
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 

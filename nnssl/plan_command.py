@@ -21,8 +21,6 @@ from nnssl.plans.variants import Changes, Variant, list_variants
 from nnssl.weights import write_variant
 from nnssl.words import size_text
 
-__all__ = ["main", "parser"]
-
 log = logging.getLogger("nnssl")
 
 

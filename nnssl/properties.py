@@ -8,8 +8,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-__all__ = ["UnsafePickleError", "read_properties"]
-
 _PLAIN = {
     "builtins": {"bytes", "complex", "set", "frozenset", "bytearray", "range", "slice"},
     "collections": {"OrderedDict", "defaultdict"},

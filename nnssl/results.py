@@ -15,8 +15,6 @@ from nnssl.files import read_json
 from nnssl.paths import results_folder
 from nnssl.plans import Plan, check_name, dataset_id, list_datasets
 
-__all__ = ["PretrainingRun", "find_pretrainings", "find_pretrainings_elsewhere", "list_pretrainings", "output_folder"]
-
 log = logging.getLogger("nnssl")
 
 LONGEST_SOURCES = 80

@@ -6,8 +6,6 @@ import os
 
 import torch
 
-__all__ = ["keep_to_threads", "threads_asked"]
-
 VARIABLE = "OMP_NUM_THREADS"
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["DECIDING", "variables"]
-
 DECIDING = (
     "nnssl_cpu_bf16",
     "nnssl_malloc",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["counted", "size_text", "spoken"]
-
 
 def counted(number: int, one: str, several: str = "") -> str:
     """``1 case``, ``2 cases``; ``several`` where it is not ``one`` with an s."""
