@@ -16,19 +16,6 @@ from nnssl.words import size_text
 if TYPE_CHECKING:
     from nnssl.plans import Plan
 
-__all__ = [
-    "ABOUT_TWO_THIRDS",
-    "Asymmetry",
-    "asymmetry",
-    "cells",
-    "choose_crop",
-    "largest_spread",
-    "rotation_degrees",
-    "size_text",
-    "whole_patch",
-    "window_for",
-]
-
 ABOUT_TWO_THIRDS = 0.7  # 64 of 95 voxels are legal where 63.3 are two thirds
 
 

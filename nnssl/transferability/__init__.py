@@ -3,9 +3,10 @@
 After Hidy, Bakos, Lukács 2024, arXiv:2410.18677. What the measure can and cannot tell is in docs/transferability.md.
 """
 
+from nnssl.preprocessed import list_cases
 from nnssl.transferability.checkpoints import Measured, Run, group_runs, measure_checkpoints
 from nnssl.transferability.compare import Comparison, compare, make_evaluator
-from nnssl.transferability.crops import CropSet, choose_cases, crop_size, list_cases, read_crops
+from nnssl.transferability.crops import CropSet, choose_cases, crop_size, read_crops
 from nnssl.transferability.distances import DISTANCES, degenerate, distance_matrix, paired_distance
 from nnssl.transferability.downstream import TISRow, read_dice, tis_rows
 from nnssl.transferability.evaluator import RobustnessConfig, RobustnessEvaluator, RobustnessResult

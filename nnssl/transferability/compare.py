@@ -12,8 +12,9 @@ from nnssl.errors import NnsslError, raise_problems
 from nnssl.networks import build_network
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, load_plan, resolve_dataset
+from nnssl.preprocessed import list_cases
 from nnssl.transferability.checkpoints import Run, group_runs, measure_checkpoints
-from nnssl.transferability.crops import choose_cases, crop_size, list_cases, read_crops
+from nnssl.transferability.crops import choose_cases, crop_size, read_crops
 from nnssl.transferability.downstream import TISRow, read_dice, tis_rows
 from nnssl.transferability.evaluator import RobustnessConfig, RobustnessEvaluator
 from nnssl.transferability.monitor import random_baseline

@@ -15,9 +15,7 @@ from torch import Tensor
 from nnssl.errors import NnsslError
 from nnssl.files import hash_of
 from nnssl.plans import Plan
-from nnssl.preprocessed import IMAGE, list_cases, open_array, read_box
-
-__all__ = ["CropSet", "choose_cases", "crop_size", "list_cases", "read_crops"]
+from nnssl.preprocessed import IMAGE, open_array, read_box
 
 MOST_VOXELS = 2**20
 _CANDIDATES = 4

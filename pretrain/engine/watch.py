@@ -19,9 +19,10 @@ from nnssl.distributed import is_distributed, rank
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network
 from nnssl.paths import preprocessed_folder
+from nnssl.preprocessed import list_cases
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.transferability.compare import modality
-from nnssl.transferability.crops import choose_cases, list_cases, read_crops
+from nnssl.transferability.crops import choose_cases, read_crops
 from nnssl.transferability.evaluator import RobustnessConfig, RobustnessEvaluator
 from nnssl.transferability.monitor import RobustnessMonitor
 from nnssl.transferability.schedule import plan_schedule

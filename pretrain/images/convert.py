@@ -21,8 +21,6 @@ from nnssl.pretrain.prepare.integrity import check_header, check_spacing, check_
 from nnssl.pretrain.prepare.worker import voxel_hash
 from nnssl.words import size_text
 
-__all__ = ["LARGEST_SPACING", "LEAST_SPACING", "LINKS", "Converter", "Made", "Result", "tells_nothing"]
-
 LINKS = ("auto", "symbolic", "never")
 """Whether NIfTI files are linked: by hard link where their header tells nothing of a patient, as they are, or not at all."""
 

@@ -17,8 +17,6 @@ from nnssl.preprocessed import IMAGE, LABELS, open_array, read_box
 from nnssl.pretrain.data.sampling import HELD_OUT, draw_cases, draw_start, generator
 from nnssl.pretrain.omni.cases import LabelledCase, class_locations
 
-__all__ = ["COMPARED", "LABELLED", "UNLABELLED", "LabelledDataset", "LabelledPatch", "Patches", "read_label", "stack"]
-
 UNLABELLED, LABELLED, COMPARED = 2, 3, 4
 """Streams of random numbers beside those of :mod:`nnssl.pretrain.data.sampling`."""
 

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LABELS", "PSEUDO", "dice_tags", "omni_columns"]
-
 LABELS, PSEUDO = "a labelled held-out case: the expert's labels", "the same case: labels that the network makes"
 
 _COLOURS = np.array(
