@@ -85,7 +85,7 @@ class _Process:
 
 
 class _Left:
-    """A process that an earlier start of the experiment left running: it is waited for, by its lock.
+    """A process that an earlier start of the experiment left running: it is waited for, by its lock; how it ended nobody knows.
 
     Attributes:
         age: seconds that it has run already.
@@ -201,7 +201,7 @@ def run_jobs(
 
     Returns:
         What became of them. A job fails where its exit status is not 0 or an output is missing; those that need it are blocked,
-        all others go on.
+        all others go on. One that an earlier start left running and that ended without its outputs is started again.
     """
     jobs = list(jobs)
     outcome = Outcome(finished=[job.id for job in jobs if records.finished(job)])
@@ -220,8 +220,13 @@ def run_jobs(
                     running[job.id] = (job, slot, handle, time.monotonic() - getattr(handle, "age", 0.0))
                 ended = [(i, status) for i, (_, _, h, _) in running.items() if (status := h.poll()) is not None]
                 for job_id, status in ended:
-                    job, slot, _, begin = running.pop(job_id)
+                    job, slot, handle, begin = running.pop(job_id)
                     free.append(slot)
+                    if isinstance(handle, _Left) and _missing(job):  # killed late, or failed: a start of our own tells
+                        log.info("%s has ended without its outputs: it is started again.", job_id)
+                        _stopped(job, time.monotonic() - begin, records)
+                        waiting = {job_id: job, **waiting}
+                        continue
                     _settle(job, status, time.monotonic() - begin, records, outcome)
                     if on_end is not None:
                         on_end(job, outcome)
@@ -231,11 +236,23 @@ def run_jobs(
             for wait in (False, True):
                 for _, _, handle, _ in running.values():
                     handle.stop(wait)
-            for job_id, (job, _, _, begin) in running.items():
-                spent = float(records.read(job_id).get("seconds") or 0.0) + time.monotonic() - begin
-                records.write(job_id, status="stopped", seconds=spent, phase=job.phase)
+            for job, _, handle, begin in running.values():
+                if not isinstance(handle, _Left):  # that one goes on, and its record with it
+                    _stopped(job, time.monotonic() - begin, records)
             raise
     return outcome
+
+
+def _missing(job: Job) -> list[Path]:
+    return [path for path in job.outputs if not path.is_file()]
+
+
+def _spent(job: Job, seconds: float, records: Records) -> float:
+    return float(records.read(job.id).get("seconds") or 0.0) + seconds
+
+
+def _stopped(job: Job, seconds: float, records: Records) -> None:
+    records.write(job.id, status="stopped", seconds=_spent(job, seconds, records), phase=job.phase)
 
 
 def _ready(waiting: Mapping[str, Job], outcome: Outcome, number: int) -> list[Job]:
@@ -279,8 +296,7 @@ def settle_lost(jobs: Iterable[Job], records: Records) -> None:
 
 
 def _settle(job: Job, status: int, seconds: float, records: Records, outcome: Outcome) -> None:
-    missing = [path for path in job.outputs if not path.is_file()]
-    spent = float(records.read(job.id).get("seconds") or 0.0) + seconds
+    missing, spent = _missing(job), _spent(job, seconds, records)
     if status == 0 and not missing:
         records.write(job.id, status="done", seconds=spent, amount=job.amount, phase=job.phase, returncode=0)
         outcome.done.append(job.id)

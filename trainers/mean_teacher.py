@@ -50,6 +50,10 @@ from nnssl.weights import Checkpoint
 
 TEACHER = "nnssl_mean_teacher"
 """Key of a fine-tuned checkpoint: the teacher, the steps that it has followed, and what was measured after each epoch."""
+BEGUN = ("intensities", "strength", "shift", "momentum", "largest")
+"""Figures of which a continued training keeps what it began with, unless the plan names them: defaults have changed."""
+BEFORE = {"intensities": "nnunet", "shift": 0.0}
+"""What versions did that did not know these figures."""
 COLLAPSE = 0.1
 """Pseudo-labels with less than this share of the labelled patches' foreground are called collapsed."""
 
@@ -389,11 +393,30 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
     def take_extra_content(self, content: dict[str, Any]) -> None:
         """The teacher, its step, and what was measured come back with ``--c``."""
         super().take_extra_content(content)
+        self._keep_begun()
         own = content.get(TEACHER) or {}
         self.trace, self._pretrained_on = list(own.get("trace", [])), dict(own.get("pretrained_on", {}))
         if "teacher" in own:
             self._make_teacher().module.load_state_dict(own["teacher"])
             self._followed = int(own["followed"])
+
+    def _keep_begun(self) -> None:
+        """Take the figures that the training began with where the plan names none, and tell where they are others by now."""
+        if "momentum" not in self.provenance:  # of no version that wrote figures
+            return
+        begun, now = {**BEFORE, **self.provenance}, self.figures.to_dict()
+        other = {k: begun[k] for k in BEGUN if k in begun and begun[k] != now[k]}
+        named = {k for k in other if (self.plans_manager.plans.get("nnssl") or {}).get(k) is not None}
+        kept = {k: v for k, v in other.items() if k not in named}
+        if kept:
+            self.figures = replace(self.figures, **kept)
+            text = ", ".join(f"{k} {v} (now {now[k]})" for k, v in kept.items())
+            self.print_to_log_file(
+                f"nnssl: this training keeps what it began with, as defaults have changed since: {text}"
+            )
+        if named:
+            text = ", ".join(f"{k} {other[k]} -> {now[k]}" for k in BEGUN if k in named)
+            self.print_to_log_file(f"nnssl: WARNING: the plan has changed since this training began: {text}")
 
     def on_train_end(self) -> None:
         """As nnU-Net; the pool's processes end too."""

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -263,7 +264,6 @@ def test_a_kill_in_each_phase_loses_nothing(lab, phase, whole, caplog):
 
 def _run_while_hanging(lab, hang, caplog):
     """Start again while the old job still runs, and let it end once the program says that it waits."""
-    import threading
 
     def release():
         deadline = time.monotonic() + 300
@@ -297,6 +297,63 @@ def test_a_process_that_outlives_its_dead_leader_is_ended(lab):
     outcome = run_jobs([Job("a", "plan", ("x",), recorded=True)], records, backend)
     assert outcome.done == ["a"], outcome
     assert records.last_lines("a") == ["hello"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_job_that_dies_late_is_started_again(lab, caplog):
+    """It still lives at the second start, as after SIGTERM during a save, and ends without its output: it has not failed."""
+    records, output = Records(lab.out), lab.out / "weights"
+    lock = try_lock(records.lock("a"))
+    dying = os.fork()
+    if dying == 0:
+        os.setsid()
+        time.sleep(600)
+        os._exit(0)
+    lock.close()
+    records.write("a", status="running", pid=dying, started=time.time() - 30, seconds=5.0)
+    code = f"import os; os.makedirs({str(lab.out)!r}, exist_ok=True); open({str(output)!r}, 'w').write('x')"
+    job = Job("a", "train", ("x",), outputs=(output,))
+
+    def die():
+        deadline = time.monotonic() + 60
+        while "still running from an earlier start" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(dying, signal.SIGKILL)
+
+    ended = []
+    thread = threading.Thread(target=die)
+    thread.start()
+    with caplog.at_level(logging.INFO, logger="nnssl"):
+        backend = LocalBackend(records, launcher=[sys.executable, "-S", "-c", code])
+        outcome = run_jobs([job], records, backend, on_end=lambda j, o: ended.append(j.id))
+    thread.join()
+    os.waitpid(dying, 0)
+    assert (outcome.done, outcome.failed, ended) == (["a"], {}, ["a"]) and output.read_text() == "x"
+    assert "a has ended without its outputs: it is started again" in caplog.text
+    assert len(lab.starts("a")) == 1 and 35 < records.read("a")["seconds"] < 90, "the time of both starts"
+
+
+def test_stopping_while_a_left_job_runs_leaves_its_record(lab):
+    """Its process goes on; the next start waits for it, and its time is not counted twice."""
+    records = Records(lab.out)
+    records.write("a", status="running", pid=os.getpid(), started=time.time() - 30, seconds=5.0)
+    before = records.read("a")
+    polled = []
+
+    class Interrupted(LocalBackend):
+        def start(self, job, slot):
+            handle = super().start(job, slot)
+            polled.append(handle)
+            handle.poll = _interrupt
+            return handle
+
+    with try_lock(records.lock("a")), pytest.raises(KeyboardInterrupt):
+        run_jobs([Job("a", "train", ("x",), outputs=(lab.out / "weights",))], records, Interrupted(records))
+    assert polled and records.read("a") == before
+
+
+def _interrupt():
+    raise KeyboardInterrupt
 
 
 def test_a_failing_job_stops_only_what_needs_it(lab, caplog):

@@ -342,6 +342,46 @@ def test_a_continued_training_keeps_teacher_stage_and_step(few, build, dataset):
     assert all(torch.allclose(new[k], m * before[k] + (1 - m) * net[k], atol=1e-6) for k in new)
 
 
+def test_a_continued_training_keeps_the_changes_that_it_began_with(few, build):
+    """Of a version whose patches were changed by nnU-Net and not moved, and whose checkpoints do not name these figures."""
+    plans = few(schedule="mean-teacher", epochs=4, iterations=2)
+    trainer = started(build, plans)
+    file = f"{trainer.output_folder}/checkpoint_latest.pth"
+    trainer.save_checkpoint(file)
+    again = build(nnUNetTrainerMeanTeacher, plans, resume=True)
+    again.load_checkpoint(file)
+    assert again.figures == trainer.figures and "began with" not in Path(again.log_file).read_text()
+    content = checkpoint.load(file).content
+    begun = content["nnssl_finetuning"]
+    begun.update(strength=1.0, momentum=0.9)
+    del begun["intensities"], begun["shift"]
+    checkpoint.save(file, content)
+    older = build(nnUNetTrainerMeanTeacher, plans, resume=True)
+    older.load_checkpoint(file)
+    wanted = replace(trainer.figures, intensities="nnunet", shift=0.0, strength=1.0, momentum=0.9)
+    assert older.figures == wanted and type(transforms_of(older).transforms[0]) is SpatialTransform
+    text = Path(older.log_file).read_text()
+    assert (
+        "keeps what it began with" in text
+        and "intensities nnunet (now strong), strength 1.0 (now 2.0), shift 0.0" in text
+    )
+    assert "WARNING: the plan has changed" not in text
+
+
+def test_a_plan_that_was_changed_after_the_start_is_told(few, build):
+    trainer = started(build, few(schedule="mean-teacher", epochs=4, iterations=2))
+    trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
+    changed = build(
+        nnUNetTrainerMeanTeacher, few("other", schedule="mean-teacher", epochs=4, iterations=2, figures={"shift": 0.2})
+    )
+    changed.load_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
+    assert changed.figures.shift == 0.2
+    assert (
+        "WARNING: the plan has changed since this training began: shift 0.1 -> 0.2"
+        in Path(changed.log_file).read_text()
+    )
+
+
 def test_the_final_file_has_no_teacher_and_predicts_as_stock(few, build, tmp_path):
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
