@@ -309,6 +309,73 @@ def _nohup() -> None:
     same("nohup", 2)
 
 
+# ---- two at a time, stopped clocks, terminals ---------------------------------------------------------------------------------
+
+
+@LAB.add("two are started at once for one folder")
+def _twice() -> None:
+    told: list[Told] = []
+    threads = [threading.Thread(target=lambda: told.append(program("twice"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first, second = sorted(told, key=lambda t: t.code or 0)
+    expect(first, 0, "Weights:")
+    expect(second, 1, "is in use by another process.*--name|holds this very run, finished")
+    same("twice")
+
+
+for ranks in (1, 2):
+
+    def frozen(ranks: int = ranks) -> None:
+        def act(process: subprocess.Popen) -> None:
+            target = process.pid if ranks == 1 else children(process.pid)[-1]
+            os.kill(target, signal.SIGSTOP)
+            time.sleep(20)
+            os.kill(target, signal.SIGCONT)
+
+        name = f"frozen{ranks}"
+        more = ("-num_gpus", "2") if ranks == 2 else ()
+        expect(program(name, *more, act=act), 0, "Weights:")
+        same(name, ranks)
+
+    LAB.add(f"STOP to one process of {ranks}, and CONT after 20 seconds")(frozen)
+
+TERMINALS = {
+    "whose output nobody reads": ["bash", "-c", 'set -o pipefail; "$@" | head -1', "bash"],
+    "without stdin, stdout and stderr": ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash"],
+    "whose output goes to a full disk": ["bash", "-c", 'exec "$@" > /dev/full', "bash"],
+    "in a terminal without letters but ASCII, without a home": [
+        "env",
+        "-u",
+        "HOME",
+        "LC_ALL=C",
+        "PYTHONIOENCODING=ascii",
+    ],
+    "in a locale that does not exist": ["env", "LC_ALL=xx_YY.none", "LANG=nonsense"],
+    "whose temporary folder does not exist": ["env", "TMPDIR=/nonexistent"],
+}
+for number, (what, before) in enumerate(TERMINALS.items()):
+
+    def terminal(number: int = number, before: list[str] = before) -> None:
+        expect(program(f"terminal{number}", before=before), 0, "")
+        same(f"terminal{number}")
+
+    LAB.add(f"a run {what}")(terminal)
+
+for variable, words in {
+    "OMP_NUM_THREADS=4,2": "OMP_NUM_THREADS is '4,2'; it must be a whole number",
+    "nnUNet_n_proc_DA=many": "nnUNet_n_proc_DA is 'many'; it must be a whole number",
+    "WORLD_SIZE=2": "WORLD_SIZE=2 says that this is one of several.*unset WORLD_SIZE",
+}.items():
+
+    def environment(variable: str = variable, words: str = words) -> None:
+        expect(program("environment", before=["env", variable]), 1, f"Error: .*{words}")
+
+    LAB.add(f"{variable} in the environment")(environment)
+
+
 # ---- what a run has saved --------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +481,63 @@ def _no_json() -> None:
         expect(go("nojson", "--c"), 1, "Error: .*config.json cannot be read")
 
 
+def _directory(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.mkdir()
+
+
+IMAGES = "images.json cannot be read.*Remove it, and the images are not compared|Is a directory: .*images.json"
+for name, told in {
+    "images.json": IMAGES,
+    "config.json": "config.json.*--name",
+    "metrics.jsonl": "Is a directory",
+}.items():
+    for kind, damage in {**DAMAGES, "a folder": _directory}.items():
+        if name == "metrics.jsonl" and kind != "a folder":
+            continue  # is only ever appended to
+
+        def beside(name: str = name, told: str = told, damage: Callable[[Path], object] = damage) -> None:
+            run = f"beside{len(list(folder('x').parent.glob('*')))}"
+            with stopped(run) as where:
+                content = (where / name).read_bytes()
+                if damage is DAMAGES["cut"]:
+                    (where / name).write_bytes(content[:-20])
+                else:
+                    damage(where / name)
+                expect(go(run, "--c"), 1, f"Error: .*({told})")
+                if (where / name).is_dir():
+                    (where / name).rmdir()
+                if name != "images.json":
+                    (where / name).write_bytes(content)
+                else:
+                    (where / name).unlink(missing_ok=True)
+                continues(run)
+
+        LAB.add(f"{name} of a run: {kind}")(beside)
+
+
+@LAB.add("checkpoint_latest.pth that is a folder")
+def _latest_folder() -> None:
+    with stopped("latestfolder") as where:
+        _directory(where / "checkpoint_latest.pth")
+        continues("latestfolder", words="Going on from the checkpoint before it.*Continuing after step")
+
+
+@LAB.add("plans whose network has changed since the start")
+def _changed_plans() -> None:
+    file = Path(os.environ["nnUNet_preprocessed"]) / "Dataset901_Phantom" / "nnUNetPlans.json"
+    text = file.read_text()
+    with stopped("changedplans"):
+        try:
+            content = json.loads(text)
+            content["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"][0] += 2
+            file.write_text(json.dumps(content))
+            expect(go("changedplans", "--c"), 1, "Error: .*another configuration.*architecture_hash")
+        finally:
+            file.write_text(text)
+        continues("changedplans")
+
+
 # ---- disks and memory ------------------------------------------------------------------------------------------------------
 
 
@@ -453,6 +577,53 @@ def _full_first() -> None:
     if "is whole" in told.text:
         raise Failed("misadvised", told.text)
     continues("full1", words="Weights:")
+
+
+@LAB.add("a limit on the size of files that the checkpoint exceeds")
+def _file_size() -> None:
+    told = program("filesize", before=["bash", "-c", 'ulimit -f 100; exec "$@"', "bash"])
+    expect(told, 1, "Error: cannot save.*File too large. Lift the limit on the size of files .*continue with --c")
+    continues("filesize", words="Weights:")
+
+
+if shutil.which("unshare") and hasattr(os, "geteuid") and os.geteuid() == 0:
+
+    @LAB.add("a results folder on a disk that is really full")
+    def _really_full() -> None:
+        place = Path(os.environ["nnUNet_results"]) / "small"
+        place.mkdir()
+        script = f'mount -t tmpfs -o size=400k tmpfs {place} && nnUNet_results={place} exec "$@"'
+        told = program("small", before=["unshare", "-m", "sh", "-c", script, "sh"])
+        expect(told, 1, "Error: (cannot save|No space left).*Free space, then continue with --c")
+
+    @LAB.add("a results folder that is mounted read-only")
+    def _read_only() -> None:
+        place = Path(os.environ["nnUNet_results"]) / "mounted"
+        place.mkdir()
+        script = f"mount --bind {place} {place} && mount -o remount,bind,ro {place} && nnUNet_results={place} "
+        told = program("mounted", before=["unshare", "-m", "sh", "-c", script + 'exec "$@"', "sh"])
+        expect(told, 1, "Error: cannot write into .*Read-only file system. nnUNet_results must be writable")
+
+
+@LAB.add("images of nnU-Net's folder that hold NaN, or nothing")
+def _spoilt() -> None:
+    import blosc2
+
+    cases = Path(os.environ["nnUNet_preprocessed"]) / "Dataset901_Phantom" / "nnUNetPlans_3d_fullres"
+    file = sorted(f for f in cases.glob("*.b2nd") if "_seg" not in f.name)[1]
+    content, voxels = file.read_bytes(), blosc2.open(str(file))[:]
+    voxels[:] = float("nan")
+    try:
+        file.unlink()
+        blosc2.asarray(voxels, urlpath=str(file))
+        expect(go("spoilt"), 1, f"Error: Case {file.stem} .*NaN or infinite voxels.*--exclude")
+        for spoilt in (b"", content[: len(content) // 2]):
+            file.write_bytes(spoilt)
+            expect(go("spoilt"), 1, f"Error: Case .*{file.name} is damaged.*nnUNetv2_preprocess.*--exclude")
+    finally:
+        file.unlink()
+        file.write_bytes(content)
+    continues("spoilt", words="Weights:")
 
 
 @LAB.add("pictures cannot be written")

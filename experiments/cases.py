@@ -286,5 +286,10 @@ def forbidden_cases(resolved: Resolved, arm: Arm, fold: str, sources: Sequence[s
 def _raw_cases(dataset: str, plan: Plan, folder: str = "imagesTr") -> dict[str, Any]:
     from nnssl.pretrain.prepare.raw import list_raw
 
-    raw = list_raw(dataset, plan, folder) if (raw_folder() / dataset / folder).is_dir() else None
+    place = raw_folder() / dataset / folder
+    if not place.is_dir() or (
+        folder != "imagesTr" and not any(place.iterdir())
+    ):  # many datasets come with an empty imagesTs
+        return {}
+    raw = list_raw(dataset, plan, folder)
     return dict(raw.cases) if raw else {}

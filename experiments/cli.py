@@ -213,6 +213,8 @@ def run_experiment(
     if published is not None and not published.is_file():
         raise NnsslError(f"the published figures {published} do not exist.")
     folder = Path(os.path.abspath(out or f"label_efficiency_{experiment.name}"))
+    if folder.exists() and not folder.is_dir():
+        raise NnsslError(f"--output {folder} is a file; a folder is needed.")
     if slots is not None and slots < 1:
         raise UsageError(f"--jobs {slots}: at least 1.")
     graph, records = build_graph(experiment, folder, device), Records(folder)

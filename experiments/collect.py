@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import os
 import platform
@@ -24,6 +25,8 @@ from nnssl.experiments.records import Records
 from nnssl.files import read_json, write_atomic, write_json
 from nnssl.variables import variables
 from nnssl.weights.save import package_versions
+
+log = logging.getLogger("nnssl")
 
 CASE_COLUMNS = ("method", "labels", "setting", "seed", "fold", "case", "label", "dice", "surface_dice", "hd95",
                 "reference_voxels", "prediction_voxels")  # fmt: skip
@@ -57,10 +60,7 @@ def collect(
     """
     cases, curves, done, labels = [], [], [], {}
     for run in graph.runs:
-        try:
-            found = read_json(run.result) if run.result.is_file() else None
-        except NnsslError:
-            found = None
+        found = _result(run.result)
         if found is None:
             continue
         done.append(run)
@@ -79,6 +79,22 @@ def collect(
             about |= {k: before[k] for k in ("commands", "hardware", "versions") if before.get(k)}
     write_json(file, about)
     return len(done)
+
+
+def _result(file: Path) -> dict[str, Any] | None:
+    """What an evaluation has written; None, with a warning, where that is damaged, and where it is not there."""
+    if not file.is_file():
+        return None
+    try:
+        found = read_json(file)
+        rows = [*found["cases"], *found["curve"]]
+        if isinstance(found["labels"], dict) and all(isinstance(row, dict) for row in rows):
+            return found
+        why = "its parts are of another kind"
+    except (NnsslError, KeyError, TypeError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    log.warning("%s is damaged (%s) and is left out. Delete it, and the same command evaluates anew.", file, why)
+    return None
 
 
 def _write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

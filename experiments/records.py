@@ -41,6 +41,21 @@ def end_group(group: int, sign: int = signal.SIGTERM) -> bool:
     return True
 
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("status", "phase", "reason"), str),
+    **dict.fromkeys(("started", "seconds", "amount"), (int, float)),
+    "pid": int,
+}
+
+
+def _sound(content: dict[str, Any]) -> dict[str, Any]:
+    """A record without what is not of its kind, as a hand may leave it: such a job is looked at anew."""
+    out = {
+        k: v for k, v in content.items() if k not in _KINDS or (isinstance(v, _KINDS[k]) and not isinstance(v, bool))
+    }
+    return out if 0 < out.get("pid", 1) < 1 << 31 else {k: v for k, v in out.items() if k != "pid"}
+
+
 class Records:
     """The records of an output folder: ``jobs/<id>.json``, ``jobs/<id>.lock``, ``logs/<id>.log``."""
 
@@ -63,7 +78,7 @@ class Records:
             content: dict[str, Any] = {}
             if file.is_file():
                 with suppress(NnsslError):
-                    content = read_json(file)
+                    content = _sound(read_json(file))
             self._cache[job_id] = content
         return dict(self._cache[job_id])
 

@@ -18,10 +18,16 @@ from typing import Any
 
 from nnssl.errors import NnsslError, PeerLostError, UsageError
 from nnssl.grammar import USAGE
+from nnssl.streams import TerminalHandler, open_streams
+from nnssl.variables import check_variables
 
 log = logging.getLogger("nnssl")
 
-_USER_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+_USER_ERRNO = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+}
+"""Of disks, file systems and limits: the message names what it is about."""
 
 LOST = 75
 """Exit status of a process of a run that ended because another one had: the first to end has told why."""
@@ -63,29 +69,14 @@ def stop_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _Terminal(logging.StreamHandler):
-    """Writes to whatever ``sys.stdout`` is at the moment of the message."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stdout)
-
-    @property
-    def stream(self) -> Any:
-        return sys.stdout
-
-    @stream.setter
-    def stream(self, value: Any) -> None:
-        pass
-
-
 def configure_logging(level: int = logging.INFO) -> logging.Logger:
     """Let the "nnssl" logger write plain messages to stdout; a second call changes the level only.
 
     The level is that of the terminal: log files of runs always get everything.
     """
-    handler = next((h for h in log.handlers if isinstance(h, _Terminal)), None)
+    handler = next((h for h in log.handlers if isinstance(h, TerminalHandler)), None)
     if handler is None:
-        handler = _Terminal()
+        handler = TerminalHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
     handler.setLevel(level)
@@ -105,11 +96,6 @@ def check_device(name: str) -> None:
         raise NnsslError("no CUDA device is available. On a machine without a GPU add -device cpu (or mps).")
     if name == "mps" and not torch.backends.mps.is_available():
         raise NnsslError("no MPS device is available. Use -device cpu.")
-
-
-def show(text: str) -> None:
-    """Write what a command was asked for to stdout: also with ``-q``."""
-    sys.stdout.write(text.rstrip("\n") + "\n")
 
 
 class _Others(logging.Filter):
@@ -171,10 +157,12 @@ def run_command(body: Callable[[], int | None], args: argparse.Namespace | None 
         body: the command.
         args: of its parser, for ``-v`` and ``-q``.
     """
+    open_streams()
     loud = bool(getattr(args, "verbose", False))
     configure_logging(logging.DEBUG if loud else logging.WARNING if getattr(args, "quiet", False) else logging.INFO)
     try:
         with stop_on_signals(), others_quiet(loud):
+            check_variables()
             return body() or 0
     except PeerLostError as error:
         if "NNSSL_LAUNCHER" not in os.environ:  # else the launcher tells it once

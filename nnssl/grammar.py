@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 from nnssl.errors import did_you_mean
+from nnssl.streams import show
 
 DEVICES = ("cuda", "cpu", "mps")
 USAGE = 2
@@ -126,7 +127,7 @@ class _Version(argparse.Action):
     """Looks the versions up only when they are asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        sys.stdout.write(version_text(parser.prog) + "\n")
+        show(version_text(parser.prog))
         parser.exit()
 
 
@@ -214,6 +215,13 @@ class CommandParser(argparse.ArgumentParser):
             for g in self._action_groups
         ]
         return [(title, actions) for title, actions in found if actions]
+
+    def print_help(self, file: Any = None) -> None:
+        """As argparse, also where the reader goes before the end (``| head``)."""
+        if file is None:
+            show(self.format_help())
+        else:
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         """Refuse a command line in one line, without the usage of forty options."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from nnssl.command import run_command, show
+from nnssl.command import run_command
 from nnssl.errors import NnsslError, UsageError
 from nnssl.files import write_json
 from nnssl.grammar import CommandParser, pair, whole_numbers
@@ -18,6 +18,7 @@ from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, FineTuningConfig, spel
 from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
 from nnssl.plans.variants import Changes, Variant, list_variants
+from nnssl.streams import show
 from nnssl.weights import write_variant
 from nnssl.words import size_text
 

@@ -21,6 +21,8 @@ __all__ = ["IMAGE", "LABELS", "PROPERTIES", "CaseRef", "case_names", "complete",
 
 IMAGE, LABELS, PROPERTIES = ".b2nd", "_seg.b2nd", ".pkl"
 """Endings of a case's files."""
+SPARE_MEMORY = 1 << 26
+"""Bytes, more than the blocks that are unpacked at once: where they cannot be had, memory is why unpacking failed."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def open_array(file: str | os.PathLike[str], *, mapped: bool = True) -> Any:
     Raises:
         OSError: it is missing, or the disk is at fault.
         ValueError: it is damaged.
+        MemoryError: memory is out.
     """
     mapping = {"mmap_mode": "r"} if mapped and os.name != "nt" else {}
     try:
@@ -85,7 +88,7 @@ def open_array(file: str | os.PathLike[str], *, mapped: bool = True) -> Any:
     except OSError:
         raise
     except Exception as error:  # blosc2 raises several kinds
-        raise ValueError(str(error)) from error
+        raise cause_of(error, file) from error
 
 
 def read_box(
@@ -110,12 +113,25 @@ def read_box(
     Raises:
         OSError: the disk is at fault.
         ValueError: the file is damaged.
+        MemoryError: memory is out.
     """
     box = [[int(s), int(s) + int(n)] for s, n in zip(start, size)]
     try:
         return np.ascontiguousarray(crop_and_pad_nd(array, box, outside), dtype=dtype)
     except RuntimeError as error:
-        raise ValueError(str(error)) from error
+        raise cause_of(error, getattr(array, "urlpath", None)) from error
+
+
+def cause_of(error: Exception, file: str | os.PathLike[str] | None) -> Exception:
+    """What is at fault where blosc2 says only that it failed: memory, what the system says of the file, or else the file."""
+    try:
+        bytearray(SPARE_MEMORY)
+        if file is not None:
+            with open(file, "rb") as handle:
+                handle.read(1)
+    except (MemoryError, OSError) as cause:
+        return cause
+    return ValueError(str(error))
 
 
 def complete(folder: Path, name: str) -> bool:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
-from nnssl.command import run_command, show
+from nnssl.command import run_command
 from nnssl.errors import NnsslError, UsageError
 from nnssl.grammar import CommandParser
 from nnssl.pretrain.options import LENGTH, MACHINE, WHAT, add_options, from_args
+from nnssl.streams import show
 
 
 def parser() -> CommandParser:

@@ -1,6 +1,8 @@
 """One grammar over all commands: the same options under the same names, the same exit codes, and docs made from the parsers."""
 
+import errno
 import importlib.util
+import io
 import logging
 import os
 import subprocess
@@ -10,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from nnssl.command import others_quiet, run_command, show
+from nnssl.command import others_quiet, run_command
 from nnssl.errors import NnsslError, UsageError
 from nnssl.grammar import SHARED, CommandParser, pair, whole_numbers
+from nnssl.streams import show
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -166,6 +169,81 @@ def test_exit_codes(capsys):
     assert capsys.readouterr().err == "Error: mend it\nError: not so\n"
     assert run_command(refuse(NnsslError("mend it")), parser().parse_args(["-v"])) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+SAYS = """
+import logging, sys
+from nnssl.command import run_command
+from nnssl.streams import show
+log = logging.getLogger("nnssl")
+def body():
+    for line in range(3000):
+        log.info("line %d of a run, long enough to fill what a pipe holds", line)
+    show("the r\\xe9sult")
+    open(sys.argv[1], "w").write("whole")
+sys.exit(run_command(body))
+"""
+
+
+def speak(shell, tmp_path, **environment):
+    """Run :data:`SAYS` in a shell; returns whether the body came to its end, and what was shown."""
+    file = tmp_path / "says.py"
+    file.write_text(SAYS)
+    end = tmp_path / f"end{len(list(tmp_path.iterdir()))}"
+    command = shell.replace("SAYS", f"'{sys.executable}' '{file}' '{end}'")
+    run = subprocess.run(["bash", "-c", command], capture_output=True, env={**os.environ, **environment}, check=False)
+    assert b"Traceback" not in run.stderr and b"Exception ignored" not in run.stderr, run.stderr
+    return end.is_file() and run.returncode == 0, run.stdout, run.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a shell and /dev/full")
+def test_nothing_that_becomes_of_the_terminal_ends_a_run(tmp_path):
+    assert speak("SAYS", tmp_path)[0]
+    assert speak("set -o pipefail; SAYS | head -1", tmp_path) == (
+        True,
+        b"line 0 of a run, long enough to fill what a pipe holds\n",
+        b"",
+    )
+    whole, _, told = speak("SAYS > /dev/full", tmp_path)
+    assert told == b"Warning: stdout cannot be written (No space left on device); nothing more is shown there.\n"
+    assert whole
+    assert speak("SAYS >&-", tmp_path) == (True, b"", b"")
+    assert speak("SAYS <&- >&- 2>&-", tmp_path) == (True, b"", b"")
+    whole, out, _ = speak("SAYS", tmp_path, PYTHONIOENCODING="ascii")
+    assert whole and out.endswith(b"the r\\xe9sult\n")
+
+
+def test_help_of_which_only_the_head_is_read(tmp_path):
+    code = "from nnssl.plan_command import main; main(['--help'])"
+    command = f"set -o pipefail; '{sys.executable}' -c \"{code}\" | (read line; echo $line)"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+    assert (run.returncode, run.stderr) == (0, b"") and run.stdout.startswith(b"usage: nnssl_plan")
+
+
+def test_what_cannot_be_shown_is_an_error_where_it_was_asked_for(monkeypatch, capsys):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Full())
+        assert run_command(lambda: show("the table")) == 1
+    assert capsys.readouterr().err == "Error: [Errno 28] No space left on device\n"
+
+
+def test_numbers_in_the_environment_are_checked(monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "")
+    monkeypatch.setenv("WORLD_SIZE", " 1 ")
+    assert run_command(lambda: 0) == 1
+    assert capsys.readouterr().err == (
+        "Error: environment: found 2 problems:\n  - OMP_NUM_THREADS is '4,2'; it must be a whole number\n"
+        "  - nnUNet_n_proc_DA is ''; it must be a whole number\n"
+        "Set it anew, or leave it out: unset OMP_NUM_THREADS nnUNet_n_proc_DA\n"
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    assert run_command(lambda: 0) == 0
 
 
 def test_warnings_of_other_packages_are_details(capfd):

@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from nnssl.command import run_command, show
+from nnssl.command import run_command
 from nnssl.grammar import CommandParser
+from nnssl.streams import show
 from nnssl.trainers import TRAINERS
 from nnssl.trainers.discovery import VARIABLE, is_active, shim_folder
 

@@ -7,11 +7,12 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from nnssl.command import check_device, run_command, show
+from nnssl.command import check_device, run_command
 from nnssl.grammar import CommandParser
 from nnssl.plans import resolve_dataset
 from nnssl.probe.report import table
 from nnssl.probe.run import probe
+from nnssl.streams import show
 
 log = logging.getLogger("nnssl")
 

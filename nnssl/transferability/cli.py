@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnssl.command import check_device, run_command, show
+from nnssl.command import check_device, run_command
 from nnssl.errors import NnsslError
 from nnssl.grammar import CommandParser
 from nnssl.plans import resolve_dataset
+from nnssl.streams import show
 from nnssl.transferability.compare import compare
 from nnssl.transferability.distances import DISTANCES
 from nnssl.transferability.evaluator import RobustnessConfig

@@ -8,9 +8,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnssl.command import run_command, show
+from nnssl.command import run_command
 from nnssl.errors import NnsslError, UsageError
 from nnssl.grammar import CommandParser
+from nnssl.streams import show
 from nnssl.weights.formats import FORMATS, convert
 from nnssl.weights.info import as_text, describe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from nnssl.errors import NnsslError
 from nnssl.paths import set_folders
 from nnssl.plans import Plan
-from nnssl.preprocessed import CaseRef, open_array, read_box
+from nnssl.preprocessed import CaseRef, cause_of, open_array, read_box
 from nnssl.pretrain.data.folders import beside
 from nnssl.pretrain.data.intensity import air_threshold, body_mask, intensity_range, stored_range
 from nnssl.pretrain.data.orientation import Geometry
@@ -121,10 +122,30 @@ class OpenCase:
         return data, body
 
 
-def damaged(ref: CaseRef, error: BaseException) -> NnsslError:
-    """The error for the user of an image that cannot be read."""
+def damaged(ref: CaseRef, error: Exception) -> Exception:
+    """The error for the user of an image that cannot be read; a MemoryError where that is at fault."""
+    if isinstance(error, RuntimeError):
+        error = cause_of(error, ref.image)
+    refused = _refused(ref, ref.image, error)
+    if refused is not None:
+        return refused
     advice = _advice(ref, _set_aside(ref.image, ref, error))
     return NnsslError(f"Case {ref.name} of {ref.source} cannot be read: {ref.image} is damaged ({error}). {advice}")
+
+
+def _refused(ref: CaseRef, file: Path, error: BaseException) -> Exception | None:
+    """What to raise where memory or the system is at fault and not the file; None where it is the file."""
+    if isinstance(error, MemoryError):
+        return error
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        advice = "Lower -o workers, or raise the limit of open files (ulimit -n 65536)."
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        advice = "Make it readable."
+    else:
+        advice = "See to the file system, or leave the case out with --exclude."
+    return NnsslError(f"Case {ref.name} of {ref.source} cannot be read: {file}: {error.strerror}. {advice}")
 
 
 def _damaged_mask(file: object, ref: CaseRef, error: BaseException | str) -> NnsslError:
@@ -164,8 +185,11 @@ def _advice(ref: CaseRef, aside: Path | None = None, *, gone: bool = False) -> s
     return "Preprocess the dataset again (nnUNetv2_preprocess), or leave the case out with --exclude."
 
 
-def _bad_properties(ref: CaseRef, error: BaseException) -> NnsslError:
+def _bad_properties(ref: CaseRef, error: BaseException) -> Exception:
     gone, file = isinstance(error, FileNotFoundError), ref.properties
+    refused = None if gone else _refused(ref, file, error)
+    if refused is not None:
+        return refused
     what = "does not exist" if gone else f"cannot be read ({error!r})"
     aside = None if gone else _set_aside(file, ref, error)
     return NnsslError(f"Case {ref.name} of {ref.source}: {file} {what}. {_advice(ref, aside, gone=gone)}")

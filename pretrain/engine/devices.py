@@ -66,7 +66,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     _end_with_launcher()
     if started:
         # The elastic launcher may keep its key-value store when it starts processes again, with the addresses of the dead ones.
-        store, index, size = next(rendezvous("env://"))
+        store, index, size = _meet()
         store = dist.PrefixStore(f"nnssl_start_{_restarts()}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=index, world_size=size)
@@ -84,6 +84,18 @@ def process_group(device: torch.device) -> Iterator[None]:
         if started:
             with suppress(RuntimeError):  # also where the others are gone
                 dist.destroy_process_group()
+
+
+def _meet() -> tuple[Any, int, int]:
+    """The store that the processes share, which of them this is, and how many there are."""
+    try:
+        return next(rendezvous("env://"))
+    except ValueError as error:
+        raise NnsslError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several processes, but the environment does not say "
+            f"how they meet ({str(error).rpartition(': ')[2]}). torchrun and -num_gpus set all of it; for one process type: "
+            "unset WORLD_SIZE"
+        ) from error
 
 
 def _lost_peer(error: RuntimeError) -> bool:

@@ -82,9 +82,10 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            raise NnsslError(
-                f"cannot write into {self.path}: {error.strerror or error}. nnUNet_results must be writable."
-            ) from error
+            advice = "nnUNet_results must be writable."
+            if error.errno in (errno.EEXIST, errno.EISDIR):
+                advice = "Something else is in its place: move that away, or give this run a --name."
+            raise NnsslError(f"cannot write into {self.path}: {error.strerror or error}. {advice}") from error
         locked = _try_lock(self._lock)
         if locked is False:
             self._lock.seek(0)
@@ -169,7 +170,12 @@ class RunFolder:
         """
         if not (self.images_file.is_file() and self.config_file.is_file()):
             return  # nothing was started, or by a version that did not write it
-        old, now = read_json(self.images_file), set(names)
+        try:
+            old, now = read_json(self.images_file), set(names)
+        except NnsslError as error:
+            raise NnsslError(
+                f"{error} Remove it, and the images are not compared with those of the start; or give this run a --name."
+            ) from error
         lines = [
             *(f"{n} has another content" for n in sorted(now & set(old)) if _other(old[n], contents.get(n, ""))),
             *(f"{n} came" for n in sorted(now - set(old))),

@@ -41,7 +41,7 @@ def add_log_file(folder: Path, said: MemoryHandler | None = None) -> logging.Han
     """Copy everything that the ``nnssl`` logger says into ``training_log_<time>.txt``, and first what ``said`` has kept."""
     now = datetime.now()
     path = folder / f"training_log_{now.year}_{now.month}_{now.day}_{now.hour:02}_{now.minute:02}_{now.second:02}.txt"
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")  # names need not be UTF-8
     handler.setFormatter(logging.Formatter("%(asctime)s: %(message)s"))
     if said is not None:
         log.removeHandler(said)

@@ -28,7 +28,14 @@ from nnssl.pretrain.engine.evaluate import HeldOut
 from nnssl.pretrain.engine.folder import RunFolder
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.engine.logs import RunLog
-from nnssl.pretrain.engine.messages import clock, disk_reason, epoch_line, memory_advice, non_finite_advice
+from nnssl.pretrain.engine.messages import (
+    clock,
+    disk_reason,
+    epoch_line,
+    memory_advice,
+    non_finite_advice,
+    out_of_memory,
+)
 from nnssl.pretrain.engine.place import place_sentence
 from nnssl.pretrain.engine.signals import StopSignals
 from nnssl.pretrain.engine.speed import Prefetcher, apply_options
@@ -206,7 +213,9 @@ class Engine:
         """
         try:
             return self._fit()
-        except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, NnsslError) or not out_of_memory(error):
+                raise
             raise NnsslError(memory_advice(self.spec)) from error
         except OSError as error:
             advice = disk_reason(error)

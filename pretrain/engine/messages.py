@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ _DISK_ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable"),
     **dict.fromkeys((errno.EIO, errno.ESTALE), "See to the file system"),
+    errno.EFBIG: "Lift the limit on the size of files (ulimit -f unlimited)",
 }
 _DIAGNOSTIC = ("_collapse", "_cos", "_std", "_sd", "_norm")
 """Endings of terms that are watched and are no part of the loss; they are in metrics.jsonl and progress.png."""
@@ -78,6 +80,15 @@ def non_finite_advice(folder: RunFolder, step: int, bad: str, cases: Sequence[st
         f"step {step}: {bad} is not finite. Cases of the batch: {', '.join(dict.fromkeys(cases))}. Look at these images, or "
         f"leave them out with --exclude; or lower -o lr or -o grad_clip.{before}"
     )
+
+
+_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+"""What torch says: on a GPU in an error of its own kind, on a CPU in any RuntimeError."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is out, on a GPU or on this machine."""
+    return isinstance(error, MemoryError) or _MEMORY.search(str(error)) is not None
 
 
 def memory_advice(spec: RunSpec) -> str:

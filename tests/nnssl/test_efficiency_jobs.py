@@ -591,6 +591,45 @@ def test_a_job_killed_in_its_validation_beside_a_killed_program(tmp_path):
     assert records.read("b")["status"] == "running"
 
 
+ODD = ['{"pid": "abc", "status": "running", "started": 5}', '{"pid": 1, "status": "running", "started": "now", "seconds": [1]}',
+       '{"pid": 99999999999999999999, "status": "running"}', '{"pid": -1, "status": true}', '{"status"', "[]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ODD)
+def test_a_record_that_a_hand_has_spoilt_is_looked_at_anew(tmp_path, content):
+    from nnssl.experiments.executor import settle_lost
+
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "a.json").write_text(content)
+    job = Job("a", "train", ("x",), outputs=(tmp_path / "weights",))
+    settle_lost([job], Records(tmp_path))
+    code = f"open({str(tmp_path / 'weights')!r}, 'w').write('x')"
+    records = Records(tmp_path)
+    outcome = run_jobs([job], records, LocalBackend(records, launcher=[sys.executable, "-S", "-c", code]))
+    assert outcome.done == ["a"] and records.read("a")["status"] == "done" and 0 <= records.read("a")["seconds"] < 60
+
+
+def test_a_damaged_result_is_named_and_left_out(lab, caplog):
+    lab.run()
+    file = lab.graph().runs[0].result
+    for content in ("{", "{}", '{"cases": 5, "curve": [], "labels": {}}', '{"cases": [], "curve": [3], "labels": {}}'):
+        file.write_text(content)
+        caplog.clear()
+        lab.run(report_only=True)
+        assert f"{file} is damaged" in caplog.text and "Delete it, and the same command evaluates anew" in caplog.text
+        assert {r["method"] for r in lab.rows("cases.csv")} == {"mae"}
+    file.unlink()
+    lab.run()
+    assert {r["method"] for r in lab.rows("cases.csv")} == {"scratch", "mae"}
+
+
+def test_a_file_in_the_place_of_the_output_folder(lab):
+    lab.out.write_text("mine")
+    with pytest.raises(NnsslError, match="--output .*out is a file; a folder is needed"):
+        lab.run()
+    assert lab.out.read_text() == "mine"
+
+
 def test_all_missing_datasets_are_named_at_once_with_where_they_come_from(lab, tmp_path):
     file = tmp_path / "paper.yaml"
     file.write_text(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import sys
+from pathlib import Path
 
 import blosc2
 import numpy as np
@@ -71,6 +74,51 @@ def test_window_larger_than_the_image(ramp):
     found, body = reader().open(ref).read((-2, -1, -3), (12, 12, 20))
     assert np.array_equal(found[:, 2:9, 1:10, 3:14], data) and found.sum() == data.sum()
     assert body.sum() <= data[0].size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory")
+def test_memory_that_runs_out_while_a_case_is_read_is_not_the_files_fault(ramp, monkeypatch):
+    """blosc2 says the same of both; a healthy file was called damaged and moved away."""
+    import resource
+
+    from nnssl import preprocessed
+
+    _, ref = ramp
+    case = reader().open(ref)
+
+    def fail(*_):
+        raise RuntimeError("Error while getting the buffer")
+
+    monkeypatch.setattr(preprocessed, "crop_and_pad_nd", fail)
+    with pytest.raises(NnsslError, match="is damaged .Error while getting the buffer.*Preprocess the dataset again"):
+        case.read((0, 0, 0), (3, 3, 3))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 24), hard))
+    try:
+        with pytest.raises(MemoryError):
+            case.read((0, 0, 0), (3, 3, 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert ref.image.is_file()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of open files")
+@pytest.mark.parametrize(("left", "ending"), [(0, ".b2nd"), (1, ".pkl")])
+def test_files_that_cannot_be_opened_are_not_called_damaged(ramp, left, ending):
+    import resource
+
+    _, ref = ramp
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 2 + left, hard))
+    try:
+        with pytest.raises(NnsslError) as error:
+            reader().open(ref)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert str(error.value).endswith(
+        f"case_000{ending}: Too many open files. Lower -o workers, or raise the limit of open files (ulimit -n 65536)."
+    )
 
 
 def test_intensity_range_of_a_small_image_is_exact():

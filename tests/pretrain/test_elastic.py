@@ -121,6 +121,18 @@ def test_processes_that_are_started_again_do_not_meet_the_addresses_of_the_dead(
     assert shared.check([f"nnssl_start_{count}/address"])
 
 
+@pytest.mark.parametrize(("there", "missing"), [({}, "RANK"), ({"RANK": "0"}, "MASTER_ADDR")])
+def test_half_of_torchruns_environment_is_refused(monkeypatch, there, missing):
+    """As an interactive job of a scheduler leaves it."""
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "2", **there}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(NnsslError, match=f"WORLD_SIZE=2 .*{missing} expected.*unset WORLD_SIZE"):
+        with devices.process_group(torch.device("cpu")):
+            pass
+
+
 @pytest.mark.parametrize(
     ("launched", "signals", "interrupts", "name"),
     [

@@ -71,7 +71,12 @@ class After(Hook):
 
 @pytest.mark.parametrize(
     ("number", "advice"),
-    [(errno.ENOSPC, "Free space"), (errno.EROFS, "Make it writable"), (errno.ESTALE, "See to the file system")],
+    [
+        (errno.ENOSPC, "Free space"),
+        (errno.EROFS, "Make it writable"),
+        (errno.ESTALE, "See to the file system"),
+        (errno.EFBIG, r"Lift the limit on the size of files .ulimit -f unlimited."),
+    ],
 )
 def test_a_results_folder_that_fails_in_the_middle(target, monkeypatch, number, advice):
     straight = go(name="straight")
@@ -87,6 +92,27 @@ def test_a_results_folder_that_fails_in_the_middle(target, monkeypatch, number, 
         with pytest.raises(NnsslError, match=f"{os.strerror(number)} in .* {advice}, then continue with --c"):
             go(name="broken")
     assert same_weights(straight, go(name="broken", continue_run=True))
+
+
+def test_a_file_in_the_place_of_the_runs_folder(target, nnunet_env):
+    folder = output_folder(load_plan(901), "Mae", [901], "taken")
+    folder.parent.mkdir()
+    folder.write_text("a file")
+    with pytest.raises(
+        NnsslError, match="File exists. Something else is in its place: move that away, or give .*--name"
+    ):
+        go(name="taken")
+    assert folder.read_text() == "a file"
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"[]", b"\xff\xfe\x00"])
+def test_a_damaged_list_of_the_images_of_a_run(stopped, content):
+    (stopped / "images.json").write_bytes(content)
+    with pytest.raises(NnsslError, match="images.json cannot be read: .*Remove it, and the images are not compared"):
+        go(name="broken", continue_run=True)
+    (stopped / "images.json").unlink()
+    assert same_weights(go(name="straight"), go(name="broken", continue_run=True))
+    assert (stopped / "images.json").is_file()
 
 
 def test_a_results_folder_that_cannot_be_written(target, nnunet_env, monkeypatch):
@@ -538,6 +564,23 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_run(target, monkeypatch):
         monkeypatch.setitem(ForkingPickler._extra_reducers, kind, no_space)
     with pytest.raises(NnsslError, match=r"Shared memory ran out.*--shm-size.*-o workers=0"):
         go(options={**OPTIONS, "workers": 1})
+
+
+def test_memory_that_runs_out_on_a_processor(target, monkeypatch):
+    """torch says so in an error of no kind of its own."""
+    with pytest.raises(RuntimeError, match="can't allocate memory") as real:
+        torch.empty(1 << 60)
+
+    from nnssl.pretrain.engine.stepping import Stepper
+
+    def fail(*args, **options):
+        raise real.value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", fail)
+        with pytest.raises(NnsslError, match="out of memory with 2 crops of 8x8x8 voxels a step. Lower -o batch_size"):
+            go()
+    assert go(continue_run=True).finished
 
 
 def test_weights_that_are_not_finite_after_the_last_step(target, monkeypatch):
