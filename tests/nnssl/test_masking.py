@@ -1,5 +1,8 @@
 """Which blocks fit a plan, how many are hidden, where their voxels are, and the guesses of somebody who learnt nothing."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from nnssl.masking import (
     inpaint,
     mask_blocks,
     mostly,
+    picture,
     surrounding_means,
     to_voxels,
 )
@@ -187,3 +191,117 @@ def test_a_stage_has_to_give_64_blocks(size, block, count):
     assert choose_block(size, strides, least=1) == max(
         (s for s in strides if all(n % b == 0 for n, b in zip(size, s)) and s != tuple(size)), key=lambda s: s[0]
     )
+
+
+def slow_inpaint(value, known, smoothing):
+    """Push and pull by loops: means of what is known in 2x2(x2) voxels, filled, up again, then Jacobi steps; ``(*size)`` each."""
+    size = value.shape
+    if all(n == 1 for n in size):
+        return value.copy()
+    step = [min(2, n) for n in size]
+    grid = [-(-n // s) for n, s in zip(size, step)]
+    mean, there = np.zeros(grid), np.zeros(grid, dtype=bool)
+    for cell in np.ndindex(*grid):
+        part = tuple(slice(c * s, min(c * s + s, n)) for c, s, n in zip(cell, step, size))
+        if known[part].any():
+            mean[cell], there[cell] = value[part][known[part]].mean(), True
+    coarse, out = slow_inpaint(mean, there, smoothing), np.zeros(size)
+    for place in np.ndindex(*size):
+        places = [max(0.0, (p + 0.5) * g / n - 0.5) for p, g, n in zip(place, grid, size)]  # of the middle of a voxel
+        for corner in itertools.product((0, 1), repeat=len(size)):
+            at = tuple(min(int(p) + c, g - 1) for p, c, g in zip(places, corner, grid))
+            out[place] += coarse[at] * np.prod([p % 1 if c else 1 - p % 1 for p, c in zip(places, corner)])
+    out = np.where(known, value, out)
+    for _ in range(smoothing):
+        padded = np.pad(out, 1, mode="edge")
+        inner = [slice(1, -1)] * len(size)
+        sides = []
+        for axis in range(len(size)):
+            for shift in (slice(0, -2), slice(2, None)):
+                sides.append(padded[tuple(shift if a == axis else s for a, s in enumerate(inner))])
+        out = np.where(known, value, np.mean(sides, axis=0))
+    return out
+
+
+@pytest.mark.parametrize("size", [(5, 4, 3), (1, 6, 7), (6, 9), (2, 3)])
+@pytest.mark.parametrize("smoothing", [0, 1, 3])
+def test_interpolation_against_a_loop(size, smoothing):
+    x, visible = torch.randn(2, 2, *size, dtype=torch.float64), torch.rand(2, 2, *size) < 0.25
+    visible[..., :2] |= torch.rand(2, 2, *size[:-1], 2) < 0.2
+    got = inpaint(x, visible, smoothing)
+    for b, c in itertools.product(range(2), range(2)):
+        seen, value = visible[b, c].numpy(), x[b, c].numpy()
+        expected = slow_inpaint(np.where(seen, value, 0.0), seen, smoothing)
+        np.testing.assert_allclose(got[b, c].numpy(), expected, atol=1e-12)
+    assert torch.equal(inpaint(x, visible), inpaint(x, visible, 32))
+
+
+def test_farther_blocks_are_asked_only_where_nearer_ones_show_nothing():
+    """Of eight blocks in a row 0 and 5 are visible: one to each side is looked at, then two, then four."""
+    x, visible = torch.full((1, 1, 8), torch.nan), torch.zeros(1, 1, 8, dtype=torch.bool)
+    x[..., 0], x[..., 5] = 0.0, 10.0
+    visible[..., 0] = visible[..., 5] = True
+    x, visible = x[..., None].expand(-1, -1, -1, 2), visible[..., None].expand(-1, -1, -1, 2)
+    got = surrounding_means(x, visible, (1, 2))[0, 0, :, 0]
+    assert got.tolist() == pytest.approx([0, 0, 0, 10, 10, 10, 10, 10])
+
+
+def test_the_number_of_hidden_blocks_is_rounded_as_it_is_written():
+    """0.7 of 5 blocks are 3.5, which rounds to 4; in single precision 0.7 is a little less, and 3 would be hidden."""
+    assert mask_blocks(torch.rand(3, 5), 0.7).sum(1).tolist() == [4, 4, 4]
+    assert mask_blocks(torch.rand(1, 2), 0.9).sum() == 1 and mask_blocks(torch.rand(1, 1), 0.9).sum() == 0
+
+
+def test_half_a_block_is_mostly():
+    valid = torch.zeros(1, 1, 2, 6, dtype=torch.bool)
+    valid[..., 0, :2] = True  # two of four voxels
+    valid[..., 0, 2] = True  # one
+    valid[..., :, 4] = valid[..., 0, 5] = True  # three
+    assert mostly(valid, (2, 2))[0, 0].tolist() == [[True, False, True]]
+    assert mostly(valid, (2, 2), 0.75)[0, 0].tolist() == [[False, False, True]]
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_the_picture_shows_what_was_hidden_and_how_far_the_guess_is_off(dim):
+    """0 to 10 is the range of the image's first channel, but for one bright pixel; what is painted is 2 too bright."""
+    image = torch.full((1, 2, 20, 20), 5.0)
+    image[0, 0, :, :5], image[0, 0, :, 5:10], image[0, 0, 0, 0], image[0, 1] = 0, 10, 1000, torch.randn(20, 20)
+    mask, valid = torch.zeros(1, 2, 20, 20, dtype=torch.bool), torch.ones(1, 1, 20, 20, dtype=torch.bool)
+    mask[0, 0, 10:], mask[0, 1, :10], valid[..., 15:, :] = True, True, False
+    if dim == 3:  # the slice in the middle of five
+        around = [torch.randn(1, 2, 20, 20) for _ in range(4)]
+        image = torch.stack([*around[:2], image, *around[2:]], 2)
+        mask, valid = (torch.stack([m, ~m, m, ~m, m], 2) for m in (mask, valid))
+    panel = picture.masked_panel(image, torch.where(mask, image + 2, torch.nan), mask, valid)
+
+    def middle(x):
+        return (x[0, 0] if dim == 2 else x[0, 0, 2]).numpy()
+
+    def scaled(x):
+        return np.clip(middle(x) / 10, 0, 1)
+
+    hidden, counted = middle(mask), middle(mask[:, :1] & valid)
+    painted, guess = scaled(torch.where(mask, image + 2, image)), inpaint(image, valid & ~mask)
+    filled = scaled(torch.where(mask, guess, image))
+    shown = panel.columns[picture.SHOWN][0]
+    np.testing.assert_allclose(panel.columns[picture.REAL][0], scaled(image), atol=1e-6)
+    np.testing.assert_allclose(panel.columns[picture.PAINTED][0], painted, atol=1e-6)
+    np.testing.assert_allclose(panel.columns[picture.FILLED][0], filled, atol=1e-6)
+    np.testing.assert_allclose(shown[hidden], np.broadcast_to([0.15, 0.3, 0.6], shown[hidden].shape), atol=1e-6)
+    np.testing.assert_allclose(shown[~hidden], np.repeat(scaled(image)[~hidden][:, None], 3, 1), atol=1e-6)
+    error = np.where(counted, np.abs(painted - scaled(image)), 0)
+    np.testing.assert_allclose(panel.columns[picture.ERROR][0], error, atol=1e-6)
+    assert error[10:15, :5] == pytest.approx(0.2) and not error[10:15, 5:10].any() and not error[15:].any()
+    missed = np.abs(filled - scaled(image))[counted].mean()
+    assert panel.tags == {
+        picture.PAINTED: ["mean error 15% of the range"],  # 0.2 of three quarters
+        picture.FILLED: [f"mean error {missed:.0%} of the range"],
+    }
+
+
+def test_the_picture_of_an_image_without_contrast_or_without_hidden_pixels():
+    image, mask = torch.full((2, 1, 6, 8), 3.0), torch.zeros(2, 1, 6, 8, dtype=torch.bool)
+    mask[0, :, :3] = True
+    panel = picture.masked_panel(image, image + 1, mask, torch.ones_like(mask))
+    assert all(np.isfinite(c).all() and c.min() >= 0 and c.max() <= 1 for c in panel.columns.values())
+    assert panel.tags[picture.PAINTED] == ["mean error 100% of the range", "mean error 0% of the range"]
