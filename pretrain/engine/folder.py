@@ -168,8 +168,8 @@ class RunFolder:
         Raises:
             NnsslError: some came, went or changed; it names them.
         """
-        if not (self.images_file.is_file() and self.config_file.is_file()):
-            return  # nothing was started, or by a version that did not write it
+        if not (self.images_file.is_file() and self.config_file.is_file() and self.has_checkpoint()):
+            return  # nothing was started or saved, or by a version that did not write it
         try:
             old, now = read_json(self.images_file), set(names)
         except NnsslError as error:
@@ -203,7 +203,7 @@ class RunFolder:
             True where a checkpoint is to be resumed.
 
         Raises:
-            NnsslError: for a folder of another run, a finished one, or an unfinished one without ``--c``.
+            NnsslError: for a folder with checkpoints of another run, of a finished one, or of an unfinished one without ``--c``.
         """
         saved = self.saved_config()
         if saved is None:
@@ -213,6 +213,8 @@ class RunFolder:
                     "Give this run a --name."
                 )
             return False
+        if not continue_run and not self.has_checkpoint():
+            return False  # nothing was saved: whoever leaves an image out, or lowers the batch, starts here again
         old = dict(saved.get("identity", {}))
         if continue_run and _lengthens(old, identity):
             old["epochs"] = identity["epochs"]

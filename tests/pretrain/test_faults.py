@@ -231,6 +231,26 @@ def test_a_case_of_nnunets_that_was_preprocessed_anew_from_another_image(target)
         go(continue_run=True)
 
 
+def test_what_the_message_on_a_bad_image_advises_works(target, tmp_path):
+    """Repair it, or leave it out: the same command starts in the same folder, as nothing was saved there."""
+    import blosc2
+
+    file = sorted(f for f in load_folder().glob("*.b2nd") if "_seg" not in f.name)[0]
+    content, voxels = file.read_bytes(), blosc2.open(str(file))[:]
+    file.unlink()
+    blosc2.asarray(voxels * float("nan"), urlpath=str(file))
+    left_out = tmp_path / "left_out.txt"
+    left_out.write_text(f"{file.stem}\n")
+    for name in ("repaired", "left_out"):
+        with pytest.raises(
+            NnsslError, match=f"{file.stem} .*NaN or infinite voxels.*--exclude, or preprocess a repaired"
+        ):
+            go(name=name, iterations=8)
+    assert go(name="left_out", iterations=8, exclude=left_out).finished
+    file.write_bytes(content)
+    assert same_weights(go(name="straight", iterations=8), go(name="repaired", iterations=8))
+
+
 def load_folder():
     from nnssl.paths import preprocessed_folder
 

@@ -29,6 +29,10 @@ def test_a_new_folder_is_admitted_and_made(tmp_path):
         assert (
             folder.check_resume(WHO, continue_run=False) is False
         )  # nothing was saved yet: starting anew loses nothing
+        other = {**WHO, "options": {"lr": 0.1, "k": 1}}
+        assert folder.check_resume(other, continue_run=False) is False
+        with pytest.raises(NnsslError, match="options.k: 2 in the folder, 1 now"):
+            folder.check_resume(other, continue_run=True)
 
 
 def test_unfinished_finished_and_other_runs(tmp_path):
