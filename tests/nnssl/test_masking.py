@@ -234,6 +234,8 @@ def test_interpolation_against_a_loop(size, smoothing):
         expected = slow_inpaint(np.where(seen, value, 0.0), seen, smoothing)
         np.testing.assert_allclose(got[b, c].numpy(), expected, atol=1e-12)
     assert torch.equal(inpaint(x, visible), inpaint(x, visible, 32))
+    nothing = torch.zeros_like(visible)
+    assert not inpaint(x, nothing).any() and not inpaint(x[..., :1, :1][:, :, :1], nothing[..., :1, :1][:, :, :1]).any()
 
 
 def test_farther_blocks_are_asked_only_where_nearer_ones_show_nothing():
