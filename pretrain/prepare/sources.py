@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.configuration import default_num_processes
 
+from nnssl.collector import paused_collector
 from nnssl.errors import NnsslError
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
@@ -298,11 +299,12 @@ def prepare_sources(
     """
     n_processes = default_num_processes if n_processes is None else n_processes
     found = []
-    for name in dict.fromkeys(sources):
-        known = _as_it_is(plan, name)
-        if known is None and not thorough:
-            known = _remembered(plan, name, allow_mismatch, retry_bad=not skip_bad)
-        found.append(known or _own(plan, name, allow_mismatch))
+    with paused_collector():
+        for name in dict.fromkeys(sources):
+            known = _as_it_is(plan, name)
+            if known is None and not thorough:
+                known = _remembered(plan, name, allow_mismatch, retry_bad=not skip_bad)
+            found.append(known or _own(plan, name, allow_mismatch))
     chosen = select({s.name: s.names for s in found}, cases, exclude)
     if part is not None:
         chosen = {name: part.take(names) for name, names in chosen.items()}
@@ -321,19 +323,20 @@ def prepare_sources(
     if pairs:
         shown = ", ".join(f"{a} = {b}" for a, b in pairs[:NAMED])
         log.warning("%d image(s) are there twice: %s%s", len(pairs), shown, " ..." if len(pairs) > NAMED else "")
-    shapes = [shape for source in found if source.names for shape in _shapes(source, plan)]
-    return make_pool(
-        [ref for source in found for ref in source.refs()],
-        np.asarray(shapes or [plan.median_shape]),
-        data_hash=plan.data_hash,
-        held_out=held_out,
-        leaks=leaks,
-        bad=bad,
-        reports=reports,
-        pending=sum(s.pending for s in found),
-        contents={f"{s.name}/{n}": text for s in found for n, text in _contents(s).items()},
-        may_be_empty=part is not None,
-    )
+    with paused_collector():
+        shapes = [shape for source in found if source.names for shape in _shapes(source, plan)]
+        return make_pool(
+            [ref for source in found for ref in source.refs()],
+            np.asarray(shapes or [plan.median_shape]),
+            data_hash=plan.data_hash,
+            held_out=held_out,
+            leaks=leaks,
+            bad=bad,
+            reports=reports,
+            pending=sum(s.pending for s in found),
+            contents={f"{s.name}/{n}": text for s in found for n, text in _contents(s).items()},
+            may_be_empty=part is not None,
+        )
 
 
 def _contents(source: _Source) -> dict[str, str]:
