@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from nnssl.errors import NnsslError
 
@@ -72,6 +75,60 @@ def autocast_for(device: torch.device, amp: bool = True) -> AbstractContextManag
     if device.type == "cuda":
         return torch.autocast("cuda")
     return torch.autocast("cpu", dtype=torch.bfloat16) if amp_dtype(device) is not None else nullcontext()
+
+
+WRONG = 0.1
+"""Relative error from which on a result in bfloat16 is wrong; rounding gives 0.003."""
+
+
+def wrong_in_bfloat16(module: nn.Module, forward: Callable[[nn.Module], Any]) -> list[str]:
+    """Convolutions that a CPU computes wrongly in bfloat16, each tried at the shapes that it has in a forward pass.
+
+    torch 2.14 makes garbage of the weights' gradient of 3D maps that are two voxels deep, on processors with avx512_bf16.
+
+    Args:
+        module: what is trained; a copy of it is used.
+        forward: runs the copy once.
+
+    Returns:
+        A line for each kind of convolution whose output or gradients are not those of float32, or not finite.
+    """
+    found: dict[str, tuple[_ConvNd, torch.Size]] = {}
+
+    def see(layer: Any, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0]
+        size = "x".join(map(str, x.shape[2:]))
+        name = (
+            f"{type(layer).__name__} {layer.in_channels} to {layer.out_channels}, kernel {layer.kernel_size}, on {size}"
+        )
+        found.setdefault(f"{name}, stride {layer.stride}, batch {len(x)}", (layer, x.shape))
+
+    copy = deepcopy(module)
+    for layer in copy.modules():
+        if isinstance(layer, _ConvNd):
+            layer.register_forward_pre_hook(see)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        forward(copy)
+    return [name for name, (layer, shape) in found.items() if _is_wrong(layer, shape)]
+
+
+def _is_wrong(layer: _ConvNd, shape: torch.Size) -> bool:
+    """Whether output and gradients on random numbers differ between float32 and bfloat16."""
+    g = torch.Generator().manual_seed(0)
+    tried = deepcopy(layer).requires_grad_(True)
+    tried._forward_pre_hooks.clear()
+    tried._forward_hooks.clear()
+    with torch.no_grad():
+        tried.weight.copy_(torch.randn(tried.weight.shape, generator=g) / tried.weight[0].numel() ** 0.5)
+    x = torch.randn(shape, generator=g).requires_grad_(True)
+    weights: Tensor | None = None
+    made: list[tuple[Tensor, ...]] = []
+    for narrow in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            y = tried(x).float()
+        weights = torch.randn(y.shape, generator=g) if weights is None else weights
+        made.append((y.detach(), *torch.autograd.grad((y * weights).sum(), (x, tried.weight))))
+    return any(not bool((a - b).norm() <= WRONG * a.norm()) for a, b in zip(*made))
 
 
 def float_outputs(value: Any) -> Any:

@@ -11,7 +11,8 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
-from nnssl.amp import autocast_for, cpu_bfloat16, float_outputs
+from nnssl.amp import autocast_for, cpu_bfloat16, float_outputs, wrong_in_bfloat16
+from nnssl.networks import unwrap
 from nnssl.plans.figures import FineTuningConfig
 from nnssl.trainers.groups import backbone_groups, build_optimizer, hold_statistics, parameter_groups
 from nnssl.trainers.learning_rates import describe_rates, draw_rates
@@ -39,6 +40,7 @@ class StepwiseTrainer(nnUNetTrainer):
     provenance: dict[str, Any]
     rates: Sequence[dict[str, Any]] = ()
     _iteration: int = 0
+    _narrow: bool | None = None
 
     @classmethod
     def schedule_of(cls, plans: dict[str, Any]) -> str:
@@ -140,7 +142,7 @@ class StepwiseTrainer(nnUNetTrainer):
     def _optimise(self, batch: dict, frozen: Iterable[nn.Parameter]) -> dict:
         """One optimiser step on :meth:`batch_loss` that leaves the given parameters as they are."""
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast_for(self.device):
+        with autocast_for(self.device, self.device.type != "cpu" or self._cpu_bfloat16()):
             loss = self.batch_loss(batch)
         scaler = self.grad_scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
@@ -176,7 +178,18 @@ class StepwiseTrainer(nnUNetTrainer):
             hook.remove()
 
     def _cpu_bfloat16(self) -> bool:
-        return self.device.type == "cpu" and cpu_bfloat16()
+        """Whether steps on a CPU are in bfloat16: where it is asked for, and no convolution of the network is wrong in it."""
+        if self.device.type != "cpu" or not cpu_bfloat16():
+            return False
+        if self._narrow is None:
+            size = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
+            wrong = wrong_in_bfloat16(unwrap(self.network), lambda network: network(torch.zeros(size)))
+            self._narrow = not wrong
+            if wrong:
+                self.print_to_log_file(
+                    f"nnssl: float32 in place of bfloat16: torch {torch.__version__} computes '{wrong[0]}' wrongly here."
+                )
+        return self._narrow
 
     def on_epoch_end(self) -> None:
         """As nnU-Net; ``progress.png`` gets a panel with the learning rates of all groups."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnssl.amp import amp_dtype
+from nnssl.amp import amp_dtype, wrong_in_bfloat16
 from nnssl.distributed import mean_over_ranks
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.engine.speed import use_kernels
@@ -96,6 +96,7 @@ class Stepper:
         self.parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
         self.dtype = amp_dtype(device) if amp else None
         self.scaler = torch.amp.GradScaler("cuda") if self.dtype is torch.float16 else None
+        self._tried = device.type != "cpu"
 
     def autocast(self) -> torch.autocast:
         """The context that forwards run in; does nothing where all is float32."""
@@ -150,10 +151,26 @@ class Stepper:
         numbers = Numbers(step, [*terms, "grad_norm", "stop"], mean_over_ranks(torch.stack(values)), cases)
         return numbers, stepped
 
+    def _try_bfloat16(self, batch: Batch) -> None:
+        """Before the first step on a CPU: float32, where a convolution would be wrong in bfloat16."""
+        self._tried = True
+        if self.dtype is not torch.bfloat16:
+            return
+        wrong = wrong_in_bfloat16(self.method, lambda method: method(batch))
+        if float(mean_over_ranks(torch.tensor([float(len(wrong))]))[0]) > 0:  # all ranks alike
+            self.dtype = None
+            log.warning(
+                "The run goes on in float32: torch %s computes %s wrongly in bfloat16 on this processor.",
+                torch.__version__,
+                f"'{wrong[0]}'" if wrong else "convolutions of another rank",
+            )
+
     def _backward(self, batches: Iterator[Any], parts: int) -> dict[str, Tensor]:
         """Gradients of all micro-batches, and the means of their terms."""
         means: dict[str, Tensor] = {}
         for part, batch in enumerate(batches):
+            if not self._tried:
+                self._try_bfloat16(batch)
             module: Any = self.module
             alone = part + 1 < parts and isinstance(module, nn.parallel.DistributedDataParallel)
             with module.no_sync() if alone else contextlib.nullcontext():  # ranks exchange gradients once a step

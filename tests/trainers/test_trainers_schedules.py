@@ -520,3 +520,31 @@ def test_on_a_cpu_in_bfloat16_where_told(family, dataset, pretraining, build, st
     assert seen == {"0": {torch.float32}, "1": {torch.bfloat16}}
     assert losses["0"][:3] != losses["1"][:3]
     np.testing.assert_allclose(losses["1"][:3], losses["0"][:3], atol=0.02)
+
+
+def test_on_a_cpu_in_float32_where_bfloat16_would_be_wrong(dataset, pretraining, build, start, monkeypatch, capsys):
+    """torch 2.14 spoils the weights' gradient of maps that are two voxels deep; here of the deepest maps."""
+    pretraining()
+    deepest = {}
+
+    def forward(self, x):
+        weight = self.weight
+        if torch.is_autocast_enabled("cpu") and tuple(x.shape[2:]) == deepest.get("size") and torch.is_grad_enabled():
+            weight = weight.clone()
+            weight.register_hook(lambda gradient: gradient * torch.nan)
+        return self._conv_forward(x, weight, self.bias)
+
+    monkeypatch.setattr(torch.nn.Conv3d, "forward", forward)
+    losses = {}
+    for told in ("0", "1"):
+        monkeypatch.setenv("nnssl_cpu_bf16", told)
+        torch.manual_seed(0)
+        trainer = start(build(trainers.nnUNetTrainerPretrained, "nnUNetPlans"))
+        strides = np.prod(trainer.configuration_manager.pool_op_kernel_sizes, axis=0)
+        deepest["size"] = tuple(int(n) for n in np.array(trainer.configuration_manager.patch_size) // strides)
+        trainer.on_train_epoch_start()
+        losses[told] = [float(trainer.train_step(a_batch(trainer, i))["loss"]) for i in range(2)]
+        trainer.on_validation_epoch_start()
+        losses[told].append(float(trainer.validation_step(a_batch(trainer, 5))["loss"]))
+    assert losses["0"] == losses["1"]
+    assert capsys.readouterr().out.count("nnssl: float32 in place of bfloat16") == 1
