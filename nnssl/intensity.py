@@ -51,13 +51,13 @@ def to_unit(x: Tensor, intensity: Tensor) -> Tensor:
         intensity: ``(B, C, 2)`` low and high value of each sample and channel.
     """
     low, width = _range(x, intensity)
-    return (x - low) / width
+    return (x - low).div_(width)
 
 
 def from_unit(x: Tensor, intensity: Tensor) -> Tensor:
     """Undo :func:`to_unit`."""
     low, width = _range(x, intensity)
-    return low + x * width
+    return (x * width).add_(low)
 
 
 def _range(x: Tensor, intensity: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,13 +72,13 @@ def multiply(x: Tensor, factor: Tensor) -> Tensor:
 
 def add_noise(x: Tensor, sd: Tensor, field: Tensor) -> Tensor:
     """Add ``sd * field``; ``x`` and the standard normal ``field`` are ``(B, C, *spatial)``, ``sd`` is ``(B,)`` or ``(B, C)``."""
-    return x + per_sample(sd, x) * field
+    return torch.addcmul(x, per_sample(sd, x), field)
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
     """Spread values around each sample's and channel's mean: ``mean + factor * (x - mean)``; shapes as :func:`multiply`."""
     mean = per_sample(x.flatten(2).mean(-1), x)
-    return mean + (x - mean) * per_sample(factor, x)
+    return (x - mean).mul_(per_sample(factor, x)).add_(mean)
 
 
 def limit_contrast(x: Tensor, factor: Tensor) -> Tensor:
@@ -98,7 +98,10 @@ def bend(u: Tensor, exponent: Tensor, *, low: float = 0.0, floor: float = 0.0) -
         floor: least base of the power; what lies below is lifted to it.
     """
     within = u.clamp(low, 1)
-    return within.clamp_min(floor) ** per_sample(exponent, u) + (u - within)
+    outside, exponent = u - within, per_sample(exponent, u)
+    if u.device.type == "cpu":  # a third of the time of a power
+        return within.clamp_min_(floor).log_().mul_(exponent).exp_().add_(outside)
+    return within.clamp_min(floor) ** exponent + outside
 
 
 def adjust_gamma(x: Tensor, exponent: Tensor) -> Tensor:
@@ -177,19 +180,20 @@ def low_resolution(x: Tensor, scale: Tensor) -> Tensor:
     return x
 
 
-def where_chosen(x: Tensor, chosen: Tensor, change: Callable[[Any], Tensor]) -> Tensor:
+def where_chosen(x: Tensor, chosen: Tensor, change: Callable[[Any], Tensor], *, own: bool = False) -> Tensor:
     """Change some samples of a batch. On a CPU the others cost nothing; a GPU would have to wait to know which they are.
 
     Args:
         x: ``(B, C, *spatial)``.
         chosen: ``(B,)`` bool.
         change: makes the changed samples of an index of samples, or of a slice of all; shapes as ``x`` indexed by it.
+        own: ``x`` may be changed in place.
     """
     if x.device.type != "cpu":
         return torch.where(per_sample(chosen, x), change(slice(None)), x)
     rows = torch.nonzero(chosen)[:, 0]
     if not len(rows):
         return x
-    out = x.clone()
+    out = x if own else x.clone()
     out[rows] = change(rows)
     return out

@@ -13,7 +13,6 @@ from typing import Any
 
 import blosc2
 import numpy as np
-from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
 from nnssl.properties import read_properties
 
@@ -108,18 +107,26 @@ def read_box(
         outside: value of what lies outside the image.
 
     Returns:
-        ``(C, *size)``, contiguous.
+        ``(C, *size)``; of an array in memory it may share its memory.
 
     Raises:
         OSError: the disk is at fault.
         ValueError: the file is damaged.
         MemoryError: memory is out.
     """
-    box = [[int(s), int(s) + int(n)] for s, n in zip(start, size)]
+    box = [(int(s), int(s) + int(n)) for s, n in zip(start, size)]
+    inside = [(min(max(low, 0), n), min(max(high, 0), n)) for (low, high), n in zip(box, array.shape[1:])]
+    read = (slice(None), *[slice(low, high) for low, high in inside])
     try:
-        return np.ascontiguousarray(crop_and_pad_nd(array, box, outside), dtype=dtype)
+        part = np.asarray(array[read])
     except RuntimeError as error:
         raise cause_of(error, getattr(array, "urlpath", None)) from error
+    if inside == box:
+        return part.astype(dtype, copy=False)
+    out = np.full((array.shape[0], *[high - low for low, high in box]), outside, dtype=dtype)
+    there = (slice(None), *[slice(a - low, b - low) for (a, b), (low, _) in zip(inside, box)])
+    out[there] = part
+    return out
 
 
 def cause_of(error: Exception, file: str | os.PathLike[str] | None) -> Exception:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from nnssl.pretrain.augment.spatial import AffineRange
 
 Batch = dict[str, Any]
 
@@ -45,6 +48,10 @@ class CropRequest:
             foreground and resampled to the window.
         align: turn all cases to the orientation that most have: left is left in each. All of :class:`Crops` is then told in
             the turned array.
+        move: the transform that views begin with. The loader then draws it too, from the same numbers, hands it over in
+            ``Crops.affine``, and reads the middle of each window only, as far as its view looks. With ``place="roam"``.
+        trim: leave out what lies outside of the image, on axes on which the image has room for a crop: of each window
+            ``Crops.extent`` voxels are then told. With ``place="roam"``.
     """
 
     size: tuple[int, ...]
@@ -56,6 +63,8 @@ class CropRequest:
     body: bool = False
     place: str = "roam"
     align: bool = False
+    move: AffineRange | None = None
+    trim: bool = False
 
 
 @dataclass
@@ -63,7 +72,8 @@ class Crops:
     """What the loader delivers for one step on one rank. ``B`` crops, ``C`` channels, spatial axes as the plan's patch.
 
     Attributes:
-        data: ``(B, C, *window)`` float32, normalised as nnU-Net does; 0 outside the image, as in nnU-Net's training.
+        data: ``(B, C, *window)`` float32, normalised as nnU-Net does; 0 outside the image, as in nnU-Net's training. The window
+            is smaller than the request's where the request has ``move`` or ``trim``: as large as the batch needs it.
         body: ``(B, 1, *window)`` bool, True where the image is not air (and inside the image); see ``CropRequest.body``.
         position: ``(B, 3)`` float64, centre of the crop in (0, 1) of the uncropped image, in *patient* axes
             (right to left, anterior to posterior, inferior to superior): independent of transpose, cropping, spacing
@@ -74,6 +84,9 @@ class Crops:
         case: names of the cases, length ``B``.
         shape: ``(B, 3)`` int64, voxels of the preprocessed array; None where crops do not come from the loader.
         source: names of the datasets that the cases come from, length ``B``; None likewise.
+        affine: ``(B, dim, dim + 1)`` float32, matrix and shift of the transform that windows were read for, see
+            ``CropRequest.move``; None: windows are whole.
+        extent: ``(B, 3)`` int64, voxels of each window from its first one on; what is behind was not read. None: all were.
     """
 
     data: Tensor
@@ -85,6 +98,8 @@ class Crops:
     case: list[str]
     shape: Tensor | None = None
     source: list[str] | None = None
+    affine: Tensor | None = None
+    extent: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Crops:
         """Move all tensors to ``device``, without waiting where memory is pinned (MPS has no float64: float32 there)."""

@@ -32,6 +32,11 @@ class ImageBox:
         """Those of some of the windows."""
         return ImageBox(self.low[rows], self.high[rows], self.lowest[rows])
 
+    def within(self, first: Tensor, size: Tensor) -> ImageBox:
+        """The part of it in ``size`` voxels of the windows from ``first`` on, counted from there."""
+        low, high = ((edge - first).clamp_min(0).minimum(size) for edge in (self.low, self.high))
+        return ImageBox(low, high, self.lowest)
+
     @property
     def dark(self) -> Tensor:
         """:attr:`lowest` as ``(B, C, 1, ...)``, to go with images."""
@@ -40,11 +45,13 @@ class ImageBox:
 
 def image_box(crops: Crops) -> ImageBox:
     """Where the image lies in the windows of a batch; :func:`image_bounds` says how it is found."""
-    low, high = image_bounds(crops.data, crops.start, crops.shape)
+    low, high = image_bounds(crops.data, crops.start, crops.shape, crops.extent)
     return ImageBox(low, high, crops.intensity[:, :, 0].to(crops.data.dtype))
 
 
-def image_bounds(data: Tensor, start: Tensor, shape: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def image_bounds(
+    data: Tensor, start: Tensor, shape: Tensor | None = None, extent: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Which part of each window lies in the image, from its place in the image's array; from its voxels where ``shape`` is None.
 
     Voxels tell because padding is exactly 0 in all channels, at the ends of the window.
@@ -54,6 +61,7 @@ def image_bounds(data: Tensor, start: Tensor, shape: Tensor | None = None) -> tu
         start: ``(B, 3)`` int64, first voxel of the window in the image's array; only a negative one means padding
             before it.
         shape: ``(B, 3)`` int64, voxels of that array.
+        extent: ``(B, 3)`` int64, voxels of each window that were read, from its first one on; all where None.
 
     Returns:
         ``low`` and ``high``, ``(B, dim)`` int64 each: first voxel inside and first voxel behind the image.
@@ -62,6 +70,8 @@ def image_bounds(data: Tensor, start: Tensor, shape: Tensor | None = None) -> tu
     window = torch.tensor(data.shape[2:], device=data.device)
     low = (-start[:, 3 - dim :]).clamp_min(0)
     high = _last_used(data) if shape is None else torch.minimum((shape - start)[:, 3 - dim :], window)
+    if extent is not None:
+        high = torch.minimum(high, extent[:, 3 - dim :])
     return torch.minimum(low, window - 1), torch.where(high > low, high, window)
 
 

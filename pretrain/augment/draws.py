@@ -6,7 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Draws"]
+__all__ = ["HELD_OUT_STEP", "Draws"]
+
+HELD_OUT_STEP = 2**40
+"""Steps from here on are those of held-out batches: no training step draws the same numbers."""
 
 
 class Draws:
@@ -17,7 +20,7 @@ class Draws:
 
     Args:
         seed: the run's seed.
-        step: global step; use a negative one for held-out batches.
+        step: global step; of held-out batches :data:`HELD_OUT_STEP` and more.
         total: samples of the step over all ranks.
         first: index of this rank's first sample.
         count: samples on this rank.
@@ -70,4 +73,7 @@ class Draws:
 
     def noise(self, *shape: int) -> Tensor:
         """``(count, *shape)`` float32 standard normal field, drawn on :attr:`device` sample by sample."""
-        return torch.stack([torch.randn(*shape, generator=g, device=self.device) for g in self.generators()])
+        out = torch.empty(self.count, *shape, device=self.device)
+        for row, g in zip(out, self.generators()):
+            torch.randn(*shape, generator=g, out=row)
+        return out

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nnssl.intensity import adjust_contrast, from_unit, gaussian_blur, multiply, to_unit, where_chosen
+from nnssl.intensity import adjust_contrast, from_unit, gaussian_blur, multiply, per_sample, to_unit, where_chosen
 from nnssl.pretrain.augment.draws import Draws
 
-__all__ = ["adjust_contrast", "from_unit", "gaussian_blur", "multiply", "random_jitter", "to_unit", "where_chosen"]
+__all__ = [
+    "adjust_contrast",
+    "from_unit",
+    "gaussian_blur",
+    "jitter_unit",
+    "multiply",
+    "random_jitter",
+    "to_unit",
+    "where_chosen",
+]
 
 
 def random_jitter(
@@ -33,8 +42,23 @@ def random_jitter(
     Returns:
         A new tensor in the units of ``x``.
     """
-    unit = multiply(to_unit(x, intensity), draws.uniform(*brightness))
-    unit = adjust_contrast(unit, draws.uniform(*contrast))
-    if sigma is not None:
-        unit = gaussian_blur(unit, draws.uniform(*sigma), radius)
+    unit = jitter_unit(
+        to_unit(x, intensity), draws, brightness=brightness, contrast=contrast, sigma=sigma, radius=radius
+    )
     return from_unit(unit, intensity)
+
+
+def jitter_unit(
+    u: Tensor,
+    draws: Draws,
+    *,
+    brightness: tuple[float, float] = (1.0, 1.0),
+    contrast: tuple[float, float] = (1.0, 1.0),
+    sigma: tuple[float, float] | None = None,
+    radius: int = 1,
+) -> Tensor:
+    """As :func:`random_jitter` of ``(B, C, *spatial)`` in units of the case's range."""
+    factor, spread = draws.uniform(*brightness), draws.uniform(*contrast)
+    mean = per_sample(u.flatten(2).mean(-1), u)  # brightness, then contrast around its mean, in one pass
+    u = (u * per_sample(factor * spread, u)).add_(mean * per_sample(factor * (1 - spread), u))
+    return u if sigma is None else gaussian_blur(u, draws.uniform(*sigma), radius)

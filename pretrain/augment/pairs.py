@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from nnssl.pretrain.augment.draws import Draws
 __all__ = ["CropPairs", "cut", "draw_pairs"]
 
 TRIES = 64
+
+MANY = 8
+"""From so many voxels for each that is wanted on, they are drawn one by one."""
 
 
 @dataclass
@@ -77,10 +81,12 @@ def draw_pairs(
     tries, place = draws.uniform(0, 1, TRIES, dim), draws.uniform(0, 1, 2, dim)
     generators = draws.generators()
 
-    anchor = _anchors(body, torch.minimum((tries * extent).long(), extent - 1), generators)
     fits = high - low >= crop
-    first = torch.maximum(torch.where(fits, low, 0), anchor - crop + 1)
-    last = torch.minimum(torch.where(fits, high - crop, extent - crop), anchor)
+    low, high = torch.where(fits, low, 0), torch.where(fits, high, extent)
+    room = (high - low)[:, None]
+    anchor = _anchors(body, low[:, None] + torch.minimum((tries * room).long(), room - 1), generators)
+    first = torch.maximum(low, anchor - crop + 1)
+    last = torch.minimum(high - crop, anchor)
     start_a = _between(first, last, place[:, 0])
     reach = crop - (crop * min_overlap - 1e-6).ceil().long().clamp_min(0)
     start_b = _between(torch.maximum(first, start_a - reach), torch.minimum(last, start_a + reach), place[:, 1])
@@ -90,10 +96,7 @@ def draw_pairs(
     voxels = anchor[:, None].repeat(1, n, 1)
     valid = torch.zeros(count, n, dtype=torch.bool, device=device)
     for i, (a, b) in enumerate(zip(shared_low.tolist(), shared_high.tolist())):
-        box = body[i][tuple(slice(x, y) for x, y in zip(a, b))]
-        found = torch.nonzero(box)
-        if len(found) > n:
-            found = found[torch.randperm(len(found), generator=generators[i], device=device)[:n]]
+        found = _some_of(body[i][tuple(slice(x, y) for x, y in zip(a, b))], n, generators[i])
         voxels[i, : len(found)] = found + shared_low[i]
         valid[i, : len(found)] = True
     return CropPairs(anchor, start, voxels[None] - start[:, :, None], valid)
@@ -126,6 +129,24 @@ def _anchors(body: Tensor, tries: Tensor, generators: list[torch.Generator]) -> 
             pick = torch.randint(len(voxels), (1,), generator=generators[i], device=body.device)
             anchor[i] = voxels[pick[0]]
     return anchor
+
+
+def _some_of(box: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """``n`` different True voxels of ``box``, uniformly, or all where there are fewer: ``(<= n, dim)``.
+
+    On a CPU voxels are drawn until there are enough different ones: the first n of a random order of all, without that order.
+    """
+    if box.device.type == "cpu" and box.numel() > MANY * n:
+        tries = torch.randint(box.numel(), (MANY * n // 2,), generator=generator).numpy()
+        places = np.unravel_index(tries, box.shape)
+        tries = tries[box.numpy()[places]]
+        first = np.sort(np.unique(tries, return_index=True)[1])[:n]
+        if len(first) == n:
+            return torch.from_numpy(np.stack(np.unravel_index(tries[first], box.shape), 1))
+    found = torch.nonzero(box)
+    if len(found) > n:
+        found = found[torch.randperm(len(found), generator=generator, device=box.device)[:n]]
+    return found
 
 
 def _between(first: Tensor, last: Tensor, share: Tensor) -> Tensor:

@@ -13,7 +13,20 @@ from torch import Tensor
 from nnssl.pretrain.augment.box import ImageBox, outer
 from nnssl.pretrain.augment.draws import Draws
 
-__all__ = ["Affine", "View", "central_crop", "cut_out", "draw_affine", "random_affine", "sampling_grid", "warp"]
+__all__ = [
+    "Affine",
+    "AffineRange",
+    "View",
+    "apply_affine",
+    "central_crop",
+    "cut_out",
+    "draw_affine",
+    "is_still",
+    "random_affine",
+    "reach",
+    "sampling_grid",
+    "warp",
+]
 
 PLANES_FROM = 16**3
 """Voxels of a view from which on it is sampled plane by plane on a CPU."""
@@ -30,6 +43,40 @@ class Affine:
 
     matrix: Tensor
     shift: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """``(B, d, d + 1)``: matrix and shift beside each other."""
+        return torch.cat([self.matrix, self.shift[..., None]], -1)
+
+    @classmethod
+    def from_rows(cls, rows: Tensor) -> Affine:
+        """Undo :attr:`rows`."""
+        return cls(rows[..., :-1], rows[..., -1])
+
+
+@dataclass(frozen=True)
+class AffineRange:
+    """What transforms are drawn from; see :func:`draw_affine`. Pickles: the loader draws them too, to read what they look at."""
+
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    rotation: tuple[float, ...]
+    scale: tuple[float, float] = (1.0, 1.0)
+    mirror_axes: tuple[int, ...] = ()
+    p: float = 1.0
+
+    def draw(self, draws: Draws) -> Affine:
+        """One transform for each sample."""
+        return draw_affine(
+            draws,
+            self.size,
+            self.spacing,
+            rotation=self.rotation,
+            scale=self.scale,
+            mirror_axes=self.mirror_axes,
+            p=self.p,
+        )
 
 
 @dataclass
@@ -111,6 +158,30 @@ def _rotation(angles: Tensor) -> Tensor:
     about_x = (c, -r, zero, r, c, zero, zero, zero, one)
     z, y, x = (torch.stack(turn, 1).view(-1, 3, 3) for turn in (about_z, about_y, about_x))
     return x @ (y @ z)
+
+
+def is_still(affine: Affine) -> Tensor:
+    """``(B,)`` bool, transforms that do nothing but mirror."""
+    axes = torch.eye(affine.matrix.shape[1], device=affine.matrix.device)
+    return (affine.matrix.abs() == axes).flatten(1).all(1) & (affine.shift == 0).all(1)
+
+
+def reach(affine: Affine, size: Sequence[int], window: Sequence[int]) -> Tensor:
+    """Voxels per axis in the middle of each window that its view looks at: ``(B, d)`` int64, at most the window's.
+
+    As odd or even as the window, so that the middle stays where it is.
+
+    Args:
+        affine: ``B`` transforms.
+        size: voxels of the view.
+        window: voxels of the window.
+    """
+    whole, inner = (torch.tensor([int(n) for n in v], device=affine.matrix.device) for v in (window, size))
+    half = (affine.matrix.abs() * ((inner - 1) / 2)).sum(2) + (affine.shift - (whole - inner) % 2 / 2).abs()
+    # a place between two voxels needs both; a hundredth of a voxel is for rounding
+    left = ((whole - 1) / 2 - half - 1.01).floor().long()
+    left = torch.where(is_still(affine)[:, None], (whole - inner) // 2, left)
+    return whole - 2 * torch.minimum(left.clamp_min(0), (whole - inner) // 2)
 
 
 def sampling_grid(affine: Affine, size: Sequence[int], window: Sequence[int]) -> Tensor:
@@ -204,22 +275,37 @@ def random_affine(
     affine = draw_affine(
         draws, size, spacing, rotation=rotation, scale=scale, shift=shift, mirror_axes=mirror_axes, p=p
     )
+    return apply_affine(data, affine, size, body=body, box=box)
+
+
+def apply_affine(
+    data: Tensor, affine: Affine, size: Sequence[int], *, body: Tensor | None = None, box: ImageBox | None = None
+) -> View:
+    """Transform each sample of a batch by its map; arguments and result as of :func:`random_affine`.
+
+    On a CPU samples go one by one, each in as much of its window as it looks at: what is read around that does not matter.
+    """
     if data.device.type != "cpu":  # asking which samples turn would hold up the device
         return _resample(data, affine, size, body, box)
-    still = (affine.matrix.abs() == torch.eye(len(size))).flatten(1).all(1) & (affine.shift == 0).all(1)
-    turned = torch.nonzero(~still)[:, 0]
-    if len(turned) == len(data):
-        return _resample(data, affine, size, body, box)
-    view = cut_out(data, size, body=body, box=box, affine=affine)
-    if len(turned):
-        some = Affine(affine.matrix[turned], affine.shift[turned])
-        bodies, boxes = None if body is None else body[turned], None if box is None else box[turned]
-        new = _resample(data[turned], some, size, bodies, boxes)
-        view.data[turned] = new.data
+    turned = torch.nonzero(~is_still(affine))[:, 0].tolist()
+    if len(turned) < len(data):
+        view = cut_out(data, size, body=body, box=box, affine=affine)
+    else:
+        seen = None if body is None else body.new_empty(len(data), 1, *size)
+        inside = None if box is None else torch.empty(len(data), 1, *size, dtype=torch.bool)
+        view = View(data.new_empty(*data.shape[:2], *size), seen, affine, inside)
+    for i, window in zip(turned, reach(affine, size, data.shape[2:])[turned].tolist() if turned else ()):
+        some = slice(i, i + 1)
+        left = torch.tensor([(n - w) // 2 for n, w in zip(data.shape[2:], window)])
+        there = None if box is None else box[some].within(left, torch.tensor(window))
+        mask = None if body is None else central_crop(body[some], window)
+        own = Affine(affine.matrix[some], affine.shift[some])
+        new = _resample(central_crop(data[some], window), own, size, mask, there)
+        view.data[some] = new.data
         if view.body is not None and new.body is not None:
-            view.body[turned] = new.body
+            view.body[some] = new.body
         if view.inside is not None and new.inside is not None:
-            view.inside[turned] = new.inside
+            view.inside[some] = new.inside
     return view
 
 
@@ -242,6 +328,8 @@ def cut_out(
     low, high = box.low - first, box.high - first
     if flip is not None:
         low, high = torch.where(flip, inner - high, low), torch.where(flip, inner - low, high)
+    if data.device.type == "cpu" and bool(((low <= 0) & (high >= inner)).all()):
+        return View(out, mask, affine, torch.ones(len(out), 1, *size, dtype=torch.bool))
     voxels = [torch.arange(n, device=data.device) for n in size]
     inside = outer([(v >= low[:, i, None]) & (v < high[:, i, None]) for i, v in enumerate(voxels)])
     return View(torch.where(inside, out, box.dark), mask, affine, inside)
@@ -263,11 +351,21 @@ def _resample(data: Tensor, affine: Affine, size: Sequence[int], body: Tensor | 
     mask = None if body is None else warp(body.to(data.dtype), grid) >= 0.5
     if box is None:
         return View(out, mask, affine)
+    if data.device.type == "cpu" and _looks_inside(affine, size, window, box):
+        return View(out, mask, affine, torch.ones(len(out), 1, *size, dtype=torch.bool))
     ends = torch.tensor(window, device=data.device).expand_as(box.high)
     image, whole = _share(grid, window, box.low, box.high), _share(grid, window, torch.zeros_like(ends), ends)
     inside = image >= 0.5
     filled = out + box.dark * (whole - image)  # the window's padding is 0: what it adds is the lowest intensity
     return View(torch.where(inside, filled, box.dark), mask, affine, inside)
+
+
+def _looks_inside(affine: Affine, size: Sequence[int], window: Sequence[int], box: ImageBox) -> bool:
+    """Whether all places of all views lie between voxels of the image, so that nothing else adds to them."""
+    whole, inner = torch.tensor(window), torch.tensor(size)
+    half = (affine.matrix.abs() * ((inner - 1) / 2)).sum(2) + 0.01
+    middle = (whole - 1) / 2 + affine.shift - (whole - inner) % 2 / 2
+    return bool(((middle - half >= box.low) & (middle + half <= box.high - 1)).all())
 
 
 def _share(grid: Tensor, window: Sequence[int], low: Tensor, high: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from nnssl.pretrain.data.intensity import air_threshold, body_mask, intensity_ra
 from nnssl.pretrain.data.orientation import Geometry
 from nnssl.properties import read_properties
 
-__all__ = ["CaseFormat", "CaseInfo", "CaseReader", "OpenCase", "damaged"]
+__all__ = ["CaseFormat", "CaseInfo", "CaseReader", "HeldCase", "OpenCase", "damaged"]
 
 CACHED_CASES = 2048
 """Cases of which geometry and intensity range are remembered, about 1 kB each."""
@@ -120,6 +120,33 @@ class OpenCase:
                 at[axis + 1] = slice(max(0, size - low), None)
                 body[tuple(at)] = False
         return data, body
+
+
+@dataclass(frozen=True)
+class HeldCase(OpenCase):
+    """A case in memory, for several crops of it.
+
+    Attributes:
+        body: ``(1, Z, Y, X)`` bool, of the whole case.
+    """
+
+    body: Any = None
+
+    @classmethod
+    def of(cls, case: OpenCase) -> HeldCase:
+        """Read all of it.
+
+        Raises:
+            NnsslError: the file is damaged.
+        """
+        data, body = case.read((0, 0, 0), case.array.shape[1:])
+        return cls(case.ref, data, case.info, case.masked, case.mask, body)
+
+    def read(
+        self, start: Sequence[int] | np.ndarray, window: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As of :class:`OpenCase`; windows within the image share its memory."""
+        return read_box(self.array, start, window), read_box(self.body, start, window, bool)
 
 
 def damaged(ref: CaseRef, error: Exception) -> Exception:

@@ -11,7 +11,9 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from nnssl.errors import NnsslError
-from nnssl.pretrain.data.case import CaseFormat, CaseReader, OpenCase, damaged
+from nnssl.pretrain.augment.draws import HELD_OUT_STEP, Draws
+from nnssl.pretrain.augment.spatial import reach
+from nnssl.pretrain.data.case import CaseFormat, CaseReader, HeldCase, OpenCase, damaged
 from nnssl.pretrain.data.intensity import body_mask
 from nnssl.pretrain.data.pool import CaseRef
 from nnssl.pretrain.data.reorientation import AxisTransform, Orientation
@@ -37,6 +39,8 @@ class Sample:
     Attributes:
         body_share: share of body voxels in the inner crop, or in the window where crops are cut out of it all.
         std: standard deviation of the same.
+        affine: ``(dim, dim + 1)``, the transform that the window was read for, of which it is the middle; or None.
+        trimmed: whether ``data`` is the window's first part and not its middle.
     """
 
     data: np.ndarray
@@ -50,6 +54,8 @@ class Sample:
     source: str
     body_share: float
     std: float
+    affine: np.ndarray | None = None
+    trimmed: bool = False
 
     @property
     def accepted(self) -> bool:
@@ -131,8 +137,13 @@ class CropDataset(Dataset[Sample]):
         self.seed, self.batch_size, self.stream = seed, batch_size, stream
         self.weights = _probabilities(weights, len(refs))
         self.counters = counters
+        self.move, self.trim = request.move, request.trim
+        if (self.move is not None or self.trim) and request.place != "roam":
+            raise ValueError(f"windows with place={request.place} are read whole")
         self._reader = CaseReader(form, bodies=bodies)
         self._step: tuple[int, np.ndarray] | None = None
+        self._moves: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._held: tuple[tuple[int, int], OpenCase] | None = None
 
     def case_of(self, step: int, sample: int) -> CaseRef:
         """The case that a sample shows."""
@@ -141,6 +152,33 @@ class CropDataset(Dataset[Sample]):
             cases = draw_cases(self.seed, step, self.stream, len(self.table), count, self.weights)
             self._step = (step, cases)
         return self.table[int(self._step[1][sample // self.crops_per_case])]
+
+    def _open(self, step: int, sample: int) -> OpenCase:
+        """The case of a sample; where several crops of it are wanted it is read once, unless their windows are less than that."""
+        if self.crops_per_case == 1 or self.resampled:
+            return self._reader.open(self.case_of(step, sample))
+        key = step, sample // self.crops_per_case
+        if self._held is None or self._held[0] != key:
+            case = self._reader.open(self.case_of(step, sample))
+            windows = self.crops_per_case * np.prod(np.minimum(self.window, case.array.shape[1:]))
+            self._held = key, HeldCase.of(case) if np.prod(case.array.shape[1:]) <= windows else case
+        return self._held[1]
+
+    def release(self) -> None:
+        """Forget what is held for further crops of a case."""
+        self._held = None
+
+    def _move(self, step: int, sample: int) -> tuple[np.ndarray | None, tuple[int, ...]]:
+        """The transform that the views of a sample begin with, and the window that it looks at."""
+        if self.move is None:
+            return None, self.window
+        if self._moves is None or self._moves[0] != step:
+            there = step if self.stream == TRAIN else HELD_OUT_STEP + step
+            affine = self.move.draw(Draws(self.seed, there, self.batch_size))
+            windows = reach(affine, self.move.size, self.window[-len(self.move.size) :])
+            self._moves = step, affine.rows.numpy(), windows.numpy()
+        window = tuple(self._moves[2][sample].tolist())
+        return self._moves[1][sample], (1, *window) if self.flat else window
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         """Draw a crop.
@@ -152,11 +190,12 @@ class CropDataset(Dataset[Sample]):
             NnsslError: the case's files are missing or damaged, or each place has NaN or infinite voxels.
         """
         step, sample = item
-        case = self._reader.open(self.case_of(step, sample))
+        case = self._open(step, sample)
+        affine, window = self._move(step, sample)
         rng = generator(self.seed, step, self.stream, sample)
         best: Sample | None = None
         for redrawn in range(1 if self.resampled and not self.flat else TRIES):
-            found = self._crop(case, rng)
+            found = self._crop(case, rng, affine, window)
             if found is None:
                 continue
             if found.accepted:
@@ -172,25 +211,32 @@ class CropDataset(Dataset[Sample]):
         self._count(TRIES - 1, 1)
         return best
 
-    def _crop(self, case: OpenCase, rng: np.random.Generator) -> Sample | None:
-        """One place; None where voxels are not finite."""
+    def _crop(
+        self, case: OpenCase, rng: np.random.Generator, affine: np.ndarray | None, window: Sequence[int]
+    ) -> Sample | None:
+        """One place, and the middle ``window`` of what is there; None where voxels are not finite."""
         geometry = case.info.geometry
         turn = AxisTransform() if self.orientation is None else self.orientation.turn(geometry)
         extent: Sequence[int] | np.ndarray
         if self.resampled:
             data, at, extent = self._whole(case, turn, rng)
             body = body_mask(data, case.info.threshold, case.masked)
+            first = [0] * 3
             start, shape = np.zeros(3, dtype=np.int64), tuple(self.window)
         else:
             shape = tuple(turn.shape(geometry.shape))
-            start = draw_start(rng, shape, self.window, self.inner)
-            at, extent = turn.box(start, self.window, geometry.shape)
-            data, body = case.read(at, extent)
+            begin = draw_start(rng, shape, self.window, self.inner)
+            start = begin + [(n - w) // 2 for n, w in zip(self.window, window)]
+            at, extent = turn.box(start, window, geometry.shape)
+            if self.trim:
+                start, window = self._trimmed(start, window, shape)
+            # where the inner crop begins in what is read; of a trimmed window it may lack a plane of padding
+            first = [int(b) + (w - s) // 2 - int(f) for b, w, s, f in zip(begin, self.window, self.inner, start)]
+            data, body = case.read(*turn.box(start, window, geometry.shape))
         if not np.isfinite(data.sum()) and not np.isfinite(data).all():  # a float32 sum may overflow
             return None
         data, body = turn(data), turn(body)
-        first = [(w - s) // 2 for w, s in zip(self.window, self.inner)]
-        inner = (slice(None), *[slice(f, f + s) for f, s in zip(first, self.inner)])
+        inner = (slice(None), *[slice(max(f, 0), f + s) for f, s in zip(first, self.inner)])
         share = np.count_nonzero(body[inner]) / int(np.prod(self.inner))
         along = geometry.axis_position(at, extent)
         return Sample(
@@ -204,8 +250,19 @@ class CropDataset(Dataset[Sample]):
             case=case.ref.name,
             source=case.ref.source,
             body_share=share,
-            std=float(data[inner].std()),
+            std=_std(data[inner]),
+            affine=affine,
+            trimmed=self.trim,
         )
+
+    def _trimmed(
+        self, start: np.ndarray, window: Sequence[int], shape: Sequence[int]
+    ) -> tuple[np.ndarray, tuple[int, ...]]:
+        """The part of a window that lies in the image, on axes on which that has room for the crop."""
+        low, high = np.maximum(start, 0), np.minimum(start + window, shape)
+        roomy = high - low >= self.size
+        size = np.where(roomy, high - low, window)
+        return np.where(roomy, low, start), tuple(size.tolist())
 
     def _whole(
         self, case: OpenCase, turn: AxisTransform, rng: np.random.Generator
@@ -238,11 +295,36 @@ def _probabilities(weights: Sequence[float] | np.ndarray | None, n: int) -> np.n
     return values / values.sum()
 
 
+def _std(x: np.ndarray) -> float:
+    """Standard deviation; twice as fast as NumPy's of a part of an array."""
+    flat = np.ascontiguousarray(x).ravel()
+    flat = flat - flat.mean()
+    return float(np.sqrt(flat @ flat / flat.size))
+
+
 def collate(samples: Sequence[Sample]) -> Crops:
-    """Stack samples to a batch."""
-    names = ("data", "body", "position", "axis_position", "intensity", "start", "shape")
+    """Stack samples to a batch. Windows of several sizes are laid into the largest: in its middle, trimmed ones at its start."""
+    names = ("position", "axis_position", "intensity", "shape")
+    sizes = np.asarray([s.data.shape[1:] for s in samples])
+    size, dim = sizes.max(0), sizes.shape[1]
+    lead = np.asarray([0 * (size - n) if s.trimmed else (size - n) // 2 for n, s in zip(sizes, samples)])
+    make = np.empty if (sizes == size).all() else np.zeros
+    data = make((len(samples), len(samples[0].data), *size), dtype=np.float32)
+    body = make((len(samples), 1, *size), dtype=bool)
+    for i, (sample, first, n) in enumerate(zip(samples, lead.tolist(), sizes.tolist())):
+        at = (i, slice(None), *[slice(f, f + k) for f, k in zip(first, n)])
+        data[at], body[at] = sample.data, sample.body
+    lead = np.pad(lead, ((0, 0), (3 - dim, 0)))
+    tensors = {n: torch.from_numpy(np.stack([getattr(s, n) for s in samples])) for n in names}
+    if samples[0].affine is not None:
+        tensors["affine"] = torch.from_numpy(np.stack([s.affine for s in samples]))
+    if samples[0].trimmed:
+        tensors["extent"] = torch.from_numpy(np.pad(sizes, ((0, 0), (3 - dim, 0)), constant_values=1).astype(np.int64))
     return Crops(
-        **{n: torch.from_numpy(np.stack([getattr(s, n) for s in samples])) for n in names},
+        data=torch.from_numpy(data),
+        body=torch.from_numpy(body),
+        start=torch.from_numpy(np.stack([s.start for s in samples]) - lead),
+        **tensors,
         case=[s.case for s in samples],
         source=[s.source for s in samples],
     )

@@ -105,6 +105,8 @@ class _Guarded(Dataset[Any]):
             return samples if self.companion is None else (samples, self.companion.read(items[0][0]))
         except NnsslError as error:
             return _Failure(str(error))
+        finally:
+            self.dataset.release()
 
     def collate(self, read: Any) -> Any:
         """Stack the samples of a batch, and put beside them what the companion has read."""

@@ -54,7 +54,9 @@ class AxisTransform:
         return first, extent
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Turn ``(C, *spatial)``; contiguous."""
+        """Turn ``(C, *spatial)``; contiguous, or ``x`` itself where nothing turns."""
+        if self == AxisTransform():
+            return x
         x = x.transpose(0, *(1 + a for a in self.axes))
         return np.ascontiguousarray(np.flip(x, tuple(1 + i for i, flip in enumerate(self.flips) if flip)))
 

@@ -9,14 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl.distributed import gather_with_grad, mean_over_ranks, rank
-from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment.draws import HELD_OUT_STEP, Draws
 from nnssl.pretrain.engine.place import place_shares
 from nnssl.pretrain.engine.stepping import Stepper
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import Batch, Crops
-
-HELD_OUT_STREAM = 2**40
-"""Steps from here on are those of held-out batches: no training step draws the same numbers."""
 
 
 class HeldOut:
@@ -43,7 +40,7 @@ class HeldOut:
         """The views of one batch."""
         crops = self.crops[index].to(self.device)
         first = rank() * len(crops)
-        draws = Draws(self.seed, HELD_OUT_STREAM + index, self.total, first, len(crops), self.device)
+        draws = Draws(self.seed, HELD_OUT_STEP + index, self.total, first, len(crops), self.device)
         return method.views(crops, draws)
 
     def images(self, method: Method) -> Tensor:

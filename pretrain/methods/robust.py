@@ -25,7 +25,8 @@ from nnssl.heads import standardise
 from nnssl.intensity import add_noise, bend, from_unit, to_unit
 from nnssl.networks import forward_features
 from nnssl.plans import Plan
-from nnssl.pretrain.augment import Draws, central_crop, random_affine, random_jitter
+from nnssl.pretrain.augment import Draws, central_crop, random_affine
+from nnssl.pretrain.augment.intensity import jitter_unit
 from nnssl.pretrain.geometry import choose_crop, rotation_degrees, window_for
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.registry import register
@@ -111,14 +112,14 @@ class Robust(Method):
         }
 
     def _alter(self, x: Tensor, intensity: Tensor, draws: Draws) -> Tensor:
-        c = self.config
+        c, u = self.config, to_unit(x, intensity)
         if c.gamma > 0:
-            exponent = draws.uniform(-c.gamma, c.gamma).exp()
-            x = from_unit(bend(to_unit(x, intensity), exponent, low=1e-6), intensity)
+            u = bend(u, draws.uniform(-c.gamma, c.gamma).exp(), low=1e-6)
         strength = (1.0 - c.jitter, 1.0 + c.jitter)
         sigma = (0.1, c.blur) if c.blur > 0.1 else None
         radius = max(1, round(3 * c.blur))
-        x = random_jitter(x, intensity, draws, brightness=strength, contrast=strength, sigma=sigma, radius=radius)
+        u = jitter_unit(u, draws, brightness=strength, contrast=strength, sigma=sigma, radius=radius)
+        x = from_unit(u, intensity)
         if c.noise > 0:
             x = add_noise(x, draws.uniform(0.0, c.noise), draws.noise(*x.shape[1:]))
         return x

@@ -1,13 +1,18 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.ndimage import label
 
 from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.methods.hdense.local import (
+    _look_up,
+    _order,
+    _paint_at_once,
+    _paint_blocks,
     _sources,
-    _sources_in_order,
+    _write_in_order,
     genesis_transforms,
     inpaint,
     inpaint_size_range,
@@ -93,10 +98,48 @@ def test_both_ways_to_shuffle_agree():
     g = torch.Generator().manual_seed(3)
     target, source = (torch.randint(50, (4, 120), generator=g) for _ in range(2))
     chosen = torch.tensor([True, False, True, True])
-    ways = [find(target, source, chosen, 50) for find in (_sources, _sources_in_order)]
-    assert torch.equal(*ways)
-    assert torch.equal(ways[0][1], torch.arange(50)) and not torch.equal(ways[0][0], torch.arange(50))
-    assert int(ways[0][0][target[0, -1]]) == int(source[0, -1])
+    index = _sources(target, source, chosen, 50)
+    assert torch.equal(index[1], torch.arange(50)) and not torch.equal(index[0], torch.arange(50))
+    assert int(index[0][target[0, -1]]) == int(source[0, -1])
+    image = torch.rand(4, 3, 5, 10)
+    kept = image.clone()
+    assert torch.equal(
+        _write_in_order(image, target, source, chosen),
+        image.flatten(2).gather(2, index[:, None].expand(-1, 3, -1)).view_as(image),
+    )
+    assert torch.equal(image, kept)
+
+
+@pytest.mark.parametrize("inside", [1, 2, 8, 64, 65, 300])
+def test_keys_are_sorted_as_argsort_does(inside):
+    keys = torch.stack([torch.randperm(4096)[:inside] for _ in range(50)]) / 4096
+    assert torch.equal(_order(keys), keys.argsort(1))
+
+
+@pytest.mark.parametrize("size", [(30, 40, 60), (9, 12, 16), (50, 30)])
+def test_blocks_are_painted_alike_one_by_one_and_at_once(size):
+    g = torch.Generator().manual_seed(1)
+    u = torch.full((6, 2, *size), 2.0)
+    painted = torch.arange(12) < torch.tensor([0, 1, 3, 5, 12, 7])[:, None]
+    extent, place = (torch.rand(6, 12, len(size), generator=g) for _ in range(2))
+    ways = [
+        paint(u, painted, extent, place, [torch.Generator().manual_seed(i) for i in range(6)])
+        for paint in (_paint_blocks, _paint_at_once)
+    ]
+    assert torch.equal(*[way == 2 for way in ways])
+    assert torch.equal(ways[0][0], u[0]) and bool((ways[0][4] != 2).any())
+    noise = ways[0][(ways[0] != 2)]
+    assert noise.min() >= 0 and noise.max() < 1 and abs(noise.mean() - 0.5) < 0.02 and abs(noise.var() - 1 / 12) < 0.01
+    assert not torch.equal(ways[0][4, 0], ways[0][4, 1])
+
+
+def test_intensities_are_looked_up_between_the_values_of_the_table():
+    table = torch.rand(2048).cumsum(0) / 1100
+    u = torch.cat([torch.rand(100_000), torch.tensor([-0.5, 0.0, 1.0, 1.5])])
+    mapped = u.clone()
+    _look_up(mapped, table)
+    expected = np.interp(u.clamp(0, 1).double().numpy(), np.linspace(0, 1, 2048), table.double().numpy())
+    np.testing.assert_allclose(mapped.numpy(), expected, atol=1e-4 * float(table.max()))
 
 
 def test_probability_zero_is_the_identity():

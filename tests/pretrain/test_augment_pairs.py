@@ -144,3 +144,24 @@ def test_a_place_between_two_by_hand():
     first, last = torch.tensor([2, 2, 2, 2, 2, 7]), torch.tensor([5, 5, 5, 5, 5, 3])
     share = torch.tensor([0.0, 0.24, 0.26, 0.76, 1.0, 0.9])
     assert _between(first, last, share).tolist() == [2, 2, 3, 5, 5, 7]
+
+
+@pytest.mark.parametrize("filled", [0.9, 0.5, 0.15])
+def test_voxels_are_a_uniform_sample_without_replacement(filled):
+    """Drawn one by one where there are many, else from all of them: each as often as the others, and none twice."""
+    from nnssl.pretrain.augment.pairs import _some_of
+
+    box = torch.rand(5, 8, 10, generator=torch.Generator().manual_seed(2)) < filled
+    n, rounds = 5, 4000
+    counts, first = torch.zeros(box.shape), torch.zeros(box.shape)
+    for seed in range(rounds):
+        found = _some_of(box, n, torch.Generator().manual_seed(seed))
+        assert len(found) == n == len(set(map(tuple, found.tolist())))
+        counts[tuple(found.T)] += 1
+        first[tuple(found[0])] += 1
+    assert counts[~box].sum() == 0
+    mean = rounds * n / int(box.sum())
+    for seen, expected in ((counts, mean), (first, mean / n)):
+        chi = float(((seen[box] - expected) ** 2 / expected).sum()) / int(box.sum())
+        assert 0.5 < chi < 1.6, chi
+    assert len(_some_of(torch.ones(2, 2, dtype=torch.bool), n, torch.Generator())) == 4

@@ -47,7 +47,7 @@ def crops_of(method, n, seed=0):
 
 
 def one_step(method, module, first, n, total):
-    crops = Crops(**{k: v[first : first + n] for k, v in vars(crops_of(method, total)).items()})
+    crops = crops_of(method, total).part(first, n)
     with torch.no_grad():
         batch = method.views(crops, Draws(0, 3, total, first, n))
     terms = module(batch)

@@ -157,12 +157,13 @@ class HDense(Method):
             batch_size=batch,
             min_batch=1,
             body=True,
+            trim=True,
             explanation=f"{why} The batch counts pairs of such crops, {config.pairs_per_volume} of each case (pairs_per_volume).",
         )
 
     def views(self, crops: Crops, draws: Draws) -> Batch:
         """Cut a pair of overlapping crops out of each window and corrupt them; see :meth:`loss` for shapes."""
-        low, high = image_bounds(crops.data, crops.start, crops.shape)
+        low, high = image_bounds(crops.data, crops.start, crops.shape, crops.extent)
         options = {"n": self.config.n_voxels, "min_overlap": self.config.min_overlap}
         pairs = draw_pairs(crops.body, self.request.size, draws, low=low, high=high, **options)
         bounds = unit_range(self.plan, crops.intensity)

@@ -11,6 +11,7 @@ What differs from the public code, and why, is in docs/methods/mae.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ from nnssl.plans import Plan
 from nnssl.pretrain import geometry
 from nnssl.pretrain.augment.box import image_box
 from nnssl.pretrain.augment.draws import Draws
-from nnssl.pretrain.augment.spatial import cut_out, random_affine
+from nnssl.pretrain.augment.spatial import Affine, AffineRange, apply_affine, cut_out
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.mae.masked import PRIMUS_CLIP, check_options, make_optimiser, uses_adamw
 from nnssl.pretrain.methods.registry import register
@@ -77,6 +78,18 @@ class MAEConfig(MaskedConfig):
     rotation: float = option(30.0, "largest rotation, degrees", low=0.0, high=180.0)
     min_scale: float = option(0.8, "smallest magnification", low=0.2, high=1.0)
     max_scale: float = option(1.25, "largest magnification", low=1.0, high=5.0)
+
+
+def movement(plan: Plan, config: MAEConfig, size: Sequence[int]) -> AffineRange:
+    """What the crops' turns, scalings and flips are drawn from."""
+    return AffineRange(
+        tuple(size),
+        plan.spacing,
+        geometry.rotation_degrees(plan.spacing, config.rotation),
+        (config.min_scale, config.max_scale),
+        tuple(range(len(size))) if config.mirror else (),
+        config.augment_p,
+    )
 
 
 @register("mae", config=MAEConfig)
@@ -133,10 +146,10 @@ class MAE(Method):
                 plan.patch_size, median, plan.total_stride, compare=False, size=size, what="the network"
             )
         block = masking.choose_block(size, plan.cumulative_strides, block=config.block)
-        window = size
+        window, move = size, None
         if config.augment_p > 0:
-            rotation = geometry.rotation_degrees(plan.spacing, config.rotation)
-            wanted = geometry.window_for(size, plan.spacing, rotation=rotation, min_scale=config.min_scale)
+            move = movement(plan, config, size)
+            wanted = geometry.window_for(size, plan.spacing, rotation=move.rotation, min_scale=config.min_scale)
             room = [
                 max(0, m - n) for m, n in zip(stats.median_shape[-plan.dim :], size)
             ]  # beyond it lies mostly padding
@@ -149,6 +162,7 @@ class MAE(Method):
             min_batch=1,
             explanation=why,
             body=config.region == "body",
+            move=move,
         )
 
     def views(self, crops: Crops, draws: Draws) -> Batch:
@@ -156,17 +170,10 @@ class MAE(Method):
         c, size = self.config, self.request.size
         source = {"body": crops.body if c.region == "body" else None, "box": image_box(crops)}
         if c.augment_p > 0 or c.mirror:
-            view = random_affine(
-                crops.data,
-                draws,
-                size,
-                self.plan.spacing,
-                rotation=geometry.rotation_degrees(self.plan.spacing, c.rotation),
-                scale=(c.min_scale, c.max_scale),
-                mirror_axes=range(len(size)) if c.mirror else (),
-                p=c.augment_p,
-                **source,
-            )
+            affine = movement(self.plan, c, size).draw(draws)
+            if crops.affine is not None:  # the same, and what was read
+                affine = Affine.from_rows(crops.affine)
+            view = apply_affine(crops.data, affine, size, **source)
         else:
             view = cut_out(crops.data, size, **source)
         valid = view.inside if view.body is None else view.body

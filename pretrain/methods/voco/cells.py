@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nnssl.intensity import add_noise, bend, from_unit, gaussian_blur, resample, to_unit, where_chosen
 from nnssl.losses.overlap import base_crops, overlap_labels
+from nnssl.pretrain.augment.box import outer
 from nnssl.pretrain.augment.draws import Draws
 
 TRIES = 16
@@ -32,13 +33,11 @@ def inside_image(start: Tensor, shape: Tensor, window: Sequence[int]) -> Tensor:
         shape: ``(B, 3)`` voxels of the images.
         window: voxels per axis.
     """
-    dim = len(window)
-    inside = torch.ones(len(start), 1, *window, dtype=torch.bool, device=start.device)
+    dim, lines = len(window), []
     for axis, n in enumerate(window):
         place = start[:, 3 - dim + axis, None] + torch.arange(n, device=start.device)
-        line = (place >= 0) & (place < shape[:, 3 - dim + axis, None])
-        inside &= line.view(len(start), 1, *[n if a == axis else 1 for a in range(dim)])
-    return inside
+        lines.append((place >= 0) & (place < shape[:, 3 - dim + axis, None]))
+    return outer(lines)
 
 
 def usable_cells(windows: Tensor, inside: Tensor, body: Tensor, grid: Sequence[int]) -> Tensor:
@@ -53,9 +52,12 @@ def usable_cells(windows: Tensor, inside: Tensor, body: Tensor, grid: Sequence[i
         ``(B, n)`` bool.
     """
     base = base_crops(windows, grid).flatten(3)
-    spread = (base.amax(3) - base.amin(3)).amax(2)
-    seen = base_crops(inside.float(), grid).flatten(2).mean(2)
-    tissue = base_crops((body & inside).float(), grid).flatten(2).mean(2)
+    low, high = base.aminmax(dim=3)
+    spread = (high - low).amax(2)
+    # a matrix product adds bytes up as fast as they are read
+    masks = torch.cat([inside, body & inside], 1)
+    cells = base_crops(masks, grid).flatten(3).to(windows.dtype)
+    seen, tissue = (cells @ cells.new_ones(cells.shape[3]) / cells.shape[3]).unbind(2)
     return (seen >= LEAST_INSIDE) & (tissue >= LEAST_BODY) & (spread > 1e-6)
 
 
@@ -88,7 +90,15 @@ def draw_offsets(
 
 
 def augment_crops(
-    x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: float, rot90: float, intensity: float
+    x: Tensor,
+    bounds: Tensor,
+    draws: Draws,
+    spacing: Sequence[float],
+    *,
+    mirror: float,
+    rot90: float,
+    intensity: float,
+    own: bool = False,
 ) -> Tensor:
     """Change each crop by itself, after it was cut: where it lies stays true.
 
@@ -100,32 +110,35 @@ def augment_crops(
         mirror: probability of a flip, per axis.
         rot90: probability of a quarter turn (or two or three) in a plane, see :func:`flip_and_turn`.
         intensity: probability of each change of :func:`augment_intensity`.
+        own: ``x`` may be changed in place.
 
     Returns:
         The same shape; ``x`` itself where nothing changes.
     """
-    x = flip_and_turn(x, draws, spacing, mirror=mirror, rot90=rot90)
+    x = flip_and_turn(x, draws, spacing, mirror=mirror, rot90=rot90, own=own)
     return augment_intensity(x, bounds, draws, spacing, p=intensity) if intensity > 0 else x
 
 
-def flip_and_turn(x: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: float, rot90: float) -> Tensor:
+def flip_and_turn(
+    x: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: float, rot90: float, own: bool = False
+) -> Tensor:
     """Flip every axis, and turn in the last plane of axes whose spacings and sizes are equal (none: no turn).
 
     Args:
         x: ``(B, K, C, *size)``.
-        draws, spacing, mirror, rot90: see :func:`augment_crops`.
+        draws, spacing, mirror, rot90, own: see :func:`augment_crops`.
     """
     k, size, shape = x.shape[1], x.shape[3:], x.shape
-    x = x.flatten(0, 1)
+    x = x.flatten(0, 1) if own or (mirror <= 0 and rot90 <= 0) else x.flatten(0, 1).clone()
     for axis in range(len(size)):
         flipped = draws.chance(mirror, k).flatten()
-        x = where_chosen(x, flipped, lambda rows, x=x, axis=2 + axis: x[rows].flip(axis))
+        x = where_chosen(x, flipped, lambda rows, x=x, axis=2 + axis: x[rows].flip(axis), own=True)
     turned, quarters = draws.chance(rot90, k).flatten(), draws.integers(1, 4, k).flatten()
     planes = [(a, b) for b in range(len(size)) for a in range(b) if size[a] == size[b] and spacing[a] == spacing[b]]
     if planes and rot90 > 0:
-        axes, still = [2 + a for a in planes[-1]], x
-        for n in (1, 2, 3):
-            x = where_chosen(x, turned & (quarters == n), lambda rows, n=n: still[rows].rot90(n, axes))
+        axes = [2 + a for a in planes[-1]]
+        for n in (1, 2, 3):  # no crop is chosen twice
+            x = where_chosen(x, turned & (quarters == n), lambda rows, x=x, n=n: x[rows].rot90(n, axes), own=True)
     return x.view(shape)
 
 
@@ -136,24 +149,32 @@ def augment_intensity(x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence
         x: ``(B, K, C, *size)``.
         bounds, draws, spacing: see :func:`augment_crops`.
         p: probability of each.
+
+    Returns:
+        A new tensor.
     """
     k, size, shape = x.shape[1], x.shape[3:], x.shape
     flat, fine = x.flatten(0, 1), [s < _COARSE * min(spacing) for s in spacing]
 
     gamma, exponent = draws.chance(p, k), draws.uniform(math.log(0.7), math.log(1.5), k).exp()
     u, exponent = to_unit(flat, bounds.repeat_interleave(k, 0)), exponent.flatten()
-    u = where_chosen(u, gamma.flatten(), lambda rows: bend(u[rows], exponent[rows], floor=1e-6))
+    u = where_chosen(u, gamma.flatten(), lambda rows: bend(u[rows], exponent[rows], floor=1e-6), own=True)
 
     blurred, sigma = draws.chance(p, k), draws.uniform(0.5, 1.0, k).flatten()
     relative = torch.tensor([min(spacing) / s if f else 0.0 for s, f in zip(spacing, fine)], device=x.device)
     sigma = sigma[:, None] * relative
-    u = where_chosen(u, blurred.flatten(), lambda rows: gaussian_blur(u[rows], sigma[rows], radius=3))
+    u = where_chosen(u, blurred.flatten(), lambda rows: gaussian_blur(u[rows], sigma[rows], radius=3), own=True)
 
     coarse = draws.chance(p, k)
     half = [n // 2 if f and n > 3 else n for n, f in zip(size, fine)]
     if half != list(size):
-        u = where_chosen(u, coarse.flatten(), lambda rows: resample(u[rows], half))
+        u = where_chosen(u, coarse.flatten(), lambda rows: resample(u[rows], half), own=True)
 
     noisy, sd = draws.chance(p, k), draws.uniform(0.0, 0.05, k)  # of the range, that is up to 0.2 standard deviations
-    u = add_noise(u, torch.where(noisy, sd, 0.0).flatten(), draws.noise(*shape[1:]).flatten(0, 1))
+    if u.device.type == "cpu":  # a field for those crops that get noise
+        for volume, on, strength, g in zip(u.view(shape), noisy, sd, draws.generators()):
+            for i in torch.nonzero(on)[:, 0].tolist():
+                volume[i].add_(torch.randn(shape[2:], generator=g), alpha=float(strength[i]))
+    else:
+        u = add_noise(u, torch.where(noisy, sd, 0.0).flatten(), draws.noise(*shape[1:]).flatten(0, 1))
     return from_unit(u, bounds.repeat_interleave(k, 0)).view(shape)

@@ -172,7 +172,7 @@ class VoCo(Method):
         usable = usable & ((usable.sum(1) >= FEWEST_CELLS) & finite)[:, None]
         offset, overlap, found = draw_offsets(draws, self.size, self.grid, c.random_crops, usable)
         random = torch.stack([cut(windows, o, self.size) for o in offset.unbind(1)], 1)
-        x = torch.cat([base_crops(windows, self.grid), random], 1)
+        x = torch.cat([base_crops(windows, self.grid), random], 1)  # a copy, which may be changed
         batch = {
             "overlap": overlap,
             "base": usable,
@@ -183,7 +183,7 @@ class VoCo(Method):
         }
         if not self.training:
             return {"crops": x, **batch}
-        alter = {"mirror": c.mirror, "rot90": c.rot90, "intensity": c.intensity}
+        alter = {"mirror": c.mirror, "rot90": c.rot90, "intensity": c.intensity, "own": True}
         if c.feature_dropout > 0:
             shape = (x.shape[1], 1 if c.drop_rows else self.width)
             kept = [torch.rand(shape, generator=g, device=g.device) >= c.feature_dropout for g in draws.generators()]
@@ -199,8 +199,10 @@ class VoCo(Method):
         inside = inside_image(crops.start, shape, crops.data.shape[2:])
         if all(self.plan.config.use_mask_for_norm):  # there nnU-Net itself puts 0 around the patient
             lowest = torch.zeros_like(lowest)
-        finite = torch.isfinite(crops.data).flatten(1).all(1)
-        data = crops.data.nan_to_num(0.0, 0.0, 0.0)
+        data, finite = crops.data, torch.isfinite(crops.data.flatten(1).sum(1))
+        if data.device.type != "cpu" or not finite.all():  # a sum may overflow
+            finite = torch.isfinite(data).flatten(1).all(1)
+            data = data.nan_to_num(0.0, 0.0, 0.0)
         lowest = lowest.to(data.dtype).view(*lowest.shape, *[1] * self.plan.dim)
         return torch.where(inside, data, lowest), inside, finite
 
