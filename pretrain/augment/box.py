@@ -28,7 +28,7 @@ class ImageBox:
     high: Tensor
     lowest: Tensor
 
-    def __getitem__(self, rows: Tensor) -> ImageBox:
+    def __getitem__(self, rows: Tensor | slice) -> ImageBox:
         """Those of some of the windows."""
         return ImageBox(self.low[rows], self.high[rows], self.lowest[rows])
 
