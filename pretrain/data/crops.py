@@ -312,12 +312,13 @@ def collate(samples: Sequence[Sample]) -> Crops:
     data = make((len(samples), len(samples[0].data), *size), dtype=np.float32)
     body = make((len(samples), 1, *size), dtype=bool)
     for i, (sample, first, n) in enumerate(zip(samples, lead.tolist(), sizes.tolist())):
-        at = (i, slice(None), *[slice(f, f + k) for f, k in zip(first, n)])
-        data[at], body[at] = sample.data, sample.body
+        at = (slice(None), *[slice(f, f + k) for f, k in zip(first, n)])
+        data[i][at], body[i][at] = sample.data, sample.body
     lead = np.pad(lead, ((0, 0), (3 - dim, 0)))
     tensors = {n: torch.from_numpy(np.stack([getattr(s, n) for s in samples])) for n in names}
-    if samples[0].affine is not None:
-        tensors["affine"] = torch.from_numpy(np.stack([s.affine for s in samples]))
+    moves = [s.affine for s in samples if s.affine is not None]
+    if moves:
+        tensors["affine"] = torch.from_numpy(np.stack(moves))
     if samples[0].trimmed:
         tensors["extent"] = torch.from_numpy(np.pad(sizes, ((0, 0), (3 - dim, 0)), constant_values=1).astype(np.int64))
     return Crops(
