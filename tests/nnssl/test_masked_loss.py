@@ -98,3 +98,6 @@ def test_block_statistics():
     air = 0.01 * torch.randn(1, 1, 8, 8, 8)
     mean, sd = block_statistics(air, torch.ones(1, 1, 8, 8, 8, dtype=torch.bool), (4, 4, 4))
     assert ((air - mean) / sd).std() < 0.25  # noise of air stays small
+    flat = torch.full((1, 1, 8, 8, 8), 7.0)  # without any noise a twentieth of the image's deviation is left
+    mean, sd = block_statistics(flat, torch.ones_like(flat, dtype=torch.bool), (4, 4, 4))
+    torch.testing.assert_close((mean, sd), (flat, torch.full_like(flat, 0.05)))

@@ -53,7 +53,11 @@ def test_small_crops_get_smaller_blocks_and_what_does_not_fit_is_refused():
     assert choose_block((8, 4, 4), ISO[:4]) == (1, 1, 1)
     assert choose_block((4, 2, 2), ISO[:3]) == (1, 1, 1)
     assert choose_block((8, 8, 8), cumulative((2, 2, 2), (2, 2, 2))) == (2, 2, 2)
+    assert choose_block((16, 16, 16), cumulative((2, 2, 2), (2, 2, 2))) == (2, 2, 2)  # the last stage is never taken
+    assert choose_block((4, 2), [(2, 2), (4, 4)]) == (2, 2)  # two blocks are enough
     assert choose_block((20, 30, 40), ISO, block=(5, 6, 8)) == (5, 6, 8)
+    assert choose_block((20, 30, 40), ISO, block=(1, 6, 8)) == (1, 6, 8)
+    assert choose_block((16, 16, 16), ISO, block=(8, 16, 16)) == (8, 16, 16)
     for block in ((3, 4, 4), (16, 16, 16), (4, 4), (0, 4, 4)):
         with pytest.raises(NnsslError, match="1x1x1, 2x2x2, 4x4x4, 8x8x8"):
             choose_block((16, 16, 16), ISO, block=block)
@@ -307,3 +311,15 @@ def test_the_picture_of_an_image_without_contrast_or_without_hidden_pixels():
     panel = picture.masked_panel(image, image + 1, mask, torch.ones_like(mask))
     assert all(np.isfinite(c).all() and c.min() >= 0 and c.max() <= 1 for c in panel.columns.values())
     assert panel.tags[picture.PAINTED] == ["mean error 100% of the range", "mean error 0% of the range"]
+
+
+def test_each_picture_has_its_own_scale_without_the_outermost_of_a_thousand_pixels():
+    """Of 0 to 999 the 0.5th percentile is 4.995, the 99.5th 994.005; an image of a tiny range looks the same."""
+    ramp, mask = torch.arange(1000.0).view(1, 1, 20, 50), torch.zeros(1, 1, 20, 50, dtype=torch.bool)
+    mask[0, 0, 10, 0] = True  # a tenth of the range too bright
+    width = 994.005 - 4.995
+    for scale in (1.0, 2e-8):
+        panel = picture.masked_panel(ramp * scale, (ramp + 0.1 * width) * scale, mask, torch.ones_like(mask))
+        expected = np.clip((np.arange(1000) - 4.995) / width, 0, 1)
+        np.testing.assert_allclose(panel.columns[picture.REAL][0].ravel(), expected, atol=1e-5)
+        assert panel.tags[picture.PAINTED] == ["mean error 10% of the range"]
