@@ -113,7 +113,12 @@ def unknown_keys(given: Iterable[str], known: Iterable[str], where: str = "", wh
     """One sentence for each key that is not known, with the nearest one that is."""
     names = sorted(known)
     listed = f" There are: {', '.join(names)}" if what == "key" else ""
-    return [f"{where}unknown {what} '{k}'.{did_you_mean(k, names)}{listed}" for k in map(str, given) if k not in names]
+    unknown = [k for k in map(str, given) if k not in names]
+    cut = [k for k in unknown if k.isdecimal()] if what == "key" else []
+    told = [f"{where}unknown {what} '{k}'.{did_you_mean(k, names)}{listed}" for k in unknown if k not in cut]
+    if cut:  # {features: 8,16,32} is the number 8 and two more keys in YAML
+        told.append(f"{where}{', '.join(cut)}: between braces a list has brackets, such as {{features: [8, 16, 32]}}")
+    return told
 
 
 def _wanted(cls: type) -> dict[str, tuple[Any, Wanted]]:
@@ -270,6 +275,8 @@ def describe_options(cls: type) -> list[tuple[str, str, str, str]]:
     for f in fields(cls):
         default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc, operator]
         text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        if isinstance(default, float) and len(text) > 8:
+            text = f"{default:.4g}"
         rows.append((f.name, "auto" if default is None else text, _range(f), f.metadata.get("help", "")))
     return rows
 

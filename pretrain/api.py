@@ -43,6 +43,7 @@ from nnssl.pretrain.types import CropRequest
 from nnssl.results import CONFIG, output_folder
 from nnssl.variables import variables
 from nnssl.weights import check_loadable
+from nnssl.weights.continuing import further
 from nnssl.words import counted, size_text
 
 log = logging.getLogger("nnssl")
@@ -244,7 +245,7 @@ def _execute(
     resuming = folder.check_resume(who, continue_run=continue_run)
     before = finished_before(folder.final, spec.steps) if resuming else None
     if before is not None:
-        log.info("This run is finished: %s", folder.final)
+        log.info("This run is finished: %s. More --epochs than its %d lengthen it.", folder.final, spec.epochs)
         learnt, sentence = before.verdict or (True, "The run was finished before.")
         return RunResult(path, folder.final, True, learnt, sentence, {})
     state = load_state(folder, who) if resuming else None
@@ -393,5 +394,8 @@ def _tell(spec: RunSpec, outcome: Outcome) -> None:
         return
     log.info("%s", outcome.sentence)
     log.info("Weights: %s", spec.folder.final)
+    command = (spec.folder.saved_config() or {}).get("command")
+    if not outcome.learnt and command and not spec.identity.get("omni"):
+        log.info("Before these are used, train longer, for example:\n  %s", further(command, 2 * spec.epochs))
     for line in next_lines(spec.plan, spec.folder.final):
         log.info("%s", line)

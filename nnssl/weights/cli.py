@@ -87,7 +87,7 @@ def info_parser() -> CommandParser:
     p.add_argument(
         "file",
         metavar="FILE",
-        help="a checkpoint of nnssl, MIC-DKFZ's nnssl, nnU-Net or others, or a safetensors file",
+        help="a checkpoint of nnssl, MIC-DKFZ's nnssl, nnU-Net or others, a safetensors file, or the folder of a run",
     )
     how = p.group("how")
     how.add_argument("--json", action="store_true", help="as JSON, for programs")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nnssl.errors import NnsslError
 from nnssl.files import sha256_of
+from nnssl.results import FINAL, LATEST
 from nnssl.weights.architecture import inferred, told_architecture
 from nnssl.weights.compare import second_stage, trained_on
+from nnssl.weights.continuing import has_state, how_to_continue
 from nnssl.weights.formats import one_name_each
 from nnssl.weights.layout import describe as network_kind
 from nnssl.weights.layout import dimensions, n_stages, stem_channels, widths
@@ -22,6 +25,10 @@ from nnssl.weights.parts import part_names, part_of
 from nnssl.words import size_text
 
 _LENGTHS = {"current_epoch": "epochs", "epoch": "epochs", "global_step": "steps"}
+_LABELS = {"upstream_can_read_it": "MIC-DKFZ's nnssl reads it", "bytes": "size", "config": "options"}
+"""What a person reads where the key does not say it."""
+_FEW = 8
+"""Entries of a list of hashes that a person is shown; of more of them their number."""
 _ORIGINS = {
     "nnssl": "pretraining of nnssl",
     "nnssl-mic": "pretraining of MIC-DKFZ's nnssl",
@@ -37,13 +44,14 @@ def describe(
     """Everything that a checkpoint says about itself, as plain values; absent things are left out.
 
     Args:
-        path: a checkpoint of nnssl, MIC-DKFZ's nnssl or nnU-Net, a safetensors file, or a file of others.
+        path: a checkpoint of nnssl, MIC-DKFZ's nnssl or nnU-Net, a safetensors file, a file of others, or the folder of a run.
         trusted: let the file run code while it is read; only for files of a known origin.
         key, prefix: where the weights lie in a file of others, see :func:`nnssl.checkpoint.load`.
 
     Raises:
         NnsslError: as :func:`nnssl.weights.load`.
     """
+    path = _file_of(path)
     checkpoint = load(path, trusted=trusted, key=key, prefix=prefix, any_network=True)
     content, ours = checkpoint.content, checkpoint.nnssl
     tuned = content.get("nnssl_finetuning")
@@ -75,13 +83,25 @@ def describe(
         "started_from": ours.get("started_from"),
         "versions": ours.get("versions"),
         "citations": [text for entry in checkpoint.citations for text in entry.get("apa_citations", ())],
-        "can_be_continued": checkpoint.training is not None or "optimizer_state" in content,
+        "can_be_continued": has_state(checkpoint),
+        "how_to_continue": how_to_continue(checkpoint),
         "upstream_can_read_it": checkpoint.adaptation_plan is not None,
     }
     if ours.get("plan") is None:
         found |= trained_on(checkpoint)
     kept = {key: numbers(value) for key, value in found.items() if value is not None}
     return {key: value for key, value in kept.items() if value not in ([], {})}
+
+
+def _file_of(path: str | os.PathLike[str]) -> Path:
+    """The file that is meant by the folder of a run: its end, or where it is now."""
+    given = Path(path)
+    if not given.is_dir():
+        return given
+    found = [given / name for name in (FINAL, LATEST) if (given / name).is_file()]
+    if not found:
+        raise NnsslError(f"{given} is a folder without {FINAL} or {LATEST}. Name the file itself.")
+    return found[0]
 
 
 def _verdict(checkpoint: Checkpoint) -> str | None:
@@ -140,11 +160,19 @@ def _network(checkpoint: Checkpoint) -> dict[str, Any]:
 def as_text(found: Mapping[str, Any]) -> str:
     """The same for a person: one line for each thing, entries of entries indented."""
     lines: list[str] = []
+    how = str(found.get("how_to_continue", ""))
     for key, value in found.items():
-        label = key.replace("_", " ")
-        if isinstance(value, Mapping):
+        label = _LABELS.get(key, key.replace("_", " "))
+        if key == "how_to_continue":
+            continue
+        if key == "can_be_continued" and how:
+            lines.append(f"{label:<26} {_short(value)}: {how}".replace("\n", "\n  "))
+        elif key == "bytes":
+            lines.append(f"{label:<26} {value:,} bytes")
+        elif isinstance(value, Mapping):
             lines.append(f"{label}:")
-            lines += [f"  {k.replace('_', ' '):<24} {_short(v)}" for k, v in value.items()]
+            names = {k: k if key == "config" else k.replace("_", " ") for k in value}  # options as they are typed
+            lines += [f"  {names[k]:<24} {_short(v, hashes=k == 'case_hashes')}" for k, v in value.items()]
         elif key in ("citations", "read_as"):
             lines.append(f"{label}:")
             lines += [f"  - {text}" for text in value]
@@ -153,9 +181,15 @@ def as_text(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, hashes: bool = False) -> str:
+    if value is None:
+        return "auto"  # of an option: chosen by the method
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if hashes and len(value) > _FEW:
+        return f"{len(value):,} (--json lists them)"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, Mapping):
@@ -165,6 +199,6 @@ def _short(value: Any) -> str:
         return (
             ", ".join(size_text(v) if isinstance(v, (list, tuple)) else f"{v}" for v in value)
             if nested
-            else (", ".join(map(str, value)))
+            else ", ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in value)
         )
     return str(value)

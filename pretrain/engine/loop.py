@@ -101,7 +101,7 @@ class Outcome:
         finished: False where a signal ended it early; ``--c`` continues it.
         signal: its number; 0 where none ended the run.
         learnt: the method's own verdict on held-out crops.
-        sentence: the verdict for a person.
+        sentence: the verdict for a person, and on lines of their own what else was measured.
         first, last: held-out terms before the first step and at the end (training terms where nothing is held out).
     """
 
@@ -402,8 +402,9 @@ class Engine:
             return Outcome(finished, False, "The run has not ended yet.", first, last, self.log.history)
         learnt, sentence = self.verdict["learnt"], self.verdict["sentence"]
         place, risen = place_sentence(first, last)
-        sentence += f" {place}" if place else ""
         if risen:
             log.warning("%s See docs/methods/README.md.", place)
         closing = [s for s in (h.finish(self) for h in self.spec.hooks) if s]
-        return Outcome(True, learnt, " ".join([sentence, *closing]), first, last, self.log.history)
+        return Outcome(
+            True, learnt, "\n".join(s for s in (sentence, place, *closing) if s), first, last, self.log.history
+        )

@@ -18,6 +18,7 @@ from nnssl.weights import FORMATS, apply, build_payload, convert, describe, fing
 from nnssl.weights.architecture import architecture_of, build, preset
 from nnssl.weights.cli import convert_main, info_main
 from nnssl.weights.formats import one_name_each
+from nnssl.weights.info import as_text
 
 STRIDES = ((1, 1, 1), (1, 2, 2), (2, 2, 2))
 
@@ -344,3 +345,64 @@ def test_help(command, capsys):
         command(["--help"])
     assert caught.value.code == 0 and "--trust" in capsys.readouterr().out
     assert set(FORMATS) == {"nnssl", "upstream", "nnunet", "safetensors"}
+
+
+def run_of(folder, steps=20, of=20, epochs=2, **identity):
+    """The folder of a run that ended (or was stopped) at a step: both checkpoints and what it wrote down of itself."""
+    folder.mkdir(exist_ok=True)
+    content = torch.load(identity.pop("start"), weights_only=True)
+    content["nnssl"] |= {"step": steps, "steps": of}
+    torch.save(content | {"nnssl_training": {"step": steps}}, folder / "checkpoint_latest.pth")
+    content.pop("nnssl_training", None)
+    torch.save(content, folder / "checkpoint_final.pth")
+    command = "nnssl_pretrain -d 500 -m macl -t 501 --epochs 2 -device cpu"
+    told = {"method": content["nnssl"]["method"], "command": command, "identity": {"epochs": epochs, **identity}}
+    (folder / "config.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_info_of_a_run_says_how_it_goes_on(ours, tmp_path, capsys):
+    run = run_of(tmp_path / "run", start=ours)
+    longer = "nnssl_pretrain -d 500 -m macl -t 501 -device cpu --c --epochs 4"
+    final, latest = (describe(run / f"checkpoint_{name}.pth") for name in ("final", "latest"))
+    assert not final["can_be_continued"] and "holds the weights alone" in final["how_to_continue"]
+    assert "checkpoint_latest.pth beside it holds both" in final["how_to_continue"]
+    assert latest["can_be_continued"] and "reached its end after 2 epochs" in latest["how_to_continue"]
+    assert [found["how_to_continue"].splitlines()[-1] for found in (final, latest)] == [longer, longer]
+    assert info_main([str(run)]) == 0, "the folder of a run is its end"
+    out = capsys.readouterr().out
+    assert (
+        "can be continued           no: this file" in out and f"\n  {longer}\n" in out and "how to continue" not in out
+    )
+
+    from nnssl.pretrain.cli import parser
+
+    parser().parse_args(longer.split()[1:])  # what is told can be typed
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        ({"steps": 10}, "to go on:\nnnssl_pretrain -d 500 -m macl -t 501 -device cpu --c"),
+        ({"omni": {"switch": 0.3}}, "and one with --labelled cannot be lengthened"),
+    ],
+)
+def test_info_of_runs_that_cannot_be_lengthened(ours, tmp_path, made, told):
+    run = run_of(tmp_path / "run", start=ours, **made)
+    assert describe(run / "checkpoint_latest.pth")["how_to_continue"].endswith(told)
+
+
+def test_info_of_weights_that_lie_alone(ours, tmp_path):
+    run = run_of(tmp_path / "run", start=ours)
+    (run / "checkpoint_latest.pth").unlink()
+    assert describe(run)["how_to_continue"].endswith(f"nnssl_pretrain ... --init {run / 'checkpoint_final.pth'}")
+    (run / "checkpoint_final.pth").unlink()
+    with pytest.raises(NnsslError, match="folder without checkpoint_final.pth or checkpoint_latest.pth"):
+        describe(run)
+
+
+def test_info_for_a_person_is_short():
+    hashes = [f"{i:016x}" for i in range(40)]
+    text = as_text({"bytes": 1234567, "config": {"mask_ratio": 0.75, "lr": None}, "data": {"case_hashes": hashes}})
+    assert "1,234,567 bytes" in text and "  mask_ratio " in text and "auto" in text and "None" not in text
+    assert "40 (--json lists them)" in text and hashes[3] not in text

@@ -97,6 +97,10 @@ def test_settings_share_the_rest_of_the_file(tmp_path):
         ("splits: $NOT_SET_ANYWHERE/a.json", "names a variable that is not set"),
         ("dataset:", "'dataset' is missing"),
         ("settings: 3", "settings: a list is wanted"),
+        (
+            "network: {features: 8,16,32}",
+            r"network: 16, 32: between braces a list has brackets, such as {features: \[8, 16, 32\]}",
+        ),
         ("settings: [{titel: 3}]", "settings, number 1: unknown key 'titel'"),
     ],
 )

@@ -210,6 +210,8 @@ def test_the_verdict_is_stored_shown_and_warned_of(dataset, tmp_path, capsys, ca
     assert info_main([str(result.checkpoint)]) == 0
     out = capsys.readouterr().out
     assert "did not learn" in out and "1 of 1 steps" in out and "Dataset901_Tiny" in out
+    longer = caplog.text.partition("Before these are used, train longer, for example:\n  ")[2].splitlines()[0]
+    assert longer.endswith(" --c --epochs 2") and longer in out, "the run and nnssl_info say the same"
     caplog.clear()
     assert plan_main(["-d", "901", "--checkpoint", str(result.checkpoint), "--epochs", "1", "--name", "bad"]) == 0
     assert "WARNING, the pretraining's own verdict: " in caplog.text
