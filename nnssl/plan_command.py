@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -12,12 +13,13 @@ from nnssl.command import run_command
 from nnssl.errors import NnsslError, UsageError
 from nnssl.files import write_json
 from nnssl.grammar import CommandParser, pair, whole_numbers
-from nnssl.paths import encode_path, preprocessed_folder
+from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import dataset_id, resolve_dataset
-from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, FineTuningConfig, spelt, trainer_for
+from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, MEAN_TEACHER, TEACHER, FineTuningConfig, spelt, trainer_for
 from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
 from nnssl.plans.variants import Changes, Variant, list_variants
+from nnssl.results import find_pretrainings
 from nnssl.streams import show
 from nnssl.weights import write_variant
 from nnssl.words import size_text
@@ -129,7 +131,6 @@ def _table(variants: list[Variant]) -> str:
 
 
 def _summary(plan: Plan) -> str:
-    number = dataset_id(plan.dataset_name)
     hidden = ("schema", "sha256", "configuration", "base_plans", "train_cases", "val_cases")
     told = {k: v for k, v in plan.nnssl.items() if k not in hidden}
     width = max((len(k) for k in told), default=0)
@@ -143,10 +144,36 @@ def _summary(plan: Plan) -> str:
             *(["  trainer"] if told else []),
             *(f"    {k.replace('_', ' '):<{width}}  {_said(k, v)}" for k, v in told.items()),
             *(f"  fold {fold:<4} trains on {len(names)}: {', '.join(names)}" for fold, names in cases.items()),
-            f"Next: nnUNetv2_train {number} {plan.configuration} 0 -p {plan.plans_name} "
-            f"-tr {trainer_for(plan.nnssl.get('schedule') or DEFAULT_FAMILY, plan.is_primus)}",
+            *_next(plan),
         ]
     )
+
+
+def _next(plan: Plan) -> list[str]:
+    """What to type with this plan: the training alone where it finds weights, else what comes before it."""
+    number, family = dataset_id(plan.dataset_name), plan.nnssl.get("schedule") or DEFAULT_FAMILY
+    train = f"nnUNetv2_train {number} {plan.configuration} 0 -p {plan.plans_name} -tr {{}}"
+    trainer = trainer_for(family, plan.is_primus)
+    finds = bool(plan.nnssl.get("checkpoint"))
+    with suppress(NnsslError):  # nnUNet_results may not be set yet
+        finds = finds or any(run.finished for run in find_pretrainings(plan))
+    if finds:
+        return [f"Next: {train.format(trainer)}"]
+    where = f" -c {plan.configuration}" if plan.configuration != "3d_fullres" else ""
+    sources = " ".join(str(dataset_id(name)) for name in plan.nnssl.get("unlabelled") or ())
+    sources = f"{sources} -t {number}" if sources else str(number)
+    pretrain = f"nnssl_pretrain -d {sources} -m mae -p {plan.plans_name}{where}"
+    if family == MEAN_TEACHER and not plan.is_primus:
+        return [
+            f"Next, from random weights: {train.format(TEACHER)}",
+            f"Or from pretrained ones: {pretrain}, and then -tr {trainer}",
+        ]
+    others = (
+        ""
+        if plan.nnssl.get("unlabelled")
+        else f" (or, on images without labels of another dataset N: -d N -t {number})"
+    )
+    return [f"Next, the pretraining{others}, and then the fine-tuning:", f"  {pretrain}", f"  {train.format(trainer)}"]
 
 
 def _said(key: str, value: Any) -> str:
@@ -174,7 +201,7 @@ def _lengthen(args: argparse.Namespace) -> None:
     write_json(path, {**plan.plans, "nnssl": {**plan.nnssl, "epochs": new}})
     trainer = trainer_for(plan.nnssl.get("schedule") or DEFAULT_FAMILY, plan.is_primus)
     log.info(
-        f"{encode_path(path)}: {old} -> {new} epochs. A training goes on after its last epoch, at the learning rate that one of "
+        f"{path}: {old} -> {new} epochs. A training goes on after its last epoch, at the learning rate that one of "
         f"{new} epochs has there.\nNext: nnUNetv2_train {dataset_id(plan.dataset_name)} {plan.configuration} 0 -p {args.plans} "
         f"-tr {trainer} --c"
     )
@@ -219,7 +246,7 @@ def _run(args: argparse.Namespace) -> None:
             "Nothing to change: give --checkpoint, --network, --features, --patch, --epochs or another option (--help)."
         )
     path = write_variant(plan, args.name, checkpoint=args.checkpoint, **changes)
-    log.info(f"Wrote {encode_path(path)}")
+    log.info(f"Wrote {path}")
     log.info(_summary(load_plan(args.dataset, args.configuration, path.stem, second_stage=True)))
 
 

@@ -287,12 +287,36 @@ def test_command_writes_and_says_what_is_next(folder, capsys):
     arguments = "-d 4 -c 3d_fullres -p nnUNetPlans --name cpu --features 8,16,32 --patch 16,20,16 --iterations 50"
     assert main([*arguments.split(), "--epochs", "5", "--val-iterations", "7", "--batch-size", "3"]) == 0
     out = capsys.readouterr().out
-    assert "Wrote nnUNet_preprocessed:Dataset004_Hippocampus/nnUNetPlans_cpu.json" in out
-    assert "nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlans_cpu -tr nnUNetTrainerPretrained" in out
+    assert f"Wrote {folder / 'nnUNetPlans_cpu.json'}" in out
+    assert out.endswith(
+        "Next, the pretraining (or, on images without labels of another dataset N: -d N -t 4), and then the fine-tuning:\n"
+        "  nnssl_pretrain -d 4 -m mae -p nnUNetPlans_cpu\n"
+        "  nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlans_cpu -tr nnUNetTrainerPretrained\n"
+    )
     plan = load_plan(4, plans_name="nnUNetPlans_cpu")
     assert (plan.features, plan.patch_size, plan.batch_size) == ((8, 16, 32), (16, 20, 16), 3)
     told = [plan.nnssl[k] for k in ("iterations", "epochs", "val_iterations", "schema")]
     assert told == [50, 5, 7, 1] and "schedule" not in plan.nnssl
+
+
+def test_command_says_the_training_alone_where_it_finds_weights(folder, monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from nnssl import plan_command
+
+    monkeypatch.setattr(plan_command, "find_pretrainings", lambda plan: [SimpleNamespace(finished=True)])
+    assert main(["-d", "4", "--name", "a", "--epochs", "5"]) == 0
+    line = "Next: nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlans_a -tr nnUNetTrainerPretrained\n"
+    assert capsys.readouterr().out.endswith(line)
+
+
+def test_command_says_what_a_mean_teacher_can_start_from(folder, capsys):
+    assert main(["-d", "4", "-c", "2d", "--name", "few", "--schedule", "mean-teacher"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "Next, from random weights: nnUNetv2_train 4 2d 0 -p nnUNetPlans_few -tr nnUNetTrainerMeanTeacher\n"
+        "Or from pretrained ones: nnssl_pretrain -d 4 -m mae -p nnUNetPlans_few -c 2d, and then "
+        "-tr nnUNetTrainerPretrainedMeanTeacher\n"
+    )
 
 
 def test_command_2d(folder):
