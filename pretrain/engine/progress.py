@@ -20,7 +20,7 @@ PLACE = Curve(
     "Does it look at the image?",
     "variance of the features that the\nposition inside the crop explains (%)",
     {"place_crops": "on held-out images", "place_noise": "on pure noise"},
-    hint="both rising far above their start: it counts voxels from the edge",
+    hint="if both rise far, it counts voxels from the edge",
     percent=True,
 )
 """For any method: the diagnostics of :mod:`nnssl.pretrain.engine.place`."""
@@ -99,6 +99,7 @@ def plot_details(history: Rows, path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = list(dict.fromkeys(_plain_name(k) for row in history for k, v in row.items() if _number(v)))
     names = [n for n in names if n not in ("epoch", "step")]
@@ -115,6 +116,7 @@ def plot_details(history: Rows, path: Path) -> None:
             _line(ax, history, prefix + name, label, colour)
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("epoch", fontsize=8)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         ax.grid(alpha=0.3)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=7)

@@ -12,7 +12,7 @@ from nnssl.networks import build_network, forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import Draws
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
-from nnssl.pretrain.methods.robust import CROP
+from nnssl.pretrain.methods.robust import CROP, OTHER, SECOND
 from nnssl.transferability import distance_matrix, robustness_loss, separate
 from nnssl.transferability.objective import FORMS, separation_loss
 from nnssl.transferability.pooling import pool
@@ -208,6 +208,11 @@ def test_it_learns_and_says_so(make):
     learnt, sentence = method.verdict(first, last)
     assert "robustness loss" in sentence and learnt == ("robust learnt" in sentence)
     assert not method.verdict(last, first)[0]
+    alone = {**first, "distance_other": 0.0}
+    judged, why = method.verdict(alone, {**last, "distance_other": 0.0})
+    assert not judged and "cannot be judged: it compares cases, and only one is held out" in why
+    shown = method.pictures(held_out | {"case": held_out["case"] * 0})
+    assert OTHER not in shown.columns and OTHER not in shown.tags and SECOND in shown.tags, "no other case to resemble"
 
 
 def test_mistakes(make):

@@ -361,7 +361,7 @@ class HDense(Method):
 REAL, SEEN, RESTORED = "crop 1: real", "crop 1 as the network sees it: spoilt", "crop 1: restored by the network"
 OTHER, ALIKE = "crop 2: overlaps crop 1", "crop 2: bright where it resembles the cross of crop 1"
 COLOURS, OTHER_COLOURS = "crop 1: descriptions as colours", "crop 2: descriptions as colours"
-NOTE = "How to read it: each row is a slice of another held-out image. "
+NOTE = "How to read it: each row is a slice of another crop of the held-out images. "
 RESTORED_NOTE = "Restored: learnt once it looks like the real crop and not like the spoilt one. "
 CROSS_NOTE = (
     "The cross is one and the same place in both crops. Learnt: the bright spot sits on the cross and is small, and both "

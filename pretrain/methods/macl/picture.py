@@ -16,7 +16,7 @@ ALIKE = "view 2: bright where it resembles the cross of view 1"
 COLOURS, COARSE_COLOURS = "view 1: descriptions as colours", "view 2: descriptions as colours"
 TURNED, TURNED_COARSE = "the crop once more, turned and scaled", "and again, turned otherwise, coarser"
 
-NOTE = "How to read it: each row is a slice of another held-out image. "
+NOTE = "How to read it: each row is a slice of another crop of the held-out images. "
 CROSS_NOTE = (
     "The yellow frame is the part that both views show, the cross one and the same place. Learnt: in the third column the bright "
     "spot sits on the cross and is small. Nothing learnt: it is bright everywhere, or in the same spot of every row. Equal "

@@ -318,8 +318,9 @@ class MAE(Method):
 
 
 PICTURE_NOTE = (
-    "How to read it: each row is a slice of another held-out image. Nothing learnt: the painted blocks are no better than the "
-    "smooth filling-in from the visible ones. Learnt: edges and shapes continue through the blocks, and the mean error is lower."
+    "How to read it: each row is a slice of another crop of the held-out images. Nothing learnt: the painted blocks are no "
+    "better than the smooth filling-in from the visible ones. Learnt: edges and shapes continue through the blocks, and the mean "
+    "error is lower."
 )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from nnssl.errors import NnsslError
 from nnssl.pretrain.geometry import choose_crop, size_text
+from nnssl.words import counted
 
 FEWEST_CELLS = 4
 MOST_PADDING = 0.25
@@ -79,8 +80,8 @@ def choose_grid(
         raise NnsslError(f"-o grid={_listed(grid)}: {dim} numbers of at least 1 are wanted, one per axis of the plan.")
     if grid is not None and math.prod(grid) < FEWEST_CELLS:
         raise NnsslError(
-            f"-o grid={_listed(grid)} has {math.prod(grid)} cell(s), and {FEWEST_CELLS} are needed: with one, every overlap "
-            "would be 1."
+            f"-o grid={_listed(grid)} has {counted(math.prod(grid), 'cell')}, and {FEWEST_CELLS} are needed: "
+            "with one, every overlap would be 1."
         )
     if size is not None:
         size, _ = choose_crop(patch, median, multiple, size=size, what=what)

@@ -16,8 +16,8 @@ CELLS = "an image in cells (blue lines); yellow: a crop to be located"
 TRUE = "truth: red where the crop overlaps a cell"
 GUESS = "the network's guess: red where it finds the crop similar"
 NOTE = (
-    "How to read it: each row is a slice of another held-out image. The network gets the crop and the cells, but not where the "
-    "crop was cut. Learnt: the guess is red in the cells of the truth and nowhere else."
+    "How to read it: each row is a slice of another crop of the held-out images. The network gets the crop and the cells, but "
+    "not where the crop was cut. Learnt: the guess is red in the cells of the truth and nowhere else."
 )
 _LINES, _CROP, _HEAT = (0.2, 0.5, 1.0), (1.0, 0.85, 0.0), (1.0, 0.1, 0.1)
 
