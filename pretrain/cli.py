@@ -23,7 +23,7 @@ def parser() -> CommandParser:
         "nnssl_pretrain",
         "-d DATASET [DATASET ...] [-t TARGET] -m METHOD [options]",
         "Self-supervised pretraining of the network of a dataset's nnU-Net plans, on images without labels.",
-        "nnssl_pretrain -d 500 -t 501 -m macl, then: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerPretrained",
+        "nnssl_pretrain -d 500 -t 501 -m mae, then: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerPretrained",
     )
     groups = add_options(p)
     groups[WHAT].add_argument("--list", action="store_true", help="list the objectives, or with -m all options of one")

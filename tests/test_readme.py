@@ -77,6 +77,7 @@ def test_commands_and_options_exist(page, capsys, monkeypatch):
         if words[0] in SCRIPTS:
             with pytest.raises(Parsed):
                 load(SCRIPTS[words[0]])(words[1:])
+            assert "is now called" not in capsys.readouterr().err, f"an old name: {' '.join(words)}"
         elif words[0] == "make":
             targets = [w for w in words[1:] if "=" not in w]
             assert all(re.search(rf"^{t}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for t in targets)

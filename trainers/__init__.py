@@ -68,11 +68,11 @@ TRAINERS: dict[str, tuple[str, str]] = {
     ),
     "nnUNetTrainerPretrainedPrimus": (
         "nnssl.trainers.primus",
-        "the same for plans whose network is a Primus; the plan says which schedule",
+        "pretrained weights for plans whose network is a Primus; the plan says which schedule",
     ),
     "nnUNetTrainerPretrainedPrimusScratch": (
         "nnssl.trainers.primus",
-        "its control: the plan's schedule from random weights",
+        "the control for Primus: the plan's schedule from random weights",
     ),
     "nnUNetTrainerLinearProbe": (
         "nnssl.trainers.probe",
