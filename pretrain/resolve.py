@@ -13,6 +13,7 @@ from nnssl.pretrain.data import Pool
 from nnssl.pretrain.engine.config import RUNTIME_OPTIONS, EngineConfig
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import CropRequest
+from nnssl.words import counted
 
 EPOCHS, ITERATIONS, SEED = 200, 250, 0
 
@@ -90,10 +91,12 @@ def batch_size(engine: EngineConfig, request: CropRequest, ranks: int) -> int:
     unit = ranks * request.crops_per_case * parts
     if size % unit:
         low, high = size // unit * unit, (size // unit + 1) * unit
-        micro = f" and {parts} micro-batches" if parts > 1 else ""
+        micro = f" in {parts} micro-batches" if parts > 1 else ""
+        shared = f" shared by {counted(ranks, 'process', 'processes')}" if ranks > 1 else ""
+        cases = f" with {counted(request.crops_per_case, 'crop')} of each case" if request.crops_per_case > 1 else ""
         raise NnsslError(
-            f"-o batch_size={size} cannot be shared by {ranks} process(es) with {request.crops_per_case} crop(s) of each "
-            f"case{micro}: it must be a multiple of {unit}, for example {low or high} or {high}."
+            f"-o batch_size={size}: a step{shared}{micro}{cases} takes a multiple of {unit}, "
+            f"for example {f'{low} or {high}' if low else high}."
         )
     return size
 

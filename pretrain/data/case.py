@@ -20,6 +20,7 @@ from nnssl.pretrain.data.folders import beside
 from nnssl.pretrain.data.intensity import air_threshold, body_mask, intensity_range, stored_range
 from nnssl.pretrain.data.orientation import Geometry
 from nnssl.properties import read_properties
+from nnssl.words import counted
 
 __all__ = ["CaseFormat", "CaseInfo", "CaseReader", "HeldCase", "OpenCase", "damaged"]
 
@@ -255,7 +256,7 @@ class CaseReader:
         if len(array.shape) != 4 or array.shape[0] != self.form.n_channels:
             raise NnsslError(
                 f"Case {ref.name} of {ref.source}: {file} has shape {tuple(array.shape)}, the plan has "
-                f"{self.form.n_channels} channel(s) and three spatial axes. {_advice(ref)}"
+                f"{counted(self.form.n_channels, 'channel')} and three spatial axes. {_advice(ref)}"
             )
         return OpenCase(ref, array, self._info(ref, array), self.form.masked, self._mask(ref, array.shape[1:]))
 

@@ -13,6 +13,7 @@ from nnssl.pretrain.images.items import Item, Rejected
 from nnssl.pretrain.images.scan import dataset_channels
 from nnssl.pretrain.prepare.channels import modality_of, same_name
 from nnssl.pretrain.prepare.raw import describe
+from nnssl.words import counted
 
 log = logging.getLogger("nnssl")
 
@@ -65,9 +66,7 @@ def choose_channels(
     if target is not None:
         wanted, who = _channels_of_target(target)
         if there and not _same(there, wanted):
-            raise NnsslError(
-                f"{dataset} has the channel(s) {', '.join(there)}, not those of {who}: {', '.join(wanted)}."
-            )
+            raise NnsslError(f"{dataset} has {_channels(there)}, not those of {who}: {', '.join(wanted)}.")
     if not patterns and not modality:
         patterns = _patterns_of_datasets(items)
     if patterns:
@@ -118,7 +117,7 @@ def _several(items: Sequence[Item], patterns: dict[str, str], wanted: Sequence[s
         if given is not None:
             ordered[name] = patterns[given]
     if len(ordered) != len(wanted) or len(patterns) != len(wanted):
-        raise NnsslError(f"{who} has the channel(s) {', '.join(wanted)}, not {', '.join(patterns)}.")
+        raise NnsslError(f"{who} has {_channels(wanted)}, not {', '.join(patterns)}.")
     return Channels(tuple(ordered), items, ordered)
 
 
@@ -154,8 +153,19 @@ def _told(items: Sequence[Item]) -> str:
             "The files do not tell what kind of images they are: say it, for example --modality CT or --modality MR, or name the "
             "dataset to be fine-tuned with -t."
         )
-    if silent:
-        log.info("%d image(s) do not tell their modality and are taken for that of the others.", silent)
     names.pop("", None)
     kind = next(iter(counts))
-    return next(iter(names)) if len(names) == 1 and kind not in names else NAMES.get(kind, kind)
+    told = next(iter(names)) if len(names) == 1 and kind not in names else NAMES.get(kind, kind)
+    if silent:
+        log.info(
+            "Modality: %s, as %d of %d images say; the others do not tell theirs.",
+            told,
+            len(items) - silent,
+            len(items),
+        )
+    return told
+
+
+def _channels(names: Sequence[str]) -> str:
+    """``1 channel (MR)``."""
+    return f"{counted(len(names), 'channel')} ({', '.join(names)})"

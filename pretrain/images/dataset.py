@@ -54,22 +54,24 @@ def find_dataset(number: int | str, name: str | None) -> str:
     if not text.isdecimal():
         own = text.partition("_")[2]
         if name not in (None, own):
-            raise NnsslError(f"-d {text} and -n {name} name two datasets.")
+            raise NnsslError(f"-d {text} and --name {name} name two datasets.")
         return find_dataset(dataset_id(text), own)
     if name is not None and (not _NAME.fullmatch(name) or "__" in name):
         raise NnsslError(
-            f"-n {name}: letters, digits, - and single _ are possible. It becomes part of every case's name."
+            f"--name {name}: letters, digits, - and single _ are possible. It becomes part of every case's name."
         )
     known = [n for n in list_datasets() if dataset_id(n) == int(text)]
     if name is not None:
         full = f"Dataset{int(text):03d}_{name}"
         if known and full not in known:
-            raise NnsslError(f"Dataset {text} exists and is called {known[0]}. Leave out -n, or take another number.")
+            raise NnsslError(
+                f"Dataset {text} exists and is called {known[0]}. Leave out --name, or take another number."
+            )
         return full
     if not known:
-        raise NnsslError(f"There is no dataset {text} yet: name it with -n.")
+        raise NnsslError(f"There is no dataset {text} yet: name it with --name.")
     if len(known) > 1:
-        raise NnsslError(f"Dataset {text} has several names: {', '.join(known)}. Give one with -n.")
+        raise NnsslError(f"Dataset {text} has several names: {', '.join(known)}. Give the whole name with -d.")
     return known[0]
 
 

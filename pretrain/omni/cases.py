@@ -20,6 +20,7 @@ from nnssl.preprocessed import LABELS, PROPERTIES, case_names
 from nnssl.pretrain.prepare.selection import read_case_list
 from nnssl.properties import read_properties
 from nnssl.weights import case_hash
+from nnssl.words import counted
 
 log = logging.getLogger("nnssl")
 
@@ -193,7 +194,7 @@ def find_labelled(
             f"None of the {len(train)} labelled cases ({why}) has a labelled voxel. Name others: --labelled-cases"
         )
     if empty:
-        log.warning("%d labelled case(s) show background only, first %s.", len(empty), empty[0])
+        log.warning("Labelled with background only: %s, first %s.", counted(len(empty), "case"), empty[0])
     chosen = {c.name for c in train}
     rest = [LabelledCase(n, default) for n in names if n not in chosen]
     return LabelledSet(plan.dataset_name, folder, train, rest, why)

@@ -19,6 +19,7 @@ from nnssl.pretrain.omni.loss import to_regions
 from nnssl.pretrain.omni.patches import LabelledDataset
 from nnssl.pretrain.omni.volumes import write_volumes
 from nnssl.weights import case_hash, label_set
+from nnssl.words import counted
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import Engine
@@ -167,7 +168,7 @@ class PseudoMetricsHook(Hook):
         rows = write_volumes(engine, self.companion, self.config.volumes, folder)
         for row in rows:
             engine.log.event("volume", epoch=epoch, **row)  # no step: TensorBoard is closed by now
-        log.info("Pseudo-labels of %d case(s) as volumes: %s", len(rows), folder)
+        log.info("Pseudo-labels of %s as volumes: %s", counted(len(rows), "case"), folder)
 
     def panel(self) -> Callable[[Any], None] | None:
         """Draws the Dice over epochs."""

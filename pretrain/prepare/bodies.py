@@ -29,6 +29,7 @@ from nnssl.pretrain.prepare.preprocess import done_cases, in_memory, raise_fatal
 from nnssl.pretrain.prepare.raw import RawSource, list_raw
 from nnssl.pretrain.prepare.worker import Result, Task
 from nnssl.properties import read_properties
+from nnssl.words import counted
 
 log = logging.getLogger("nnssl")
 
@@ -197,12 +198,19 @@ def prepare_bodies(plan: Plan, pool: Pool, *, n_processes: int, thorough: bool =
     if failed:
         shown = "; ".join(f"{e.name}: {e.bad}" for e in failed[:NAMED])
         log.warning(
-            "%d raw image(s) give no body mask: %s%s", len(failed), shown, " ..." if len(failed) > NAMED else ""
+            "No body mask could be made from %s: %s%s",
+            counted(len(failed), "raw image"),
+            shown,
+            " ..." if len(failed) > NAMED else "",
         )
     if not rest:
-        log.info("Body: masks made from the raw images of all %d cases.", masks)
+        log.info("Masks of the body: made from the raw images of all %d cases.", masks)
     elif masks:
-        log.info("Body: masks from the raw images of %d cases, preprocessed intensities for the other %d.", masks, rest)
+        log.info(
+            "Masks of the body: from the raw images of %d cases, preprocessed intensities for the other %d.",
+            masks,
+            rest,
+        )
     else:
-        log.info("Body: from preprocessed intensities; the raw images (nnUNet_raw) are not there.")
+        log.info("Masks of the body: from preprocessed intensities; the raw images (nnUNet_raw) are not there.")
     return masks

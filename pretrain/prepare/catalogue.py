@@ -148,7 +148,7 @@ class Catalogue:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.info("The catalogue of %s is made anew: %s.", source, error)
+            log.debug("The catalogue of %s is made anew: %s.", source, error)
             return None
         return found
 

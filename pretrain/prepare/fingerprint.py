@@ -27,6 +27,7 @@ from nnssl.pretrain.prepare.body import AIR_HU, body_of_raw
 from nnssl.pretrain.prepare.integrity import check_header, check_same_size, check_voxels, check_whole
 from nnssl.pretrain.prepare.processes import run_tasks
 from nnssl.pretrain.prepare.raw import RawCase
+from nnssl.words import counted
 
 MOST_IMAGES = 2000
 """Images that are looked at; medians of more do not differ. They are chosen by the hash of their names."""
@@ -180,7 +181,7 @@ def combine(figures: Sequence[CaseFigures]) -> dict[str, Any]:
     n_channels = len(figures[0].mean)
     odd = next((f for f in figures if len(f.mean) != n_channels), None)
     if odd is not None:
-        raise NnsslError(f"{odd.name} has {len(odd.mean)} channel(s), {figures[0].name} has {n_channels}.")
+        raise NnsslError(f"{odd.name} has {counted(len(odd.mean), 'channel')}, {figures[0].name} has {n_channels}.")
     intensities = {}
     for c in range(n_channels):
         mean, std = np.array([f.mean[c] for f in figures]), np.array([f.std[c] for f in figures])

@@ -14,6 +14,8 @@ from nnssl.plans import Plan
 from nnssl.pretrain.prepare.processes import run_tasks
 from nnssl.pretrain.prepare.raw import RawCase, list_raw
 from nnssl.pretrain.prepare.worker import CaseWorker, Task
+from nnssl.words import counted
+
 
 log = logging.getLogger("nnssl")
 
@@ -126,9 +128,9 @@ def warn_of_leaks(leaks: list[str], plan: Plan, report: Path) -> Path | None:
     if leaks:
         more = f" and {len(leaks) - NAMED} more" if len(leaks) > NAMED else ""
         log.warning(
-            "%d pretraining image(s) are test images of %s: %s%s. Results on its test images will look better than they are. "
+            "Among the pretraining images are %s of %s: %s%s. Results on its test images will look better than they are. "
             "To leave them out: --exclude %s",
-            len(leaks),
+            counted(len(leaks), "test image"),
             plan.dataset_name,
             ", ".join(leaks[:NAMED]),
             more,

@@ -28,7 +28,7 @@ from nnssl.pretrain.prepare.channels import same_name
 from nnssl.pretrain.prepare.fingerprint import MOST_IMAGES, FigureWorker, combine, looks_like_ct, measure, sample_cases
 from nnssl.pretrain.prepare.planner import PLANNERS, plans_name, run_planner
 from nnssl.pretrain.prepare.raw import RawCase, RawSource, describe, list_unplanned
-from nnssl.words import size_text
+from nnssl.words import counted, size_text
 
 log = logging.getLogger("nnssl")
 
@@ -202,7 +202,9 @@ def _make(
         bad, good = [f for f in found if f.bad], [f for f in found if not f.bad]
         if bad:
             shown = "; ".join(f"{f.name}: {f.bad}" for f in bad[:NAMED])
-            log.warning("%d image(s) cannot be used and do not enter the plans: %s", len(bad), shown)
+            log.warning(
+                "Left out of the planning, since they cannot be used: %s: %s", counted(len(bad), "image"), shown
+            )
         if not good:
             raise NnsslError(f"No image of {', '.join(sources)} can be used: nothing to plan from.")
         if not names:

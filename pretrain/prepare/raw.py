@@ -18,6 +18,7 @@ from nnssl.paths import set_folders
 from nnssl.plans import Plan
 from nnssl.plans.description import check_description
 from nnssl.pretrain.data.pool import BadCase
+from nnssl.words import counted
 
 log = logging.getLogger("nnssl")
 
@@ -138,8 +139,8 @@ def _mention_others(folder: Path, names: list[str], ending: str) -> None:
     if others:
         shown = ", ".join(others[:NAMED]) + (" ..." if len(others) > NAMED else "")
         log.warning(
-            "%d image(s) in %s do not end with %s as the dataset's do, and are not used: %s",
-            *(len(others), folder, ending, shown),
+            "Not used, since the name does not end with %s as the dataset's do: %s in %s: %s",
+            *(ending, counted(len(others), "image"), folder, shown),
         )
 
 

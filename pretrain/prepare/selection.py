@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nnssl.errors import NnsslError, did_you_mean
 from nnssl.files import read_text, same_text
+from nnssl.words import counted
 
 LISTED = 10
 """Names that an error spells out."""
@@ -58,7 +59,7 @@ def _find(names: Iterable[str], known: Mapping[str, set[str]], path: Path, optio
         shown = [f"{n}{did_you_mean(n, everything) if few and i < 3 else ''}" for i, n in enumerate(unknown[:LISTED])]
         more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
         raise NnsslError(
-            f"{option} {path}: {len(unknown)} name(s) are no case of {', '.join(known)}: {', '.join(shown)}{more}. "
+            f"{option} {path}: {counted(len(unknown), 'name')} that no case of {', '.join(known)} has: {', '.join(shown)}{more}. "
             "Case names have neither channel number nor file ending."
         )
     return found

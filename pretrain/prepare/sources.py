@@ -28,6 +28,7 @@ from nnssl.pretrain.prepare.preprocess import done_cases, preprocess_source
 from nnssl.pretrain.prepare.raw import RawCase, RawSource, list_raw
 from nnssl.pretrain.prepare.selection import select
 from nnssl.pretrain.prepare.shapes import fingerprint_shapes, header_shapes
+from nnssl.words import counted
 
 log = logging.getLogger("nnssl")
 
@@ -322,7 +323,7 @@ def prepare_sources(
     pairs = duplicates((f"{s.name}/{n}", e.sha256) for s in found for n, e in s.entries.items())
     if pairs:
         shown = ", ".join(f"{a} = {b}" for a, b in pairs[:NAMED])
-        log.warning("%d image(s) are there twice: %s%s", len(pairs), shown, " ..." if len(pairs) > NAMED else "")
+        log.warning("There twice: %s: %s%s", counted(len(pairs), "image"), shown, " ..." if len(pairs) > NAMED else "")
     with paused_collector():
         shapes = [shape for source in found if source.names for shape in _shapes(source, plan)]
         return make_pool(

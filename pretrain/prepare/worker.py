@@ -24,6 +24,7 @@ from nnssl.pretrain.data.intensity import intensity_range, store_range
 from nnssl.pretrain.prepare.index import Entry
 from nnssl.pretrain.prepare.integrity import check_header, check_same_size, check_voxels, check_whole
 from nnssl.pretrain.prepare.raw import RawCase
+from nnssl.words import counted
 
 CHUNK, BLOCK = 64, 16
 """Voxels per axis of the compressed chunks and blocks of a preprocessed case."""
@@ -208,7 +209,7 @@ class CaseWorker:
         state.spacing = tuple(float(s) for s in properties["spacing"])
         if not state.hash_only:
             if data.shape[0] != self.n_channels:
-                raise _Bad("", f"it has {data.shape[0]} channel(s), the plans have {self.n_channels}")
+                raise _Bad("", f"it has {counted(data.shape[0], 'channel')}, the plans have {self.n_channels}")
             if min(data.shape[1:]) == 1 and len(self._config.patch_size) == 3:
                 raise _Bad("", f"a single slice, of which {self.configuration} can learn nothing; -c 2d takes slices")
             try:

@@ -580,7 +580,7 @@ def test_datasets_that_cannot_take_images(place, tiny_raw_dataset):
         place.add(dataset=501, name=None)
     with pytest.raises(NnsslError, match="exists and is called Dataset501_Labelled"):
         place.add(dataset=501, name="Other")
-    with pytest.raises(NnsslError, match="no dataset 502 yet: name it with -n"):
+    with pytest.raises(NnsslError, match="no dataset 502 yet: name it with --name"):
         place.add(dataset=502, name=None)
     with pytest.raises(NnsslError, match="letters, digits"):
         place.add(name="Hans Mueller")

@@ -283,7 +283,7 @@ def test_raw_images_that_were_exchanged_or_broken_are_named_once(target, nnunet_
     (images / "case_004_0000.nii.gz").unlink()
     caplog.set_level(logging.INFO, "nnssl")
     assert prepare_bodies(plan, pool, n_processes=0) == 2
-    assert "2 raw image(s) give no body mask" in caplog.messages[-2] and "case_000" in caplog.messages[-2]
+    assert "No body mask could be made from 2 raw images" in caplog.messages[-2] and "case_000" in caplog.messages[-2]
     assert "of 2 cases, preprocessed intensities for the other 3" in caplog.messages[-1]
     index = body_folder(plan, plan.dataset_name).with_name(body_folder(plan, plan.dataset_name).name + "_index.jsonl")
     lines = index.read_text().splitlines()

@@ -152,7 +152,10 @@ def test_other_endings_beside_the_datasets_are_mentioned(tiny_raw_dataset, caplo
     (folder / "Thumbs.db").write_bytes(b"x")
     with caplog.at_level(logging.WARNING, "nnssl"):
         assert len(list_unplanned("Dataset902_Free").cases) == 2
-    assert "1 image(s) in" in caplog.text and "do not end with .nii.gz" in caplog.text and "x_0000.nrrd" in caplog.text
+    assert (
+        "the name does not end with .nii.gz as the dataset's do: 1 image in" in caplog.text
+        and "x_0000.nrrd" in caplog.text
+    )
 
 
 def raw_case(folder, *arrays, spacing=(1.0, 1.0, 1.0)):

@@ -544,7 +544,7 @@ def test_images_that_are_there_twice_are_told(target, tiny_raw_dataset, caplog):
     shutil.copy(folder / "case_001_0000.nii.gz", folder / "copy_0000.nii.gz")
     with caplog.at_level(logging.WARNING, logger="nnssl"):
         prepare(plan, "Dataset902_Free")
-    assert "1 image(s) are there twice: Dataset902_Free/case_001 = Dataset902_Free/copy" in caplog.text
+    assert "There twice: 1 image: Dataset902_Free/case_001 = Dataset902_Free/copy" in caplog.text
 
 
 # ---- what machines do ------------------------------------------------------------------------------------------------------

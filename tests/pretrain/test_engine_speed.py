@@ -123,7 +123,9 @@ def test_batches_that_cannot_be_cut(plan):
     assert batch_size(EngineConfig(accumulate=4), request, 2) == 16
     with pytest.raises(NnsslError, match=r"at least 4 crops in each micro-batch. Give -o batch_size=32 or more"):
         batch_size(EngineConfig(accumulate=8), request, 1)
-    with pytest.raises(NnsslError, match="and 3 micro-batches: it must be a multiple of 12"):
+    with pytest.raises(
+        NnsslError, match="by 2 processes in 3 micro-batches with 2 crops of each case takes a multiple of 12"
+    ):
         batch_size(EngineConfig(accumulate=3), request, 2)
     assert EngineConfig().accumulate is None
 

@@ -79,3 +79,10 @@ def test_every_option_of_every_method_is_explained():
 def test_unknown_method_gets_the_nearest_name():
     with pytest.raises(NnsslError, match="Did you mean 'macl'"):
         get_method("mcal")
+
+
+def test_an_argument_that_does_not_exist_gets_the_nearest_name():
+    from nnssl.pretrain import run
+
+    with pytest.raises(TypeError, match=r"there is no argument 'plans_name'. Did you mean 'plans'\?"):
+        run(500, method="mae", plans_name="nnUNetPlans_small")

@@ -185,7 +185,7 @@ def test_bad_images_are_named_and_left_out(free, caplog, nnunet_env):
         sitk.GetImageFromArray(np.ones((8, 9, 10), np.float32)), str(free / "imagesTr" / "case_002_0000.nii.gz")
     )
     make()
-    assert "2 image(s) cannot be used" in caplog.text and "case_002: the image is constant" in caplog.text
+    assert "since they cannot be used: 2 images: " in caplog.text and "case_002: the image is constant" in caplog.text
     told = json.loads((nnunet_env.preprocessed / NAME / "dataset_fingerprint.json").read_text())
     assert len(told["spacings"]) == 2 and told["nnssl"] == {"foreground": "body", "sources": [NAME], "images": 2}
 
