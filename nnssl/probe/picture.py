@@ -12,6 +12,7 @@ from nnssl.probe.cases import Case
 from nnssl.probe.measure import best_slice
 from nnssl.probe.result import Probe
 from nnssl.probe.verdict import Row
+from nnssl.words import counted
 
 TRUE = "#ffffff"
 COLOURS = ("#ffb000", "#35d0e6", "#ff5a8a", "#8ce04a", "#b79bff", "#ff7a2f", "#4f9bff", "#f4f06a")
@@ -93,13 +94,22 @@ def draw(found: Probe) -> bytes:
             own = encoder[column].cases[scored.index(name)]
             # of random weights one initialisation is drawn, and the mean over all is told
             panel.set_xlabel(f"Dice {own:.1f}" if math.isfinite(own) else "no label here", fontsize=9)
-        line[0].set_ylabel(name, fontsize=9)
+        case = found.setup.cases[name]
+        line[0].set_ylabel(
+            f"{name}\nslice {best_slice(case, found.setup.classes) + 1} of {len(case.labels)}", fontsize=9
+        )
     for panel, column in zip(axes[0], columns):
-        panel.set_title(f"{column}\n{encoder[column].mean:.1f} over {len(scored)} cases", fontsize=10)
+        panel.set_title(
+            f"{column}\nmean Dice {encoder[column].mean:.1f} of {counted(len(scored), 'case')}", fontsize=10
+        )
     keys = [Line2D([], [], color="0.4", linestyle="dashed", linewidth=1.0, label="true")]
     keys += [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=1.6, label=n) for i, n in enumerate(names[:8])]
     figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 5), fontsize=9, frameon=False)
-    figure.suptitle("A linear layer on the frozen encoder", fontsize=11)
+    shown = "all scored cases" if len(cases) == len(scored) else "the cases of lowest, middle and highest Dice"
+    figure.suptitle(
+        f"What a linear layer on the frozen encoder finds\n{shown}, each at the slice with the largest labelled area",
+        fontsize=10.5,
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()

@@ -55,7 +55,8 @@ def _cases_text(found: Probe) -> str:
     if len(folds) == 1:
         return f"{where}: fitted on {len(folds[0].fit)} labelled cases, scored on {n} others."
     if len(folds) == n:
-        return f"{where}: {n} labelled cases, each scored by a layer that was fitted on the {n - 1} others."
+        others = f"the {n - 1} others" if n > 2 else "the other one"
+        return f"{where}: {n} labelled cases, each scored by a layer that was fitted on {others}."
     return f"{where}: {n} labelled cases, scored in {len(folds)} parts by layers that were fitted on the others."
 
 

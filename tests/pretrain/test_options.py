@@ -84,5 +84,5 @@ def test_unknown_method_gets_the_nearest_name():
 def test_an_argument_that_does_not_exist_gets_the_nearest_name():
     from nnssl.pretrain import run
 
-    with pytest.raises(TypeError, match=r"there is no argument 'plans_name'. Did you mean 'plans'\?"):
-        run(500, method="mae", plans_name="nnUNetPlans_small")
+    with pytest.raises(TypeError, match=r"there is no argument 'iteration'. Did you mean 'iterations'\?"):
+        run(500, method="mae", iteration=3)
