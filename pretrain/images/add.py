@@ -17,6 +17,7 @@ from nnunetv2.configuration import default_num_processes
 
 from nnssl.errors import NnsslError
 from nnssl.files import write_atomic
+from nnssl.plans import dataset_id
 from nnssl.pretrain.images.choice import Channels, choose_channels
 from nnssl.pretrain.images.convert import LEAST_SPACING, LINKS, Converter, Result
 from nnssl.pretrain.images.dataset import Dataset, Line, find_dataset
@@ -127,7 +128,7 @@ def add_images(
     summary.files = len({f for task in sources.values() for item in task.items for f in item.files})
     if mapping is not None:
         _write_mapping(Path(mapping), sources, chosen.names)
-    _tell(summary)
+    _tell(summary, target)
     return summary
 
 
@@ -289,8 +290,8 @@ def _nothing(report: Path | None, rejected: Sequence[Rejected]) -> str:
     return f"Nothing that can be added was found; {told}. {_counts(rejected)}".strip()
 
 
-def _tell(summary: Summary) -> None:
-    """What the call did, in numbers; it names no file."""
+def _tell(summary: Summary, target: int | str | None) -> None:
+    """What the call did, in numbers, and what is next; it names no file of the user's."""
     names = f" ({summary.added[0]} to {summary.added[-1]})" if len(summary.added) > 1 else ""
     names = f" ({summary.added[0]})" if len(summary.added) == 1 else names
     links = (
@@ -304,3 +305,7 @@ def _tell(summary: Summary) -> None:
     log.info("%s in these cases.", counted(summary.files, "file is", "files are"))
     if summary.rejected:
         log.info("%s\nOne by one: %s", _counts(summary.rejected), summary.report)
+    plans = "" if target is None else f" -t {target}"
+    log.info(
+        "Next, which trains nothing yet: nnssl_pretrain -d %d%s -m mae --dry-run", dataset_id(summary.dataset), plans
+    )

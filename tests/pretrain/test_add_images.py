@@ -646,7 +646,9 @@ def test_the_command(place, capsys):
     write(place.export / "a_t2.nrrd", volume(2))
     arguments = ["-d", "500", "--name", "Scans", str(place.export), "--channels", "T1=_t1", "T2=_t2", "-np", "1"]
     assert command.main([*arguments, "--report", str(place.tmp / "r.csv")]) == 0
-    assert "1 case added (Scans_0001)" in capsys.readouterr().out and not (place.tmp / "r.csv").exists()
+    out = capsys.readouterr().out
+    assert out.endswith("Next, which trains nothing yet: nnssl_pretrain -d 500 -m mae --dry-run\n")
+    assert "1 case added (Scans_0001)" in out and not (place.tmp / "r.csv").exists()
     assert command.main(["-d", "500", str(place.tmp / "nowhere")]) == 1
     assert "does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit):
