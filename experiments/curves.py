@@ -133,13 +133,13 @@ def training_curves(curves: Curves, setting: str, methods: Sequence[str]) -> Any
                     continue
                 colour, _ = colour_of(method, methods)
                 x = np.arange(1, len(mean) + 1)
-                axis.plot(x, mean, color=colour, lw=1.6, label=method, zorder=3)
+                axis.plot(x, mean, color=colour, lw=1.6, label=method, zorder=3, marker="o" if len(x) == 1 else None)
                 piece = runs[:, : len(mean)]
                 if len(piece) > 1:
                     axis.fill_between(x, np.nanmin(piece, 0), np.nanmax(piece, 0), color=colour, alpha=0.12, lw=0)
             axis.set_title(f"{labels} label{'s' * (labels != 1)}" if isinstance(labels, int) else str(labels))
             axis.set_xlabel("epoch")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes[0].set_ylabel("pseudo Dice, %")
         axes[0].legend(loc="best", fontsize=8.5)
         low, high = min(axis.get_ylim()[0] for axis in axes), max(axis.get_ylim()[1] for axis in axes)

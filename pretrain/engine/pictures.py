@@ -42,10 +42,10 @@ def save_picture(picture: Picture, path: Path, *, heading: str = "", aspect: flo
     bottom = _wrapped(picture.note, width, 9.5)
     captions = max(len(_caption(c).splitlines()) for c in columns)
     above = 0.2 * len(top) + 0.17 * captions + 0.25
-    below = (
-        0.18 * len(bottom) + (0.55 if picture.scales else 0.0) + (0.2 if picture.scales and picture.tags else 0.0) + 0.2
-    )
-    space = 0.3 if picture.tags else 0.1
+    tagged = max((_tag(t).count("\n") + 1 for told in picture.tags.values() for t in told), default=0)
+    lower = 0.05 + 0.15 * tagged if tagged else 0.0
+    below = 0.18 * len(bottom) + (0.55 + lower if picture.scales else 0.0) + 0.2
+    space = 0.1 + lower
     height = above + below + rows * (tall + space)
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
@@ -58,7 +58,7 @@ def save_picture(picture: Picture, path: Path, *, heading: str = "", aspect: flo
         for i in range(rows):
             _marks(axes[i][j], picture, caption, i)
         if caption in picture.scales:
-            _bar(figure, axes[-1][j], shown, picture.scales[caption], height, 0.2 if caption in picture.tags else 0.0)
+            _bar(figure, axes[-1][j], shown, picture.scales[caption], height, lower if caption in picture.tags else 0.0)
     for k, line in enumerate(top):
         bold = {"fontsize": 12, "fontweight": "bold"} if k >= len(_wrapped(heading, width, 10)) else {"color": "0.35"}
         figure.text(0.5, 1 - (0.17 + 0.2 * k) / height, line, ha="center", va="center", **bold)
@@ -68,6 +68,11 @@ def save_picture(picture: Picture, path: Path, *, heading: str = "", aspect: flo
 
 def _caption(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 29))
+
+
+def _tag(text: str) -> str:
+    """What stands below one image, in lines as wide as it."""
+    return "\n".join(textwrap.wrap(text, 33))
 
 
 def _wrapped(text: str, width: float, size: float) -> list[str]:
@@ -107,7 +112,7 @@ def _marks(ax: Any, picture: Picture, caption: str, row: int) -> None:
         ax.plot(x, y, marker="+", markersize=12, markeredgewidth=2, color=_MARK)
         ax.set(xlim=limits[0], ylim=limits[1])
     if caption in picture.tags:
-        ax.set_xlabel(picture.tags[caption][row], fontsize=8.5, labelpad=3)
+        ax.set_xlabel(_tag(picture.tags[caption][row]), fontsize=8.5, labelpad=3)
 
 
 def _bar(figure: Any, ax: Any, shown: Any, label: str, height: float, lower: float) -> None:

@@ -116,7 +116,7 @@ def plot_details(history: Rows, path: Path) -> None:
             _line(ax, history, prefix + name, label, colour)
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("epoch", fontsize=8)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
         ax.grid(alpha=0.3)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=7)
@@ -211,7 +211,7 @@ def _finish(ax: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.set_xlabel("epoch (0: before training)" if ax.get_xlim()[0] < 0.5 else "epoch", fontsize=9)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     ax.tick_params(labelsize=8.5)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from nnssl.networks import build_network
@@ -23,8 +24,18 @@ SMALL = {
 }
 
 
+def cut_or_overlapping(figure):
+    """Words that leave the picture, and pairs of words that lie on each other."""
+    words = [*figure.texts, *(t for ax in figure.axes for t in (ax.title, ax.xaxis.label))]
+    boxes = [(t.get_text(), t.get_window_extent()) for t in words if t.get_text()]
+    across, tall = figure.canvas.get_width_height()
+    out = [text for text, b in boxes if b.x0 < -1 or b.y0 < -1 or b.x1 > across + 1 or b.y1 > tall + 1]
+    pairs = [(a, b) for i, (a, x) in enumerate(boxes) for b, y in boxes[:i] if x.overlaps(y)]
+    return out + pairs
+
+
 @pytest.mark.parametrize("name", list_methods())
-def test_panels_and_pictures_of_every_method(name, tiny_plans, tiny_dataset_json, make_crops, tmp_path):
+def test_panels_and_pictures_of_every_method(name, tiny_plans, tiny_dataset_json, make_crops, tmp_path, monkeypatch):
     plans = tiny_plans(3, features=(4, 6, 8), patch=(16, 24, 16), median_shape=(32, 40, 36))
     plan = Plan.from_dicts(plans, "3d_fullres", tiny_dataset_json())
     cls = get_method(name)
@@ -53,8 +64,12 @@ def test_panels_and_pictures_of_every_method(name, tiny_plans, tiny_dataset_json
     assert picture.title and picture.note.startswith("How to read it") and "earnt" in picture.note
     marked = {*picture.scales, *picture.boxes, *picture.points, *picture.tags}
     assert marked <= set(picture.columns), "a mark without its column is not drawn"
+    written = []
+    keep = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (written.append(figure), keep(figure, *a, **k)))
     save_picture(picture, tmp_path / "views.png", heading="heading", aspect=2.0)
     assert imread(tmp_path / "views.png").shape[1] >= 190 * len(picture.columns)
+    assert not cut_or_overlapping(written[0])
 
 
 ROWS = [

@@ -354,7 +354,7 @@ class HDense(Method):
             return learnt, f"{sentence}."
         return learnt, (
             f"{sentence}; the most similar voxel of the other crops is the right one for {last['nearest']:.1%} of the voxels "
-            f"({last['nearest_chance']:.2g} by chance)."
+            f"({last['nearest_chance']:.1%} by chance)."
         )
 
 
