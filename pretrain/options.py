@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from nnssl.config import parse_assignments
-from nnssl.errors import NnsslError, nearest
+from nnssl.errors import NnsslError, did_you_mean
 from nnssl.grammar import SHARED, CommandParser
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ def as_function(
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
         for name in kwargs:
             if name not in known:
-                raise TypeError(f"there is no argument '{name}'.{nearest(name, known)}")
+                raise TypeError(f"there is no argument '{name}'.{did_you_mean(name, known)}")
         return body(cls(*args, **kwargs))
 
     returned = inspect.signature(body).return_annotation

@@ -11,6 +11,7 @@ from nnssl.files import read_json
 from nnssl.results import CONFIG, LATEST
 from nnssl.weights.load import Checkpoint
 
+
 def has_state(checkpoint: Checkpoint) -> bool:
     """Whether the file holds the state of the training beside the weights."""
     return checkpoint.training is not None or "optimizer_state" in checkpoint.content

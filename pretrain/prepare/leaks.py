@@ -16,7 +16,6 @@ from nnssl.pretrain.prepare.raw import RawCase, list_raw
 from nnssl.pretrain.prepare.worker import CaseWorker, Task
 from nnssl.words import counted
 
-
 log = logging.getLogger("nnssl")
 
 FEW_BYTES = 200e6
