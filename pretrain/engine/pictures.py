@@ -44,7 +44,7 @@ def save_picture(picture: Picture, path: Path, *, heading: str = "", aspect: flo
     above = 0.2 * len(top) + 0.17 * captions + 0.25
     tagged = max((_tag(t).count("\n") + 1 for told in picture.tags.values() for t in told), default=0)
     lower = 0.05 + 0.15 * tagged if tagged else 0.0
-    below = 0.18 * len(bottom) + (0.55 + lower if picture.scales else 0.0) + 0.2
+    below = 0.18 * len(bottom) + lower + (0.55 if picture.scales else 0.0) + 0.2
     space = 0.1 + lower
     height = above + below + rows * (tall + space)
     figure = Figure(figsize=(width, height), facecolor="white")
