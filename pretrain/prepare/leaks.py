@@ -14,7 +14,6 @@ from nnssl.plans import Plan
 from nnssl.pretrain.prepare.processes import run_tasks
 from nnssl.pretrain.prepare.raw import RawCase, list_raw
 from nnssl.pretrain.prepare.worker import CaseWorker, Task
-from nnssl.words import counted
 
 log = logging.getLogger("nnssl")
 
@@ -127,10 +126,10 @@ def warn_of_leaks(leaks: list[str], plan: Plan, report: Path) -> Path | None:
     if leaks:
         more = f" and {len(leaks) - NAMED} more" if len(leaks) > NAMED else ""
         log.warning(
-            "Among the pretraining images are %s of %s: %s%s. Results on its test images will look better than they are. "
-            "To leave them out: --exclude %s",
-            counted(len(leaks), "test image"),
+            "Among the pretraining images are test images of %s (%d): %s%s. Results on its test images will look better "
+            "than they are. To leave them out: --exclude %s",
             plan.dataset_name,
+            len(leaks),
             ", ".join(leaks[:NAMED]),
             more,
             written or "FILE (one name a line)",

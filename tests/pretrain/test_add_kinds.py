@@ -375,7 +375,7 @@ def test_a_target_with_several_channels(place):
         NnsslError, match="Dataset501_Target has 3 channels: give a pattern for each, --channels FLAIR=_flair"
     ):
         place.add(target=501)
-    with pytest.raises(NnsslError, match="has the channel.s. FLAIR, T1w, T1Gd, not T1, T2"):
+    with pytest.raises(NnsslError, match="has 3 channels .FLAIR, T1w, T1Gd., not T1, T2"):
         place.add(target=501, channels={"T1": "_t1", "T2": "_t2"})
     summary = place.add(target=501, channels={"T1": "_t1", "T1CE": "_t1ce", "FLAIR": "_flair"})
     assert len(summary.added) == 2 and list(place.told().values()) == ["FLAIR", "T1w", "T1Gd"]
