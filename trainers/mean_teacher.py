@@ -432,3 +432,4 @@ class nnUNetTrainerMeanTeacher(nnUNetTrainerPretrainedMeanTeacher):
     """The same two stages from random weights."""
 
     pretrained: ClassVar[bool] = False
+    control_note: ClassVar[str] = ""

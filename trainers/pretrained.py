@@ -79,6 +79,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
     """
 
     pretrained: ClassVar[bool] = True
+    control_note: ClassVar[str] = " (the control without pretraining)"
     primus: ClassVar[bool] = False
 
     def __init__(
@@ -185,13 +186,13 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         if not self.pretrained:
             if changed:
                 raise NnsslError(
-                    f"{type(self).__name__} is the control without pretraining and takes no -pretrained_weights; "
+                    f"{type(self).__name__} starts from random weights{self.control_note} and takes no -pretrained_weights; "
                     f"use -tr {PRIMUS[0] if self.primus else trainer_for(self.family)}."
                 )
-            self._refuse_untrained("the control without pretraining starts from random weights")
+            self._refuse_untrained(f"{type(self).__name__} starts from random weights")
             self.provenance["weights"] = "random"
             self.set_backbone()
-            self.print_to_log_file("nnssl: random weights (the control without pretraining).")
+            self.print_to_log_file(f"nnssl: random weights{self.control_note}.")
         elif changed:
             self._report_given(changed, named)
         else:

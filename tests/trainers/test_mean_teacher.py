@@ -99,6 +99,15 @@ def test_no_image_is_an_error_that_says_what_to_type(dataset, build, start):
         start(build(nnUNetTrainerMeanTeacher))
 
 
+def test_from_random_weights_it_is_not_called_the_control(few, build, start):
+    from nnssl.trainers import nnUNetTrainerPretrainedScratch
+
+    plans = few()
+    own, control = (start(build(cls, plans)) for cls in (nnUNetTrainerMeanTeacher, nnUNetTrainerPretrainedScratch))
+    assert "nnssl: random weights. " in Path(own.log_file).read_text()
+    assert "nnssl: random weights (the control without pretraining). " in Path(control.log_file).read_text()
+
+
 def test_plans_name_the_pool(dataset):
     path = write_variant(load_plan(901), "pool", schedule="mean-teacher", unlabelled=[901], transductive=True)
     told = json.loads(path.read_text())["nnssl"]
