@@ -46,7 +46,7 @@ def test_warmup_epochs(epochs, warmup, expected):
 @pytest.mark.parametrize(
     ("bad", "text"),
     [
-        ({"epochs": 0}, "nnssl: 'epochs' must be a whole number of at least 1, not 0"),
+        ({"epochs": -1}, "nnssl: 'epochs' must be a whole number of at least 0, not -1"),
         ({"epochs": 2.5}, "whole number"),
         ({"iterations": True}, "'iterations' must be .*not True"),
         ({"val_iterations": "5"}, "'val_iterations' must be .*not '5'"),
@@ -69,7 +69,7 @@ def test_illegal_figures_are_named(bad, text):
 
 def test_all_problems_at_once():
     with pytest.raises(NnsslError, match="found 2 problems"):
-        figures(epochs=0, iterations=0)
+        figures(epochs=-1, iterations=0)
 
 
 def test_another_family_names_the_trainer_to_use():
