@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,16 @@ def test_numbers_in_the_environment_are_checked(monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     assert run_command(lambda: 0) == 0
+
+
+def test_no_command_imports_what_reads_nnunets_variables_before_they_are_checked():
+    """``nnUNet_def_n_proc=abc nnssl_probe`` ended in nnU-Net's own traceback."""
+    modules = sorted({e.module for e in entry_points(group="console_scripts") if e.module.partition(".")[0] == "nnssl"})
+    assert len(modules) >= 8
+    code = "import importlib, sys\nfor m in sys.argv[1:]:\n    importlib.import_module(m)\n"
+    code += "    assert 'nnunetv2.configuration' not in sys.modules, m"
+    done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_warnings_of_other_packages_are_details(capfd):

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from nnssl.command import check_device, run_command
 from nnssl.grammar import CommandParser
 from nnssl.plans import resolve_dataset
-from nnssl.probe.report import table
-from nnssl.probe.run import probe
 from nnssl.streams import show
 
 log = logging.getLogger("nnssl")
@@ -74,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _body(args: argparse.Namespace) -> int:
+    from nnssl.probe.report import table
+    from nnssl.probe.run import probe
+
     check_device(args.device)
     dataset = resolve_dataset(args.dataset)
     found = probe(
