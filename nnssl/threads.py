@@ -19,7 +19,7 @@ def keep_to_threads() -> None:
     """Let torch compute with the threads that ``OMP_NUM_THREADS`` asks for, if it does.
 
     ``nnUNetv2_train -device cpu`` takes all cores whatever the variable says, so that two trainings side by side on two cores
-    have four threads and take about twice the time.
+    have four threads, which wait for each other.
     """
     asked = threads_asked()
     if asked is not None:
