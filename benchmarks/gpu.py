@@ -13,6 +13,8 @@ waiting     a real run with loader processes: the share of the time that it wait
 transfers   copies of a batch to the GPU from pinned and from pageable memory
 layout      a step with channels last and without
 plans       seconds and memory of a step on networks and patches as large as nnU-Net plans them
+recipe      few labels: labels only against the mean teacher from random weights and from a pretrained encoder, by
+            ``nnssl_label_efficiency`` on a data set of yours (``--experiment``); a further call goes on with it
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import machine, make_dataset, parser, request_of, table, workspace
+from recipe import FOLDERS, recipe
 
 PLANS: dict[str, dict[str, Any]] = {
     "hippocampus (40x56x40)": {"patch": (40, 56, 40), "features": (32, 64, 128, 256), "batch": 8},
@@ -50,11 +54,14 @@ PLANS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Bench:
-    """What a part needs: device, sizes, and the time that is left."""
+    """What a part needs: device, sizes, the time that is left; of the recipe its experiment, folder, and the user's folders."""
 
     device: torch.device
     tiny: bool
     minutes: float
+    experiment: Path | None = None
+    folder: Path = Path("gpu.recipe")
+    users: dict[str, str] = field(default_factory=dict)
     begin: float = field(default_factory=time.perf_counter)
     longest: float = 0.0
     left_out: list[str] = field(default_factory=list)
@@ -357,13 +364,14 @@ PARTS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
     "transfers": transfers,
     "layout": layout,
     "plans": plans,
+    "recipe": recipe,
 }
 
 
-def run_parts(names: list[str], device: torch.device, tiny: bool, minutes: float) -> Iterator[tuple[str, Any]]:
+def run_parts(names: list[str], make: Callable[[], Bench]) -> Iterator[tuple[str, Any]]:
     """Each part's name and what came of it; one that fails does not keep the others from running."""
     for name in names:
-        bench = Bench(device, tiny, minutes)
+        bench = make()
         sys.stderr.write(f"{name}\n")
         try:
             rows = PARTS[name](bench)
@@ -380,6 +388,7 @@ def main() -> int:
     p.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="cuda (default) or cpu")
     p.add_argument("--tiny", action="store_true", help="sizes at which every part runs in seconds")
     p.add_argument("--minutes", type=float, default=9.0, help="most for each part (9)")
+    p.add_argument("--experiment", type=Path, metavar="FILE", help="of the part recipe (examples/.../recipe_gpu.yaml)")
     args = p.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.stderr.write("There is no CUDA device: -device cpu --tiny shows that every part runs.\n")
@@ -389,7 +398,13 @@ def main() -> int:
         with suppress(ValueError):
             kept = json.loads(args.out.read_text()).get("parts", {})
     failed = False
-    for name, found in run_parts(args.only, torch.device(args.device), args.tiny or args.quick, args.minutes):
+    begun = {
+        "experiment": args.experiment,
+        "folder": args.out.with_suffix(".recipe") if args.out else Path("gpu.recipe"),
+        "users": {name: os.environ.get(name, "") for name in FOLDERS},
+    }
+    make = partial(Bench, torch.device(args.device), args.tiny or args.quick, args.minutes, **begun)
+    for name, found in run_parts(args.only, make):
         kept[name] = found
         failed |= "error" in found
         text = found.get("error") or table(found["rows"])

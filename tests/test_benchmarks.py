@@ -49,7 +49,7 @@ def growth(monkeypatch):
 
 def test_run_all_knows_every_benchmark():
     text = (BENCHMARKS / "run_all.py").read_text()
-    apart = {"common", "run_all", "nearest_voxel", "local_to_global", "probe_order", "gpu", "faults"}
+    apart = {"common", "run_all", "nearest_voxel", "local_to_global", "probe_order", "gpu", "recipe", "faults"}
     there = {p.stem for p in BENCHMARKS.glob("*.py")} - apart
     assert there == set(EXPECTED)
     assert all(f'"{name}"' in text for name in there)
@@ -156,10 +156,13 @@ def test_every_part_of_the_gpu_benchmark_runs_on_a_cpu(tmp_path):
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
     content = json.loads(file.read_text())
     parts = content["parts"]
-    assert list(parts) == ["precision", "compile", "nccl", "steps", "waiting", "transfers", "layout", "plans"]
+    assert list(parts) == ["precision", "compile", "nccl", "steps", "waiting", "transfers", "layout", "plans", "recipe"]
     assert all(part["rows"] and not part["left_out"] for part in parts.values())
     assert parts["nccl"]["rows"][0]["gather_right"] is True
     assert all(row["step_over_bare"] > 0 for row in parts["steps"]["rows"])
+    arms = {row["what"]: row for row in parts["recipe"]["rows"]}
+    assert list(arms) == [f"{name}, 1 labelled" for name in ("scratch", "mean-teacher", "mae-mean-teacher")]
+    assert all(row["draws"] == "1 of 1" and 0 <= row["dice"] <= 100 for row in arms.values())
     again = run("gpu", "-device", "cpu", "--tiny", "--out", file, "--only", "transfers")
     assert again.returncode == 0
     assert set(json.loads(file.read_text())["parts"]) == set(parts), "what the file holds of other parts is kept"
