@@ -56,7 +56,7 @@ class Start:
         except NnsslError as error:
             text = _OF_PLANS.sub(r"add \1", str(error))
             raise NnsslError(f"--init: {text}") from error
-        log.info("Starting from %s", report)
+        log.info("The run starts from these weights.\n%s", report)
         return replace(self, report=report)
 
     def identity(self) -> dict[str, Any]:

@@ -175,6 +175,34 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         }
         return {**told, **{k: v for k, v in self.figures.to_dict().items() if v is not None}, "schedule": self.family}
 
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """As nnU-Net; the second stage of a cascade is refused where the first has not predicted all of its cases.
+
+        Raises:
+            NnsslError: says how many cases, and which command predicts them.
+        """
+        if self.is_cascaded:
+            self._check_first_stage()
+        return super().get_dataloaders()
+
+    def _check_first_stage(self) -> None:
+        folder = Path(self.folder_with_segs_from_previous_stage)
+        cases = sorted({case for part in self.do_split() for case in part})
+        missing = [c for c in cases if not any((folder / f"{c}{end}").is_file() for end in (".b2nd", ".npz", ".npy"))]
+        if not missing:
+            return
+        plans, first = self.plans_manager, self.configuration_manager.previous_stage_name
+        number = int(plans.dataset_name[len("Dataset") :].split("_")[0])
+        named = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        error = NnsslError(
+            f"{self.configuration_name} is the second stage of a cascade, and {len(missing)} of the fold's {len(cases)} cases "
+            f"have no segmentation of the first, {first}, in {folder}: {named}. Train that first, in every fold, with the "
+            f"same trainer and plans; its validations write them:\n"
+            f"  nnUNetv2_train {number} {first} FOLD -p {plans.plans_name} -tr {type(self).__name__}"
+        )
+        self.print_to_log_file(f"nnssl: {error}", also_print_to_console=False)
+        raise error
+
     def before_loading(self) -> None:
         """Called once the weights are there, before any data is loaded."""
 

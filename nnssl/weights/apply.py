@@ -157,7 +157,10 @@ def _check_coverage(report: TransferReport, how: Adaptation) -> None:
 
 
 def agreement(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> str:
-    """How many of a file's names a network has, and how many of its shapes, under whatever names."""
+    """How many of a file's names a network has, and how many of its shapes, under whatever names.
+
+    ``target`` has every name of the network's tensors, as ``source`` may.
+    """
     names = sum(n in target for n in source)
     shapes = (
         Counter(tuple(t.shape) for t in source.values()) & Counter(tuple(t.shape) for t in target.values())
@@ -188,16 +191,34 @@ def _mending(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> str:
     )
 
 
+def _other_widths(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> str:
+    """Features per stage of both networks, where one class has others, and how to plan a network of the file's."""
+    here, there = widths(target), widths(source)
+    if not here or not there or is_transformer(source) or describe(target).split()[0] != describe(source).split()[0]:
+        return ""
+    common = min(len(here), len(there))
+    if here[:common] == there[:common]:
+        return ""
+    deeper = " --adapt depth=match" if len(there) > len(here) else ""
+    given = ",".join(map(str, there[: len(here)]))
+    return (
+        f" Features per stage are {', '.join(map(str, there))} in the checkpoint and {', '.join(map(str, here))} here; a plan "
+        f"with the checkpoint's: nnssl_plan --features {given} --checkpoint FILE{deeper} --name NAME."
+    )
+
+
 def _check_promise(
     report: TransferReport,
     promised: list[str],
-    target: Mapping[str, Tensor],
+    network: nn.Module,
     source: Mapping[str, Tensor],
     homeless: Mapping[str, int],
 ) -> None:
     """Refuse a transfer that brings nothing, or less than was promised."""
+    target = canonical_state_dict(network)
     there, here = describe(source), describe(target)
     kinds = f" The checkpoint holds a {there}, the plan asks for a {here}." if there != here else ""
+    kinds += _other_widths(target, source)
     problems = []
     for name in promised:
         part = next((p for p in report.parts if p.part == name), None)
@@ -210,7 +231,8 @@ def _check_promise(
             problems.append(f"{name}: {homeless[name]} names of the checkpoint have no place in the network")
     advice = f"{_mending(target, source)}Pretrain with this plan, or fine-tune with the plans that it was pretrained with (-p)."
     if report.total.loaded + report.total.adapted == 0:
-        raise NnsslError(f"Nothing of {report.source} fits this network ({agreement(target, source)}).{kinds} {advice}")
+        agree = agreement(network.state_dict(), source)
+        raise NnsslError(f"Nothing of {report.source} fits this network ({agree}).{kinds} {advice}")
     if problems:
         raise NnsslError(
             f"{report.source} promises more than fits this network: {'; '.join(problems)}.{kinds} {advice}"
@@ -331,7 +353,7 @@ def apply(
             another width, or weights that are not finite.
     """
     checkpoint = _opened(checkpoint)
-    where = f"{checkpoint.path} ({checkpoint.method})"
+    where = checkpoint.title
     how = adapt if adapt is not None else Adaptation.from_told(plan.nnssl if plan is not None else {})
     source = dict(checkpoint.weights)
     target = canonical_state_dict(network)
@@ -370,7 +392,7 @@ def apply(
     if minimum is None:
         minimum = taken if checkpoint.pretrained_parts is not None else {"encoder": True}
     homeless = Counter(part_of(name) for name in source if name not in aliases)
-    _check_promise(report, [] if by_coverage else wanted_parts(minimum), target, source, homeless)
+    _check_promise(report, [] if by_coverage else wanted_parts(minimum), network, source, homeless)
     if by_coverage:
         _check_coverage(report, how)
     _check_finite(matched.found, where)

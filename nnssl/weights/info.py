@@ -19,7 +19,7 @@ from nnssl.weights.continuing import has_state, how_to_continue
 from nnssl.weights.formats import one_name_each
 from nnssl.weights.layout import describe as network_kind
 from nnssl.weights.layout import dimensions, n_stages, stem_channels, widths
-from nnssl.weights.load import Checkpoint, load
+from nnssl.weights.load import UNTOLD, Checkpoint, load
 from nnssl.weights.names import looks_like
 from nnssl.weights.parts import part_names, part_of
 from nnssl.words import size_text
@@ -62,7 +62,7 @@ def describe(
         "kind": _ORIGINS["nnssl_finetuning" if tuned else checkpoint.origin]
         + (", second stage of a cascade" if second_stage(checkpoint) else ""),
         "read_as": list(checkpoint.told),
-        "method": checkpoint.method,
+        "method": None if checkpoint.method == UNTOLD else checkpoint.method,
         "verdict": _verdict(checkpoint),
         "length": _length(checkpoint),
         "network": _network(checkpoint),

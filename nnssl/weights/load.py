@@ -25,6 +25,8 @@ from nnssl.weights.wrappers import OtherNetwork, find_weights_in
 ENTRIES = ("nnssl", "nnssl_adaptation_plan", "citations", "trainer_name")
 """What a safetensors file holds besides tensors, as JSON."""
 
+UNTOLD = "unknown"
+"""The method of files of others that name no trainer."""
 _UNREADABLE = (
     *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError),
     *(OverflowError, struct.error),
@@ -68,8 +70,15 @@ class Checkpoint:
 
     @property
     def method(self) -> str:
-        """Name of the objective; the trainer's name in files of others."""
-        return str(self.nnssl.get("method") or self.content.get("trainer_name", "unknown"))
+        """Name of the objective; the trainer's name in files of others, ``"unknown"`` where they name none."""
+        return str(self.nnssl.get("method") or self.content.get("trainer_name", UNTOLD))
+
+    @property
+    def title(self) -> str:
+        """The file, and in brackets what made its weights as far as it tells."""
+        known = "MIC-DKFZ's nnssl" if self.origin == "nnssl-mic" else ""
+        made = known if self.method == UNTOLD else self.method
+        return f"{self.path} ({made})" if made else str(self.path)
 
     @property
     def adaptation_plan(self) -> dict[str, Any] | None:
@@ -193,7 +202,9 @@ def _safetensors(path: Path, map_location: str | torch.device) -> dict[str, Any]
         if not tensors:
             raise NnsslError(f"{path} holds no tensor.")
         own = {key: json.loads(told[key]) for key in ENTRIES if key in told}
-        return {"network_weights": tensors, **own}
+        return (
+            {"network_weights": tensors, **own} if own else tensors
+        )  # of others: told as such where it is looked through
     except (SafetensorError, ValueError) as error:
         size = path.stat().st_size
         raise NnsslError(f"{path} is damaged or no safetensors file ({size} bytes): {error}") from error

@@ -8,7 +8,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-_BLOCK = r"(?:stages\.\d+\.(?:\d+\.convs|blocks)\.\d+|stem\.convs\.\d+)\."
+_LAYER = r"(?:conv|norm|nonlin|all_modules)\."
+"""What a convolution with its norm holds. Other networks have ``stages.0.blocks.0`` too, but not these below."""
+_BLOCK = (
+    rf"(?:(?:stages\.\d+\.\d+|stem)\.convs\.\d+\.{_LAYER}"
+    rf"|stages\.\d+\.blocks\.\d+\.(?:(?:conv\d|skip\.\d+)\.{_LAYER}|nonlin\d\.|squeeze_excitation\.))"
+)
 _WHOLE = re.compile(
     rf"(?:^|(?<=\.))(?:(?:decoder\.)?encoder\.{_BLOCK}"
     r"|decoder\.(?:stages\.\d+\.convs\.\d+|transpconvs\.\d+|seg_layers\.\d+)\."
@@ -30,10 +35,10 @@ _KNOWN = (
     (r"(^|\.)image_encoder\.", "the image encoder of SAM"),
     (r"\.mamba\.", "U-Mamba"),
     (r"(^|\.)encoder\.initial_conv\.", "the residual U-Net of nnU-Net v1"),
-    (r"(^|\.)layers\.\d+\.blocks\.\d+\.attn\.", "a Swin transformer"),
+    (r"(^|\.)(layers\d*|stages)(\.\d+)+\.blocks\.\d+\.attn\.", "a Swin transformer"),
     (r"(^|\.)blocks\.\d+\.attn\.qkv\.", "a vision transformer"),
     (r"(^|\.)layer1\.0\.conv1\.", "a ResNet"),
-    (r"\.dwconv\.", "a ConvNeXt"),
+    (r"\.(dwconv|conv_dw)\.", "a ConvNeXt"),
 )
 
 

@@ -71,6 +71,8 @@ def _by_prefix(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         split = own_name(name)
         if split:
             groups[split[0]][split[1]] = tensor
+    for prefix in [p for p, g in groups.items() if g.keys() <= {"mask_token"}]:
+        del groups[prefix]  # other transformers have one too
     whole = {
         p: g for p, g in groups.items() if any(".stem." in n or ".stages.0." in n or n.startswith("eva") for n in g)
     }

@@ -138,6 +138,30 @@ def test_nothing_fits_is_an_error_and_changes_nothing(make_plan):
     assert _unchanged(target, before)
 
 
+@pytest.mark.parametrize(
+    ("wide", "deeper"), [((6, 8, 8), ""), ((6, 8), ""), ((6, 8, 8, 8), r" --adapt depth=match")], ids=str
+)
+def test_other_widths_are_named_with_the_plan_that_has_them(wide, deeper, make_plan, tmp_path):
+    strides = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (1, 1, 1))
+    given = make_plan(features=wide, strides=strides[: len(wide)])
+    torch.save(dict(build_network(given).state_dict()), tmp_path / "w.pth")
+    plan = make_plan(features=(4, 7, 9))
+    listed, cut = ", ".join(map(str, wide)), ",".join(map(str, wide[:3]))
+    with pytest.raises(
+        NnsslError,
+        match=f"{listed} in the checkpoint and 4, 7, 9 here.*nnssl_plan --features {cut} --checkpoint FILE{deeper} --name",
+    ):
+        apply(build_network(plan), tmp_path / "w.pth", plan)
+
+
+def test_where_nothing_fits_every_name_is_counted(make_plan, tmp_path):
+    torch.save(dict(build_network(make_plan(features=(5, 7, 9))).state_dict()), tmp_path / "w.pth")
+    network = build_network(make_plan(features=(4, 8, 16)))
+    names = len(network.state_dict())  # of which only the heads' biases have the same shape
+    with pytest.raises(NnsslError, match=f"{names} of {names} names and 2 of {names} shapes agree"):
+        apply(network, tmp_path / "w.pth")
+
+
 def test_less_than_promised_is_an_error_that_names_part_and_shapes(make_plan):
     small, large = make_plan(features=(4, 8, 16)), make_plan(features=(4, 8, 20))
     target = build_network(large)

@@ -86,6 +86,8 @@ def test_safetensors_with_and_without_metadata(metadata, plan, network, tmp_path
     once = {f"model.{n}": t.contiguous() for n, t in canonical_state_dict(network).items()}
     save_file(once, tmp_path / "w.safetensors", metadata=metadata)
     assert fills(tmp_path / "w.safetensors", plan, network)
+    assert load(tmp_path / "w.safetensors").told[0] == "the whole file is the weights"
+    assert describe(tmp_path / "w.safetensors")["kind"] == "a network in a file of others"
     (tmp_path / "w.safetensors").rename(tmp_path / "renamed.pth")
     assert fills(tmp_path / "renamed.pth", plan, network), "told by its content, not by its name"
 
@@ -230,6 +232,8 @@ OTHERS = {
     "STU-Net": ["conv_blocks_context.0.0.conv1.weight", "seg_outputs.0.weight"],
     "SuPreM": ["module.backbone.down_tr64.ops.0.conv1.weight"],
     "vision transformer": ["blocks.0.attn.qkv.weight", "patch_embed.proj.weight"],
+    "ConvNeXt": ["stages.0.blocks.0.conv_dw.weight", "stages.0.blocks.0.norm.weight", "stem.0.weight"],
+    "Swin transformer": ["backbone.stages.0.blocks.0.attn.w_msa.qkv.weight", "backbone.stages.0.blocks.0.norm1.weight"],
 }
 
 
@@ -241,6 +245,12 @@ def test_another_network_is_refused_as_that(name, tmp_path, capsys):
     assert convert_main([str(tmp_path / "w.pth"), str(tmp_path / "o.pth"), "--to", "nnssl"]) == 1
     assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "o.pth").exists()
     assert info_main([str(tmp_path / "w.pth")]) == 0 and name in capsys.readouterr().out
+
+
+def test_a_mask_token_alone_makes_no_network_of_nnunets(tmp_path):
+    torch.save({n: torch.ones(2) for n in (*OTHERS["vision transformer"], "mask_token")}, tmp_path / "w.pth")
+    with pytest.raises(NnsslError, match="another network: 1 of 3 names .*look like a vision transformer"):
+        load(tmp_path / "w.pth")
 
 
 def test_a_key_that_contradicts_the_names_is_refused_with_the_way_out(plan, network, tmp_path, capsys):

@@ -114,7 +114,7 @@ def test_a_run_starts_from_a_foreign_file_and_says_so(dataset, tmp_path, caplog)
     report = json.loads((result.folder / "transfer_report.json").read_text())
     assert report["report"]["parts"]["encoder"]["percent"] == 100
     assert "'model.' stripped" in (result.folder / "transfer_report.txt").read_text()
-    assert "Starting from Transfer report" in caplog.text
+    assert "The run starts from these weights.\nTransfer report: " in caplog.text
     assert content.nnssl["started_from"] == {"sha256": report["sha256"], "method": "unknown", "origin": "others"}
     with pytest.raises(NnsslError, match=r"(?s)another configuration.*init"):
         frozen()  # random weights are another run

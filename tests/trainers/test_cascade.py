@@ -106,6 +106,29 @@ def test_one_plan_serves_both_stages(cascade, pretraining):
         first.on_train_start()  # it looks for its own, and does not take the second stage's
 
 
+@pytest.mark.parametrize("cls", [nnUNetTrainerPretrained, nnUNetTrainerPretrainedScratch])
+def test_the_second_stage_waits_for_the_first(cls, cascade, pretraining):
+    command = ["-d", "901", "-c", "3d_cascade_fullres", "--checkpoint", str(pretraining()), "--name", "casc"]
+    assert plan_main(command) == 0
+
+    def start():
+        made = trainer(cls, cascade, plans="nnUNetPlans_casc")
+        del made.get_dataloaders
+        made.on_train_start()
+        return made
+
+    typed = f"nnUNetv2_train 901 3d_lowres FOLD -p nnUNetPlans_casc -tr {cls.__name__}"
+    with pytest.raises(NnsslError, match=f"(?s)5 of the fold's 5 cases.*3d_lowres.*case_000.*and 1 more.*{typed}"):
+        start()
+    made = trainer(cls, cascade, plans="nnUNetPlans_casc")
+    predicted = Path(made.folder_with_segs_from_previous_stage)
+    predicted.mkdir(parents=True)
+    for case in range(4):
+        (predicted / f"case_{case:03d}.npz").touch()
+    with pytest.raises(NnsslError, match=f"(?s)1 of the fold's 5 cases.*: case_004. Train.*{typed}"):
+        start()
+
+
 def test_pretraining_refuses_the_second_stage(cascade):
     with pytest.raises(NnsslError, match="second stage of a cascade.*3d_lowres' or 3d_fullres"):
         load_plan(901, "3d_cascade_fullres")
@@ -157,8 +180,15 @@ def test_from_a_second_stage_to_a_network_of_more_channels_no_segmentation_becom
 # ---- refusals in one message -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("configuration", ["3d_fullres", "3d_cascade_fullres"])
-def test_a_refusal_inside_nnunets_command_is_one_message(configuration, cascade, nnunet_env):
+@pytest.mark.parametrize(
+    ("configuration", "name", "told"),
+    [
+        ("3d_fullres", "nnUNetTrainerPretrained", "nnssl_pretrain -d 901"),
+        ("3d_cascade_fullres", "nnUNetTrainerPretrained", "nnssl_pretrain -d 901"),
+        ("3d_cascade_fullres", "nnUNetTrainerPretrainedScratch", "nnUNetv2_train 901 3d_lowres FOLD -p nnUNetPlans"),
+    ],
+)
+def test_a_refusal_inside_nnunets_command_is_one_message(configuration, name, told, cascade, nnunet_env):
     root = Path(__file__).parents[2]
     environment = {
         **os.environ, "PYTHONPATH": str(root), "nnUNet_extTrainer": str(root / "trainers" / "extension"), "OMP_NUM_THREADS": "1",
@@ -172,11 +202,11 @@ def test_a_refusal_inside_nnunets_command_is_one_message(configuration, cascade,
         configuration,
         "0",
         "-tr",
-        "nnUNetTrainerPretrained",
+        name,
         "-device",
         "cpu",
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1, done.stdout
     assert "Traceback" not in done.stderr and "File " not in done.stderr
-    assert "Error: " in done.stderr and "nnssl_pretrain -d 901" in done.stderr
+    assert "Error: " in done.stderr and told in done.stderr

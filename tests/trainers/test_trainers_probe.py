@@ -106,6 +106,8 @@ def test_it_probes_the_pretrained_network(dataset, pretraining, build, start):
     plans = json.loads((Path(trainer.output_folder_base) / "plans.json").read_text())
     assert plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] == CLASS
     assert CLASS not in (dataset / "nnUNetPlans.json").read_text()
+    log = Path(trainer.log_file).read_text()
+    assert "predicts only where nnssl is installed" in log and "nnUNetv2_export_model_to_zip" in log
 
 
 def test_continued(dataset, pretraining, build, start):
