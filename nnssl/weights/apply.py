@@ -364,7 +364,7 @@ def apply(
         cut = _image_alone(source, checkpoint)
     _check_channels(target, source, how, checkpoint, plan, where)
     choice = parts_for(plan.nnssl if plan is not None else {}) if parts is None else parts
-    held, lines = _held_parts(checkpoint, list(target)), [cut] if cut else []
+    held, lines = _held_parts(checkpoint, list(source)), [cut] if cut else []
     taken = select_parts(held, choice, str(checkpoint.transfer.get("parts") or "all"))
     if how.active:
         _check_bridgeable(target, source, how, where)

@@ -154,7 +154,7 @@ def _way_out(path: Path) -> str:
         content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=TENSORS_ONLY)
         find_weights_in(content, path)
     except OtherNetwork as error:
-        return f"Nor would it be of use: {str(error).removeprefix(f'{path} ')}"
+        return f"Nor would it be of use: it {str(error).removeprefix(f'{path} ')}"
     except Exception as error:  # whatever a file made to harm raises
         reason = f" ({error})" if isinstance(error, NnsslError) else ""
         return f"Nothing in it is known to be a network of nnU-Net's{reason}."

@@ -249,8 +249,11 @@ def test_a_deeper_network_takes_the_stages_of_equal_resolution(arch, make):
     assert report.part("decoder stage 0").random and not report.part("decoder stage 1").random
 
 
-def test_a_shallower_network(make):
+@pytest.mark.parametrize("of_others", [False, True])
+def test_a_shallower_network(of_others, make):
     _, source, payload = make(strides=FIVE, features=(4, 6, 8, 8, 8), patch=(16, 32, 32))
+    if of_others:
+        payload = dict(source.state_dict())
     plan, target, _ = make(strides=FOUR, features=(4, 6, 8, 8), patch=(16, 32, 32))
     report = apply(target, payload, plan, adapt=Adaptation(depth="match"))
     assert [p.percent for p in report.parts] == [100, 100, 100, 100, 0]
