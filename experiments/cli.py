@@ -15,7 +15,7 @@ from typing import BinaryIO
 from nnssl.command import run_command
 from nnssl.errors import NnsslError, UsageError
 from nnssl.experiments.collect import collect
-from nnssl.experiments.estimate import clock, estimate_jobs
+from nnssl.experiments.estimate import estimate_jobs
 from nnssl.experiments.evaluate import need_surface_library
 from nnssl.experiments.executor import Backend, LocalBackend, Outcome, run_jobs, settle_lost
 from nnssl.experiments.experiment import Experiment, load_experiment
@@ -37,7 +37,12 @@ def parser() -> CommandParser:
         "tables, curves and report. The same command continues where it was.",
         "nnssl_label_efficiency prostate.yaml --dry-run",
     )
-    p.add_argument("experiment", metavar="EXPERIMENT.yaml", type=Path, help="the experiment file")
+    p.add_argument(
+        "experiment",
+        metavar="EXPERIMENT.yaml",
+        type=Path,
+        help="the experiment: dataset, methods, label counts, seeds; examples/label_efficiency has some",
+    )
     where = p.group("where jobs run")
     p.share(where, "device", help="for training and prediction: cuda (default), cpu or mps")
     where.add_argument(
@@ -101,7 +106,9 @@ def _write_inputs(graph: Graph) -> None:
                 shutil.copyfile(target, link)
 
 
-def _show(graph: Graph, records: Records, folder: Path, device: str, slots: int | None) -> None:
+def _show(
+    graph: Graph, records: Records, folder: Path, device: str, slots: int | None, environment: Mapping[str, str]
+) -> None:
     """What ``--dry-run`` prints."""
     pending = [job for job in graph.jobs.values() if not records.finished(job)]
     times = estimate_jobs(graph, records, pending, device)
@@ -119,12 +126,18 @@ def _show(graph: Graph, records: Records, folder: Path, device: str, slots: int 
         record = records.read(job.id)
         begun = any(path.is_file() for path in job.resume) or record.get("status") in ("stopped", "running")
         state = "failed before" if record.get("status") == "failed" else "begun" if begun else "to do"
+        if state == "to do" and job.recorded and all(path.is_file() for path in job.outputs):
+            state = "to check"  # made by hand, or by a job that was killed: maybe not whole
         state = "exists" if seconds is None else state
-        about = "" if seconds is None else "  ?" if math.isnan(seconds) else f"  {clock(seconds)}"
+        about = "" if seconds is None else "  ?" if math.isnan(seconds) else f"  {spoken(seconds)}"
         log.info(f"{state:13} {job.id}{about}\n              $ {job.shown}")
     log.info(f"\n{len(graph.jobs)} jobs, {len(graph.jobs) - len(pending)} of them finished. Output: {folder}")
+    exports = "".join(f"\n              $ export {k}={shlex.quote(v)}" for k, v in environment.items())
     log.info(
-        "Each line with $ can be typed, in this order; the lists of cases that they name are in %s.", folder / "lists"
+        "Each line with $ can be typed, in this order%s; the lists of cases that they name are in %s.%s",
+        ", after what the experiment file sets" if exports else "",
+        folder / "lists",
+        exports,
     )
     if not pending:
         return
@@ -136,7 +149,7 @@ def _show(graph: Graph, records: Records, folder: Path, device: str, slots: int 
     note = (
         f" (rough for {', '.join(rough)}: a few steps were timed)" if rough else " (from the jobs that have finished)"
     )
-    log.info(f"Time: about {clock(times.total(slots or 1))} with {counted(slots or 1, 'job')} at a time{note}.")
+    log.info(f"Time: about {spoken(times.total(slots or 1))} with {counted(slots or 1, 'job')} at a time{note}.")
 
 
 def overview(graph: Graph, pending: set[str], seconds: Mapping[str, float]) -> str:
@@ -220,7 +233,7 @@ def run_experiment(
     graph, records = build_graph(experiment, folder, device), Records(folder)
     if dry_run:
         _write_inputs(graph)
-        _show(graph, records, folder, device, slots)
+        _show(graph, records, folder, device, slots, experiment.environment)
         return Outcome(finished=[j.id for j in graph.jobs.values() if records.finished(j)])
     need_surface_library()
     lock = try_lock(folder / ".lock")

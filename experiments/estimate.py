@@ -33,12 +33,6 @@ class Estimate:
         return sum(self.seconds.values()) / max(1, slots)
 
 
-def clock(seconds: float) -> str:
-    """``5400`` -> ``"1 h 30 min"``."""
-    minutes = int(math.ceil(seconds / 60))
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
-
-
 def estimate_jobs(graph: Graph, records: Records, pending: Iterable[Job], device: str, timed: bool = True) -> Estimate:
     """Estimate what is not finished.
 

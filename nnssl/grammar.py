@@ -10,6 +10,7 @@ import argparse
 import platform
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -143,6 +144,21 @@ class _Renamed(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class _Help(argparse.HelpFormatter):
+    """Breaks lines at blanks only: ``head-only`` and ``--dry-run`` stay whole, so that they can be copied."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.fill(
+            " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser as all commands have it: no abbreviations, ``--version``, ``-v``, ``-q``, and errors of one line.
 
@@ -161,7 +177,7 @@ class CommandParser(argparse.ArgumentParser):
             epilog=f"Example: {example}" if example else None,
             allow_abbrev=False,
             add_help=False,
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26),
+            formatter_class=_Help,
         )
         self._positionals.title = "arguments"
         general = self.add_argument_group("general")
@@ -176,6 +192,7 @@ class CommandParser(argparse.ArgumentParser):
         )
         loud.add_argument("-q", "--quiet", action="store_true", help="tell only results, warnings and errors")
         self._groups = [general]
+        self._typed: list[str] = []
 
     def group(self, title: str, description: str | None = None) -> argparse._ArgumentGroup:
         """A group of options under a title of its own, before the general ones."""
@@ -216,6 +233,15 @@ class CommandParser(argparse.ArgumentParser):
         ]
         return [(title, actions) for title, actions in found if actions]
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse; what was typed is kept for :meth:`error`."""
+        self._typed = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """argparse takes ``-d`` for ``-device`` even without abbreviations: only what was typed in full counts."""
+        return [found for found in super()._get_option_tuples(option_string) if option_string.startswith(found[1])]
+
     def print_help(self, file: Any = None) -> None:
         """As argparse, also where the reader goes before the end (``| head``)."""
         if file is None:
@@ -225,6 +251,10 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse a command line in one line, without the usage of forty options."""
+        if message.startswith("the following arguments are required"):  # a slip of the keyboard is told first
+            slips = [w for w in self._typed if w.startswith("--") and len(w) > 2]
+            slips = [w for w in slips if w.split("=")[0] not in self._option_string_actions]
+            message = f"unrecognized arguments: {' '.join(slips)}" if slips else message
         unknown = re.match(r"unrecognized arguments: (.*)", message)
         if unknown:
             words = unknown.group(1).split()

@@ -16,6 +16,11 @@ def size_text(values: Sequence[float]) -> str:
     return "x".join(f"{v:g}" for v in values)
 
 
+def per_cent(share: float, digits: int = 0) -> str:
+    """``0.344`` -> ``"34 %"``: the one form that is printed. Options are typed without the space (``25%``)."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def spoken(seconds: float) -> str:
     """A duration rounded up to what matters: ``8 s``, ``12 min``, ``1 h 30 min``, ``3 days 4 h``."""
     seconds = max(0.0, seconds)

@@ -376,12 +376,12 @@ def _introduce(spec: RunSpec, sources: list[str]) -> None:
     log.info("Cases: %d to learn from, %d held out.", len(spec.pool.train), len(spec.pool.held_out))
     log.info("%s It is read in windows of %s.", request.explanation, size_text(request.window))
     log.info(
-        "Batch: %d crops a step (plan: %d patches of %s); %d epochs of %d steps; seed %d; %s, %s.",
+        "Batch: %d crops a step (plan: %d patches of %s); %s of %s; seed %d; %s, %s.",
         spec.batch_size,
         plan.batch_size,
         size_text(plan.patch_size),
-        spec.epochs,
-        spec.iterations,
+        counted(spec.epochs, "epoch"),
+        counted(spec.iterations, "step"),
         spec.seed,
         spec.device,
         counted(world_size(), "process", "processes"),

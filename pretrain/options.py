@@ -141,7 +141,8 @@ class RunOptions:
         "--robustness-every",
         metavar="K",
         type=int,
-        help="epochs between two measurements of robustness, 0: none (default: so many that they take 3 % of the time)",
+        help="epochs between two measurements of robustness (how far the encoder tells two altered copies of a case from other "
+        "cases), 0: none (default: so many that they take 3 % of the time)",
     )
     stop: str | None = given(
         None,

@@ -80,6 +80,7 @@ def test_help_reads_like_help(parsers):
         assert "%%" not in text and "SUPPRESS" not in text, command
         assert text.startswith(f"usage: {command} ")
         assert "Example: " in text
+        assert not any(line.endswith("-") for line in text.splitlines()), f"{command} breaks within a name"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,26 @@ def test_an_unknown_option_is_refused_in_one_line(parsers, capsys, command):
     assert stop.value.code == 2
     assert err.count("\n") == 1
     assert f"--verbos is no option of {command}. Did you mean '--verbose'?" in err
+
+
+def test_a_slip_is_told_before_what_is_missing(parsers, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsers["nnssl_label_efficiency"].parse_args(["--report"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "--report is no option of nnssl_label_efficiency" in err and "required" not in err
+    with pytest.raises(SystemExit):
+        parsers["nnssl_plan"].parse_args(["--labels", "4"])
+    assert "required: -d" in capsys.readouterr().err
+
+
+def test_no_option_with_one_hyphen_is_abbreviated(parsers, capsys):
+    """argparse would take ``-d`` for ``-device``, whose one meaning is a dataset."""
+    with pytest.raises(SystemExit) as stop:
+        parsers["nnssl_label_efficiency"].parse_args(["x.yaml", "-d", "cpu"])
+    assert stop.value.code == 2
+    assert "-d is no option of nnssl_label_efficiency. Did you mean" in capsys.readouterr().err
+    args = parsers["nnssl_pretrain"].parse_args(["-d", "1", "-mmae", "-np", "2", "-device=cpu"])
+    assert (args.method, args.processes, args.device) == ("mae", 2, "cpu")
 
 
 def test_version(parsers, capsys):

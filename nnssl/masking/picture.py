@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nnssl.masking.baselines import inpaint
+from nnssl.words import per_cent
 
 SHOWN = "what the network is shown (blue: hidden)"
 PAINTED = "what it paints into the blue blocks"
@@ -55,7 +56,7 @@ def masked_panel(target: Tensor, prediction: Tensor, mask: Tensor, valid: Tensor
         ERROR: errors[0],
     }
     means = [(e.flatten(1).sum(1) / region.flatten(1).sum(1).clamp_min(1)).tolist() for e in errors]
-    tags = {c: [f"mean error {m:.0%} of the range" for m in mean] for c, mean in zip((PAINTED, FILLED), means)}
+    tags = {c: [f"mean error {per_cent(m)} of the range" for m in mean] for c, mean in zip((PAINTED, FILLED), means)}
     return MaskedPanel({k: v.float().cpu().numpy() for k, v in columns.items()}, tags)
 
 

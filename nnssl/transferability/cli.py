@@ -40,8 +40,14 @@ def parser() -> CommandParser:
     p.share(what, "dataset", required=True, help="number or name of the target dataset")
     p.share(what, "configuration", "plans")
     p.share(what, "cases", help="text file of the cases to measure on, one a line")
-    what.add_argument("--crops", type=int, default=64, metavar="N", help="at most N cases (default: 64)")
-    what.add_argument("--dice", metavar="CSV", help="columns checkpoint, dice[, setup]: adds TIS with its baselines")
+    what.add_argument(
+        "--crops", type=int, default=64, metavar="N", help="cases to measure on, one crop of each (default: 64)"
+    )
+    what.add_argument(
+        "--dice",
+        metavar="CSV",
+        help="columns checkpoint, dice[, setup]: tells how well robustness ranks the checkpoints, beside simple guesses",
+    )
     how = p.group("how")
     p.share(how, "device")
     p.share(
@@ -78,7 +84,7 @@ def parser() -> CommandParser:
         type=int,
         default=default.grid,
         metavar="G",
-        help=f"cells per axis of this pooling (default: {default.grid})",
+        help=f"with --pooling grid: parts into which each axis is divided (default: {default.grid})",
     )
     how.add_argument(
         "--negatives",

@@ -23,6 +23,7 @@ from nnssl.transferability.pooling import pool
 from nnssl.transferability.robustness import Separation, hinge, robustness_loss, separate
 from nnssl.transferability.verdict import FEW_CASES
 from nnssl.transferability.views import MR_FAMILIES, photometric_view
+from nnssl.words import per_cent
 
 log = logging.getLogger("nnssl")
 
@@ -277,7 +278,7 @@ class RobustnessEvaluator:
             )
             self._warn("collapsed", text)
         if r.clipped > 0.5 and self.config.margin < 1:
-            text = f"Robustness: {r.clipped:.0%} of the pairs are beyond the margin {self.config.margin}; see margin 1 too."
+            text = f"Robustness: {per_cent(r.clipped)} of the pairs are beyond the margin {self.config.margin}; see margin 1 too."
             self._warn("clipped", text)
 
     def _warn(self, key: str, text: str) -> None:

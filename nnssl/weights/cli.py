@@ -57,7 +57,7 @@ def convert_parser() -> CommandParser:
         choices=("promised", "encoder", "all"),
         default="promised",
         metavar="PARTS",
-        help="which parts of a file of others count as pretrained: encoder, all (the decoder too), or promised (default: the "
+        help="which parts of a file of others count as pretrained: encoder, or all, which is the decoder too (default: the "
         "encoder of a pretraining, both of a network that nnU-Net has trained)",
     )
     p.share(how, "key", "prefix", "trust")

@@ -43,8 +43,11 @@ from nnssl.pretrain.engine.state import restore, training_state
 from nnssl.pretrain.engine.stepping import Numbers, Stepper, views_in_parts
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import CropRequest, Crops, Progress
+from nnssl.words import per_cent
 
 log = logging.getLogger("nnssl")
+
+GO_ON = "The same command with --c goes on from there."
 
 
 class NonFiniteError(NnsslError):
@@ -162,9 +165,11 @@ class Engine:
         self._last: dict[str, float] = {}
         self._stop_agreed = False
         self._cases: list[str] = []
+        self._saved: int | None = None
         self.log = RunLog(spec.folder.path if rank() == 0 else None, loggers=spec.loggers)
         if state is not None:
             restore(self, state)
+            self._saved = self.step
         total, place = spec.batch_size // self.parts, spec.engine.place_crops
         self.held_out = HeldOut(self._loader("held_out", 0), spec.seed, spec.device, total, place)
 
@@ -199,6 +204,7 @@ class Engine:
         self._check_weights()
         if rank() == 0:
             self.spec.save(self, self.spec.folder.latest, training_state(self))
+            self._saved = self.step
             if final:
                 self.spec.save(self, self.spec.folder.final, None)
 
@@ -213,6 +219,13 @@ class Engine:
         """
         try:
             return self._fit()
+        except KeyboardInterrupt:
+            if rank() == 0:
+                where = f"The last checkpoint is of step {self._saved}. {GO_ON}"
+                log.warning(
+                    "Interrupted at step %d. %s", self.step, "Nothing was saved." if self._saved is None else where
+                )
+            raise
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, NnsslError) or not out_of_memory(error):
                 raise
@@ -252,8 +265,8 @@ class Engine:
         if finished:
             draw(self, self.step // spec.iterations)
         else:
-            name = signals.name or "a signal to another process"
-            log.info("Stopped by %s after step %d of %d; continue with --c.", name, self.step, spec.steps)
+            name = signals.spoken or "a signal to another process"
+            log.info("Stopped by %s after step %d of %d. %s", name, self.step, spec.steps, GO_ON)
         outcome = self._outcome(finished)
         return outcome if finished else replace(outcome, signal=signals.number or int(signal.SIGTERM))
 
@@ -322,7 +335,7 @@ class Engine:
     def _show(self, bar: tqdm, seconds: float, wait: float) -> None:
         left = (self.spec.steps - self.step) * seconds
         shown = {k: f"{v:.3g}" for k, v in list(self._last.items())[:4]}
-        bar.set_postfix({**shown, "s/step": f"{seconds:.2f}", "data": f"{wait:.0%}", "left": clock(left)})
+        bar.set_postfix({**shown, "s/step": f"{seconds:.2f}", "data": f"{per_cent(wait)}", "left": clock(left)})
         bar.update()
 
     def _look_at_untrained(self) -> None:

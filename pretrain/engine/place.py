@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nnssl.losses import place_share
 from nnssl.pretrain.methods.base import Method
+from nnssl.words import per_cent
 
 SITES = 1024
 """Most sites of a map that are looked at; the same random ones each time."""
@@ -67,8 +68,8 @@ def place_sentence(first: dict[str, float], last: dict[str, float]) -> tuple[str
         return "", False
     (n0, n1), (c0, c1) = ((first[k], last[k]) for k in keys)
     text = (
-        f"The place in the crop explains {n1:.0%} of the variance of its features on pure noise ({n0:.0%} before training) and "
-        f"{c1:.0%} on held-out crops ({c0:.0%})"
+        f"The place in the crop explains {per_cent(n1)} of the variance of its features on pure noise "
+        f"({per_cent(n0)} before training) and {per_cent(c1)} on held-out crops ({per_cent(c0)})"
     )
     risen = min(n1 - n0, c1 - c0) > CLEARLY
     return f"{text}{': part of the loss is solved without looking at the image' if risen else ''}.", risen

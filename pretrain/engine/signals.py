@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -19,6 +20,14 @@ _asked = threading.Event()
 def asked_to_stop() -> bool:
     """Whether the loop of this process is ending because of a signal."""
     return _asked.is_set()
+
+
+def _answer() -> None:
+    """Tell whoever pressed Ctrl-C that it was heard; straight to the terminal, since a stream may be at work when it comes."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            if os.isatty(2):
+                os.write(2, b"\nStopping: a checkpoint is saved first. Ctrl-C again ends at once, without it.\n")
 
 
 class StopSignals:
@@ -38,6 +47,11 @@ class StopSignals:
         self.number = 0
         self._old: dict[int, Any] = {}
 
+    @property
+    def spoken(self) -> str:
+        """The first one as a person knows it."""
+        return "Ctrl-C" if self.number == signal.SIGINT else self.name
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             if self._interrupts(number):
@@ -45,6 +59,8 @@ class StopSignals:
             return
         self.received, self.number, self.name = True, number, signal.Signals(number).name
         _asked.set()
+        if number == signal.SIGINT:
+            _answer()
 
     def _interrupts(self, number: int) -> bool:
         if LAUNCHER in os.environ:

@@ -29,6 +29,7 @@ from nnssl.transferability.schedule import plan_schedule
 from nnssl.transferability.stopper import Stopper
 from nnssl.transferability.verdict import FEW_CASES
 from nnssl.transferability.views import choose_families
+from nnssl.words import per_cent
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import Engine, RunSpec
@@ -125,7 +126,7 @@ class RobustnessHook(Hook):
         if monitor is None:
             return None
         share = monitor.share(self._seconds)
-        text = f"{monitor.verdict()} Measuring took {share:.1%} of the training time."
+        text = f"{monitor.verdict()} Measuring took {per_cent(share, 1)} of the training time."
         if monitor.best_epoch is not None and monitor.best_epoch != monitor.trace[-1]["epoch"]:
             text += f" The network of epoch {monitor.best_epoch} is {ROBUST_CHECKPOINT}."
         return text

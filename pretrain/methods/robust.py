@@ -35,6 +35,7 @@ from nnssl.transferability.distances import DISTANCES
 from nnssl.transferability.objective import FORMS, separation_loss
 from nnssl.transferability.pooling import POOLINGS, pool
 from nnssl.transferability.robustness import Separation, robustness_loss, separate
+from nnssl.words import per_cent
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ class Robust(Method):
         return learnt, (
             f"robust {'learnt' if learnt else 'did not learn'}: on held-out crops the robustness loss is "
             f"{last['robustness']:.3g} ({first['robustness']:.3g} before), the other view is nearer than every other case for "
-            f"{last['nearest']:.0%} ({first['nearest']:.0%} before)."
+            f"{per_cent(last['nearest'])} ({per_cent(first['nearest'])} before)."
         )
 
 

@@ -34,6 +34,14 @@ def test_the_loader_takes_it(paper):
 
 
 @pytest.mark.parametrize("paper", PAPERS)
+def test_it_tells_where_each_dataset_comes_from(paper):
+    experiment = load_experiment(FOLDER / f"{paper}.yaml")
+    used = {s.dataset for s in experiment.settings}
+    used |= {d for s in experiment.settings for arm in s.arms if arm.method for d in arm.pretraining.datasets}
+    assert used == set(experiment.datasets)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
 def test_published_figures_fit(paper):
     """Every setting of the file has figures, for labels and methods that the experiment runs; no figure is lost."""
     experiment = load_experiment(FOLDER / f"{paper}.yaml")

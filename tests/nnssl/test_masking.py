@@ -300,8 +300,8 @@ def test_the_picture_shows_what_was_hidden_and_how_far_the_guess_is_off(dim):
     assert error[10:15, :5] == pytest.approx(0.2) and not error[10:15, 5:10].any() and not error[15:].any()
     missed = np.abs(filled - scaled(image))[counted].mean()
     assert panel.tags == {
-        picture.PAINTED: ["mean error 15% of the range"],  # 0.2 of three quarters
-        picture.FILLED: [f"mean error {missed:.0%} of the range"],
+        picture.PAINTED: ["mean error 15 % of the range"],  # 0.2 of three quarters
+        picture.FILLED: [f"mean error {100 * missed:.0f} % of the range"],
     }
 
 
@@ -310,7 +310,7 @@ def test_the_picture_of_an_image_without_contrast_or_without_hidden_pixels():
     mask[0, :, :3] = True
     panel = picture.masked_panel(image, image + 1, mask, torch.ones_like(mask))
     assert all(np.isfinite(c).all() and c.min() >= 0 and c.max() <= 1 for c in panel.columns.values())
-    assert panel.tags[picture.PAINTED] == ["mean error 100% of the range", "mean error 0% of the range"]
+    assert panel.tags[picture.PAINTED] == ["mean error 100 % of the range", "mean error 0 % of the range"]
 
 
 def test_each_picture_has_its_own_scale_without_the_outermost_of_a_thousand_pixels():
@@ -322,4 +322,4 @@ def test_each_picture_has_its_own_scale_without_the_outermost_of_a_thousand_pixe
         panel = picture.masked_panel(ramp * scale, (ramp + 0.1 * width) * scale, mask, torch.ones_like(mask))
         expected = np.clip((np.arange(1000) - 4.995) / width, 0, 1)
         np.testing.assert_allclose(panel.columns[picture.REAL][0].ravel(), expected, atol=1e-5)
-        assert panel.tags[picture.PAINTED] == ["mean error 10% of the range"]
+        assert panel.tags[picture.PAINTED] == ["mean error 10 % of the range"]

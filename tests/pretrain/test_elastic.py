@@ -163,6 +163,21 @@ def test_which_signals_interrupt_a_save(monkeypatch, launched, signals, interrup
     assert seen == interrupts and stop.received and stop.name == name and stop.number == getattr(signal, name)
 
 
+@pytest.mark.parametrize(("rank", "name", "told"), [("0", "SIGINT", 1), ("1", "SIGINT", 0), ("0", "SIGTERM", 0)])
+def test_ctrl_c_is_answered_in_a_terminal(monkeypatch, rank, name, told):
+    """Saving takes a while: without a word a person presses again, and loses what was not saved."""
+    from nnssl.pretrain.engine import signals
+
+    written = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(signals.os, "isatty", lambda number: True)
+    monkeypatch.setattr(signals.os, "write", lambda number, text: written.append((number, text)))
+    with signals.StopSignals() as stop:
+        signal.raise_signal(getattr(signal, name))
+    assert stop.received and stop.spoken == ("Ctrl-C" if name == "SIGINT" else "SIGTERM")
+    assert len(written) == told and all(n == 2 and b"a checkpoint is saved first" in text for n, text in written)
+
+
 @pytest.mark.parametrize(
     ("signals", "raised", "status"),
     [

@@ -535,7 +535,12 @@ def test_a_second_interrupt_ends_a_save_and_leaves_the_checkpoint_before(target,
     with monkeypatch.context() as patch:
         patch.setattr(api.checkpoint, "save", interrupted)
         assert main(arguments) == 130
-    assert capsys.readouterr().err == "Stopped.\n"
+    told = capsys.readouterr()
+    assert told.err == "Stopped.\n"
+    assert (
+        "Interrupted at step 6. The last checkpoint is of step 4. The same command with --c goes on from there."
+        in told.out
+    )
     (latest,) = iter_latest()
     assert checkpoint.load(latest).training["step"] == 4
     assert not list(latest.parent.glob(".*.tmp"))

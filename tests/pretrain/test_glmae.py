@@ -446,7 +446,7 @@ def test_verdict(make):
     }
     method = make()
     learnt, sentence = method.verdict({"retrieval": 0.3}, {**last, **healthy})
-    assert learnt and "tells images apart" in sentence and "80% of the cases (25% by chance, 30% before" in sentence
+    assert learnt and "tells images apart" in sentence and "80 % of the cases (25 % by chance, 30 % before" in sentence
     assert not method.verdict({}, {**last, **healthy, "global_reconstruction": 0.4})[0]
     learnt, sentence = method.verdict({}, {**last, **healthy, "teacher_entropy": 0.0, "mean_entropy": 0.0})
     assert not learnt and "collapse" in sentence

@@ -408,7 +408,7 @@ def test_pictures_show_the_same_slice_of_both_crops(make):
 def test_verdict(make):
     terms = {"chance": 6.0, "nearest": 0.4, "nearest_chance": 0.005, "total": 1.0, "restoration": 0.1}
     learnt, sentence = make().verdict({"total": 9.0}, {**terms, "contrast": 2.9})
-    assert learnt and "below half of 6" in sentence and "40.0%" in sentence
+    assert learnt and "below half of 6" in sentence and "40.0 %" in sentence
     learnt, sentence = make("vox2vec").verdict({"total": 9.0}, {**terms, "contrast": 3.1})
     assert not learnt and "vox2vec did not learn" in sentence
     assert make().verdict({}, {"chance": 6.0, "contrast": 2.9})[1].endswith("half of 6 (all voxels look the same).")

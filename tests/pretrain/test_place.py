@@ -63,7 +63,9 @@ def test_maps_that_are_looked_at(name, levels, tiny_plans, tiny_dataset_json):
 def test_sentence():
     first = {"place_noise": 0.17, "place_crops": 0.2}
     text, risen = place_sentence(first, {"place_noise": 0.2, "place_crops": 0.9})
-    assert "20% of the variance" in text and "(17% before training)" in text and "90% on held-out crops (20%)" in text
+    assert (
+        "20 % of the variance" in text and "(17 % before training)" in text and "90 % on held-out crops (20 %)" in text
+    )
     assert not risen, "features of anatomy at fixed places are no shortcut"
     text, risen = place_sentence(first, {"place_noise": 0.6, "place_crops": 0.5})
     assert risen and "without looking at the image" in text

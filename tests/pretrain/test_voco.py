@@ -468,10 +468,25 @@ def test_embedding_and_verdict(make):
     assert method.embed(batch).shape == (27, 24)
     level = method.levels.constant
     terms = {"intra": 0.5 * level, "constant": level, "position_learnt": 0.5, "top1": 0.7, "top1_chance": 1 / 6}
-    learnt, sentence = method.verdict({}, terms)
-    assert learnt and "position learnt: 50%" in sentence and "70%" in sentence and "17% by chance" in sentence
-    learnt, sentence = method.verdict({}, {**terms, "intra": 0.95 * level})
+    before = {**terms, "intra": 0.9 * level, "top1": 0.3}
+    learnt, sentence = method.verdict(before, terms)
+    assert learnt and "(30 % before, 17 % by chance)" in sentence
+    assert learnt and "position learnt: 50 %" in sentence and "70 %" in sentence
+    learnt, sentence = method.verdict(before, {**terms, "intra": 0.95 * level})
     assert not learnt and "did not learn" in sentence and "not clearly below" in sentence
+
+
+def test_random_features_below_the_best_constant_have_not_learnt(make):
+    """Overlapping crops share content: what counts is also the change since before training."""
+    method = make().eval()
+    level = method.levels.constant
+    before = {"intra": 0.85 * level, "constant": level, "position_learnt": 0.15, "top1": 0.34, "top1_chance": 1 / 6}
+    assert not method.verdict(before, before)[0]
+    learnt, sentence = method.verdict(before, {**before, "intra": 0.8 * level, "top1": 0.5})
+    assert not learnt and f"not clearly below the {0.85 * level:.3g} before training" in sentence
+    assert not method.verdict(before, {**before, "intra": 0.5 * level})[0]  # vectors apart, no more cells found
+    assert method.verdict(before, {**before, "intra": 0.5 * level, "top1": 0.5})[0]
+    assert method.verdict({**before, "top1": 1.0}, {**before, "intra": 0.5 * level, "top1": 1.0})[0]
 
 
 def test_views_are_a_function_of_the_sample(make):

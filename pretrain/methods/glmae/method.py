@@ -38,6 +38,7 @@ from nnssl.pretrain.methods.mae.masked import check_options
 from nnssl.pretrain.methods.mae.method import MAE, PICTURE_NOTE, MaskedConfig, compare, reconstruction_curve
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, Progress, SourceStats
+from nnssl.words import per_cent
 
 log = logging.getLogger("nnssl")
 
@@ -172,9 +173,7 @@ class GLMAE(MAE):
         block = masking.choose_block(local, plan.cumulative_strides, block=config.block)
         masking.choose_block(chosen, plan.cumulative_strides, block=block)
         views = config.global_views + config.local_views
-        why += (
-            f" {config.mask_ratio:.0%} of the blocks of {geometry.size_text(block)} voxels are hidden in {views} views."
-        )
+        why += f" {per_cent(config.mask_ratio)} of the blocks of {geometry.size_text(block)} voxels are hidden in {views} views."
         batch = max(4, plan.batch_size)
         body = config.region == "body" or config.body_share > 0
         return CropRequest(size=chosen, window=window, batch_size=batch, min_batch=2, explanation=why, body=body)
@@ -323,7 +322,7 @@ class GLMAE(MAE):
         """How often a local view finds the global one of its volume, and by chance."""
         if "retrieval" not in terms:
             return ""
-        return f"local views found {terms['retrieval']:.0%} ({terms['retrieval_chance']:.0%} by chance)"
+        return f"local views found {per_cent(terms['retrieval'])} ({per_cent(terms['retrieval_chance'])} by chance)"
 
     def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
         """Learnt: hidden voxels better than guessed, in both kinds of views; consistency is told, and must not have collapsed."""
@@ -339,10 +338,10 @@ class GLMAE(MAE):
             learnt = learnt and problem is None
             sentences.append(f"Consistency: {problem}" if problem else "The teacher tells images apart.")
         if "retrieval" in last:
-            before = f", {first['retrieval']:.0%} before training" if "retrieval" in first else ""
+            before = f", {per_cent(first['retrieval'])} before training" if "retrieval" in first else ""
             sentences.append(
-                f"A local view finds the global view of its volume in {last['retrieval']:.0%} of the cases "
-                f"({last['retrieval_chance']:.0%} by chance{before})."
+                f"A local view finds the global view of its volume in {per_cent(last['retrieval'])} of the cases "
+                f"({per_cent(last['retrieval_chance'])} by chance{before})."
             )
         return learnt, " ".join(sentences)
 

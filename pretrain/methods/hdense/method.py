@@ -43,6 +43,7 @@ from nnssl.pretrain.methods.hdense.local import genesis_transforms
 from nnssl.pretrain.methods.hdense.window import window_corruption
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, SourceStats
+from nnssl.words import per_cent
 
 PAIRS = 10  # a step
 CPU = {"n_voxels": 128, "crop_voxels": 128 * 128}
@@ -353,8 +354,8 @@ class HDense(Method):
         if "nearest" not in last:
             return learnt, f"{sentence}."
         return learnt, (
-            f"{sentence}; the most similar voxel of the other crops is the right one for {last['nearest']:.1%} of the voxels "
-            f"({last['nearest_chance']:.1%} by chance)."
+            f"{sentence}; the most similar voxel of the other crops is the right one for {per_cent(last['nearest'], 1)} of the "
+            f"voxels ({per_cent(last['nearest_chance'], 1)} by chance)."
         )
 
 

@@ -37,6 +37,7 @@ from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.mae.masked import PRIMUS_CLIP, check_options, make_optimiser, uses_adamw
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, SourceStats
+from nnssl.words import per_cent
 
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 
@@ -154,7 +155,7 @@ class MAE(Method):
                 max(0, m - n) for m, n in zip(stats.median_shape[-plan.dim :], size)
             ]  # beyond it lies mostly padding
             window = tuple(min(w, n + r + r % 2) for w, n, r in zip(wanted, size, room))
-        why += f" {config.mask_ratio:.0%} of its blocks of {geometry.size_text(block)} voxels are hidden."
+        why += f" {per_cent(config.mask_ratio)} of its blocks of {geometry.size_text(block)} voxels are hidden."
         return CropRequest(
             size=size,
             window=window,

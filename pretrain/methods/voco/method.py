@@ -49,11 +49,14 @@ from nnssl.pretrain.methods.voco.grid import FEWEST_CELLS, choose_grid
 from nnssl.pretrain.methods.voco.levels import chance_levels
 from nnssl.pretrain.methods.voco.picture import overlap_picture
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, Progress, SourceStats
+from nnssl.words import per_cent
 
 log = logging.getLogger("nnssl")
 
 CLEARLY = 0.9
 """Share of the best constant's loss below which position is learnt."""
+
+PLACE_HINT = "learnt: a tenth below the best guess and a tenth below the start"
 
 FEW_ROWS = 20
 
@@ -358,7 +361,7 @@ class VoCo(Method):
             Level("constant", "best guess without looking"),
             Level("constant", "counts as learnt below this", CLEARLY),
         )
-        place = Curve("Is the place of a crop known?", "loss of the positions", {"intra": ""}, marks, "lower is better")
+        place = Curve("Is the place of a crop known?", "loss of the positions", {"intra": ""}, marks, PLACE_HINT)
         found = Curve(
             "Is the right cell found?",
             "crops whose most similar cell\nis the right one (%)",
@@ -376,16 +379,22 @@ class VoCo(Method):
 
     def note(self, terms: dict[str, float]) -> str:
         """How much of the loss that the best constant similarity leaves is gone: 0 % knows nothing, 100 % every overlap."""
-        return f"position learnt: {terms['position_learnt']:.0%}"
+        return f"position learnt: {per_cent(terms['position_learnt'])}"
 
     def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
-        """Learnt: the intra loss clearly below what the best constant similarity gives."""
-        del first
-        value, level = last["intra"], last["constant"]
-        learnt = value < CLEARLY * level
+        """Learnt: the intra loss clearly below the best constant similarity's and the untrained network's, and more cells found.
+
+        Crops that overlap share content, so that random features, too, can be below the best constant.
+        """
+        value, level, before = last["intra"], last["constant"], first["intra"]
+        below, fell = value < CLEARLY * level, value < CLEARLY * before
+        found = last["top1"] > first["top1"] or last["top1"] == 1
+        learnt = below and fell and found
+        share = per_cent(last["position_learnt"])
         return learnt, (
-            f"voco {'learnt' if learnt else 'did not learn'} positions (position learnt: {last['position_learnt']:.0%}): on "
-            f"held-out volumes the intra loss is {value:.3g}, {'' if learnt else 'not '}clearly below the {level:.3g} of the "
-            f"best constant; the most similar cell is the right one for {last['top1']:.0%} of the crops "
-            f"({last['top1_chance']:.0%} by chance)."
+            f"voco {'learnt' if learnt else 'did not learn'} positions (position learnt: {share}): on held-out volumes the "
+            f"intra loss is {value:.3g}, {'' if below else 'not '}clearly below the {level:.3g} of the best constant and "
+            f"{'' if fell else 'not '}clearly below the {before:.3g} before training; the most similar cell is right for "
+            f"{per_cent(last['top1'])} of the crops ({per_cent(first['top1'])} before, {per_cent(last['top1_chance'])} by "
+            "chance)."
         )
