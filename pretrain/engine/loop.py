@@ -379,7 +379,7 @@ class Engine:
         left = (spec.steps - self.step) * seconds
         prefix = "held_out/" if self.held_out else "train/"
         note = self.method.note({k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)})
-        log.info("%s", epoch_line(row, spec.epochs, note, left))
+        log.info("%s", epoch_line(row, spec.epochs, note, left, self.method.spoken))
         last = self.step >= spec.steps or self.stop_reason is not None
         if last:
             return  # the final checkpoint comes first, then what is drawn

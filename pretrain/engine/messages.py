@@ -31,7 +31,9 @@ def clock(seconds: float) -> str:
     return f"{hours}h{minutes:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
 
 
-def epoch_line(row: Mapping[str, Any], epochs: int, note: str | None, left: float) -> str:
+def epoch_line(
+    row: Mapping[str, Any], epochs: int, note: str | None, left: float, spoken: Mapping[str, str] | None = None
+) -> str:
     """The line of an epoch: loss in training and held out, each with its own terms, then what the method notes, then speed.
 
     Args:
@@ -39,23 +41,25 @@ def epoch_line(row: Mapping[str, Any], epochs: int, note: str | None, left: floa
         epochs: of the run.
         note: the method's.
         left: seconds.
+        spoken: words for terms whose names are none.
     """
-    text = f"epoch {row['epoch']}/{epochs}: loss in training {_losses(row, 'train/', note)}"
+    words = spoken or {}
+    text = f"epoch {row['epoch']}/{epochs}: loss in training {_losses(row, 'train/', note, words)}"
     if "held_out/total" in row:
-        text += f", held out {_losses(row, 'held_out/', note)}"
+        text += f", held out {_losses(row, 'held_out/', note, words)}"
     text += f"; {note}" if note else ""
     speed = f"{row['step_s']:.2f} s/step ({100 * row['data_wait']:.0f} % of it waiting for data)"
     return f"{text}; learning rate {row['lr']:.2g}, {speed}, {clock(left)} left"
 
 
-def _losses(row: Mapping[str, Any], prefix: str, note: str | None = None) -> str:
+def _losses(row: Mapping[str, Any], prefix: str, note: str | None, words: Mapping[str, str]) -> str:
     """``0.876 (image 0.5, dense 0.376)``; a single term is the loss itself and is not repeated, nor what the note says."""
     names = [k.removeprefix("train/") for k in row if k.startswith("train/") and k != "train/total"]
     names = [n for n in names if not n.endswith(_DIAGNOSTIC) and not n.startswith("n_") and n in _there(row, prefix)]
     skipped = [n for n in names if n.endswith("skipped")]  # crops left out, where there are any
     parts = [n for n in names if n not in skipped and n.replace("_", " ") not in (note or "")]
     shown = (parts[:SHOWN_TERMS] if len(parts) > 1 else []) + [n for n in skipped if row[prefix + n]]
-    terms = ", ".join(f"{n.replace('_', ' ')} {row[prefix + n]:.3g}" for n in shown)
+    terms = ", ".join(f"{words.get(n, n.replace('_', ' '))} {row[prefix + n]:.3g}" for n in shown)
     return f"{row[prefix + 'total']:.4g}" + (f" ({terms})" if terms else "")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnssl.files import write_atomic
+from nnssl.pretrain.engine.wrapping import wrapped
 from nnssl.pretrain.types import Picture
 
 WIDTH = 2.2
@@ -38,8 +39,10 @@ def save_picture(picture: Picture, path: Path, *, heading: str = "", aspect: flo
     shape = next(iter(columns.values())).shape[1:3]
     tall = WIDTH * min(2.0, max(0.5, aspect * shape[0] / shape[1]))
     width = max(WIDTH * len(columns) + 0.3, 5.0)
-    top = [*_wrapped(heading, width, 10), *_wrapped(picture.title, width, 12)]
-    bottom = _wrapped(picture.note, width, 9.5)
+    room = width - 0.3
+    small = wrapped(heading, room, 10)
+    top = [*small, *wrapped(picture.title, room, 12, bold=True)]
+    bottom = wrapped(picture.note, room, 9.5)
     captions = max(len(_caption(c).splitlines()) for c in columns)
     above = 0.2 * len(top) + 0.17 * captions + 0.25
     tagged = max((_tag(t).count("\n") + 1 for told in picture.tags.values() for t in told), default=0)
@@ -60,7 +63,7 @@ def save_picture(picture: Picture, path: Path, *, heading: str = "", aspect: flo
         if caption in picture.scales:
             _bar(figure, axes[-1][j], shown, picture.scales[caption], height, lower if caption in picture.tags else 0.0)
     for k, line in enumerate(top):
-        bold = {"fontsize": 12, "fontweight": "bold"} if k >= len(_wrapped(heading, width, 10)) else {"color": "0.35"}
+        bold = {"fontsize": 12, "fontweight": "bold"} if k >= len(small) else {"color": "0.35"}
         figure.text(0.5, 1 - (0.17 + 0.2 * k) / height, line, ha="center", va="center", **bold)
     figure.text(0.15 / width, 0.08 / height, "\n".join(bottom), ha="left", va="bottom", fontsize=9.5)
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=90))
@@ -73,11 +76,6 @@ def _caption(text: str) -> str:
 def _tag(text: str) -> str:
     """What stands below one image, in lines as wide as it."""
     return "\n".join(textwrap.wrap(text, 33))
-
-
-def _wrapped(text: str, width: float, size: float) -> list[str]:
-    """Lines that fit into ``width`` inches at a font size in points."""
-    return textwrap.wrap(text, max(20, int(width * 72 / (0.53 * size))))
 
 
 def _column(axes: list[Any], images: np.ndarray, scaled: bool, aspect: float) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nnssl.files import write_atomic
+from nnssl.pretrain.engine.wrapping import wrapped
 from nnssl.pretrain.types import Curve, Level
 
 MOST_PANELS = 6
@@ -71,7 +71,7 @@ def plot_progress(
     across = min(3, len(drawn)) if len(drawn) != 4 else 2
     down = math.ceil(len(drawn) / across)
     width = 5.2 * across
-    above, below = _wrapped(title, width, 13), _wrapped(sentence, width, 10.5)
+    above, below = wrapped(title, width - 0.4, 13, bold=True), wrapped(sentence, width - 0.4, 10.5)
     height = 4.0 * down + 0.25 * len(above) + 0.2 * len(below) + 0.3
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
@@ -217,7 +217,3 @@ def _finish(ax: Any) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=8, framealpha=0.85)
-
-
-def _wrapped(text: str, width: float, size: float) -> list[str]:
-    return textwrap.wrap(text, int(width * 72 / (0.52 * size)))

@@ -451,6 +451,18 @@ def test_verdict(make):
     learnt, sentence = method.verdict({}, {**last, **healthy, "teacher_entropy": 0.0, "mean_entropy": 0.0})
     assert not learnt and "collapse" in sentence
     assert method.verdict({"total": 2.0}, {"total": 1.0})[0]
+    alone = {**healthy, "retrieval": 1.0, "retrieval_chance": 1.0}  # a single held-out volume
+    assert "finds the global view" not in method.verdict({}, {**last, **alone})[1] and method.note(alone) == ""
+    assert method.note(healthy) == "local views found 80 % (25 % by chance)"
+
+
+def test_the_line_of_an_epoch_says_consistency_in_words(make):
+    from nnssl.pretrain.engine.messages import epoch_line
+
+    row = {"epoch": 1, "lr": 1e-3, "step_s": 0.5, "data_wait": 0.1, "train/total": 3.0}
+    row |= {"train/global_reconstruction": 0.9, "train/gg": 8.4, "train/lg": 8.5}
+    text = epoch_line(row, 2, make().note({}), 1.0, make().spoken)
+    assert "(global reconstruction 0.9, agreement of large views 8.4, of small with large views 8.5)" in text
 
 
 # ---------------------------------------------------------------------------------------------- runs

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -140,3 +141,21 @@ def test_details_hold_every_logged_number(monkeypatch, tmp_path):
 def test_a_picture_without_any_extras(tmp_path):
     save_picture(Picture({"one": np.zeros((2, 6, 8))}), tmp_path / "v.png")
     assert imread(tmp_path / "v.png").shape[2] == 4
+
+
+def test_lines_are_measured_in_the_font_that_they_are_written_in():
+    """Digits are wider than letters: a verdict full of figures was cut off at the right."""
+    from nnssl.pretrain.engine.wrapping import wrapped
+
+    figure = Figure(figsize=(15.6, 2), dpi=72)
+    canvas = FigureCanvasAgg(figure)
+    for text, bold in (
+        ("0.1234 (0.5678), " * 40, False),
+        ("illicit lilt " * 40, False),
+        ("Model 88 of 88, " * 40, True),
+    ):
+        lines = wrapped(text, 15.2, 10.5, bold=bold)
+        written = figure.text(0, 0, "\n".join(lines), fontsize=10.5, fontweight="bold" if bold else "normal")
+        assert 0.9 * 15.2 * 72 < written.get_window_extent(canvas.get_renderer()).width < 15.4 * 72
+        assert " ".join(lines).split() == text.split()
+    assert wrapped("", 3, 10) == [] and "".join(wrapped("x" * 300, 2, 10)) == "x" * 300

@@ -359,7 +359,7 @@ class VoCo(Method):
         """The loss of positions beside the best constant, how often the right cell is found, and the two other terms."""
         marks = (
             Level("constant", "best guess without looking"),
-            Level("constant", "counts as learnt below this", CLEARLY),
+            Level("constant", "a tenth below it", CLEARLY),
         )
         place = Curve("Is the place of a crop known?", "loss of the positions", {"intra": ""}, marks, PLACE_HINT)
         found = Curve(
