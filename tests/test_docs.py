@@ -127,6 +127,9 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     html = (tmp_path / "reference" / "pretrain.html").read_text(encoding="utf-8")
     assert "robustness_every" in html and ":func:" not in html
     assert not re.findall(r'<(?:script|link)[^>]+(?:src|href)="https?://', html), "the site fetches nothing"
+    for page in tmp_path.rglob("*.html"):
+        shown = re.sub(r"<(pre|script|code)\b.*?</\1>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.findall(r"^\|.*\|$", shown, re.MULTILINE), f"{page}: a table that is not drawn as one"
 
 
 @pytest.mark.slow

@@ -345,30 +345,29 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
             draw_below(Path(self.output_folder) / "progress.png", self._draw)
 
     def _draw(self, ax: Any) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         epochs = [row["epoch"] for row in self.trace]
         ax.plot(
             epochs,
             [row["agreement"] for row in self.trace],
             "b",
             linewidth=4,
-            label="teacher and student agree on the pool",
+            label="teacher and student, on images without labels",
         )
         ax.set_ylim(0, 1)
         ax.set_xlabel("epoch", fontsize=30)
         ax.set_ylabel("Dice between them", fontsize=30)
         right = ax.twinx()
-        right.plot(
-            epochs, [100 * r["foreground"] for r in self.trace], "g", linewidth=4, label="pseudo-labels of the pool"
-        )
-        right.plot(
-            epochs, [100 * r["labelled_foreground"] for r in self.trace], "g--", linewidth=4, label="true labels"
-        )
+        right.plot(epochs, [100 * r["foreground"] for r in self.trace], "g", linewidth=4, label="pseudo-labels")
+        right.plot(epochs, [100 * r["labelled_foreground"] for r in self.trace], "g--", linewidth=4, label="labels")
         right.set_ylim(bottom=0)
         right.set_ylabel("foreground [% of voxels]", fontsize=30)
         for axis in (ax, right):
             axis.tick_params(labelsize=28)
-        ax.legend(fontsize=26, loc="lower left")
-        right.legend(fontsize=26, loc="lower right")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        ax.legend(fontsize=26, loc="lower left", bbox_to_anchor=(0, 1))  # above, as nnU-Net's own: no curve is hidden
+        right.legend(fontsize=26, loc="lower right", bbox_to_anchor=(1, 1), ncol=2)
 
     # ---- files ----------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from nnssl.files import write_atomic
 from nnssl.pretrain.engine.wrapping import wrapped
 from nnssl.pretrain.types import Picture
 
+DPI = 90
 WIDTH = 2.2
 """Inches of a column."""
 _MARK, _FRAME = "#00e5ff", "#ffd500"
@@ -40,9 +41,9 @@ def save_picture(picture: Picture, path: Path, *, heading: str = "", aspect: flo
     tall = WIDTH * min(2.0, max(0.5, aspect * shape[0] / shape[1]))
     width = max(WIDTH * len(columns) + 0.3, 5.0)
     room = width - 0.3
-    small = wrapped(heading, room, 10)
-    top = [*small, *wrapped(picture.title, room, 12, bold=True)]
-    bottom = wrapped(picture.note, room, 9.5)
+    small = wrapped(heading, room, 10, dpi=DPI)
+    top = [*small, *wrapped(picture.title, room, 12, dpi=DPI, bold=True)]
+    bottom = wrapped(picture.note, room, 9.5, dpi=DPI)
     captions = max(len(_caption(c).splitlines()) for c in columns)
     above = 0.2 * len(top) + 0.17 * captions + 0.25
     tagged = max((_tag(t).count("\n") + 1 for told in picture.tags.values() for t in told), default=0)
@@ -66,7 +67,7 @@ def save_picture(picture: Picture, path: Path, *, heading: str = "", aspect: flo
         bold = {"fontsize": 12, "fontweight": "bold"} if k >= len(small) else {"color": "0.35"}
         figure.text(0.5, 1 - (0.17 + 0.2 * k) / height, line, ha="center", va="center", **bold)
     figure.text(0.15 / width, 0.08 / height, "\n".join(bottom), ha="left", va="bottom", fontsize=9.5)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=90))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
 
 
 def _caption(text: str) -> str:

@@ -12,6 +12,7 @@ from nnssl.pretrain.engine.wrapping import wrapped
 from nnssl.pretrain.types import Curve, Level
 
 MOST_PANELS = 6
+DPI = 80
 HELD_OUT, TRAINING = "#1f5fa8", "#e0892b"
 _WITHOUT_PREFIX = ("embedding_sd", "effective_rank")
 _COLOURS = (HELD_OUT, "#b5402f", "#3a8f4d", "#7d4ba0")
@@ -71,7 +72,7 @@ def plot_progress(
     across = min(3, len(drawn)) if len(drawn) != 4 else 2
     down = math.ceil(len(drawn) / across)
     width = 5.2 * across
-    above, below = wrapped(title, width - 0.4, 13, bold=True), wrapped(sentence, width - 0.4, 10.5)
+    above, below = wrapped(title, width - 0.4, 13, dpi=DPI, bold=True), wrapped(sentence, width - 0.4, 10.5, dpi=DPI)
     height = 4.0 * down + 0.25 * len(above) + 0.2 * len(below) + 0.3
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
@@ -87,7 +88,7 @@ def plot_progress(
         figure.text(0.5, 1 - 0.1 / height, "\n".join(above), ha="center", va="top", fontsize=13, fontweight="bold")
     if below:
         figure.text(0.2 / width, 0.1 / height, "\n".join(below), ha="left", va="bottom", fontsize=10.5)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=80))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
 
 
 def plot_details(history: Rows, path: Path) -> None:

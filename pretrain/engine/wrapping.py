@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-HINTING = 1.04
-"""Letters are drawn on whole pixels, which at 72 to 90 pixels an inch makes a line up to 4 % wider than its outlines."""
 
-
-def wrapped(text: str, width: float, size: float, *, bold: bool = False) -> list[str]:
+def wrapped(text: str, width: float, size: float, *, dpi: float, bold: bool = False) -> list[str]:
     """Break a text at blanks, and within a word only where that is wider than a line.
 
     Args:
         text: what is to be written.
         width: of a line, inches.
         size: of the font, points.
+        dpi: pixels an inch that the picture is saved with; letters are drawn on whole pixels.
         bold: whether it is written in bold.
 
     Returns:
         the lines; none for an empty text.
     """
+    from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
 
+    renderer = RendererAgg(16, 16, dpi)
     font = FontProperties(size=size, weight="bold" if bold else "normal")
 
     def fits(line: str) -> bool:
-        return text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] * HINTING <= 72 * width
+        return renderer.get_text_width_height_descent(line, font, False)[0] <= dpi * width
 
     lines: list[str] = []
     for word in text.split():

@@ -39,7 +39,7 @@ class Method(nn.Module, ABC):
         default_transfer: which of :meth:`pretrained_parts` a segmentation network gets unless the user says otherwise, one of
             :data:`nnssl.plans.parts.CHOICES`; ``transfer_reason``: why, for the transfer report. Chosen by measurement.
         optimises_robustness: whether the objective itself makes views of an image alike, which its verdict then says.
-        spoken: words for terms of the loss whose names are none, for the line of an epoch: ``{"gg": "agreement of large views"}``.
+        spoken: words for terms of the loss whose names are none, for the line of an epoch: ``{"gg": "agreement of views"}``.
     """
 
     name: ClassVar[str] = ""

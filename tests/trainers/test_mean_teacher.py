@@ -578,3 +578,23 @@ def test_the_second_stage_of_a_cascade_is_refused(build, dataset):
     info = json.loads((dataset / "dataset.json").read_text())
     with pytest.raises(NnsslError, match="cannot train 3d_cascade_fullres.*3d_lowres"):
         nnUNetTrainerMeanTeacher(plans, "3d_cascade_fullres", 0, info, torch.device("cpu"))
+
+
+def test_the_panel_hides_no_curve_and_counts_epochs():
+    from types import SimpleNamespace
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from nnssl.trainers import nnUNetTrainerMeanTeacher
+
+    trace = [{"epoch": e, "agreement": 0.9, "foreground": 0.05, "labelled_foreground": 0.04} for e in (1, 2)]
+    figure = Figure(figsize=(30, 12))
+    ax = figure.subplots()
+    nnUNetTrainerMeanTeacher._draw(SimpleNamespace(trace=trace), ax)
+    FigureCanvasAgg(figure).draw()
+    left, right = figure.axes
+    assert all(tick == round(tick) for tick in left.get_xticks())
+    frame = left.get_window_extent()
+    legends = [axis.get_legend().get_window_extent() for axis in (left, right)]
+    assert all(box.y0 >= frame.y1 - 1 for box in legends) and not legends[0].overlaps(legends[1])
