@@ -120,6 +120,8 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         told = self.plans_manager.plans.get("nnssl") or {}
         if self.fold == ALL:  # validates on what it does not train on: only cases that the plan names are held back
             val = list((told.get("val_cases") or {}).get(ALL, ()))
+        self.figures = replace(self.figures, strength=self.figures.strength_for(len(train)))
+        self.provenance.update(strength=self.figures.strength, labelled_cases=len(train))
         rest: list[str] = []
         if told.get("train_cases"):
             rest = sorted(set(folds_of(self.plan())[str(self.fold)][0]) - {*train, *val})
@@ -134,7 +136,8 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
             f"{labelled} labelled cases, {self.pool}\n"
             f"  epochs 0 to {self.first_epochs - 1} learn from the labels, {self.first_epochs} to {self.num_epochs - 1} from the "
             "pool too\n"
-            f"  largest component kept of: {one}{f' ({why})' if self._largest else ''}"
+            f"  largest component kept of: {one}{f' ({why})' if self._largest else ''}\n"
+            f"  intensities without labels: {self.figures.intensities} changes, strength {self.figures.strength:g}"
         )
 
     def _one_piece_classes(self, train: Iterable[str]) -> list[Any]:
@@ -194,6 +197,9 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
 
     def _load_pool(self) -> Any:
         """Processes that read and augment patches of the pool, as many as nnU-Net has for its validation."""
+        strength = self.figures.strength
+        if self.pool is None or strength is None:
+            raise RuntimeError("the second stage starts after on_train_start")
         rotation, dummy_2d, initial_patch, mirror = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         manager, config = self.label_manager, self.configuration_manager
         views, self._targets = split_transforms(
@@ -209,11 +215,9 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
                 regions=manager.foreground_regions if manager.has_regions else None,
                 ignore_label=manager.ignore_label,
             ),
-            self.figures.strength,
+            strength,
             self.figures.intensities,
         )
-        if self.pool is None:
-            raise RuntimeError("the second stage starts after on_train_start")
         loader = UnlabelledLoader(
             UnlabelledDataset(self.pool.cases),
             self.unlabelled_share,
@@ -403,7 +407,11 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         """Take the figures that the training began with where the plan names none, and tell where they are others by now."""
         if "momentum" not in self.provenance:  # of no version that wrote figures
             return
-        begun, now = {**BEFORE, **self.provenance}, self.figures.to_dict()
+        begun = {**BEFORE, **self.provenance}
+        if self.figures.strength is None:
+            labelled = begun.get("labelled_cases") or len(self.do_split()[0])
+            self.figures = replace(self.figures, strength=self.figures.strength_for(labelled))
+        now = self.figures.to_dict()
         other = {k: begun[k] for k in BEGUN if k in begun and begun[k] != now[k]}
         named = {k for k in other if (self.plans_manager.plans.get("nnssl") or {}).get(k) is not None}
         kept = {k: v for k, v in other.items() if k not in named}

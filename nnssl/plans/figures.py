@@ -54,6 +54,9 @@ SHORT_RUN, SHORT_PEAK_LR = 25_000, 1e-2
 ADAM_PEAK_LR = 2e-3
 """Adam's with two stages: runs of less than :data:`SHORT_RUN` steps are trained with it, longer ones with nnU-Net's SGD."""
 
+VERY_FEW = 2
+"""Up to so many labelled cases the student's changes have twice the strength (``docs/fine-tuning.md`` has the figures)."""
+
 
 @dataclass(frozen=True)
 class FineTuningConfig:
@@ -85,7 +88,7 @@ class FineTuningConfig:
         intensities: how the intensities of its patches change: ``"strong"`` (noise, contrast, brightness, gamma;
             :func:`nnssl.trainers.pool.strong_changes`) or ``"nnunet"``.
         strength: factor of at least 0 on the probability of the changes that the student sees on images without labels, and on
-            the amount of noise; labelled images have 1.
+            the amount of noise; labelled images have 1. None: by the number of labelled cases, :meth:`strength_for`.
         shift: how far its patches are moved at most, as a share in [0, 1) of the patch. nnU-Net centres a volume that is
             smaller than the patch, and its network never sees it anywhere else.
         largest: whether pseudo-labels keep only the largest component of each class: ``"auto"`` where all labelled cases say that
@@ -107,9 +110,15 @@ class FineTuningConfig:
     labelled_first: float = option(1 / 3, low=0, below=1)
     momentum: float = option(0.99, low=0, below=1)
     intensities: str = option("strong", choices=("strong", "nnunet"))
-    strength: float = option(2.0, low=0)
+    strength: float | None = option(None, low=0)
     shift: float = option(0.1, low=0, below=1)
     largest: str = option("auto", choices=("auto", "always", "never"))
+
+    def strength_for(self, labelled: int) -> float:
+        """``strength``; where it is None, 2 for one or two labelled cases and 1 for more, whose second stage loses by 2."""
+        if self.strength is not None:
+            return self.strength
+        return 2.0 if labelled <= VERY_FEW else 1.0
 
     @property
     def stages(self) -> Stages:

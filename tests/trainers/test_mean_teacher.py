@@ -222,7 +222,7 @@ def test_labelled_patches_change_strongly_too_or_as_nnunets(build):
 
 def test_the_student_sees_strong_changes_by_default(build):
     trainer = build(nnUNetTrainerMeanTeacher)
-    views, _ = split_transforms(transforms_of(trainer), trainer.figures.strength, trainer.figures.intensities)
+    views, _ = split_transforms(transforms_of(trainer), trainer.figures.strength_for(1), trainer.figures.intensities)
     kinds = [type(t.transform).__name__ for t in views.intensity]
     assert kinds == [type(t.transform).__name__ for t in strong_changes(2.0)]
     image = torch.randn(1, *trainer.configuration_manager.patch_size)
@@ -375,6 +375,25 @@ def test_a_continued_training_keeps_the_changes_that_it_began_with(few, build):
         and "intensities nnunet (now strong), strength 1.0 (now 2.0), shift 0.0" in text
     )
     assert "WARNING: the plan has changed" not in text
+
+
+@pytest.mark.parametrize("labels, strength", [(1, 2.0), (3, 1.0)])
+def test_strength_goes_by_the_labelled_cases_and_stays(few, build, labels, strength):
+    """A checkpoint of a version with strength 2 for all goes on with it."""
+    plans = few(schedule="mean-teacher", epochs=4, iterations=2, labels=labels)
+    trainer = started(build, plans)
+    assert trainer.figures.strength == strength and trainer.provenance["labelled_cases"] == labels
+    assert f"strong changes, strength {strength:g}" in Path(trainer.log_file).read_text()
+    file = f"{trainer.output_folder}/checkpoint_latest.pth"
+    trainer.save_checkpoint(file)
+    content = checkpoint.load(file).content
+    del content["nnssl_finetuning"]["labelled_cases"]
+    content["nnssl_finetuning"]["strength"] = 2.0
+    checkpoint.save(file, content)
+    older = build(nnUNetTrainerMeanTeacher, plans, resume=True)
+    older.load_checkpoint(file)
+    assert older.figures.strength == 2.0
+    assert ("strength 2.0 (now 1.0)" in Path(older.log_file).read_text()) is (strength == 1.0)
 
 
 def test_a_plan_that_was_changed_after_the_start_is_told(few, build):
@@ -556,7 +575,12 @@ def test_classes_that_are_one_piece_are_found_in_the_labelled_cases(few, build, 
 def test_the_control_has_one_schedule_over_as_many_steps():
     plans = {"plans_name": "p", "nnssl": {"schedule": "mean_teacher", "epochs": 9, "iterations": 10}}
     figures = FineTuningConfig.from_plans(plans, "mean_teacher", "nnUNetTrainerMeanTeacher")
-    assert (figures.stages.first, figures.optimizer, figures.peak_lr, figures.strength) == (3, "adam", 2e-3, 2.0)
+    assert (figures.stages.first, figures.optimizer, figures.peak_lr) == (3, "adam", 2e-3)
+    assert [figures.strength_for(n) for n in (1, 2, 3, 40)] == [2.0, 2.0, 1.0, 1.0]
+    named = FineTuningConfig.from_plans(
+        {"plans_name": "p", "nnssl": {"strength": 1.5}}, "mean_teacher", "nnUNetTrainerMeanTeacher"
+    )
+    assert named.strength_for(1) == named.strength_for(9) == 1.5
     long = {"plans_name": "p", "nnssl": {"schedule": "mean_teacher"}}
     figures = FineTuningConfig.from_plans(long, "mean_teacher", "nnUNetTrainerMeanTeacher")
     assert (figures.optimizer, figures.peak_lr, figures.epochs) == ("sgd", 1e-2, 1000)  # nnU-Net's own
