@@ -47,7 +47,8 @@ class Measured:
     @property
     def trained(self) -> str:
         """``3 epochs``, ``750 steps``, a dash."""
-        return "-" if self.epoch is None else f"{self.epoch:,} {self.unit}"
+        unit = self.unit.removesuffix("s") if self.epoch == 1 else self.unit
+        return "-" if self.epoch is None else f"{self.epoch:,} {unit}"
 
 
 @dataclass

@@ -254,10 +254,8 @@ def _write_report(path: str | os.PathLike[str] | None, dataset: str, rejected: S
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
         return None
-    ordered = sorted(rejected, key=lambda r: (r.file, r.reason))
-    _write_csv(
-        file, [("file", "reason", "detail", "files"), *((r.file, r.reason, r.detail, str(r.count)) for r in ordered)]
-    )
+    rows = sorted((os.path.abspath(r.file), r.reason, r.detail, str(r.count)) for r in rejected)
+    _write_csv(file, [("file", "reason", "detail", "files"), *rows])
     return file
 
 

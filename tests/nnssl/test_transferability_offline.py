@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from nnssl import checkpoint
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network
 from nnssl.plans import Plan, load_plan
-from nnssl.transferability import choose_cases, compare, crop_size, list_cases, read_crops
+from nnssl.transferability import Measured, choose_cases, compare, crop_size, list_cases, read_crops
 from nnssl.transferability.cli import main
 
 
@@ -250,3 +251,9 @@ def test_bad_files_are_all_named(dataset, tmp_path, nnunet_env):
     (nnunet_env.preprocessed / "Dataset901_Tiny" / "nnUNetPlans.json").write_text(json.dumps(plan))
     with pytest.raises(NnsslError, match="nnUNetv2_preprocess -d 901"):
         compare(901, [tmp_path / "a.pth"])
+
+
+def test_how_long_was_trained_is_told_in_words():
+    told = [(1, "epochs"), (3, "epochs"), (1, "steps"), (1750, "steps"), (None, "epochs")]
+    texts = [Measured(Path("a.pth"), "a", epoch, 100.0, None, unit).trained for epoch, unit in told]
+    assert texts == ["1 epoch", "3 epochs", "1 step", "1,750 steps", "-"]

@@ -608,6 +608,15 @@ def test_nothing_usable_makes_no_dataset(place):
     assert "no image format that is read" in (place.tmp / "Dataset500_Scans_not_added.csv").read_text()
 
 
+def test_both_tables_name_files_by_whole_paths(place):
+    """As the folder was typed or not: mapping.csv and not_added.csv are looked through side by side."""
+    (place.export / "a.txt").write_text("x")
+    with pytest.raises(NnsslError):
+        place.add(os.path.relpath(place.export))
+    with open(place.tmp / "Dataset500_Scans_not_added.csv", newline="") as file:
+        assert [row[0] for row in csv.reader(file)][1:] == [str(place.export / "a.txt")]
+
+
 def test_images_are_added_to_what_the_user_made(place, tiny_raw_dataset):
     folder = tiny_raw_dataset(500, "Scans", 2, labelled=False, modality="CT", prefix="mine")
     (folder / "dataset.json").write_text(
