@@ -186,8 +186,8 @@ def test_report_and_pictures(demo, tmp_path):
     text = demo.report.summary([("Pretrain", "1:15", "there")], dice, ["a.png"])
     assert "labels only               0.500  0.300    0.400" in text
     assert "by +0.300 against the same steps on labels only, and were better in 2 of 2" in text
-    assert demo.report.measured((0.02, 0.04)).startswith(
-        "Over 2 seeds of the phantoms it was +0.030 on average (+0.020 to"
+    assert demo.report.measured({0: 0.02, 7: 0.04}).startswith(
+        "With the seeds 0, 7 of the phantoms it was +0.030 on average (+0.020 to"
     )
     written = demo.report.write_pictures(tmp_path, dice)
     assert [p.name for p in written] == ["phantoms.png", "predictions.png"]

@@ -2,8 +2,8 @@
 
 Each case has its own anatomy (places, sizes, a smooth random deformation), its own contrast, noise, bias field, voxel
 size and number of slices. Everything is drawn on a grid twice as fine and averaged down, so that borders are partial
-volume. Two structures are labelled: ``gland`` (a lobed, textured organ close to muscle in brightness, next to look-alikes)
-and ``bladder`` (variably filled, brighter than fat).
+volume. Two structures are labelled: ``gland`` (a lobed, textured organ close to muscle in brightness, among look-alikes that
+only their size and place tell from it) and ``bladder`` (variably filled, brighter than fat).
 
 Usage: python phantoms.py nnUNet_raw [--labelled 5] [--unlabelled 32] [--test 8] [--seed 0]
 """
@@ -98,9 +98,13 @@ def draw_anatomy(rng: np.random.Generator, shape: tuple, spacing: tuple) -> np.n
     for side in (-1, 1):
         lobe = centre + (u(-1.5, 1.5), u(-1, 1), side * size * u(4, 5.5))
         a.paint(a.ellipsoid(lobe, size * np.array([u(12, 15), u(8, 10), u(8, 9.5)]), side * u(0, 0.5)), GLAND)
-    for _ in range(rng.integers(4, 9)):
-        # Look-alikes: as bright as the gland, smaller, anywhere in the fat.
-        a.paint(a.ellipsoid((u(-45, 45), u(-16, 16), u(-20, 20)), (u(3, 7), u(2, 4.5), u(2, 4.5))), NODE, (FAT,))
+    for _ in range(rng.integers(6, 12)):
+        # Look-alikes: as bright as the gland and of its texture, smaller, anywhere in fat and muscle.
+        a.paint(
+            a.ellipsoid((u(-45, 45), u(-18, 18), u(-22, 22)), (u(6, 12), u(4, 8), u(4, 8)), u(0, 3)),
+            NODE,
+            (FAT, MUSCLE),
+        )
     return a.tissue
 
 
@@ -112,10 +116,11 @@ def draw_image(rng: np.random.Generator, tissue: np.ndarray, spacing: tuple) -> 
     gland = u(0.46, 0.66)
     mean = np.zeros(11)
     mean[[AIR, FAT, MUSCLE, CORTEX, MARROW]] = 0.01, fat, muscle, u(0.05, 0.12), u(0.5, 0.85)
-    mean[[VESSEL, NODE, BOWEL, GAS, GLAND]] = u(0.08, 0.9), gland * u(0.9, 1.1), u(0.2, 0.45), 0.03, gland
+    mean[[VESSEL, NODE, BOWEL, GAS, GLAND]] = u(0.08, 0.9), gland * u(0.97, 1.03), u(0.2, 0.45), 0.03, gland
     mean[BLADDER] = fluid
     texture = np.full(11, 0.05)
     texture[[AIR, GAS, CORTEX, BLADDER, GLAND, BOWEL]] = 0.0, 0.0, 0.02, 0.015, u(0.06, 0.14), 0.12
+    texture[NODE] = texture[GLAND]
     fine = 0.6 * smooth_noise(rng, tissue.shape, spacing, 2.5) + 0.6 * smooth_noise(rng, tissue.shape, spacing, 6.0)
     image = mean[tissue] * (1 + texture[tissue] / 0.4 * fine)
     return image * np.exp(u(0.05, 0.2) * smooth_noise(rng, tissue.shape, spacing, 60.0))
