@@ -51,7 +51,7 @@ def compare(
         env: its environment.
 
     Returns:
-        A row for each method and number of labels that has finished a draw, and what is left, in words (empty: nothing).
+        A row for each method and number of labels with its finished draws, and what is left, in words (empty: nothing).
 
     Raises:
         RuntimeError: with the last lines of the command, where it failed.

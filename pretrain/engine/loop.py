@@ -335,7 +335,7 @@ class Engine:
     def _show(self, bar: tqdm, seconds: float, wait: float) -> None:
         left = (self.spec.steps - self.step) * seconds
         shown = {k: f"{v:.3g}" for k, v in list(self._last.items())[:4]}
-        bar.set_postfix({**shown, "s/step": f"{seconds:.2f}", "data": f"{per_cent(wait)}", "left": clock(left)})
+        bar.set_postfix({**shown, "s/step": f"{seconds:.2f}", "data": per_cent(wait), "left": clock(left)})
         bar.update()
 
     def _look_at_untrained(self) -> None:
