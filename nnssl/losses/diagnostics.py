@@ -101,9 +101,10 @@ def principal_colours(*maps: Tensor) -> list[Tensor]:
     flat = [safe_normalise(m, 1).transpose(0, 1).flatten(1).T.cpu() for m in maps]  # (n, C)
     everything = torch.cat(flat)
     centre = everything.mean(0)
-    _, axes = torch.linalg.eigh((everything - centre).T @ (everything - centre))
+    centred = everything - centre
+    _, axes = torch.linalg.eigh(centred.T @ centred)
     axes = axes[:, -3:].flip(1)
-    shown = (everything - centre) @ axes
+    shown = centred @ axes
     low, high = shown.amin(0), shown.amax(0)
     out = []
     for values, m in zip(flat, maps):

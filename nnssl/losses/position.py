@@ -96,7 +96,7 @@ class PositionLoss(nn.Module):
     def _negative(self, s: Tensor, chosen: Tensor) -> Tensor:
         if self.negatives == "square":
             return _sum(s.square(), chosen) / chosen.sum((1, 2)).clamp_min(1)
-        return _sum(-((1 - s).clamp_min(0) + EPS).log(), chosen) / (chosen.sum((1, 2)) + EPS)
+        return _sum(-((1 - s).clamp_min(0) + EPS).log(), chosen) / (chosen.sum((1, 2), dtype=s.dtype) + EPS)
 
 
 def orthogonality(

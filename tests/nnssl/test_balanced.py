@@ -75,6 +75,14 @@ def test_each_level_fills_its_own_slots():
     assert sum(p.numel() for p in maps.parameters()) == 31_776
 
 
+def test_features_of_single_voxels_of_a_batch_are_mapped_one_by_one():
+    maps = ScaleProjections(channels=(4, 8), dim=3)
+    features = [torch.randn(2, 5, c) for c in (4, 8)]
+    z = maps(features)
+    assert z.shape == (2, 5, 6)
+    torch.testing.assert_close(z[1, 2], torch.cat([m(f[1, 2]) for m, f in zip(maps.maps, features)]))
+
+
 def test_projections_are_registered_trained_or_frozen():
     for trainable in (True, False):
         maps = ScaleProjections(channels=(4, 8), dim=3, trainable=trainable)

@@ -118,6 +118,21 @@ def test_running_standardisation():
     assert fresh(data[0]).std() > 0.5 and fresh.count == 0
 
 
+def test_from_the_first_step_on_eval_uses_what_was_kept():
+    norm = RunningStandardisation(1)
+    before = norm.eval()(torch.tensor([[1.0], [1.4]]))  # nothing is kept yet: the batch's own, mean 1.2 and SD 0.2
+    assert before.flatten().tolist() == pytest.approx([-1.0, 1.0], rel=1e-4)
+    norm.train()
+    norm(torch.tensor([[1.0], [3.0]]))  # mean 2, variance 1
+    assert norm.eval()(torch.tensor([[7.0], [9.0]])).flatten().tolist() == pytest.approx([5.0, 7.0], rel=1e-5)
+
+
+def test_features_far_smaller_than_one_are_standardised_too():
+    """SD 0.01: 1e-6 beside a variance of 1e-4 is half a per cent of the SD."""
+    out = RunningStandardisation(1)(torch.tensor([[0.99], [1.01]]))
+    assert out.flatten().tolist() == pytest.approx([-1 / 1.01**0.5, 1 / 1.01**0.5], rel=1e-3)
+
+
 def test_running_moments_are_those_of_a_mixture():
     norm = RunningStandardisation(2, momentum=0.5)
     a, b = torch.randn(4, 2) + 3, 2 * torch.randn(4, 2)

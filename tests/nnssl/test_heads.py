@@ -50,6 +50,13 @@ def test_standardise():
     assert standardise(x.half()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("standardise", [standardise, standardise_rows])
+def test_features_far_smaller_than_one_are_standardised_too(standardise):
+    """SD 0.01: the variance of 1e-4 counts with 1e-5 more."""
+    z = standardise(torch.tensor([[0.5], [0.52]], dtype=torch.float64))
+    assert z.flatten().tolist() == pytest.approx([-1 / 1.1**0.5, 1 / 1.1**0.5], rel=1e-9)
+
+
 def test_mlp():
     head = mlp(7, 3, hidden=5, layers=3)
     assert [m.out_features for m in head if isinstance(m, nn.Linear)] == [5, 5, 3]

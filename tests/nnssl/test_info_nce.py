@@ -5,6 +5,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from nnssl.losses import info_nce as module
 from nnssl.losses.info_nce import InfoNCE, chance_level, info_nce, nearest_share, similarities
 
 EYE = [[1.0, 0.0], [0.0, 1.0]]
@@ -106,6 +107,16 @@ def test_blocks_equal_the_whole_in_value_and_gradient(chunk):
         grads.append((loss.detach(), a.grad, b.grad))
     for whole, blocks in zip(*grads):
         torch.testing.assert_close(blocks, whole)
+
+
+@pytest.mark.parametrize(("chunk", "grad", "blocks"), [(24, True, 0), (23, True, 2), (8, True, 3), (8, False, 0)])
+def test_only_several_blocks_with_a_gradient_are_computed_twice(chunk, grad, blocks, monkeypatch):
+    """12 pairs are 24 anchors; what fits into one block, or needs no gradient, would be computed again for nothing."""
+    taken = []
+    monkeypatch.setattr(module, "checkpoint", lambda f, *args, **_: taken.append(args) or f(*args))
+    a, b = (z.clone().requires_grad_(grad) for z in _unit(12))
+    assert info_nce(a, b, 0.1, chunk).item() == pytest.approx(_slow(a.detach(), b.detach(), 0.1), abs=1e-5)
+    assert len(taken) == blocks
 
 
 def test_an_anchor_is_not_compared_with_itself():

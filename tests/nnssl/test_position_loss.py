@@ -49,6 +49,7 @@ def test_equals_the_double_loop(switches):
     y, s = labels()
     loss = PositionLoss(weighting=weighting, negatives=negatives, pool=pool)
     assert float(loss(y, s)) == pytest.approx(naive(y, s, *switches), rel=1e-5)
+    assert float(loss(y.double(), s.double())) == pytest.approx(naive(y, s, *switches), rel=1e-12)  # where eps stands
     single = sum(float(loss(y[i : i + 1], s[i : i + 1])) for i in range(2)) / 2
     assert (float(loss(y, s)) == pytest.approx(single, rel=1e-5)) == (pool == "volume" or weighting == "all")
 
@@ -163,6 +164,9 @@ def test_gradient_of_the_regularisation():
         orthogonality(q, detach=detach).backward()
         size = q.grad.norm(dim=-1)[0]
         assert bool((size[:-1] > 0).all()) and (float(size[-1]) == 0) == detach
+    q = torch.rand(1, 4, 6, requires_grad=True)
+    orthogonality(q).backward()
+    assert float(q.grad[0, -1].norm()) > 0  # the default
 
 
 def test_gradient_of_the_position_loss():

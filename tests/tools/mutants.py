@@ -14,6 +14,7 @@ import argparse
 import compileall
 import contextlib
 import fnmatch
+import gc
 import hashlib
 import io
 import json
@@ -79,10 +80,13 @@ def choose(args: argparse.Namespace) -> list[tuple[str, object]]:
     for path in args.paths:
         files = sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
         found = [
-            (str(f.relative_to(ROOT)), m) for f in files if "extension" not in f.parts for m in mutations(f.read_text())
-        ]
-        found = [
-            (f, m) for f, m in found if f"{f}:{m.label}" not in alike and fnmatch.fnmatch(f"{f}:{m.label}", args.match)
+            (name, m)
+            for f in files
+            if "extension" not in f.parts
+            for name, text in [(str(f.relative_to(ROOT)), f.read_text())]
+            for m in mutations(text)
+            if not alike & {f"{name}:{m.label}", f"{name}:{m.label} @ {text.splitlines()[m.line - 1].strip()}"}
+            and fnmatch.fnmatch(f"{name}:{m.label}", args.match)
         ]
         if args.sample and len(found) > args.sample:
             found = sorted(random.Random(args.seed).sample(found, args.sample), key=lambda x: (x[0], x[1].line))
@@ -91,7 +95,10 @@ def choose(args: argparse.Namespace) -> list[tuple[str, object]]:
 
 
 def equivalent() -> set[str]:
-    """``file:function: before -> after`` of the mutations that change nothing; the reasons stand behind ``  #``."""
+    """``file:function: before -> after`` of the mutations that change nothing; the reasons stand behind ``  #``.
+
+    ``... @ line of the source`` names one of several that read alike in a function.
+    """
     file = HERE / "equivalent.txt"
     lines = file.read_text().splitlines() if file.exists() else []
     return {line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")}
@@ -138,6 +145,8 @@ def preload() -> None:
     loaded = [m for m in sys.modules if m == "nnssl" or m.startswith("nnssl.")]
     assert not loaded, loaded
     del matplotlib, nnunetv2, pandas, pytest, scipy, SimpleITK
+    gc.collect()
+    gc.freeze()  # pytest collects garbage several times; in each process that would copy and walk through all of the above
 
 
 def forked(work: Callable[[], int], copy: Path, seconds: float) -> int | None:
