@@ -190,7 +190,7 @@ def window_for(
     reach = list(half)
     planes = [(0, 1)] if len(size) == 2 else [(1, 2), (0, 2), (0, 1)]
     for degrees, (a, b) in zip(rotation, planes):
-        turn = math.radians(min(abs(degrees), 90.0))
+        turn = math.radians(abs(degrees))
         for here, there in ((a, b), (b, a)):
             best = min(turn, math.atan2(half[there], half[here]))  # the angle at which the corner reaches farthest
             reach[here] = max(reach[here], half[here] * math.cos(best) + half[there] * math.sin(best))

@@ -36,6 +36,14 @@ def test_pooling_by_hand():
     assert pool(x, "grid").tolist() == [[2.5, 4.5, 6.5, 8.5]]
 
 
+def test_what_all_crops_share_is_gone_only_where_it_was_asked_for():
+    x = torch.randn(5, 4, 3, 2)
+    shared = x + torch.randn(1, 4, 1, 1)
+    for asked in (False, True):
+        head = ImageHead(4, (3, 2), out=6, pooling="gap", batch_standardise=asked)
+        assert torch.allclose(head(x), head(shared), atol=1e-5) == asked
+
+
 def test_unknown_pooling():
     with pytest.raises(NnsslError, match="unknown pooling 'gdp'.*gap"):
         ImageHead(4, (2, 2), pooling="gdp")
@@ -112,6 +120,7 @@ def test_layers_of_the_projectors():
     assert layers(two) == [nn.InstanceNorm3d, relu, nn.Conv3d, nn.InstanceNorm3d, relu, nn.Conv3d]
     assert (two[2].out_channels, two[2].kernel_size, two[2].padding) == (4, (3, 3, 3), (1, 1, 1))
     assert (two[5].out_channels, two[5].kernel_size) == (3, (1, 1, 1)) and two[0].affine and two[3].affine
+    assert [restoration_head(n, 1, dim=2, layers=2)[2].out_channels for n in (1, 3, 4)] == [1, 1, 2]
 
 
 def test_the_masked_maximum_is_over_active_places():

@@ -202,6 +202,19 @@ def test_the_decoder_draws_different_things_at_hidden_places():
         assert torch.equal(decoder(garbage, visible), image)
 
 
+def test_first_weights_of_the_decoder():
+    """What stands for hidden tokens as in the masked autoencoder; convolutions as nnU-Net's, by He's rule, without bias."""
+    decoder = TokenDecoder(240, 2, (4, 4, 8), (2, 3, 4), heads=2)
+    assert len(decoder.eva.blocks) == 2
+    assert float(decoder.mask_token.detach().std()) == pytest.approx(0.02, rel=0.15)
+    layers = [m for m in decoder.image.modules() if isinstance(m, torch.nn.ConvTranspose3d)]
+    for layer in layers:
+        expected = torch.nn.init.kaiming_normal_(torch.empty_like(layer.weight), a=1e-2)
+        assert float(layer.weight.detach().std() / expected.std()) == pytest.approx(1, abs=0.15)
+        assert not layer.bias.any()
+    assert len(layers) == 3
+
+
 # ------------------------------------------------------------------------------------------------- transfer
 
 

@@ -1,6 +1,7 @@
 """Legal pretraining crops, windows, and the alignment of MACL's branches."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from nnssl.pretrain.geometry import (
     largest_spread,
     rotation_degrees,
     size_text,
+    whole_patch,
     window_for,
 )
 
@@ -186,6 +188,16 @@ def test_thick_means_more_than_three_times():
     assert rotation_degrees((3.0, 1.0, 1.0), 30) == (30, 30, 30)
     assert rotation_degrees((1.0, 3.01, 1.0), 30) == (0, 30, 0)
     assert rotation_degrees((4.0, 2.0, 2.0), 30, threshold=1.9) == (30, 0, 0)
+    assert rotation_degrees((4.0, 2.0, 2.0), 30) == (30, 30, 30) and rotation_degrees((0.5, 0.1, 0.1), 30) == (30, 0, 0)
+
+
+def test_the_crop_of_a_primus_is_its_patch():
+    plan = SimpleNamespace(patch_size=(8, 12, 32), total_stride=(4, 4, 8), network_class="Primus")
+    for size in (None, [8, 12, 32]):
+        chosen, why = whole_patch(plan, size)
+        assert chosen == (8, 12, 32) and "8x12x32 voxels, as 2x3x4 tokens of 4x4x8" in why
+    with pytest.raises(NnsslError, match="--crop 8x12x16: a Primus.*patch of 8x12x32"):
+        whole_patch(plan, (8, 12, 16))
 
 
 def test_a_turn_about_an_axis_widens_the_other_two():

@@ -21,6 +21,7 @@ import json
 import os
 import py_compile
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -261,6 +262,9 @@ def tests_for(file: str, where: str, known: dict[str, dict], seconds: float) -> 
         at = [t for t, k in known.items() if where and any(f.partition(":")[2] == where for f in k["functions"])]
     if not at:
         at = [t for t, k in known.items() if any(f.startswith((f"{key}.", f"{file}:")) for f in k["functions"])]
+    if not at:  # a file without functions: those of the files that import it
+        users = tuple(f"{user}:" for user in importers(file))
+        at = [t for t, k in known.items() if users and any(f.startswith(users) for f in k["functions"])]
     at.sort(key=lambda t: known[t]["seconds"])
     kept, total = [], 0.0
     for test in at:
@@ -269,6 +273,16 @@ def tests_for(file: str, where: str, known: dict[str, dict], seconds: float) -> 
             break
         kept.append(test)
     return kept, total, len(at) - len(kept)
+
+
+def importers(file: str) -> list[str]:
+    """Files of the packages that import a module by name, relative to the checkout."""
+    parent, _, name = file.removesuffix(".py").replace("/", ".").rpartition(".")
+    asks = re.compile(
+        rf"(from|import) ([\w.]*\.)?({re.escape(parent)}\.{name}\b|{re.escape(parent)} import [^\n]*\b{name}\b)"
+    )
+    files = [f for part in ("nnssl", "pretrain", "trainers") for f in (ROOT / part).rglob("*.py")]
+    return [str(f.relative_to(ROOT)) for f in files if asks.search(f.read_text())]
 
 
 def judge(copy: Path, file: str, mutation: object, known: dict[str, dict], seconds: float) -> dict:
