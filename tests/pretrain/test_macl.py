@@ -478,3 +478,21 @@ def test_equivariance_shrinks_as_the_option_says(make, align_corners):
             for kind in (align_corners, not align_corners)
         )
     assert value == pytest.approx(asked, rel=1e-6) and abs(value - other) > 1e-3 * other
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        ({}, [{"image"}, {"image_pos_cos", "image_neg_cos"}, {"dense"}, {"equivariance"}]),
+        ({"image_weight": 0.0}, [{"dense"}, {"equivariance"}]),
+        ({"dense_weight": 0.0}, [{"image"}, {"image_pos_cos", "image_neg_cos"}, {"equivariance"}]),
+        ({"equivariance_weight": 0.0}, [{"image"}, {"image_pos_cos", "image_neg_cos"}, {"dense"}]),
+    ],
+)
+def test_panels_are_of_the_terms_that_are_learnt_from(make, options, lines):
+    curves = make(**options).curves()
+    assert [set(c.lines) for c in curves] == lines
+    units = {name: c.unit for c in curves for name in c.lines}
+    assert "nats" in units.get("image", "nats") and "nats" in units.get("dense", "nats")
+    assert "cosine" in units.get("image_pos_cos", "cosine")
+    assert "difference" in units.get("equivariance", "difference")  # |Y - Y~|, which has no upper bound

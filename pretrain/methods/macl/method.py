@@ -303,7 +303,7 @@ class MACL(Method):
         ]
         level = (Level("dense_collapse", alike),)
         dense = Curve("Are places told from others?", "dense contrast (nats)", {"dense": ""}, level, "lower is better")
-        unit = "1 - cosine (0: the same)"
+        unit = "mean difference of features (0: the same)"
         same = Curve(
             "Does the coarse view agree with the fine one?", unit, {"equivariance": ""}, hint="lower is better"
         )
