@@ -115,6 +115,8 @@ def test_boxes_stay_in_the_image():
     fits = torch.tensor([[True, True, True], [True, True, False]])
     assert ((starts >= low) | ~fits).all() and ((starts + size <= high) | ~fits).all()
     assert (starts >= 0).all() and (starts + size <= torch.tensor([20, 30, 16])).all()
+    narrow = starts[:, 1, 2]  # crops of 8 around an image from 3 to 9: anywhere in the window of 16
+    assert narrow.min() == 0 and narrow.max() == 8
     assert image_bounds(torch.zeros(1, 1, 4, 6), torch.tensor([[0, -2, 0]]))[1].tolist() == [[4, 6]]
 
 
