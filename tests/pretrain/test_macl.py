@@ -1,6 +1,7 @@
 """MACL on tiny networks: shapes, gradients, views, labels, degenerate input, presets (spec T1, T13 to T19)."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -225,6 +226,12 @@ def test_offsets_are_legal_and_can_be_switched_off(make):
         assert not method.offsets.active and "aux_cell" not in batch_for(method)
     assert make(median=(60, 72, 64), offset=5).offsets.most == (3, 5, 3), "crops share a cell on each axis"
     assert make(size=(16, 32, 16), median=(18, 36, 60)).offsets.most == (0, 1, 1), "within the median image"
+    still = {"rotation": 0.0, "min_scale": 1.0, "shift": 0.0}
+    request = make(median=(60, 72, 64), **still).request
+    assert [w - n for w, n in zip(request.window, request.size)] == [4, 4, 4], "a cell of four voxels, and no more"
+    assert make(median=(60, 72, 64), offset=0, **still).request.window == request.size
+    with pytest.raises(NnsslError, match="offset=0"):
+        make(align_corners=True, offset=1)
     for preset in MACL.presets.values():
         assert preset["offset"] == 0 and preset["sites"] == "crops", "as published"
 
@@ -245,6 +252,19 @@ def test_dense_contrast_of_shifted_crops_looks_at_equal_voxels(make):
     bottlenecks.append(losses.shrink(batch["i_aux"], method.plan.total_stride))
     whole = method._equivariance(tuple(bottlenecks), batch)
     assert whole < 0.5 * method._equivariance(tuple(bottlenecks), {**batch, "aux_cell": 1 - batch["aux_cell"]})
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_variance_views_are_mirrored_only_where_it_is_asked_for(make, mirror):
+    """Neither turned nor scaled nor moved, each view is the crop or one of its mirror images."""
+    method = make(mirror=mirror, rotation=0.0, min_scale=1.0, max_scale=1.0, shift=0.0, offset=0)
+    batch, flipped = batch_for(method, b=8), set()
+    for view in ("v_aux", "v_dominant"):
+        for crop, seen in zip(batch["i" + view[1:]], batch[view]):
+            axes = [[a + 1 for a in range(3) if k >> a & 1] for k in range(8)]
+            flipped |= {tuple(a) for a in axes if torch.equal(crop.flip(a), seen)}
+            assert any(torch.equal(crop.flip(a), seen) for a in axes)
+    assert {a for axes in flipped for a in axes} == ({1, 2, 3} if mirror else set())
 
 
 def test_views_depend_on_the_draws_only(make):
@@ -455,6 +475,44 @@ def test_verdict(make):
     for change in ({"image": 4.0}, {"image": 3.88}, {"image_pos_cos": 0.05}, {"image_neg_cos": 0.8}):
         learnt, sentence = method.verdict(good, {**good, **change})
         assert not learnt and "did not learn" in sentence
+
+
+def test_learnt_begins_one_per_cent_below_collapse_and_one_hundredth_apart(make):
+    method = make()
+    terms = {"total": 1.0, "image": 3.95, "image_collapse": 4.0, "image_pos_cos": 0.5, "image_neg_cos": 0.489}
+    assert method.verdict(terms, terms)[0]
+    assert not method.verdict(terms, {**terms, "image": 3.97})[0]
+    assert not method.verdict(terms, {**terms, "image_neg_cos": 0.491})[0]
+
+
+def test_jitter_darkens_each_view_by_a_factor_of_its_own(make):
+    """Of a constant image only brightness is seen: 0.2 to 1 of its height above the case's low percentile, -2."""
+    method = make(jitter=True, size=(16, 16, 16), rotation=0.0)
+    crops = crops_for(method, b=64, data=torch.full((64, 1, *method.request.window), 2.0))
+    batch = method.views(crops, Draws(0, 0, 64))
+    factors = [(batch[k].flatten(1) + 2) / 4 for k in ("i_aux", "i_dominant")]
+    for factor in factors:
+        assert torch.allclose(factor, factor[:, :1].expand_as(factor), atol=1e-4)
+        assert 0.2 <= factor.min() < 0.3 and 0.9 < factor.max() <= 1.0001
+    assert not torch.allclose(factors[0][:, 0], factors[1][:, 0], atol=0.1)
+
+
+def test_numbers_beside_the_loss(make):
+    """By hand: of four crops two are near each other; 2 x 2 vectors are positives of those, 2 of the others, itself apart."""
+    method = make()
+    batch = batch_for(method)
+    batch["position"] = torch.tensor([[0.5] * 2 + [p] for p in (0.1, 0.15, 0.5, 0.9)], dtype=torch.float64)
+    terms = method(batch)
+    assert float(terms["n_positives"]) == (3 + 3 + 1 + 1) / 4 and float(terms["n_negatives"]) == (4 + 4 + 6 + 6) / 4
+    aux, dominant = method.image_vectors(batch["v_aux"], batch["v_dominant"])
+    norms = torch.cat([aux, dominant]).norm(dim=1)
+    assert float(terms["shortest_norm"]) == pytest.approx(float(norms.detach().min()), rel=1e-5)
+    cosine = [torch.nn.functional.normalize(z.detach(), dim=1) for z in (aux, dominant)]
+    mean = sum(float((z @ z.T).sum() - 4) / 12 for z in cosine) / 2
+    assert float(terms["off_diagonal_cos"]) == pytest.approx(mean, abs=1e-4)
+    assert float(terms["image_collapse"]) == pytest.approx(math.log(7) / 0.7, rel=1e-5)  # eight vectors
+    batch["valid"] = torch.tensor([True, True, True, False])
+    assert float(method(batch)["image_collapse"]) == pytest.approx(math.log(5) / 0.7, rel=1e-5)
 
 
 def test_under_autocast(make):

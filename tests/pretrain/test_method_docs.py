@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nnssl.config import make_config
 from nnssl.pretrain.methods import get_method, list_methods
 
 METHODS = sorted(list_methods())
@@ -73,6 +74,71 @@ def test_presets_are_named_and_have_options(name):
         assert re.search(rf"`{preset}`|preset={preset}\b", text), preset
     known = {p for n in METHODS if HOME.get(n, n) == HOME.get(name, name) for p in get_method(n).presets}
     assert set(re.findall(r"preset=(\w+)", text)) <= known
+
+
+ALONE = {"gather": False}
+VOCO = {"standardise": False, **ALONE, "intensity": 0.0, "random_crops": 2, "lr": 1e-4}
+VOCO_V1 = VOCO | {
+    "teacher": "none",
+    "inter_weight": 0.0,
+    "feature_dropout": 0.0,
+    "proj_dim": 2048,
+    "negatives": "square",
+}
+MACL = {
+    **{"decoder_blocks": 2, "pooling": "gap", "batch_standardise": False, "align_corners": True, "negatives": "local"},
+    **{"offset": 0, "sites": "crops", "dense_positives": "position_axial", "rotation": 180.0, "min_scale": 0.7},
+    **{"max_scale": 1.3, "mirror": True, "optimiser": "sgd", "weight_decay": 1e-5, "warmup": 0.0},
+}
+CPU = {"n_voxels": 128, "crop_voxels": 16384}
+PRESETS = {
+    "macl": {"paper": MACL | {"lr": 0.1, "shift": 0.1}, "code": MACL | {"lr": 0.01, "jitter": True}},
+    "hdense": {
+        "paper": {"negatives": "pair", "recon_head": "double", **ALONE},
+        "released": {"train_scale_proj": False, "independent_permutations": False, "shuffle_blocks": 5000, **ALONE},
+        "no_restoration": {"level_dim": 0, "levels": 0, "restoration_weight": 0.0},
+        "no_balance": {"level_dim": 0, "levels": 0},
+        "restoration_only": {"contrast_weight": 0.0},
+        "frozen_projections": {"train_scale_proj": False},
+        "cpu": CPU,
+    },
+    "vox2vec": {"paper": ALONE, "no_corruption": {"corruption": "none"}, "cpu": CPU},
+    "voco": {
+        "tpami": {},
+        "paper": VOCO | {"relu": False, "weighting": "all", "reg": "linear"},
+        "released": VOCO | {"reg_detach": True, "drop_rows": True},
+        "nnssl": VOCO_V1 | {"pool": "batch", "reg": "linear", "proj_norm": "row", "intensity": 0.2, "random_crops": 4},
+        "voco_v1": VOCO_V1 | {"weighting": "binary"},
+    },
+    "mae": {
+        "sparse": {"masking": "sparse"},
+        "s3d": {"masking": "sparse", "mask_ratio": 0.75, "mask_spread": 0.15},  # 0.6 to 0.9
+        "learned_fill": {"fill": "learned"},
+        "adamw": {"optimiser": "adamw"},
+    },
+    "glmae": {
+        "arm_a": {"global_views": 0, "gg_weight": 0.0, "lg_weight": 0.0},
+        "arm_b": {"gg_weight": 0.0, "lg_weight": 0.0},
+        "arm_c": {"lg_weight": 0.0},
+        "arm_d": {},
+        "sparse": {"masking": "sparse"},
+        "more_views": {"global_views": 2, "local_views": 4},
+        "short": {
+            **{"prototypes": 256, "hidden": 256, "bottleneck": 64, "teacher_momentum": 0.99, "centre_momentum": 0.9},
+            **{"gg_weight": 0.3, "lg_weight": 0.3, "koleo_weight": 0.06, "lr": 1e-3},
+        },
+    },
+    "robust": {"hinge": {"form": "hinge"}, "smooth": {"form": "softplus"}},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_presets_set_what_was_published_or_measured(name):
+    """Figures of the papers, of their code and of our own tables: a run with a preset is compared with these."""
+    cls = get_method(name)
+    assert set(cls.presets) == set(PRESETS[name])
+    for preset, values in PRESETS[name].items():
+        assert make_config(cls.Config, {}, cls.presets[preset]) == cls.Config(**values), preset
 
 
 @pytest.mark.parametrize("name", METHODS)
