@@ -169,7 +169,7 @@ def low_resolution(x: Tensor, scale: Tensor) -> Tensor:
         place = (torch.arange(n, device=x.device) + 0.5) * (coarse / n) - 0.5
         place = place.clamp_min(0)
         first = place.floor().minimum(coarse - 1)
-        share = torch.where(first >= coarse - 1, torch.zeros_like(place), place - first)
+        share = place - first  # behind the last coarse voxel both values are the same
         shape = [1] * x.ndim
         shape[0], shape[axis] = len(x), n
         values = []

@@ -1,5 +1,7 @@
 """Brightness, contrast and blur."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from nnssl.intensity import (
     bend,
     from_unit,
     gaussian_blur,
+    limit_contrast,
     low_resolution,
     multiply,
     resample,
@@ -17,6 +20,7 @@ from nnssl.intensity import (
 )
 from nnssl.pretrain.augment import Draws, random_jitter
 from nnssl.pretrain.augment.intensity import jitter_unit
+from nnssl.pretrain.augment.units import unit_range
 
 
 def test_units_and_back():
@@ -114,3 +118,50 @@ def test_one_resolution_for_all_equals_one_for_each_sample():
     coarse = resample(x, (4, 6, 4))  # halves: 4.5 and 3.5 are rounded to the even number
     torch.testing.assert_close(low_resolution(x, torch.tensor([0.5, 0.5])), coarse)
     assert torch.equal(resample(x, x.shape[2:]), x)
+
+
+@pytest.mark.parametrize("size", [(9, 12, 7), (9, 12)])
+@pytest.mark.parametrize("scale", [0.3, 0.5, 0.73, 0.9, 1.0, 1.3])
+def test_a_lower_resolution_of_any_size_equals_resampling(size, scale):
+    """To at least one voxel and at most as many as there are; also of an axis that has one voxel."""
+    for shape in (size, (1, *size[1:])):
+        x = torch.randn(2, 3, *shape)
+        coarse = [min(n, max(1, round(scale * n))) for n in shape]
+        torch.testing.assert_close(low_resolution(x, torch.tensor([scale, scale])), resample(x, coarse))
+
+
+def test_contrast_is_limited_by_the_range_of_the_whole_channel():
+    x, factor = torch.randn(2, 3, 4, 5, 6), torch.tensor([[0.5, 1.5, 4.0], [2.0, 1.0, 3.0]])
+    out = limit_contrast(x, factor)
+    for b in range(2):
+        for c in range(3):
+            one = x[b, c]
+            spread = one.mean() + factor[b, c] * (one - one.mean())
+            torch.testing.assert_close(out[b, c], spread.clamp(one.min(), one.max()))
+
+
+def test_a_kernel_reaches_three_standard_deviations():
+    """3 x 0.8 = 2.4 are two voxels, 3 x 0.9 = 2.7 three."""
+    x = torch.zeros(1, 1, 1, 15)
+    x[..., 7] = 1.0
+    for sigma, radius in ((0.8, 2), (0.9, 3), (0.1, 1)):
+        line = gaussian_blur(x, torch.tensor([[0.01, sigma]]))[0, 0, 0]
+        assert bool((line[7 - radius : 8 + radius] > 0).all()) and float(line.sum()) == pytest.approx(1)
+        assert not line[: 7 - radius].any() and not line[8 + radius :].any()
+
+
+def test_units_are_the_clipping_limits_of_ct_and_the_percentiles_of_others():
+    """-100 and 300 HU of mean 50 and SD 100 are -1.5 and 2.5; the third channel is CT without statistics."""
+    statistics = {"percentile_00_5": -100.0, "percentile_99_5": 300.0, "mean": 50.0, "std": 100.0}
+    plan = SimpleNamespace(
+        plans={"foreground_intensity_properties_per_channel": {"0": statistics, "1": statistics}},
+        normalization_schemes=["CTNormalization", "ZScoreNormalization", "CTNormalization"],
+    )
+    intensity = torch.tensor([[[-1.0, 3.0], [-2.0, 4.0], [-0.5, 0.5]]]).repeat(2, 1, 1)
+    out = unit_range(plan, intensity)
+    assert out[0].tolist() == out[1].tolist() == [[-1.5, 2.5], [-2.0, 4.0], [-0.5, 0.5]]
+    assert intensity[0, 0].tolist() == [-1.0, 3.0], "a copy"
+    plan.plans["foreground_intensity_properties_per_channel"]["0"] = statistics | {"std": 0.0}
+    assert bool(unit_range(plan, intensity).isfinite().all())
+    del plan.plans["foreground_intensity_properties_per_channel"]
+    assert torch.equal(unit_range(plan, intensity), intensity)

@@ -7,7 +7,16 @@ import torch
 
 from nnssl.pretrain.augment import Draws, central_crop, random_affine, spatial
 from nnssl.pretrain.augment.box import ImageBox
-from nnssl.pretrain.augment.spatial import Affine, _resample, cut_out, draw_affine, sampling_grid, warp
+from nnssl.pretrain.augment.spatial import (
+    Affine,
+    _looks_inside,
+    _resample,
+    cut_out,
+    draw_affine,
+    reach,
+    sampling_grid,
+    warp,
+)
 
 WINDOWS = {2: (14, 19), 3: (11, 14, 19)}
 SIZES = {2: (8, 12), 3: (6, 8, 12)}
@@ -225,3 +234,45 @@ def test_what_needs_a_gradient_is_sampled_by_torch():
     grid = sampling_grid(identity(3, 1), (20, 20, 20), (20, 20, 20))
     warp(x, grid).sum().backward()
     assert torch.allclose(x.grad, torch.ones_like(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_matrix_and_shift_beside_each_other_and_back(dim):
+    affine = Affine(torch.randn(4, dim, dim), torch.randn(4, dim))
+    assert affine.rows.shape == (4, dim, dim + 1) and torch.equal(affine.rows[..., dim], affine.shift)
+    again = Affine.from_rows(affine.rows)
+    assert torch.equal(again.matrix, affine.matrix) and torch.equal(again.shift, affine.shift)
+
+
+@pytest.mark.parametrize(
+    ("size", "window"), [((7, 12), (40, 31)), ((8, 5, 6), (30, 41, 24)), ((6, 8, 12), (11, 14, 19))]
+)
+def test_what_a_view_looks_at_is_read_and_little_more(size, window):
+    """Both voxels beside each place in the window; a voxel to spare on each side, and one for the parity of the middle."""
+    dim, inner = len(size), torch.tensor(size)
+    affine = Affine(torch.randn(60, dim, dim) * torch.logspace(-1, 0.4, 60)[:, None, None], 2 * torch.randn(60, dim))
+    affine.matrix[0], affine.shift[0] = torch.diag(torch.tensor([-1.0, 1.0, -1.0])[:dim]), 0.0
+    whole, read = torch.tensor(window), reach(affine, size, window)
+    assert torch.equal(read[0] % 2, whole % 2) and bool((read[0] - inner).abs().le(1).all())
+    assert bool(((read >= torch.minimum(inner, whole)) & (read <= whole) & ((whole - read) % 2 == 0)).all())
+    for i, grid in enumerate(sampling_grid(affine, size, window)):
+        place = (grid.flip(-1) + 1) * whole / 2 - 0.5  # voxels of the window
+        first, last = (f(0).values for f in (place.view(-1, dim).min, place.view(-1, dim).max))
+        left = (whole - read[i]) // 2
+        assert bool(((left == 0) | (left <= (first + 1e-3).floor())).all())
+        assert bool(((left == 0) | (whole - 1 - left >= (last - 1e-3).ceil())).all())
+        slack = torch.minimum((first - left), (whole - 1 - left - last))
+        assert bool(((slack <= 3) | (read[i] <= inner + 1)).all())
+
+
+def test_whether_a_view_looks_inside_of_the_image_by_hand():
+    """A view of 8 voxels in the middle of 20, moved by 0.25, looks at places 6.25 to 13.25."""
+    affine = Affine(torch.eye(1)[None], torch.tensor([[0.25]]))
+    for low, high, inside in ((6, 15, True), (7, 15, False), (6, 14, False), (0, 20, True)):
+        box = ImageBox(torch.tensor([[low]]), torch.tensor([[high]]), torch.zeros(1, 1))
+        assert _looks_inside(affine, (8,), (20,), box) == inside, (low, high)
+    odd = ImageBox(
+        torch.tensor([[6]]), torch.tensor([[14]]), torch.zeros(1, 1)
+    )  # of 21: places 6.25 to 13.25 of the lower 20
+    assert not _looks_inside(affine, (8,), (21,), odd)
+    assert _looks_inside(affine, (8,), (21,), ImageBox(odd.low, odd.high + 1, odd.lowest))
