@@ -105,6 +105,11 @@ def test_crop_and_mode_follow_the_volume(make, make_batch):
     assert thin.request.window == (4, 30, 35) and zoomed.min() > 1.2  # no wider in z, but in the plane
 
 
+def test_the_body_is_read_where_views_should_show_it_or_the_error_counts_there(make):
+    assert make().request.body and make(body_share=0.0, region="body").request.body
+    assert not make(body_share=0.0).request.body
+
+
 def test_small_images_are_padded_dark_and_not_counted(make, make_crops):
     method = make(median=MEDIAN)
     crops = make_crops(method)

@@ -144,6 +144,10 @@ def test_a_crop_without_enough_image_is_skipped_and_counted(make, make_crops, gr
     assert all((g == 0).all() for g in grads.values())
 
 
+def test_the_body_is_read_only_where_the_error_counts_there(make):
+    assert make(region="body").request.body and not make().request.body
+
+
 def test_error_over_the_body_only(make, make_crops):
     method = make(region="body", augment_p=0, mirror=False)
     crops = make_crops(method)
@@ -232,6 +236,15 @@ def test_optimisers(make):
     assert all(p.squeeze().ndim > 1 for p in adam.param_groups[0]["params"])
     assert make(optimiser="adamw").lr_factor(0, 100) == pytest.approx(0.2)
     assert make(lr=0.3, weight_decay=0.1).optimiser().param_groups[0]["lr"] == 0.3
+    group = sgd.param_groups[0]
+    assert group["weight_decay"] == 3e-5 and group["momentum"] == 0.99, "nnU-Net's"
+    plain = make(momentum=0.0, weight_decay=0.1).optimiser().param_groups[0]
+    assert not plain["nesterov"] and plain["momentum"] == 0 and plain["weight_decay"] == 0.1
+    assert [g["lr"] for g in adam.param_groups] == [5e-4, 5e-4] and adam.param_groups[0]["betas"] == (0.9, 0.999)
+    several = make(optimiser="adamw", channels=2).optimiser().param_groups[1]["params"]
+    assert several and all(p.squeeze().ndim <= 1 for p in several), "kernels of one voxel are decayed too"
+    own = make(optimiser="adamw", lr=0.2, weight_decay=0.3).optimiser().param_groups
+    assert [(g["lr"], g["weight_decay"]) for g in own] == [(0.2, 0.3), (0.2, 0.0)]
 
 
 def test_what_does_not_fit_is_refused(make):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nnssl.config import make_config
-from nnssl.pretrain.methods import get_method, list_methods
+from nnssl.plans import Plan
+from nnssl.pretrain.methods import SourceStats, get_method, list_methods
 
 METHODS = sorted(list_methods())
 PAGES = Path(__file__).parents[2] / "docs" / "methods"
@@ -139,6 +140,24 @@ def test_presets_set_what_was_published_or_measured(name):
     assert set(cls.presets) == set(PRESETS[name])
     for preset, values in PRESETS[name].items():
         assert make_config(cls.Config, {}, cls.presets[preset]) == cls.Config(**values), preset
+
+
+STEPS = {"mae": ("plan", 1), "glmae": ("plan", 2), "macl": (8, 8), "voco": (4, 1), "robust": (16, 4)}
+STEPS |= {"hdense": (10, 1), "vox2vec": (10, 1)}
+"""Crops (volumes, pairs) of a step, as the pages say, and the fewest that a step may have."""
+
+
+@pytest.mark.parametrize("planned", [1, 3, 5])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_has_as_many_crops_as_the_page_says(name, planned, tiny_plans, tiny_dataset_json):
+    plans = tiny_plans(3, features=(4, 6, 8), patch=(16, 24, 16), median_shape=(32, 40, 36))
+    plans["configurations"]["3d_fullres"]["batch_size"] = planned
+    plan, cls = Plan.from_dicts(plans, "3d_fullres", tiny_dataset_json()), get_method(name)
+    request = cls.crops(plan, SourceStats((32, 40, 36), 9), cls.Config())
+    wanted, fewest = STEPS[name]
+    if wanted == "plan":  # but the consistency of glmae wants 4 volumes, and mae two crops
+        wanted = max(planned, {"mae": 2, "glmae": 4}[name])
+    assert (request.batch_size, request.min_batch) == (wanted, fewest)
 
 
 @pytest.mark.parametrize("name", METHODS)
