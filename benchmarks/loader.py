@@ -96,7 +96,7 @@ class Ours:
 
     def cost(self, crops: int, views: bool = True) -> float:
         """CPU seconds per million voxels that come out, over at least ``crops`` crops; else seconds of reading."""
-        from nnssl.pretrain.augment import Draws
+        from nnssl.pretrain.augment import StepRNG
 
         begin, voxels = time.process_time(), 0
         for _ in range(-(-crops // self.total)):
@@ -104,7 +104,7 @@ class Ours:
             self.step += 1
             if views:
                 with torch.no_grad():
-                    batch = self.method.views(found, Draws(0, self.step, self.total))
+                    batch = self.method.views(found, StepRNG(0, self.step, self.total))
                 voxels += images_of(batch, self.plan.n_channels)
         return (time.process_time() - begin) / (voxels / 1e6 if views else 1.0)
 

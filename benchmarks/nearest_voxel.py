@@ -23,7 +23,7 @@ from nnssl import checkpoint
 from nnssl.config import make_config
 from nnssl.networks import build_network
 from nnssl.plans import load_plan
-from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.data import make_loader
 from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.prepare import prepare_sources
@@ -97,7 +97,7 @@ def main() -> None:
             steps=args.batches,
             split="held_out",
         )
-        batches = [method.views(c, Draws(run["seed"], STREAM + i, len(c))) for i, c in enumerate(loader)]
+        batches = [method.views(c, StepRNG(run["seed"], STREAM + i, len(c))) for i, c in enumerate(loader)]
         for name, state in {"trained": learnt, "untrained": fresh}.items():
             method.load_state_dict(state)
             # An untrained projector's running statistics mean nothing: it takes those of the crop.

@@ -20,7 +20,7 @@ def one(plan: Any, name: str, repeats: int, voxels: int) -> dict[str, Any] | Non
     """A row of the table; None where the plan does not fit."""
     from nnssl.config import make_config
     from nnssl.networks import build_network
-    from nnssl.pretrain.augment import Draws
+    from nnssl.pretrain.augment import StepRNG
     from nnssl.pretrain.data import make_loader
     from nnssl.pretrain.engine.stepping import Stepper
     from nnssl.pretrain.methods import get_method
@@ -47,7 +47,7 @@ def one(plan: Any, name: str, repeats: int, voxels: int) -> dict[str, Any] | Non
     def views() -> Any:
         nonlocal batch
         with torch.no_grad():
-            batch = method.views(crops, Draws(0, next(steps), total))
+            batch = method.views(crops, StepRNG(0, next(steps), total))
 
     def bare() -> None:
         for p in method.parameters():

@@ -12,6 +12,7 @@ import pytest
         ("nnssl.networks", "Pyramid", "FeaturePyramid"),
         ("nnssl.networks", "walk", "forward_features"),
         ("nnssl.plans.figures", "Figures", "FineTuningConfig"),
+        ("nnssl.pretrain.augment", "Draws", "StepRNG"),
         ("nnssl.transfer", "prove_loadable", "check_loadable"),
     ],
 )

@@ -74,14 +74,14 @@ class Side:
         """Views and a step of the optimiser."""
         import torch
 
-        from nnssl.pretrain.augment import Draws
+        from nnssl.pretrain.augment import StepRNG
         from nnssl.pretrain.types import Progress
 
         ours, stepper, crops = self.training
 
         def body() -> None:
             with torch.no_grad():
-                batch = ours.method.views(crops, Draws(0, ours.step, ours.total))
+                batch = ours.method.views(crops, StepRNG(0, ours.step, ours.total))
             stepper.step(batch, ours.step, crops.case, False)[0].read()
             ours.method.after_step(Progress(ours.step, 10_000, 0, 1))
 
@@ -92,11 +92,11 @@ class Side:
         """Forward, loss and backward."""
         import torch
 
-        from nnssl.pretrain.augment import Draws
+        from nnssl.pretrain.augment import StepRNG
 
         ours, _, crops = self.training
         with torch.no_grad():
-            batch = ours.method.views(crops, Draws(0, ours.step, ours.total))
+            batch = ours.method.views(crops, StepRNG(0, ours.step, ours.total))
         for p in ours.method.parameters():
             p.grad = None
         return timed(lambda: ours.method(batch)["total"].backward())

@@ -45,10 +45,10 @@ class SimCLR(Method):
         size, why = geometry.choose_crop(plan.patch_size, median, plan.total_stride, size=size)
         return CropRequest(size, window=size, batch_size=16, min_batch=4, explanation=why)
 
-    def views(self, crops, draws):
+    def views(self, crops, rng):
         change = dict.fromkeys(("brightness", "contrast"), (1 - self.config.jitter, 1 + self.config.jitter))
-        turned = [random_affine(crops.data, draws, self.request.size, self.plan.spacing).data for _ in range(2)]
-        return {k: random_jitter(x, crops.intensity, draws, **change) for k, x in zip("ab", turned)}
+        turned = [random_affine(crops.data, rng, self.request.size, self.plan.spacing).data for _ in range(2)]
+        return {k: random_jitter(x, crops.intensity, rng, **change) for k, x in zip("ab", turned)}
 
     def project(self, x):
         return gather_with_grad(self.head(forward_features(self.network, x, 0).skips[-1]))

@@ -1,7 +1,9 @@
-"""Batched view transforms on the training device; all randomness comes from :class:`Draws`."""
+"""Batched view transforms on the training device; all randomness comes from :class:`StepRNG`."""
 
-from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.augment.intensity import random_jitter
+from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.augment.spatial import View, central_crop, random_affine
 
-__all__ = ["Draws", "View", "central_crop", "random_affine", "random_jitter"]
+Draws = StepRNG  # its name before
+
+__all__ = ["Draws", "StepRNG", "View", "central_crop", "random_affine", "random_jitter"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nnssl.intensity import adjust_contrast, from_unit, gaussian_blur, multiply, per_sample, to_unit, where_chosen
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 
 __all__ = [
     "adjust_contrast",
@@ -22,7 +22,7 @@ __all__ = [
 def random_jitter(
     x: Tensor,
     intensity: Tensor,
-    draws: Draws,
+    rng: StepRNG,
     *,
     brightness: tuple[float, float] = (1.0, 1.0),
     contrast: tuple[float, float] = (1.0, 1.0),
@@ -34,7 +34,7 @@ def random_jitter(
     Args:
         x: ``(B, C, *spatial)`` normalised as nnU-Net does.
         intensity: ``(B, C, 2)`` the case's low and high percentile.
-        draws: where the random numbers come from.
+        rng: where the random numbers come from.
         brightness, contrast: ranges of the factors.
         sigma: range of the blur in voxels; None for no blur.
         radius: voxels of the blur's kernel on each side.
@@ -42,15 +42,13 @@ def random_jitter(
     Returns:
         A new tensor in the units of ``x``.
     """
-    unit = jitter_unit(
-        to_unit(x, intensity), draws, brightness=brightness, contrast=contrast, sigma=sigma, radius=radius
-    )
+    unit = jitter_unit(to_unit(x, intensity), rng, brightness=brightness, contrast=contrast, sigma=sigma, radius=radius)
     return from_unit(unit, intensity)
 
 
 def jitter_unit(
     u: Tensor,
-    draws: Draws,
+    rng: StepRNG,
     *,
     brightness: tuple[float, float] = (1.0, 1.0),
     contrast: tuple[float, float] = (1.0, 1.0),
@@ -58,7 +56,7 @@ def jitter_unit(
     radius: int = 1,
 ) -> Tensor:
     """As :func:`random_jitter` of ``(B, C, *spatial)`` in units of the case's range."""
-    factor, spread = draws.uniform(*brightness), draws.uniform(*contrast)
+    factor, spread = rng.uniform(*brightness), rng.uniform(*contrast)
     mean = per_sample(u.flatten(2).mean(-1), u)  # brightness, then contrast around its mean, in one pass
     u = (u * per_sample(factor * spread, u)).add_(mean * per_sample(factor * (1 - spread), u))
-    return u if sigma is None else gaussian_blur(u, draws.uniform(*sigma), radius)
+    return u if sigma is None else gaussian_blur(u, rng.uniform(*sigma), radius)

@@ -1,7 +1,7 @@
 """nnU-Net's training augmentation for image and label alike, batched, on the training device.
 
 The kinds, probabilities and ranges are those of ``nnUNetTrainer.get_training_transforms`` (2.8.1). nnU-Net's own transforms
-run sample by sample in worker processes and draw from global generators; these draw from :class:`Draws`, so that a step
+run sample by sample in worker processes and draw from global generators; these draw from :class:`StepRNG`, so that a step
 is a pure function of (seed, step, sample), and cost little beside the network.
 
 Differs: rotations keep shapes on anisotropic voxels; rotation and scaling come together (with the probability that nnU-Net
@@ -26,7 +26,7 @@ from nnssl.intensity import (
     per_sample,
 )
 from nnssl.plans import Plan
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.augment.spatial import central_crop, draw_affine, sampling_grid, warp
 from nnssl.pretrain.geometry import window_for
 from nnssl.teacher import changes
@@ -82,10 +82,10 @@ class TrainingAugmentation:
         return cls(size, window, plan.spacing, rotation, tuple(range(len(size))) if mirror else (), masked)
 
 
-def draw_grid(draws: Draws, how: TrainingAugmentation, window: Sequence[int]) -> Tensor:
+def draw_grid(rng: StepRNG, how: TrainingAugmentation, window: Sequence[int]) -> Tensor:
     """Draw rotation, scaling and mirroring; where each voxel of the view lies in the window, ``(B, *size, d)``."""
     affine = draw_affine(
-        draws, how.size, how.spacing, rotation=how.rotation, scale=SCALE, mirror_axes=how.mirror_axes, p=P_MOVE
+        rng, how.size, how.spacing, rotation=how.rotation, scale=SCALE, mirror_axes=how.mirror_axes, p=P_MOVE
     )
     return sampling_grid(affine, how.size, window)
 
@@ -111,26 +111,26 @@ def middle_label(label: Tensor, size: Sequence[int], outside: int) -> Tensor:
     return torch.where(middle < 0, outside, middle)
 
 
-def augment_intensity(x: Tensor, draws: Draws, masked: Sequence[int] = ()) -> Tensor:
+def augment_intensity(x: Tensor, rng: StepRNG, masked: Sequence[int] = ()) -> Tensor:
     """Noise, blur, brightness, contrast, lower resolution and both gammas, in nnU-Net's order.
 
     Args:
         x: ``(B, C, *size)``, normalised.
-        draws: random numbers of this step.
+        rng: random numbers of this step.
         masked: channels in which voxels that are 0 in all channels stay 0.
 
     Returns:
         A new tensor of the same shape.
     """
-    return _masked(x, _augmented(x, draws), masked)
+    return _masked(x, _augmented(x, rng), masked)
 
 
-def augment_strongly(x: Tensor, draws: Draws, masked: Sequence[int] = (), strength: float = 1.0) -> Tensor:
+def augment_strongly(x: Tensor, rng: StepRNG, masked: Sequence[int] = (), strength: float = 1.0) -> Tensor:
     """Noise, contrast, brightness and gamma, see :mod:`nnssl.teacher.changes`: what the trainers' mean teacher has too.
 
     Args:
         x: ``(B, C, *size)``, normalised.
-        draws: random numbers of this step.
+        rng: random numbers of this step.
         masked: channels in which voxels that are 0 in all channels stay 0.
         strength: factor on the probability of each and on the noise.
 
@@ -138,13 +138,13 @@ def augment_strongly(x: Tensor, draws: Draws, masked: Sequence[int] = (), streng
         A new tensor of the same shape.
     """
     p, channels = min(1.0, changes.PROBABILITY * strength), x.shape[1]
-    on, size = draws.chance(p)[:, None], draws.uniform(0.0, changes.NOISE * strength, channels)
-    out = add_noise(x, torch.where(on, size, 0.0), draws.noise(*x.shape[1:]))
-    on, factor = draws.chance(p)[:, None], draws.uniform(*changes.FACTOR, channels)
+    on, size = rng.chance(p)[:, None], rng.uniform(0.0, changes.NOISE * strength, channels)
+    out = add_noise(x, torch.where(on, size, 0.0), rng.noise(*x.shape[1:]))
+    on, factor = rng.chance(p)[:, None], rng.uniform(*changes.FACTOR, channels)
     out = multiply(out, torch.where(on, factor, 1.0))
-    on, added = draws.chance(p)[:, None], changes.SHIFT * draws.normal(channels)
+    on, added = rng.chance(p)[:, None], changes.SHIFT * rng.normal(channels)
     out = out + per_sample(torch.where(on, added, 0.0), x)
-    on, exponent = draws.chance(p)[:, None], draws.uniform(*changes.GAMMA, channels)
+    on, exponent = rng.chance(p)[:, None], rng.uniform(*changes.GAMMA, channels)
     return _masked(x, torch.where(per_sample(on, x), adjust_gamma(out, exponent), out), masked)
 
 
@@ -158,25 +158,25 @@ def _masked(x: Tensor, out: Tensor, masked: Sequence[int]) -> Tensor:
     return torch.where(empty, 0.0, out)
 
 
-def _augmented(x: Tensor, draws: Draws) -> Tensor:
+def _augmented(x: Tensor, rng: StepRNG) -> Tensor:
     channels = x.shape[1]
-    on, variance = draws.chance(0.1), draws.uniform(0.0, 0.1)
-    x = add_noise(x, torch.where(on, variance, 0.0), draws.noise(*x.shape[1:]))
-    on = draws.chance(0.2)[:, None] & draws.chance(0.5, channels)
-    x = torch.where(per_sample(on, x), gaussian_blur(x, draws.uniform(0.5, 1.0, x.ndim - 2), radius=3), x)
-    on, factor = draws.chance(0.15)[:, None], _skewed(draws, 0.75, 1.25, channels)
+    on, variance = rng.chance(0.1), rng.uniform(0.0, 0.1)
+    x = add_noise(x, torch.where(on, variance, 0.0), rng.noise(*x.shape[1:]))
+    on = rng.chance(0.2)[:, None] & rng.chance(0.5, channels)
+    x = torch.where(per_sample(on, x), gaussian_blur(x, rng.uniform(0.5, 1.0, x.ndim - 2), radius=3), x)
+    on, factor = rng.chance(0.15)[:, None], _skewed(rng, 0.75, 1.25, channels)
     x = multiply(x, torch.where(on, factor, 1.0))
-    on, factor = draws.chance(0.15)[:, None], _skewed(draws, 0.75, 1.25, channels)
+    on, factor = rng.chance(0.15)[:, None], _skewed(rng, 0.75, 1.25, channels)
     x = torch.where(per_sample(on, x), limit_contrast(x, factor), x)
-    on = draws.chance(0.25)[:, None] & draws.chance(0.5, channels)
-    x = torch.where(per_sample(on, x), low_resolution(x, draws.uniform(0.5, 1.0)), x)
-    on, exponent = draws.chance(0.1)[:, None], _skewed(draws, 0.7, 1.5, channels)
+    on = rng.chance(0.25)[:, None] & rng.chance(0.5, channels)
+    x = torch.where(per_sample(on, x), low_resolution(x, rng.uniform(0.5, 1.0)), x)
+    on, exponent = rng.chance(0.1)[:, None], _skewed(rng, 0.7, 1.5, channels)
     x = torch.where(per_sample(on, x), -adjust_gamma(-x, exponent), x)
-    on, exponent = draws.chance(0.3)[:, None], _skewed(draws, 0.7, 1.5, channels)
+    on, exponent = rng.chance(0.3)[:, None], _skewed(rng, 0.7, 1.5, channels)
     return torch.where(per_sample(on, x), adjust_gamma(x, exponent), x)
 
 
-def _skewed(draws: Draws, low: float, high: float, *shape: int) -> Tensor:
+def _skewed(rng: StepRNG, low: float, high: float, *shape: int) -> Tensor:
     """Half of the numbers uniform in [low, 1), half in [1, high)."""
-    below = draws.chance(0.5, *shape)
-    return torch.where(below, draws.uniform(low, 1.0, *shape), draws.uniform(1.0, high, *shape))
+    below = rng.chance(0.5, *shape)
+    return torch.where(below, rng.uniform(low, 1.0, *shape), rng.uniform(1.0, high, *shape))

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 
 __all__ = ["OffsetGrid", "covered", "draw_cells", "lay_on"]
 
 
-def draw_cells(draws: Draws, most: Sequence[int], step: Sequence[int] | None = None) -> Tensor:
+def draw_cells(rng: StepRNG, most: Sequence[int], step: Sequence[int] | None = None) -> Tensor:
     """First cell of each sample's crop on the window's grid, ``(B, dim)`` int64, uniform in ``0, step, ..., <= most``."""
-    each = torch.tensor([1] * len(most) if step is None else list(step), device=draws.device)
-    places = torch.tensor(list(most), device=draws.device) // each + 1
-    share = draws.uniform(0, 1, len(most))
+    each = torch.tensor([1] * len(most) if step is None else list(step), device=rng.device)
+    places = torch.tensor(list(most), device=rng.device) // each + 1
+    share = rng.uniform(0, 1, len(most))
     return torch.minimum((share * places).long(), places - 1) * each
 
 
@@ -79,9 +79,9 @@ class OffsetGrid:
         held = [n // s + m for n, m, s in zip(self.size, self.most, self.stride)]
         return tuple(-(-h // k) * k for h, k in zip(held, self.step))
 
-    def draw(self, draws: Draws) -> tuple[Tensor, Tensor]:
+    def draw(self, rng: StepRNG) -> tuple[Tensor, Tensor]:
         """First cells ``(B, dim)`` of the full and of the shrunken branch's crop."""
-        return draw_cells(draws, self.most), draw_cells(draws, self.most, self.step)
+        return draw_cells(rng, self.most), draw_cells(rng, self.most, self.step)
 
     def map(self, x: Tensor, first: Tensor, stride: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Features of a crop on the grid, at their own resolution, and where they lie there.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 
 __all__ = ["CropPairs", "cut", "draw_pairs"]
 
@@ -44,7 +44,7 @@ class CropPairs:
 def draw_pairs(
     body: Tensor,
     size: Sequence[int],
-    draws: Draws,
+    rng: StepRNG,
     *,
     n: int = 1024,
     min_overlap: float = 0.0,
@@ -61,7 +61,7 @@ def draw_pairs(
     Args:
         body: ``(B, 1, *window)`` bool.
         size: voxels per axis of a crop, at most the window's.
-        draws: random numbers of this step.
+        rng: random numbers of this step.
         n: most voxels per pair.
         min_overlap: least overlap of the boxes per axis as a share of ``size``, in [0, 1].
         low, high: ``(B, dim)`` int64, bounds of the image in the window, see
@@ -78,8 +78,8 @@ def draw_pairs(
     extent, crop = torch.tensor(window, device=device), torch.tensor(tuple(size), device=device)
     low = torch.zeros(count, dim, dtype=torch.long, device=device) if low is None else low
     high = extent.expand(count, dim) if high is None else high
-    tries, place = draws.uniform(0, 1, TRIES, dim), draws.uniform(0, 1, 2, dim)
-    generators = draws.generators()
+    tries, place = rng.uniform(0, 1, TRIES, dim), rng.uniform(0, 1, 2, dim)
+    generators = rng.generators()
 
     fits = high - low >= crop
     low, high = torch.where(fits, low, 0), torch.where(fits, high, extent)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl.pretrain.augment.box import ImageBox, outer
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 
 __all__ = [
     "Affine",
@@ -66,10 +66,10 @@ class AffineRange:
     mirror_axes: tuple[int, ...] = ()
     p: float = 1.0
 
-    def draw(self, draws: Draws) -> Affine:
+    def draw(self, rng: StepRNG) -> Affine:
         """One transform for each sample."""
         return draw_affine(
-            draws,
+            rng,
             self.size,
             self.spacing,
             rotation=self.rotation,
@@ -104,7 +104,7 @@ def central_crop(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def draw_affine(
-    draws: Draws,
+    rng: StepRNG,
     size: Sequence[int],
     spacing: Sequence[float],
     *,
@@ -117,7 +117,7 @@ def draw_affine(
     """Draw one transform per sample. Rotations act in mm, so that they keep shapes on anisotropic voxels.
 
     Args:
-        draws: where the random numbers come from.
+        rng: where the random numbers come from.
         size: voxels of the output per axis; decides the unit of ``shift``.
         spacing: mm per voxel and axis.
         rotation: largest angle in degrees: one number in 2d, one per axis to turn about (z, y, x) in 3d (a single number
@@ -128,18 +128,18 @@ def draw_affine(
         p: probability that a sample is transformed at all (mirroring apart).
 
     Returns:
-        The transforms on the draws' device.
+        The transforms on the device of ``rng``.
     """
     dim = len(size)
     n_angles = 1 if dim == 2 else 3
-    degrees = torch.tensor(list(rotation) * n_angles if len(rotation) == 1 else list(rotation), device=draws.device)
-    angles = draws.uniform(-1, 1, n_angles) * degrees[:n_angles] * (math.pi / 180)
-    magnify = draws.uniform(math.log(scale[0]), math.log(scale[1])).exp()
-    moved = draws.uniform(-shift, shift, dim) * torch.tensor([float(s) for s in size], device=draws.device)
-    flip = draws.chance(0.5, dim) & torch.tensor([a in mirror_axes for a in range(dim)], device=draws.device)
-    on = draws.chance(p)
+    degrees = torch.tensor(list(rotation) * n_angles if len(rotation) == 1 else list(rotation), device=rng.device)
+    angles = rng.uniform(-1, 1, n_angles) * degrees[:n_angles] * (math.pi / 180)
+    magnify = rng.uniform(math.log(scale[0]), math.log(scale[1])).exp()
+    moved = rng.uniform(-shift, shift, dim) * torch.tensor([float(s) for s in size], device=rng.device)
+    flip = rng.chance(0.5, dim) & torch.tensor([a in mirror_axes for a in range(dim)], device=rng.device)
+    on = rng.chance(p)
     angles, magnify = torch.where(on[:, None], angles, 0.0), torch.where(on, magnify, 1.0)
-    mm = torch.tensor([float(s) for s in spacing], device=draws.device)
+    mm = torch.tensor([float(s) for s in spacing], device=rng.device)
     matrix = _rotation(angles) / magnify[:, None, None]
     matrix = matrix * mm[None, None, :] / mm[None, :, None]  # mm of the output -> voxels of the window
     matrix = matrix * torch.where(flip, -1.0, 1.0)[:, None, :]
@@ -248,7 +248,7 @@ def _warp_planes(x: Tensor, grid: Tensor) -> Tensor:
 
 def random_affine(
     data: Tensor,
-    draws: Draws,
+    rng: StepRNG,
     size: Sequence[int],
     spacing: Sequence[float],
     *,
@@ -264,7 +264,7 @@ def random_affine(
 
     Args:
         data: ``(B, C, *window)``; a window larger than ``size`` feeds what turns into view.
-        draws: where the random numbers come from.
+        rng: where the random numbers come from.
         size, spacing, rotation, scale, shift, mirror_axes, p: see :func:`draw_affine`.
         body: ``(B, 1, *window)`` bool, transformed along (half covered voxels count).
         box: where the image is; the view then shows its lowest intensity elsewhere, in place of 0.
@@ -272,9 +272,7 @@ def random_affine(
     Returns:
         The view; its tensors share no memory with ``data``.
     """
-    affine = draw_affine(
-        draws, size, spacing, rotation=rotation, scale=scale, shift=shift, mirror_axes=mirror_axes, p=p
-    )
+    affine = draw_affine(rng, size, spacing, rotation=rotation, scale=scale, shift=shift, mirror_axes=mirror_axes, p=p)
     return apply_affine(data, affine, size, body=body, box=box)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from nnssl.errors import NnsslError
-from nnssl.pretrain.augment.draws import HELD_OUT_STEP, Draws
+from nnssl.pretrain.augment.rng import HELD_OUT_STEP, StepRNG
 from nnssl.pretrain.augment.spatial import reach
 from nnssl.pretrain.data.case import CaseFormat, CaseReader, HeldCase, OpenCase, damaged
 from nnssl.pretrain.data.intensity import body_mask
@@ -174,7 +174,7 @@ class CropDataset(Dataset[Sample]):
             return None, self.window
         if self._moves is None or self._moves[0] != step:
             there = step if self.stream == TRAIN else HELD_OUT_STEP + step
-            affine = self.move.draw(Draws(self.seed, there, self.batch_size))
+            affine = self.move.draw(StepRNG(self.seed, there, self.batch_size))
             windows = reach(affine, self.move.size, self.window[-len(self.move.size) :])
             self._moves = step, affine.rows.numpy(), windows.numpy()
         window = tuple(self._moves[2][sample].tolist())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl.distributed import gather_with_grad, mean_over_ranks, rank
-from nnssl.pretrain.augment.draws import HELD_OUT_STEP, Draws
+from nnssl.pretrain.augment.rng import HELD_OUT_STEP, StepRNG
 from nnssl.pretrain.engine.place import place_shares
 from nnssl.pretrain.engine.stepping import Stepper
 from nnssl.pretrain.methods.base import Method
@@ -40,8 +40,8 @@ class HeldOut:
         """The views of one batch."""
         crops = self.crops[index].to(self.device)
         first = rank() * len(crops)
-        draws = Draws(self.seed, HELD_OUT_STEP + index, self.total, first, len(crops), self.device)
-        return method.views(crops, draws)
+        rng = StepRNG(self.seed, HELD_OUT_STEP + index, self.total, first, len(crops), self.device)
+        return method.views(crops, rng)
 
     def images(self, method: Method) -> Tensor:
         """The first ``place_crops`` crops as they are."""

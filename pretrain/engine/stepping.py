@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nnssl.amp import amp_dtype, wrong_in_bfloat16
 from nnssl.distributed import mean_over_ranks
-from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.engine.speed import use_kernels
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import Batch, Crops
@@ -60,7 +60,7 @@ def views_in_parts(
     for begin in range(0, len(crops), count):
         part = crops if parts == 1 else crops.part(begin, count)
         with torch.no_grad():
-            batch = method.views(part, Draws(seed, step, total, first + begin, count, device))
+            batch = method.views(part, StepRNG(seed, step, total, first + begin, count, device))
         yield batch
 
 

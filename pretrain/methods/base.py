@@ -17,7 +17,7 @@ from nnssl.weights.parts import part_of, wanted_parts
 
 if TYPE_CHECKING:
     from nnssl.plans import Plan
-    from nnssl.pretrain.augment import Draws
+    from nnssl.pretrain.augment import StepRNG
 
 
 class Method(nn.Module, ABC):
@@ -94,8 +94,8 @@ class Method(nn.Module, ABC):
         """
 
     @abstractmethod
-    def views(self, crops: Crops, draws: Draws) -> Batch:
-        """Make the batch, on the device of ``crops`` and from ``draws`` only. Called without gradients."""
+    def views(self, crops: Crops, rng: StepRNG) -> Batch:
+        """Make the batch, on the device of ``crops`` and from ``rng`` only. Called without gradients."""
 
     @abstractmethod
     def loss(self, batch: Batch) -> dict[str, Tensor]:

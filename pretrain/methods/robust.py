@@ -25,7 +25,7 @@ from nnssl.heads import standardise
 from nnssl.intensity import add_noise, bend, from_unit, to_unit
 from nnssl.networks import forward_features
 from nnssl.plans import Plan
-from nnssl.pretrain.augment import Draws, central_crop, random_affine
+from nnssl.pretrain.augment import StepRNG, central_crop, random_affine
 from nnssl.pretrain.augment.intensity import jitter_unit
 from nnssl.pretrain.geometry import choose_crop, rotation_degrees, window_for
 from nnssl.pretrain.methods.base import Method
@@ -96,14 +96,14 @@ class Robust(Method):
         window = window_for(size, plan.spacing, rotation=rotation, min_scale=config.min_scale, shift=config.shift)
         return CropRequest(size=size, window=window, batch_size=16, min_batch=4, explanation=why)
 
-    def views(self, crops: Crops, draws: Draws) -> Batch:
+    def views(self, crops: Crops, rng: StepRNG) -> Batch:
         """Two views of each crop, moved a little and altered, ``(B, C, *size)`` each, and a number for each case ``(B,)``."""
         spatial = {"rotation": self.rotation, "shift": self.config.shift}
         spatial["scale"] = (self.config.min_scale, self.config.max_scale)
         views = []
         for _ in range(2):
-            view = random_affine(crops.data, draws, self.request.size, self.plan.spacing, **spatial)
-            views.append(self._alter(view.data, crops.intensity, draws))
+            view = random_affine(crops.data, rng, self.request.size, self.plan.spacing, **spatial)
+            views.append(self._alter(view.data, crops.intensity, rng))
         case = torch.tensor([_number(c) for c in crops.case], device=crops.data.device)
         return {
             "a": views[0],
@@ -112,17 +112,17 @@ class Robust(Method):
             "case": case,
         }
 
-    def _alter(self, x: Tensor, intensity: Tensor, draws: Draws) -> Tensor:
+    def _alter(self, x: Tensor, intensity: Tensor, rng: StepRNG) -> Tensor:
         c, u = self.config, to_unit(x, intensity)
         if c.gamma > 0:
-            u = bend(u, draws.uniform(-c.gamma, c.gamma).exp(), low=1e-6)
+            u = bend(u, rng.uniform(-c.gamma, c.gamma).exp(), low=1e-6)
         strength = (1.0 - c.jitter, 1.0 + c.jitter)
         sigma = (0.1, c.blur) if c.blur > 0.1 else None
         radius = max(1, round(3 * c.blur))
-        u = jitter_unit(u, draws, brightness=strength, contrast=strength, sigma=sigma, radius=radius)
+        u = jitter_unit(u, rng, brightness=strength, contrast=strength, sigma=sigma, radius=radius)
         x = from_unit(u, intensity)
         if c.noise > 0:
-            x = add_noise(x, draws.uniform(0.0, c.noise), draws.noise(*x.shape[1:]))
+            x = add_noise(x, rng.uniform(0.0, c.noise), rng.noise(*x.shape[1:]))
         return x
 
     def features(self, x: Tensor) -> list[Tensor]:

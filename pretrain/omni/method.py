@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nnssl.ema import EMA
 from nnssl.networks import unwrap
 from nnssl.plans import Plan
-from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.augment.nnunet import (
     TrainingAugmentation,
     augment_intensity,
@@ -84,7 +84,7 @@ class OmniMixin(Method):
 
     # ---- batches -------------------------------------------------------------------------------------------------
 
-    def views(self, crops: Any, draws: Draws) -> Batch:
+    def views(self, crops: Any, rng: StepRNG) -> Batch:
         """The method's own batch, and patches as the network is to see them.
 
         Returns:
@@ -92,12 +92,12 @@ class OmniMixin(Method):
             (``data``, ``clean``, and how the view lies in the window) where there are such patches.
         """
         found: OmniCrops = crops
-        batch: Batch = {"ssl": super().views(found.ssl, draws)}
+        batch: Batch = {"ssl": super().views(found.ssl, rng)}
         if found.labelled is not None:
-            batch["labelled"] = self._labelled(found.labelled, draws)
+            batch["labelled"] = self._labelled(found.labelled, rng)
         if found.unlabelled is not None:
             self._begin_teacher()
-            batch["semi"] = self._semi(found.unlabelled, draws)
+            batch["semi"] = self._semi(found.unlabelled, rng)
         return batch
 
     def images(self, crops: Any) -> Tensor:
@@ -105,12 +105,12 @@ class OmniMixin(Method):
         found: OmniCrops = crops
         return super().images(found.ssl)
 
-    def _labelled(self, patches: Patches, draws: Draws) -> Batch:
+    def _labelled(self, patches: Patches, rng: StepRNG) -> Batch:
         how = self.omni_augmentation
         if patches.label is None:
             raise ValueError("labelled patches without labels")
         if patches.augment:
-            own = draws.fork(patches.total, patches.first, len(patches))
+            own = rng.fork(patches.total, patches.first, len(patches))
             grid = draw_grid(own, how, patches.data.shape[2:])
             data = self._changed(warp(patches.data, grid), own, 1.0)
             label = move_label(patches.label, grid, outside=0)
@@ -118,7 +118,7 @@ class OmniMixin(Method):
             data, label = _middle(patches.data, how.size), middle_label(patches.label, how.size, outside=0)
         return {"data": data, "label": label, "targets": self.omni_loss.targets(label), "annotated": patches.annotated}
 
-    def _semi(self, patches: Patches, draws: Draws) -> Batch:
+    def _semi(self, patches: Patches, rng: StepRNG) -> Batch:
         how = self.omni_augmentation
         clean = _middle(patches.data, how.size)
         batch: Batch = {
@@ -129,19 +129,19 @@ class OmniMixin(Method):
             "window": tuple(patches.data.shape[2:]),
         }
         if patches.augment:
-            own = draws.fork(patches.total, patches.first, len(patches))
+            own = rng.fork(patches.total, patches.first, len(patches))
             batch["grid"] = draw_grid(own, how, patches.data.shape[2:])
             batch["moved"] = warp(patches.data, batch["grid"])
             batch["data"] = self._changed(batch["moved"], own, self.omni.strength)
         return batch
 
-    def _changed(self, x: Tensor, draws: Draws, strength: float) -> Tensor:
+    def _changed(self, x: Tensor, rng: StepRNG, strength: float) -> Tensor:
         """Patches with other intensities."""
         masked = self.omni_augmentation.masked
         return (
-            augment_strongly(x, draws, masked, strength)
+            augment_strongly(x, rng, masked, strength)
             if self.omni.intensities == "strong"
-            else augment_intensity(x, draws, masked)
+            else augment_intensity(x, rng, masked)
         )
 
     # ---- the teacher ---------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nnssl.plans import Plan
 from nnssl.plans.variants import derive
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.methods import Crops
 
 
@@ -30,7 +30,7 @@ def _crops(method, n=3, seed=0, start=0):
 
 def _batch(method, n=3, seed=0, step=0):
     with torch.no_grad():
-        return method.views(_crops(method, n, seed), Draws(0, step, n))
+        return method.views(_crops(method, n, seed), StepRNG(0, step, n))
 
 
 def _gradients(method, batch):

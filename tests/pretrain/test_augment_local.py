@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import label
 
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.methods.hdense.local import (
     _look_up,
     _order,
@@ -49,7 +49,7 @@ def test_block_sizes_never_shuffle_nothing(size, block):
 @pytest.mark.parametrize("size", SIZES)
 def test_one_block_is_a_permutation_of_its_window(size):
     u = _ids(size)
-    out = pixel_shuffle(u, Draws(3, 0, 1), p=1.0, blocks=1)
+    out = pixel_shuffle(u, StepRNG(3, 0, 1), p=1.0, blocks=1)
     changed = torch.nonzero((out != u)[0, 0])
     extent = changed.amax(0) - changed.amin(0) + 1
     assert len(changed) > 0 and all(e <= b for e, b in zip(extent.tolist(), shuffle_block(size)))
@@ -60,7 +60,7 @@ def test_one_block_is_a_permutation_of_its_window(size):
 @pytest.mark.parametrize("independent", [True, False])
 def test_many_blocks_move_values_less_than_a_block(size, independent):
     u = _ids(size, batch=2, channels=2)
-    out = pixel_shuffle(u, Draws(3, 0, 2), p=1.0, independent=independent)
+    out = pixel_shuffle(u, StepRNG(3, 0, 2), p=1.0, independent=independent)
     n = math.prod(size)
     source = (out * (4 * n)).round().long()
     own = (u * (4 * n)).round().long()
@@ -77,20 +77,22 @@ def test_many_blocks_move_values_less_than_a_block(size, independent):
 
 def test_the_last_voxel_can_move_and_the_permutation_can_be_shared():
     u = _ids((8, 8))
-    moved = [(pixel_shuffle(u, Draws(s, 0, 1), p=1.0, blocks=40) != u)[0, 0, -1, -1].item() for s in range(20)]
+    moved = [(pixel_shuffle(u, StepRNG(s, 0, 1), p=1.0, blocks=40) != u)[0, 0, -1, -1].item() for s in range(20)]
     assert any(moved)
-    out = pixel_shuffle(_ids((40, 400)), Draws(0, 0, 1), p=1.0, blocks=30, independent=False)
+    out = pixel_shuffle(_ids((40, 400)), StepRNG(0, 0, 1), p=1.0, blocks=30, independent=False)
     shifts = ((out - _ids((40, 400))) * 16000).round().long().flatten()
     patterns = len(set(shifts[shifts != 0].tolist()))
-    other = pixel_shuffle(_ids((40, 400)), Draws(0, 0, 1), p=1.0, blocks=30)
+    other = pixel_shuffle(_ids((40, 400)), StepRNG(0, 0, 1), p=1.0, blocks=30)
     shifts = ((other - _ids((40, 400))) * 16000).round().long().flatten()
     assert patterns < len(set(shifts[shifts != 0].tolist()))
 
 
 def test_published_coverage_on_the_published_crop():
     u = _ids((128, 128, 32))
-    assert (pixel_shuffle(u, Draws(0, 0, 1), p=1.0, blocks=5000) != u).float().mean() == pytest.approx(0.285, abs=0.01)
-    assert (pixel_shuffle(u, Draws(0, 0, 1), p=1.0) != u).float().mean() == pytest.approx(0.285, abs=0.01)
+    assert (pixel_shuffle(u, StepRNG(0, 0, 1), p=1.0, blocks=5000) != u).float().mean() == pytest.approx(
+        0.285, abs=0.01
+    )
+    assert (pixel_shuffle(u, StepRNG(0, 0, 1), p=1.0) != u).float().mean() == pytest.approx(0.285, abs=0.01)
 
 
 def test_both_ways_to_shuffle_agree():
@@ -144,16 +146,16 @@ def test_intensities_are_looked_up_between_the_values_of_the_table():
 
 def test_probability_zero_is_the_identity():
     u = torch.rand(3, 2, 8, 12, 10)
-    out = genesis_transforms(u, Draws(0, 0, 3), shuffle_p=0, nonlinear_p=0, inpaint_max=1, inpaint_p=0)
+    out = genesis_transforms(u, StepRNG(0, 0, 3), shuffle_p=0, nonlinear_p=0, inpaint_max=1, inpaint_p=0)
     assert torch.equal(out, u)
-    shuffled = pixel_shuffle(u.repeat(100, 1, 1, 1, 1), Draws(0, 0, 300), p=0.8)
+    shuffled = pixel_shuffle(u.repeat(100, 1, 1, 1, 1), StepRNG(0, 0, 300), p=0.8)
     assert ((shuffled != u.repeat(100, 1, 1, 1, 1)).flatten(1).any(1).float().mean() - 0.8).abs() < 0.08
 
 
 @pytest.mark.parametrize("size", [(30, 40, 60), (16, 45, 48), (9, 12, 16), (50, 30)])
 def test_painted_voxels_lie_in_legal_boxes(size):
     u = torch.full((60, 1, *size), 2.0)
-    out = inpaint(u, Draws(1, 0, 60), most=1, again=1.0)
+    out = inpaint(u, StepRNG(1, 0, 60), most=1, again=1.0)
     seen = [set() for _ in size]
     for image in out[:, 0]:
         box = torch.nonzero(image != 2)
@@ -176,10 +178,10 @@ def test_painted_extents_of_the_published_crop():
 
 def test_number_of_painted_blocks():
     """The number before the union: blocks that touch cannot be counted afterwards."""
-    draws = Draws(0, 0, 2000)
-    number = (draws.uniform(0, 1, 30) < 0.95).cumprod(1).sum(1).float()
+    rng = StepRNG(0, 0, 2000)
+    number = (rng.uniform(0, 1, 30) < 0.95).cumprod(1).sum(1).float()
     assert number.mean().item() == pytest.approx(14.9, abs=1.0)
-    out = inpaint(torch.full((2000, 1, 12, 10), 2.0), Draws(0, 0, 2000))
+    out = inpaint(torch.full((2000, 1, 12, 10), 2.0), StepRNG(0, 0, 2000))
     painted = (out != 2).flatten(1)
     assert (~painted.any(1)).float().mean().item() == pytest.approx(0.05, abs=0.02)
     assert torch.equal(painted.any(1), number > 0)
@@ -189,13 +191,13 @@ def test_number_of_painted_blocks():
 
 def test_painted_share():
     """3.6 % of the voxels on average, as in the authors' code: 14.9 blocks of 0.25 % each, less what overlaps."""
-    out = inpaint(torch.full((400, 1, 40, 50, 30), 2.0), Draws(2, 0, 400))
+    out = inpaint(torch.full((400, 1, 40, 50, 30), 2.0), StepRNG(2, 0, 400))
     assert (out != 2).float().mean().item() == pytest.approx(0.037, abs=0.004)
 
 
 def test_intensity_curves():
     u = torch.linspace(0, 1, 500).view(1, 1, 20, 25).expand(300, 2, -1, -1).clone()
-    out = monotone_intensity(u, Draws(0, 0, 300), p=1.0)
+    out = monotone_intensity(u, StepRNG(0, 0, 300), p=1.0)
     curve = out.flatten(2)
     assert out.shape == u.shape and out.dtype == torch.float32
     assert (curve[..., 0] == 0).all() and (curve[..., -1] == 1).all()
@@ -203,24 +205,24 @@ def test_intensity_curves():
     assert curve[..., 250].mean().item() == pytest.approx(0.49, abs=0.04)
     assert curve[..., 250].std().item() == pytest.approx(0.19, abs=0.04)
     assert (curve[:, 0] != curve[:, 1]).flatten(1).any(1).all()  # channels have their own
-    share = (monotone_intensity(u, Draws(1, 0, 300), p=0.9) != u).flatten(2).any(2).float().mean().item()
+    share = (monotone_intensity(u, StepRNG(1, 0, 300), p=0.9) != u).flatten(2).any(2).float().mean().item()
     assert share == pytest.approx(0.9, abs=0.05)
-    outside = monotone_intensity(torch.tensor([-0.5, 1.5]).view(1, 1, 2), Draws(0, 0, 1), p=1.0)
+    outside = monotone_intensity(torch.tensor([-0.5, 1.5]).view(1, 1, 2), StepRNG(0, 0, 1), p=1.0)
     assert outside.flatten().tolist() == [0, 1]
 
 
 def test_intensity_keeps_the_order_of_voxels():
     u = torch.rand(4, 1, 6, 7, 5)
-    out = monotone_intensity(u, Draws(5, 0, 4), p=1.0)
+    out = monotone_intensity(u, StepRNG(5, 0, 4), p=1.0)
     for a, b in zip(u.flatten(1), out.flatten(1)):
         assert (b[a.argsort()].diff() >= 0).all()
 
 
 def test_intensity_equals_a_slow_bezier():
     u = torch.linspace(0.01, 0.99, 40).view(1, 1, 40)
-    draws = Draws(7, 0, 1)
-    p1, p2 = draws.uniform(0, 1, 1, 2, 2)[0, 0].double()
-    out = monotone_intensity(u, Draws(7, 0, 1), p=1.0).flatten()
+    rng = StepRNG(7, 0, 1)
+    p1, p2 = rng.uniform(0, 1, 1, 2, 2)[0, 0].double()
+    out = monotone_intensity(u, StepRNG(7, 0, 1), p=1.0).flatten()
     for value, mapped in zip(u.flatten().double(), out):
         low, high = 0.0, 1.0
         for _ in range(60):  # bisection for the curve's parameter
@@ -236,22 +238,22 @@ def test_the_clean_image_stays_clean():
     u = torch.rand(250, 1, 6, 8, 10)
     kept = u.clone()
     for step in range(2):
-        genesis_transforms(u, Draws(0, step, 250))
+        genesis_transforms(u, StepRNG(0, step, 250))
     assert torch.equal(u, kept)
 
 
 def test_streams():
     u = torch.rand(4, 1, 10, 12, 8)
-    draws = Draws(0, 0, 4)
-    a, b = genesis_transforms(u, draws), genesis_transforms(u, draws)
+    rng = StepRNG(0, 0, 4)
+    a, b = genesis_transforms(u, rng), genesis_transforms(u, rng)
     assert not torch.equal(a, b)
-    assert torch.equal(a, genesis_transforms(u, Draws(0, 0, 4)))
-    assert not torch.equal(a, genesis_transforms(u, Draws(0, 1, 4)))
-    assert not torch.equal(a, genesis_transforms(u, Draws(1, 0, 4)))
+    assert torch.equal(a, genesis_transforms(u, StepRNG(0, 0, 4)))
+    assert not torch.equal(a, genesis_transforms(u, StepRNG(0, 1, 4)))
+    assert not torch.equal(a, genesis_transforms(u, StepRNG(1, 0, 4)))
 
 
 def test_two_ranks_draw_what_one_process_draws():
     u = torch.rand(4, 1, 10, 12, 8)
-    whole = genesis_transforms(u, Draws(0, 0, 4))
-    parts = [genesis_transforms(u[i : i + 2], Draws(0, 0, 4, i, 2)) for i in (0, 2)]
+    whole = genesis_transforms(u, StepRNG(0, 0, 4))
+    parts = [genesis_transforms(u[i : i + 2], StepRNG(0, 0, 4, i, 2)) for i in (0, 2)]
     assert torch.equal(torch.cat(parts), whole)

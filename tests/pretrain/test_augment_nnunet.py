@@ -8,7 +8,7 @@ from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 
 from nnssl.intensity import gaussian_blur
 from nnssl.plans import Plan
-from nnssl.pretrain.augment import Draws, nnunet
+from nnssl.pretrain.augment import StepRNG, nnunet
 from nnssl.pretrain.augment.spatial import warp
 
 SIZE = (10, 14, 12)
@@ -61,7 +61,7 @@ def test_image_and_label_move_by_one_map(tiny_plans, tiny_dataset_json):
     """A label map used as an image, moved as an image from the nearest voxel, is the moved label."""
     how = figures(tiny_plans, tiny_dataset_json)
     label = torch.randint(0, 4, (6, 1, *how.window), generator=torch.Generator().manual_seed(0))
-    grid = nnunet.draw_grid(Draws(0, 0, 6), how, how.window)
+    grid = nnunet.draw_grid(StepRNG(0, 0, 6), how, how.window)
     moved = nnunet.move_label(label, grid, outside=9)
     seen = warp(label.float() + 1, grid, "nearest")
     inside = seen > 0
@@ -75,7 +75,7 @@ def test_outside_of_the_window_and_minus_one_get_the_label_asked_for(tiny_plans,
     label = torch.full((2, 1, *SIZE), -1)
     label[:, :, 5:] = 3
     assert set(nnunet.middle_label(label, SIZE, 0).unique().tolist()) == {0, 3}
-    far = nnunet.draw_grid(Draws(0, 0, 2), how, SIZE) + 5
+    far = nnunet.draw_grid(StepRNG(0, 0, 2), how, SIZE) + 5
     assert bool((nnunet.move_label(label, far, outside=7) == 7).all())
 
 
@@ -84,9 +84,9 @@ def test_outside_of_the_window_and_minus_one_get_the_label_asked_for(tiny_plans,
 def test_alter_is_a_pure_function_and_keeps_masked_voxels(change, masked):
     x = image(8)
     x[:, :, :, :4] = 0
-    out = change(x, Draws(3, 5, 8), masked)
-    assert torch.equal(out, change(x, Draws(3, 5, 8), masked))
-    halves = torch.cat([change(x[i : i + 4], Draws(3, 5, 8, i, 4), masked) for i in (0, 4)])
+    out = change(x, StepRNG(3, 5, 8), masked)
+    assert torch.equal(out, change(x, StepRNG(3, 5, 8), masked))
+    halves = torch.cat([change(x[i : i + 4], StepRNG(3, 5, 8, i, 4), masked) for i in (0, 4)])
     torch.testing.assert_close(out, halves, atol=1e-6, rtol=1e-5)
     assert bool(out.isfinite().all())
     changed = (out != x).flatten(1).any(1)
@@ -98,7 +98,7 @@ def test_alter_is_a_pure_function_and_keeps_masked_voxels(change, masked):
 
 
 def test_half_of_each_skewed_number_is_below_one():
-    numbers = nnunet._skewed(Draws(0, 0, 4000), 0.7, 1.5)
+    numbers = nnunet._skewed(StepRNG(0, 0, 4000), 0.7, 1.5)
     assert 0.7 <= float(numbers.min()) < float(numbers.max()) < 1.5
     assert float((numbers < 1).float().mean()) == pytest.approx(0.5, abs=0.05)
 
@@ -114,20 +114,20 @@ def test_rotation_follows_nnunet(tiny_plans, tiny_dataset_json):
 
 
 def test_constant_patches_stay_finite():
-    out = nnunet.augment_intensity(torch.zeros(64, 1, 4, 6, 5), Draws(0, 1, 64))
+    out = nnunet.augment_intensity(torch.zeros(64, 1, 4, 6, 5), StepRNG(0, 1, 64))
     assert bool(out.isfinite().all())
 
 
 def test_forks_differ_and_are_repeated():
-    a, b = Draws(1, 2, 4), Draws(1, 2, 4)
+    a, b = StepRNG(1, 2, 4), StepRNG(1, 2, 4)
     first, second = a.fork(6).uniform(0, 1, 3), a.fork(6).uniform(0, 1, 3)
     assert not np.allclose(first, second)
     assert torch.equal(first, b.fork(6).uniform(0, 1, 3))
     assert torch.equal(b.fork(6, 2, 3).uniform(0, 1, 3), second[2:5])
 
 
-class Fixed(Draws):
-    """Draws of which each number lies at three quarters of its range, and of whose chances ``on`` alone comes true.
+class Fixed(StepRNG):
+    """StepRNG of which each number lies at three quarters of its range, and of whose chances ``on`` alone comes true.
 
     Chances of one half are told by ``below`` and are not counted: they choose channels and sides.
     """
@@ -194,8 +194,8 @@ def test_each_strong_change_alone():
     assert float(shifts.std()) == pytest.approx(0.17, rel=0.05)
 
 
-class _Only(Draws):
-    """Draws of which one chance alone comes true."""
+class _Only(StepRNG):
+    """StepRNG of which one chance alone comes true."""
 
     def __init__(self, on, total):
         super().__init__(0, 0, total)
@@ -211,7 +211,7 @@ def test_how_often_each_change_happens():
     """Shares of samples, by nnU-Net's probabilities."""
     asked = []
 
-    class Counted(Draws):
+    class Counted(StepRNG):
         def chance(self, p, *shape):
             asked.append(p)
             return super().chance(p, *shape)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.augment.offsets import OffsetGrid, covered, draw_cells, lay_on
 from nnssl.pretrain.augment.pairs import cut
 
@@ -17,13 +17,13 @@ def test_sizes():
 
 
 def test_draws_are_uniform_and_legal():
-    full, shrunk = GRID.draw(Draws(0, 0, 4000))
+    full, shrunk = GRID.draw(StepRNG(0, 0, 4000))
     for axis, (most, step) in enumerate(zip(GRID.most, GRID.step)):
         counts = torch.bincount(full[:, axis], minlength=most + 1) / 4000
         assert counts.tolist() == pytest.approx([1 / (most + 1)] * (most + 1), abs=0.04)
         assert set(shrunk[:, axis].tolist()) == set(range(0, most + 1, step))
-    part = draw_cells(Draws(0, 0, 8, 3, 2), GRID.most)
-    assert torch.equal(part, draw_cells(Draws(0, 0, 8), GRID.most)[3:5])
+    part = draw_cells(StepRNG(0, 0, 8, 3, 2), GRID.most)
+    assert torch.equal(part, draw_cells(StepRNG(0, 0, 8), GRID.most)[3:5])
 
 
 @pytest.mark.parametrize("stride", [(2, 4, 2), (2, 8, 4), (1, 2, 1)])
@@ -31,7 +31,7 @@ def test_equal_sites_are_equal_voxels(stride):
     """Maps that hold the coordinates of the window meet where they overlap, whatever the resolution."""
     window = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in GRID.voxels], indexing="ij"))
     window = window.expand(6, 3, *GRID.voxels)
-    a, b = GRID.draw(Draws(0, 1, 6))
+    a, b = GRID.draw(StepRNG(0, 1, 6))
     a = (
         a
         // torch.tensor([-(-s // p) for s, p in zip(stride, GRID.stride)])

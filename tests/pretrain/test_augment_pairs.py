@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from nnssl.pretrain.augment.box import image_bounds
-from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.augment.pairs import _between, cut, draw_pairs
+from nnssl.pretrain.augment.rng import StepRNG
 
 WINDOWS = [((20, 30, 24), (8, 16, 12)), ((16, 9, 31), (16, 5, 8)), ((12, 12), (8, 5))]
 
@@ -26,7 +26,7 @@ def test_voxels_correspond(window, size):
     batch, n = 220, 20
     body = _body(batch, window)
     ids = torch.arange(body[0, 0].numel()).view(1, 1, *window).expand(batch, -1, *window)
-    pairs = draw_pairs(body, size, Draws(0, 0, batch), n=n)
+    pairs = draw_pairs(body, size, StepRNG(0, 0, batch), n=n)
     crops = [cut(ids, s, size) for s in pairs.start]
     masks = [cut(body, s, size) for s in pairs.start]
     for i in range(batch):
@@ -47,7 +47,7 @@ def test_boxes_hold_the_anchor_and_all_shared_voxels_are_used(window, size):
     batch = 150
     body = _body(batch, window, 0.02)
     body[:, 0].view(batch, -1)[torch.arange(batch), torch.randint(0, body[0].numel(), (batch,))] = True
-    pairs = draw_pairs(body, size, Draws(1, 0, batch), n=6)
+    pairs = draw_pairs(body, size, StepRNG(1, 0, batch), n=6)
     extent, crop = torch.tensor(window), torch.tensor(size)
     assert (pairs.start >= 0).all() and (pairs.start + crop <= extent).all()
     assert (pairs.start <= pairs.anchor).all() and (pairs.anchor < pairs.start + crop).all()
@@ -61,7 +61,7 @@ def test_boxes_hold_the_anchor_and_all_shared_voxels_are_used(window, size):
 def test_a_body_of_one_voxel_and_none():
     body = torch.zeros(3, 1, 20, 24, 16, dtype=torch.bool)
     body[0, 0, 19, 3, 7] = body[1, 0, 0, 0, 0] = True
-    pairs = draw_pairs(body, (8, 8, 12), Draws(0, 0, 3), n=5)
+    pairs = draw_pairs(body, (8, 8, 12), StepRNG(0, 0, 3), n=5)
     assert pairs.valid.sum(1).tolist() == [1, 1, 0]
     assert pairs.anchor[:2].tolist() == [[19, 3, 7], [0, 0, 0]]
     assert torch.equal(pairs.voxels[:, :2, 0] + pairs.start[:, :2], pairs.anchor[:2].expand(2, -1, -1))
@@ -72,7 +72,7 @@ def test_anchors_and_starts_are_uniform():
     """Chi-square with 1 % limits on a line: anchors over the body, starts over the legal ones of the central anchors."""
     body = torch.ones(6000, 1, 40, dtype=torch.bool)
     body[..., ::2] = False
-    pairs = draw_pairs(body, (10,), Draws(0, 0, 6000), n=1)
+    pairs = draw_pairs(body, (10,), StepRNG(0, 0, 6000), n=1)
     counts = torch.bincount(pairs.anchor[:, 0], minlength=40)
     assert counts[::2].sum() == 0
     assert _chi2(counts[1::2]) < 36.2  # 19 degrees of freedom
@@ -91,7 +91,7 @@ def _chi2(counts):
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize(("window", "size"), WINDOWS)
 def test_least_overlap(window, size, share):
-    pairs = draw_pairs(_body(300, window), size, Draws(0, 0, 300), n=1, min_overlap=share)
+    pairs = draw_pairs(_body(300, window), size, StepRNG(0, 0, 300), n=1, min_overlap=share)
     crop = torch.tensor(size)
     overlap = crop - (pairs.start[0] - pairs.start[1]).abs()
     assert (overlap >= (crop * share).ceil().clamp_min(1)).all()
@@ -109,8 +109,8 @@ def test_boxes_stay_in_the_image():
     low, high = image_bounds(data, start)
     assert low.tolist() == [[4, 2, 0], [0, 0, 3]] and high.tolist() == [[19, 30, 16], [20, 25, 9]]
     body = data.abs().sum(1, keepdim=True) > 0
-    draws = [draw_pairs(body, (10, 12, 8), Draws(0, s, 2), n=4, low=low, high=high) for s in range(60)]
-    starts = torch.cat([d.start for d in draws])  # (120, 2, 3)
+    pairs = [draw_pairs(body, (10, 12, 8), StepRNG(0, s, 2), n=4, low=low, high=high) for s in range(60)]
+    starts = torch.cat([d.start for d in pairs])  # (120, 2, 3)
     size = torch.tensor([10, 12, 8])
     fits = torch.tensor([[True, True, True], [True, True, False]])
     assert ((starts >= low) | ~fits).all() and ((starts + size <= high) | ~fits).all()
@@ -122,16 +122,16 @@ def test_boxes_stay_in_the_image():
 
 def test_streams():
     body = _body(4, (20, 20, 20))
-    whole = draw_pairs(body, (8, 8, 8), Draws(0, 0, 4), n=9)
-    again = draw_pairs(body, (8, 8, 8), Draws(0, 0, 4), n=9)
-    other = draw_pairs(body, (8, 8, 8), Draws(0, 1, 4), n=9)
-    parts = [draw_pairs(body[i : i + 2], (8, 8, 8), Draws(0, 0, 4, i, 2), n=9) for i in (0, 2)]
+    whole = draw_pairs(body, (8, 8, 8), StepRNG(0, 0, 4), n=9)
+    again = draw_pairs(body, (8, 8, 8), StepRNG(0, 0, 4), n=9)
+    other = draw_pairs(body, (8, 8, 8), StepRNG(0, 1, 4), n=9)
+    parts = [draw_pairs(body[i : i + 2], (8, 8, 8), StepRNG(0, 0, 4, i, 2), n=9) for i in (0, 2)]
     for name, axis in (("anchor", 0), ("start", 1), ("voxels", 1), ("valid", 0)):
         assert torch.equal(getattr(whole, name), getattr(again, name))
         assert torch.equal(getattr(whole, name), torch.cat([getattr(p, name) for p in parts], axis))
     assert not torch.equal(whole.start, other.start)
     with pytest.raises(ValueError, match="do not fit"):
-        draw_pairs(body, (8, 21, 8), Draws(0, 0, 4))
+        draw_pairs(body, (8, 21, 8), StepRNG(0, 0, 4))
 
 
 def test_mean_overlap_by_hand():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nnssl.pretrain.augment import Draws, central_crop, random_affine, spatial
+from nnssl.pretrain.augment import StepRNG, central_crop, random_affine, spatial
 from nnssl.pretrain.augment.box import ImageBox
 from nnssl.pretrain.augment.spatial import (
     Affine,
@@ -36,7 +36,7 @@ def identity(dim, batch=2):
 @pytest.mark.parametrize("dim", [2, 3])
 def test_without_motion_it_is_the_central_crop(dim):
     x = torch.randn(2, 3, *WINDOWS[dim])
-    view = random_affine(x, Draws(0, 0, 2), SIZES[dim], (1.0,) * dim, **STILL)
+    view = random_affine(x, StepRNG(0, 0, 2), SIZES[dim], (1.0,) * dim, **STILL)
     assert torch.allclose(view.data, central_crop(x, SIZES[dim]), atol=1e-5)
     assert view.body is None
 
@@ -62,7 +62,7 @@ def test_whole_shifts_are_exact(dim):
 @pytest.mark.parametrize("dim", [2, 3])
 def test_mirroring_is_exact_and_per_axis(dim):
     x = torch.randn(8, 1, *SIZES[dim])
-    view = random_affine(x, Draws(3, 0, 8), SIZES[dim], (1.0,) * dim, **STILL, mirror_axes=(0,))
+    view = random_affine(x, StepRNG(3, 0, 8), SIZES[dim], (1.0,) * dim, **STILL, mirror_axes=(0,))
     flipped = x.flip(2)
     states = [
         "kept" if torch.allclose(v, k, atol=1e-5) else "flipped" if torch.allclose(v, f, atol=1e-5) else "wrong"
@@ -85,7 +85,7 @@ def test_quarter_turn_equals_rot90():
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.0, 1.0, 0.7), (0.8, 2.0)])
 def test_rotation_keeps_distances_in_mm(spacing):
     dim, mm = len(spacing), torch.tensor(spacing)
-    affine = draw_affine(Draws(1, 2, 5), (8,) * dim, spacing, rotation=(40.0,), scale=(1.0, 1.0))
+    affine = draw_affine(StepRNG(1, 2, 5), (8,) * dim, spacing, rotation=(40.0,), scale=(1.0, 1.0))
     in_mm = mm[None, :, None] * affine.matrix / mm[None, None, :]
     assert torch.allclose(in_mm @ in_mm.transpose(1, 2), torch.eye(dim).expand(5, -1, -1), atol=1e-5)
     assert torch.allclose(torch.linalg.det(in_mm), torch.ones(5), atol=1e-5)
@@ -96,24 +96,24 @@ def test_magnification():
     """A ball looks larger with a scale above 1."""
     at = coordinates((21, 21, 21), 1) - 10
     ball = (at.square().sum(1, keepdim=True) < 25).float()
-    large = random_affine(ball, Draws(0, 0, 1), (21,) * 3, (1.0,) * 3, rotation=(0.0,), scale=(1.4, 1.4))
+    large = random_affine(ball, StepRNG(0, 0, 1), (21,) * 3, (1.0,) * 3, rotation=(0.0,), scale=(1.4, 1.4))
     assert float(large.data.sum() / ball.sum()) == pytest.approx(1.4**3, rel=0.1)
 
 
 def test_rotation_only_about_the_axes_that_may_turn():
-    affine = draw_affine(Draws(0, 1, 4), (8, 8, 8), (5.0, 1.0, 1.0), rotation=(30.0, 0.0, 0.0), scale=(1.0, 1.0))
+    affine = draw_affine(StepRNG(0, 1, 4), (8, 8, 8), (5.0, 1.0, 1.0), rotation=(30.0, 0.0, 0.0), scale=(1.0, 1.0))
     assert torch.allclose(affine.matrix[:, 0], torch.tensor([1.0, 0, 0]).expand(4, 3))
     assert torch.allclose(affine.matrix[:, :, 0], torch.tensor([1.0, 0, 0]).expand(4, 3))
     assert (affine.matrix[:, 1, 2].abs() > 1e-3).all()
 
 
 def test_probability_zero_leaves_samples_alone():
-    affine = draw_affine(Draws(0, 1, 4), (8, 8), (1.0, 1.0), rotation=(90.0,), scale=(0.5, 2.0), shift=0.5, p=0.0)
+    affine = draw_affine(StepRNG(0, 1, 4), (8, 8), (1.0, 1.0), rotation=(90.0,), scale=(0.5, 2.0), shift=0.5, p=0.0)
     assert torch.equal(affine.matrix, torch.eye(2).expand(4, 2, 2)) and not affine.shift.any()
 
 
 def test_ranges():
-    affine = draw_affine(Draws(0, 1, 400), (10, 20, 40), (1.0,) * 3, rotation=(0.0,), scale=(0.5, 2.0), shift=0.1)
+    affine = draw_affine(StepRNG(0, 1, 400), (10, 20, 40), (1.0,) * 3, rotation=(0.0,), scale=(0.5, 2.0), shift=0.1)
     magnification = 1 / affine.matrix[:, 0, 0]
     assert 0.5 <= magnification.min() < 0.6 and 1.8 < magnification.max() <= 2
     assert 0.4 < (magnification < 1).float().mean() < 0.6
@@ -126,20 +126,22 @@ def test_body_moves_along_and_ends_with_the_window(dim):
     body = torch.zeros(2, 1, *size, dtype=torch.bool)
     body[:, :, 1:4] = True
     x = body.float() * 5
-    view = random_affine(x, Draws(0, 3, 2), size, (1.0,) * dim, body=body, rotation=(0.0,), scale=(1.0, 1.0), shift=0.4)
+    view = random_affine(
+        x, StepRNG(0, 3, 2), size, (1.0,) * dim, body=body, rotation=(0.0,), scale=(1.0, 1.0), shift=0.4
+    )
     assert view.body.dtype == torch.bool
     assert torch.equal(view.body, view.data >= 2.5)
     everywhere = torch.ones_like(body)
-    small = random_affine(x, Draws(0, 3, 2), size, (1.0,) * dim, body=everywhere, rotation=(0.0,), scale=(0.5, 0.5))
+    small = random_affine(x, StepRNG(0, 3, 2), size, (1.0,) * dim, body=everywhere, rotation=(0.0,), scale=(0.5, 0.5))
     assert 0.3 < float(small.body.float().mean()) * 2**dim < 2
 
 
 def test_same_views_on_one_rank_as_on_two():
     x = torch.randn(4, 1, 9, 10)
-    both = random_affine(x, Draws(7, 5, 4), (6, 8), (1.0, 2.0)).data
-    halves = [random_affine(x[i : i + 2], Draws(7, 5, 4, i, 2), (6, 8), (1.0, 2.0)).data for i in (0, 2)]
+    both = random_affine(x, StepRNG(7, 5, 4), (6, 8), (1.0, 2.0)).data
+    halves = [random_affine(x[i : i + 2], StepRNG(7, 5, 4, i, 2), (6, 8), (1.0, 2.0)).data for i in (0, 2)]
     assert torch.equal(torch.cat(halves), both)
-    assert not torch.allclose(random_affine(x, Draws(7, 6, 4), (6, 8), (1.0, 2.0)).data, both)
+    assert not torch.allclose(random_affine(x, StepRNG(7, 6, 4), (6, 8), (1.0, 2.0)).data, both)
 
 
 @pytest.mark.parametrize("dim", [2, 3])
@@ -147,7 +149,7 @@ def test_what_does_not_turn_is_cut_out_and_equals_resampling(dim):
     """Even and odd differences of window and size; half of the samples turn, all may be flipped."""
     drawn = {"mirror_axes": tuple(range(dim)), "p": 0.5}
     x, body = torch.randn(16, 2, *WINDOWS[dim]), torch.rand(16, 1, *WINDOWS[dim]) > 0.4
-    view = random_affine(x, Draws(5, 2, 16), SIZES[dim], (1.0, 2.0, 0.7)[:dim], body=body, **drawn)
+    view = random_affine(x, StepRNG(5, 2, 16), SIZES[dim], (1.0, 2.0, 0.7)[:dim], body=body, **drawn)
     grid = sampling_grid(view.affine, SIZES[dim], WINDOWS[dim])
     assert torch.allclose(view.data, warp(x, grid), atol=1e-4)
     assert torch.equal(view.body, warp(body.float(), grid) >= 0.5)
@@ -170,7 +172,7 @@ def test_outside_of_the_image_views_show_its_lowest_intensity(dim, p):
     for one, first, behind in zip(mask, low.tolist(), high.tolist()):
         one[(0, *(slice(a, b) for a, b in zip(first, behind)))] = 1
     data = torch.randn(16, 2, *window, generator=g) * mask
-    view = random_affine(data, Draws(5, 2, 16), size, (1.0, 2.0, 0.7)[:dim], box=box, mirror_axes=range(dim), p=p)
+    view = random_affine(data, StepRNG(5, 2, 16), size, (1.0, 2.0, 0.7)[:dim], box=box, mirror_axes=range(dim), p=p)
     grid = sampling_grid(view.affine, size, window)
     seen = warp(mask, grid)
     plain = (seen - 0.5).abs() > 1e-4  # elsewhere rounding decides
@@ -190,13 +192,13 @@ def test_outside_of_the_image_views_show_its_lowest_intensity(dim, p):
 def test_source_is_untouched():
     x = torch.randn(2, 1, 9, 10)
     before = x.clone()
-    view = random_affine(x, Draws(7, 5, 2), (9, 10), (1.0, 1.0), mirror_axes=(0, 1))
+    view = random_affine(x, StepRNG(7, 5, 2), (9, 10), (1.0, 1.0), mirror_axes=(0, 1))
     view.data.zero_()
     assert torch.equal(x, before)
 
 
 def test_views_are_scaled_both_ways_by_default():
-    drawn = random_affine(torch.zeros(60, 1, 6, 6), Draws(0, 1, 60), (6, 6), (1.0, 1.0)).affine
+    drawn = random_affine(torch.zeros(60, 1, 6, 6), StepRNG(0, 1, 60), (6, 6), (1.0, 1.0)).affine
     magnification = torch.linalg.det(drawn.matrix).rsqrt()
     assert 0.8 <= float(magnification.min()) < 0.85 and 1.18 < float(magnification.max()) <= 1.25
 
@@ -207,7 +209,7 @@ def test_views_are_scaled_both_ways_by_default():
 def test_large_views_are_sampled_plane_by_plane_to_the_same_values(size, window, channels, monkeypatch):
     x = torch.randn(3, channels, *window)
     wide = {"rotation": (60.0,), "scale": (0.6, 1.6), "shift": 0.3, "mirror_axes": (0, 1, 2)}
-    grid = sampling_grid(draw_affine(Draws(2, 0, 3), size, (1.0, 2.0, 1.5), **wide), size, window)
+    grid = sampling_grid(draw_affine(StepRNG(2, 0, 3), size, (1.0, 2.0, 1.5), **wide), size, window)
     fast = warp(x, grid)
     monkeypatch.setattr(spatial, "PLANES_FROM", 10**9)
     exact = warp(x, grid)

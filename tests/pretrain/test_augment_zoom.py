@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nnssl.pretrain.augment.box import ImageBox
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.methods.glmae.resized_crop import (
     _box_sums,
     _first_enough,
@@ -121,7 +121,7 @@ def test_the_first_box_with_enough_is_found_without_looking_at_all(least):
 def test_boxes_lie_in_the_image_and_reach_all_of_it(extent):
     image = image_of((2, 1, 3), (11, 12, 10), 600)
     body = torch.ones(600, 1, 12, 14, 10)
-    start = sample_boxes(body, image, torch.tensor([extent]).expand(600, 3), Draws(0, 0, 600))
+    start = sample_boxes(body, image, torch.tensor([extent]).expand(600, 3), StepRNG(0, 0, 600))
     low, high = torch.tensor([2, 1, 3]), torch.tensor([11, 12, 10])
     assert (start >= low).all() and (start + torch.tensor(extent) <= high).all() and torch.equal(start, start.round())
     for axis in range(3):
@@ -133,12 +133,12 @@ def test_boxes_lie_in_the_image_and_reach_all_of_it(extent):
 
 def test_images_smaller_than_the_box_lie_in_its_middle():
     body, extent = torch.ones(4, 1, 12, 12), torch.tensor([[8.0, 6.0]]).expand(4, 2)
-    start = sample_boxes(body, image_of((3, 0), (7, 12), 4), extent, Draws(0, 0, 4))
+    start = sample_boxes(body, image_of((3, 0), (7, 12), 4), extent, StepRNG(0, 0, 4))
     assert (start[:, 0] == 1).all()
     edge = image_of((10, 0), (12, 12), 4)
-    start = sample_boxes(body, edge, extent, Draws(0, 0, 4))
+    start = sample_boxes(body, edge, extent, StepRNG(0, 0, 4))
     assert (start[:, 0] == 4).all()  # the window ends there
-    whole = sample_boxes(body, edge, torch.tensor([[12.0, 12.0]]).expand(4, 2), Draws(0, 0, 4))
+    whole = sample_boxes(body, edge, torch.tensor([[12.0, 12.0]]).expand(4, 2), StepRNG(0, 0, 4))
     assert (whole == 0).all()
 
 
@@ -147,33 +147,33 @@ def test_boxes_of_air_are_avoided():
     body[..., 16:, 10:] = 1
     image = image_of((0, 0), (24, 20), 200)
     extent = torch.tensor([[8.0, 8.0]]).expand(200, 2)
-    start = sample_boxes(body, image, extent, Draws(0, 0, 200)).long()
+    start = sample_boxes(body, image, extent, StepRNG(0, 0, 200)).long()
     share = torch.stack([b[0, i : i + 8, j : j + 8].float().mean() for b, (i, j) in zip(body, start.tolist())])
-    blind = sample_boxes(body, image, extent, Draws(0, 0, 200), tries=1).long()
+    blind = sample_boxes(body, image, extent, StepRNG(0, 0, 200), tries=1).long()
     without = torch.stack([b[0, i : i + 8, j : j + 8].float().mean() for b, (i, j) in zip(body, blind.tolist())])
     assert (share >= 0.25).float().mean() > 0.85 > 0.6 > (without >= 0.25).float().mean()
-    nowhere = sample_boxes(torch.zeros_like(body), image, extent, Draws(0, 0, 200))
+    nowhere = sample_boxes(torch.zeros_like(body), image, extent, StepRNG(0, 0, 200))
     assert torch.isfinite(nowhere).all()
 
 
 def test_ranks_draw_what_one_process_draws():
     body = (torch.rand(4, 1, 12, 10) < 0.5).float()
     image, extent = image_of((0, 0), (12, 10), 4), torch.tensor([[5.0, 4.0]]).expand(4, 2)
-    whole = sample_boxes(body, image, extent, Draws(0, 0, 4))
+    whole = sample_boxes(body, image, extent, StepRNG(0, 0, 4))
     rows = torch.arange(2)
-    parts = [sample_boxes(body[i : i + 2], image[rows + i], extent[:2], Draws(0, 0, 4, i, 2)) for i in (0, 2)]
+    parts = [sample_boxes(body[i : i + 2], image[rows + i], extent[:2], StepRNG(0, 0, 4, i, 2)) for i in (0, 2)]
     assert torch.equal(whole, torch.cat(parts))
 
 
 @pytest.mark.parametrize("least", [0.0, 0.3, 0.99])
 def test_the_first_place_with_enough_body_or_the_one_with_most(least):
-    """The places that are tried come from the draws: which one is taken, against a loop."""
+    """The places that are tried come from the random numbers: which one is taken, against a loop."""
     window, extent, tries, n = (12, 16, 9), (5, 6, 4), 10, 40
     body = torch.zeros(n, 1, *window)
     body[:, :, 2:9, 3:10, 1:6] = (torch.rand(n, 1, 7, 7, 5) < 0.8).float()
     image = ImageBox(torch.zeros(n, 3).long(), torch.tensor([window] * n), torch.zeros(n, 1))
-    start = sample_boxes(body, image, torch.tensor([extent] * n).float(), Draws(0, 0, n), least=least, tries=tries)
-    share = Draws(0, 0, n).uniform(0, 1, tries, 3)
+    start = sample_boxes(body, image, torch.tensor([extent] * n).float(), StepRNG(0, 0, n), least=least, tries=tries)
+    share = StepRNG(0, 0, n).uniform(0, 1, tries, 3)
     places = (share * (torch.tensor(window) - torch.tensor(extent) + 1)).floor().long()
     later = 0
     for i in range(n):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nnssl.pretrain.augment.box import image_bounds, image_box
-from nnssl.pretrain.augment.draws import HELD_OUT_STEP, Draws
 from nnssl.pretrain.augment.pairs import cut, draw_pairs
+from nnssl.pretrain.augment.rng import HELD_OUT_STEP, StepRNG
 from nnssl.pretrain.augment.spatial import Affine, AffineRange, apply_affine, is_still, random_affine, reach
 from nnssl.pretrain.data import CaseFormat, CaseRef, CropDataset, collate
 from nnssl.pretrain.data.case import CaseReader, HeldCase
@@ -76,8 +76,8 @@ def test_views_of_what_is_read_are_those_of_whole_windows(size, window, stream, 
         request = CropRequest(size, window, move=move)
         read = batch_of(refs, request, step, stream, orientation=orientation)
         whole = batch_of(refs, replace(request, move=None), step, stream, orientation=orientation)
-        draws = Draws(SEED, step + (HELD_OUT_STEP if stream == HELD_OUT else 0), BATCH)
-        affine = move.draw(draws)
+        rng = StepRNG(SEED, step + (HELD_OUT_STEP if stream == HELD_OUT else 0), BATCH)
+        affine = move.draw(rng)
         assert torch.equal(read.affine, affine.rows) and whole.affine is None
         assert torch.equal(Affine.from_rows(read.affine).matrix, affine.matrix)
         views = [
@@ -98,7 +98,7 @@ def test_a_view_looks_at_no_more_than_its_reach():
     """What lies outside of it may be anything."""
     size, window = (8, 10, 6), (20, 24, 18)
     data = torch.randn(40, 2, *window)
-    affine = moving(size).draw(Draws(1, 2, 40))
+    affine = moving(size).draw(StepRNG(1, 2, 40))
     affine = Affine(affine.matrix, torch.rand(40, 3) * 2 - 1)
     spoilt = torch.full_like(data, torch.nan)
     needed = reach(affine, size, window)
@@ -130,7 +130,7 @@ def test_one_by_one_is_all_at_once():
     for axis, v in enumerate(voxel):  # padding is 0
         inside = (v >= low[:, axis, None]) & (v < high[:, axis, None])
         data *= inside.view(5, 1, *[window[axis] if a == axis else 1 for a in range(3)])
-    affine = moving(size).draw(Draws(3, 4, 5))
+    affine = moving(size).draw(StepRNG(3, 4, 5))
     ours, theirs = apply_affine(data, affine, size, body=body, box=box), _resample(data, affine, size, body, box)
     assert (ours.data - theirs.data).abs().max() < 0.02  # planes are as exact as 0.005 voxels
     assert (ours.inside == theirs.inside).float().mean() > 0.999 and not ours.inside.all()
@@ -151,12 +151,12 @@ def test_mae_reads_less_and_sees_the_same(refs, tiny_plans, tiny_dataset_json):
     method = cls(build_network(plan), plan, request, config)
     for step in range(4):
         crops = [batch_of(refs, r, step) for r in (request, replace(request, move=None))]
-        views = [method.views(c, Draws(SEED, step, BATCH)) for c in crops]
+        views = [method.views(c, StepRNG(SEED, step, BATCH)) for c in crops]
         for name in ("input", "valid", "mask"):
             assert torch.equal(views[0][name], views[1][name])
-        other = method.views(crops[0], Draws(SEED + 1, step, BATCH))  # whoever draws anew gets what was read
+        other = method.views(crops[0], StepRNG(SEED + 1, step, BATCH))  # whoever draws anew gets what was read
         assert torch.equal(other["input"], views[0]["input"]) and not torch.equal(other["mask"], views[0]["mask"])
-        part = method.views(crops[0].part(2, 3), Draws(SEED, step, BATCH, 2, 3))
+        part = method.views(crops[0].part(2, 3), StepRNG(SEED, step, BATCH, 2, 3))
         assert torch.equal(part["input"], views[0]["input"][2:5])
 
 
@@ -164,10 +164,10 @@ def test_random_affine_is_draw_and_apply():
     data = torch.randn(6, 1, 20, 20, 20)
     move = moving((8, 10, 6), p=0.6)
     view = random_affine(
-        data, Draws(0, 1, 6), move.size, move.spacing, rotation=move.rotation, scale=move.scale,
+        data, StepRNG(0, 1, 6), move.size, move.spacing, rotation=move.rotation, scale=move.scale,
         mirror_axes=move.mirror_axes, p=move.p,
     )  # fmt: skip
-    assert torch.equal(view.data, apply_affine(data, move.draw(Draws(0, 1, 6)), move.size).data)
+    assert torch.equal(view.data, apply_affine(data, move.draw(StepRNG(0, 1, 6)), move.size).data)
 
 
 # ---- the part in the image -------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_trimmed_windows_are_the_part_in_the_image(size, refs):
         pairs, images = [], []
         for crops in (trimmed, whole):
             low, high = image_bounds(crops.data, crops.start, crops.shape, crops.extent)
-            pairs.append(draw_pairs(crops.body, size, Draws(1, step, BATCH), n=20, low=low, high=high))
+            pairs.append(draw_pairs(crops.body, size, StepRNG(1, step, BATCH), n=20, low=low, high=high))
             images.append([cut(crops.data, s, size) for s in pairs[-1].start])
         assert torch.equal(images[0][0], images[1][0]) and torch.equal(images[0][1], images[1][1])
         assert torch.equal(pairs[0].voxels, pairs[1].voxels) and torch.equal(pairs[0].valid, pairs[1].valid)

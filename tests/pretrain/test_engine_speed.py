@@ -104,11 +104,11 @@ def test_micro_batches_equal_the_batch_where_each_crop_has_a_loss_of_its_own(pla
 
 def test_a_contrast_is_within_the_micro_batch(plan):
     """macl: the same views, but each crop meets only those of its micro-batch: another, easier loss."""
-    from nnssl.pretrain.augment import Draws
+    from nnssl.pretrain.augment import StepRNG
 
     method = method_of("macl", plan())
     batch = crops(method.request, 8)
-    whole = method.views(batch, Draws(3, 5, 8))
+    whole = method.views(batch, StepRNG(3, 5, 8))
     parts = list(views_in_parts(method, batch, 2, CPU, seed=3, step=5, total=8, first=0))
     assert all(torch.equal(torch.cat([p[k] for p in parts]), v) for k, v in whole.items())
     _, x = gradients(method, batch, 1)

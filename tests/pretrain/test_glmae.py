@@ -20,7 +20,7 @@ from nnssl.errors import NnsslError
 from nnssl.networks import build_network, unwrap
 from nnssl.plans import Plan
 from nnssl.pretrain import run
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.methods import Crops, Progress, SourceStats, get_method
 
@@ -114,7 +114,7 @@ def test_small_images_are_padded_dark_and_not_counted(make, make_crops):
     method = make(median=MEDIAN)
     crops = make_crops(method)
     crops.data[:, :, 6:] = 0  # six slices are left of a crop of eight
-    batch = method.views(crops, Draws(0, 0, 3))
+    batch = method.views(crops, StepRNG(0, 0, 3))
     for view in batch.values():
         outside = ~view["valid"]
         assert outside.any() and not (view["mask"] & outside).all()
@@ -133,7 +133,7 @@ def test_views_of_larger_equal_and_smaller_volumes(make, make_crops, image, mode
     for axis, (n, w) in enumerate(zip(image, method.request.window), start=2):
         assert n <= w
         crops.data.narrow(axis, n, w - n).zero_()
-    batch = method.views(crops, Draws(0, 0, 4))
+    batch = method.views(crops, StepRNG(0, 0, 4))
     for kind, size in (("global", method.request.size), ("local", method.local_size)):
         view = batch[kind]
         assert view["target"].shape[2:] == size
@@ -149,7 +149,7 @@ def test_views_show_the_volume(make, mirror, make_crops):
     crops = make_crops(method, 2)
     ramp = torch.arange(crops.data.shape[3]).float() + 1
     crops.data[:] = ramp.view(1, 1, 1, -1, 1)
-    batch = method.views(crops, Draws(0, 0, 2))
+    batch = method.views(crops, StepRNG(0, 0, 2))
     for kind, least in (("global", 1.4), ("local", 1.0)):
         steps = batch[kind]["target"].diff(dim=3)
         slope = steps.abs().mean((1, 2, 3, 4))
@@ -348,7 +348,7 @@ def test_retrieval_knows_that_two_crops_may_be_of_one_case(make, make_crops):
     crops = make_crops(method, 4)
     crops.case[:] = ["a", "b", "a", "a"]
     with torch.no_grad():
-        batch = method.views(crops, Draws(0, 0, 4))
+        batch = method.views(crops, StepRNG(0, 0, 4))
         terms = method(batch)
     a, b = batch["global"]["volume"][:2]
     assert batch["global"]["volume"].tolist() == [a, b, a, a] and a != b
@@ -528,7 +528,7 @@ def _worker(index, port, folder, arguments, crops):
     method = build(*arguments)
     wrapped = nn.parallel.DistributedDataParallel(method)
     crops = Crops(**{k: v[2 * index : 2 * index + 2] for k, v in vars(crops).items() if v is not None})
-    terms = wrapped(method.views(crops, Draws(0, 0, 4, 2 * index, 2)))
+    terms = wrapped(method.views(crops, StepRNG(0, 0, 4, 2 * index, 2)))
     terms["total"].backward()
     grads = {k: p.grad for k, p in method.named_parameters() if p.grad is not None}
     method.after_step(Progress(1, 10, 0, 1))
@@ -548,7 +548,7 @@ def test_two_processes_equal_one(tmp_path, tiny_plans, tiny_dataset_json, make_c
     crops = make_crops(method, 4)
     mp.spawn(_worker, args=(port, str(tmp_path), arguments, crops), nprocs=2)
     with torch.no_grad():
-        batch = method.views(crops, Draws(0, 0, 4))
+        batch = method.views(crops, StepRNG(0, 0, 4))
     terms, grads = gradients(method, batch)
     method.after_step(Progress(1, 10, 0, 1))
     ranks = [torch.load(tmp_path / f"{i}.pt") for i in range(2)]
@@ -595,7 +595,7 @@ def test_local_views_find_their_volume(tiny_plans, tiny_dataset_json, make_crops
     optimiser, found = method.optimiser(), []
     for step in range(120):
         with torch.no_grad():
-            batch = method.views(volumes(step % 16), Draws(0, step, 8))
+            batch = method.views(volumes(step % 16), StepRNG(0, step, 8))
         optimiser.zero_grad(set_to_none=True)
         method(batch)["total"].backward()
         nn.utils.clip_grad_norm_(method.parameters(), method.grad_clip)
@@ -605,7 +605,7 @@ def test_local_views_find_their_volume(tiny_plans, tiny_dataset_json, make_crops
     method.eval()
     with torch.no_grad():
         for k in range(12):
-            terms = method(method.views(volumes(100 + k), Draws(0, 1000 + k, 8)))
+            terms = method(method.views(volumes(100 + k), StepRNG(0, 1000 + k, 8)))
             found.append(terms["retrieval"].item())
     assert terms["retrieval_chance"].item() == pytest.approx(1 / 8)
     assert sum(found) / len(found) > 0.21  # 192 views: 3.5 standard errors above chance

@@ -14,7 +14,7 @@ from nnssl.heads.restoration import restoration_head
 from nnssl.intensity import from_unit, to_unit
 from nnssl.networks import build_network
 from nnssl.plans import Plan
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 from nnssl.pretrain.methods.hdense.method import ALIKE, COLOURS, OTHER, OTHER_COLOURS, REAL, RESTORED, SEEN
@@ -65,7 +65,7 @@ def make_crops(method, n=2, seed=0, low=-2.0, high=3.0):
 
 def make_batch(method, n=2, seed=0, step=0):
     with torch.no_grad():
-        return method.views(make_crops(method, n, seed), Draws(0, step, n))
+        return method.views(make_crops(method, n, seed), StepRNG(0, step, n))
 
 
 CASES = [("iso", "plain"), ("aniso", "resenc"), ("aniso", "plain"), ("strided", "plain"), ("iso", "resenc")]
@@ -133,18 +133,18 @@ def test_views_come_from_the_draws_only(make):
     method = make()
     crops = make_crops(method, 4)
     kept = crops.data.clone()
-    whole = method.views(crops, Draws(0, 5, 4))
-    again = method.views(crops, Draws(0, 5, 4))
-    other = method.views(crops, Draws(0, 6, 4))
+    whole = method.views(crops, StepRNG(0, 5, 4))
+    again = method.views(crops, StepRNG(0, 5, 4))
+    other = method.views(crops, StepRNG(0, 6, 4))
     assert torch.equal(crops.data, kept)
     assert all(torch.equal(whole[k], again[k]) for k in whole)
     assert not torch.equal(whole["input"], other["input"])
     half = Crops(**{k: v[2:] for k, v in vars(crops).items() if v is not None})
-    part = method.views(half, Draws(0, 5, 4, 2, 2))
+    part = method.views(half, StepRNG(0, 5, 4, 2, 2))
     assert torch.equal(part["valid"], whole["valid"][2:])
     for key in ("input", "target"):
         assert torch.equal(part[key], whole[key].view(2, 4, *whole[key].shape[1:])[:, 2:].flatten(0, 1))
-    clean = make(corruption="none").views(crops, Draws(0, 5, 4))
+    clean = make(corruption="none").views(crops, StepRNG(0, 5, 4))
     inside = from_unit(clean["target"], clean["bounds"])
     torch.testing.assert_close(clean["input"], inside)
 
@@ -172,15 +172,15 @@ def test_units_of_mr_and_ct(make):
 def test_window_corruption(size):
     u = torch.rand(40, 2, *size) * 0.8 + 0.1
     kept = u.clone()
-    out = window_corruption(u, Draws(0, 0, 40))
+    out = window_corruption(u, StepRNG(0, 0, 40))
     assert out.shape == u.shape and out.min() >= 0 and out.max() <= 1
-    assert torch.equal(u, kept) and torch.equal(out, window_corruption(u, Draws(0, 0, 40)))
+    assert torch.equal(u, kept) and torch.equal(out, window_corruption(u, StepRNG(0, 0, 40)))
     same = torch.stack([torch.equal(a, b) * torch.ones(()) for a, b in zip(out, u)]).mean()
     assert 0 < same < 0.3  # nothing happens with probability 0.05
     if len(size) == 3:  # slices do not mix
         one = torch.full((60, 1, *size), 0.5)
         one[:, :, 3] = torch.rand(60, 1, *size[1:])
-        blurred = window_corruption(one, Draws(3, 0, 60))
+        blurred = window_corruption(one, StepRNG(3, 0, 60))
         clean = blurred[:, :, 0].flatten(1).std(1) < 1e-5
         assert 0.3 < clean.float().mean() < 0.7  # the others got noise
 
@@ -330,14 +330,14 @@ def test_too_few_voxels_to_compare(make, body):
         crops.body[0, 0, 5, 6, 7] = True
     if body == "one pair":
         crops.body[1] = True
-    terms = method(method.views(crops, Draws(0, 0, 2)))
+    terms = method(method.views(crops, StepRNG(0, 0, 2)))
     terms["total"].backward()
     assert (terms["contrast"].item() == 0) == (body != "one pair")
     for name, p in method.named_parameters():
         if p.requires_grad:
             assert p.grad is not None and torch.isfinite(p.grad).all(), name
     with torch.no_grad():
-        held_out = method.eval()(method.views(crops, Draws(0, 0, 2)))
+        held_out = method.eval()(method.views(crops, StepRNG(0, 0, 2)))
     assert all(math.isfinite(v.item()) for v in held_out.values())
 
 
@@ -345,7 +345,7 @@ def test_constant_images_do_no_harm(make):
     method = make()
     crops = make_crops(method, 2, low=1.0, high=1.0)
     crops.data[:] = 1.0
-    terms = method(method.views(crops, Draws(0, 0, 2)))
+    terms = method(method.views(crops, StepRNG(0, 0, 2)))
     assert all(math.isfinite(v.item()) for v in terms.values())
 
 
@@ -400,7 +400,7 @@ def test_pictures_show_the_same_slice_of_both_crops(make):
     crops = make_crops(method, 2)
     crops.data[:] = torch.linspace(-2, 3, method.request.window[0]).view(-1, 1, 1)  # a slice has one value
     with torch.no_grad():
-        picture = method.pictures(method.views(crops, Draws(0, 0, 2)))
+        picture = method.pictures(method.views(crops, StepRNG(0, 0, 2)))
     columns = picture.columns
     assert np.array_equal(columns[REAL], columns[OTHER])
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from nnssl import checkpoint
 from nnssl.networks import build_network
 from nnssl.plans import Plan
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 
 FOUR = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2))
@@ -48,7 +48,7 @@ def _worker(index, port, folder, plans, description):
         mine, crops = slice(2 * index, 2 * index + 2), _crops(method.request.window, 4)
         crops = Crops(**{k: v[mine] for k, v in vars(crops).items() if v is not None})
         with torch.no_grad():
-            batch = method.views(crops, Draws(0, 3, 4, 2 * index, 2))
+            batch = method.views(crops, StepRNG(0, 3, 4, 2 * index, 2))
         terms = wrapped(batch)
         terms["total"].backward()
         grads = {k: p.grad for k, p in method.named_parameters() if p.grad is not None}
@@ -68,7 +68,7 @@ def test_two_processes_equal_one(tmp_path, tiny_plans, tiny_dataset_json):
     mp.spawn(_worker, args=(_port(), str(tmp_path), plans, description), nprocs=2)
     method = _method(plans, description, n_voxels=20)
     with torch.no_grad():
-        batch = method.views(_crops(method.request.window, 4), Draws(0, 3, 4))
+        batch = method.views(_crops(method.request.window, 4), StepRNG(0, 3, 4))
     counts = batch["valid"].sum(1)
     assert counts[:2].sum() != counts[2:].sum()
     terms = method(batch)
@@ -97,7 +97,7 @@ def test_learns_one_batch(tiny_plans, tiny_dataset_json, arch):
     crops = _crops(method.request.window, 2)
     crops.body[:] = True
     with torch.no_grad():
-        batch = method.views(crops, Draws(0, 0, 2))
+        batch = method.views(crops, StepRNG(0, 0, 2))
     assert batch["valid"].sum() == 64
     optimiser, first = method.optimiser(), None
     for _ in range(100):

@@ -19,7 +19,7 @@ from nnssl.masking.picture import ERROR, FILLED, PAINTED, REAL, SHOWN
 from nnssl.networks import build_network, forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain import run
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 
 ISO = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
@@ -96,7 +96,7 @@ def test_padding_is_dark_invalid_and_never_hidden(make, make_crops):
     crops.data[:, :, :4] = 0
     crops.data[:, :, :, :4] = 0
     crops.data[..., :4] = 0
-    batch = method.views(crops, Draws(0, 0, 3))
+    batch = method.views(crops, StepRNG(0, 0, 3))
     assert not batch["valid"][:, :, :4].any() and batch["valid"][:, :, 4:, 4:, 4:].all()
     assert (batch["input"].masked_select(~batch["valid"]) == -2).all()
     assert not (batch["mask"] & ~batch["valid"]).any()
@@ -109,7 +109,7 @@ def test_turned_views_of_padded_windows(make, make_crops):
     crops = make_crops(method, 8, start=-6)
     for axis in (2, 3, 4):
         crops.data.narrow(axis, 0, 6).zero_()
-    batch = method.views(crops, Draws(0, 0, 8))
+    batch = method.views(crops, StepRNG(0, 0, 8))
     assert not batch["valid"].all() and batch["valid"].any()
     assert (batch["input"].masked_select(~batch["valid"]) == -2).all()
     for a, b in zip(make(augment_p=0, mirror=False).request.window, make().request.window):
@@ -133,7 +133,7 @@ def test_a_crop_without_enough_image_is_skipped_and_counted(make, make_crops, gr
     crops.data[0, :, 0, 0, 0] = 1
     crops.data[0, :, :, :, 0] = 0
     crops.data[0, :, 0, 0, 0] = 1
-    batch = method.views(crops, Draws(0, 0, 3))
+    batch = method.views(crops, StepRNG(0, 0, 3))
     terms, grads = gradients(method, batch)
     assert terms["skipped"] == 1 and torch.isfinite(terms["total"])
     alone = {k: v[1:] for k, v in batch.items()}
@@ -151,7 +151,7 @@ def test_the_body_is_read_only_where_the_error_counts_there(make):
 def test_error_over_the_body_only(make, make_crops):
     method = make(region="body", augment_p=0, mirror=False)
     crops = make_crops(method)
-    batch = method.views(crops, Draws(0, 0, 3))
+    batch = method.views(crops, StepRNG(0, 0, 3))
     assert torch.equal(batch["valid"], crops.body)
 
 
@@ -260,7 +260,7 @@ def test_perfect_is_zero_and_zero_is_one(make, make_crops):
     method = make(augment_p=0, mirror=False)
     crops = make_crops(method, 8)
     crops.data = torch.randn_like(crops.data)
-    batch = method.views(crops, Draws(0, 0, 8))
+    batch = method.views(crops, StepRNG(0, 0, 8))
     keys = ("target", "mask", "valid")
     assert method.errors(batch["target"], *(batch[k] for k in keys))["reconstruction"] == 0
     nothing = method.errors(torch.zeros_like(batch["target"]), *(batch[k] for k in keys))
@@ -390,7 +390,7 @@ def _worker(index, port, folder, arguments, crops):
     wrapped = nn.parallel.DistributedDataParallel(method)
     mine = slice(2 * index, 2 * index + 2)
     crops = Crops(**{k: v[mine] for k, v in vars(crops).items() if v is not None})
-    batch = method.views(crops, Draws(0, 0, 4, 2 * index, 2))
+    batch = method.views(crops, StepRNG(0, 0, 4, 2 * index, 2))
     terms = wrapped(batch)
     terms["total"].backward()
     grads = {k: p.grad for k, p in method.named_parameters() if p.grad is not None}
@@ -412,7 +412,7 @@ def test_two_processes_equal_one(tmp_path, tiny_plans, tiny_dataset_json, option
     crops = make_crops(method, 4)
     crops.data[0, :, 6:] = 0  # ranks differ in how much there is to reconstruct
     mp.spawn(_worker, args=(port, str(tmp_path), arguments, crops), nprocs=2)
-    terms, grads = gradients(method, method.views(crops, Draws(0, 0, 4)))
+    terms, grads = gradients(method, method.views(crops, StepRNG(0, 0, 4)))
     ranks = [torch.load(tmp_path / f"{i}.pt") for i in range(2)]
     torch.testing.assert_close(sum(r[0] for r in ranks) / 2, terms["total"].detach(), atol=1e-6, rtol=1e-5)
     assert abs(ranks[0][0] - ranks[1][0]) > 1e-3
@@ -428,14 +428,14 @@ def test_overfits_one_volume(make, mode, make_crops):
     method = make("iso", "resenc", features=(8, 16, 16), **options)
     crops, optimiser = make_crops(method, 2), method.optimiser()
     for step in range(200):
-        batch = method.views(crops, Draws(0, step, 2))
+        batch = method.views(crops, StepRNG(0, step, 2))
         optimiser.zero_grad()
         method(batch)["total"].backward()
         nn.utils.clip_grad_norm_(method.parameters(), method.grad_clip)
         optimiser.step()
     method.eval()
     with torch.no_grad():
-        terms = method(method.views(crops, Draws(0, 10**6, 2)))
+        terms = method(method.views(crops, StepRNG(0, 10**6, 2)))
     assert terms["reconstruction"] < 0.5 * terms["surround"]
 
 
@@ -453,7 +453,7 @@ def test_learns_to_go_on_with_waves_it_has_not_seen(tiny_plans, tiny_dataset_jso
         periods = (5.0, 7.0, 6.0)
         waves = [sum(torch.sin(2 * math.pi * x / t + p) for x, t, p in zip(grid, periods, row)) for row in phases]
         crops.data, crops.body = torch.stack(waves)[:, None], torch.ones_like(crops.body)
-        return method.views(crops, Draws(0, seed, n))
+        return method.views(crops, StepRNG(0, seed, n))
 
     def unseen():
         method.eval()
@@ -493,8 +493,8 @@ def test_the_hidden_share_is_drawn_around_the_ratio(make):
     """mask_ratio +- mask_spread: the mean of many is the ratio, within four standard errors."""
     method = make(mask_ratio=0.6, mask_spread=0.15, block="2,2,2")
     valid = torch.ones(500, 1, *method.request.size, dtype=torch.bool)
-    share = method.draw_mask(valid, Draws(0, 0, 500)).float().flatten(1).mean(1)
+    share = method.draw_mask(valid, StepRNG(0, 0, 500)).float().flatten(1).mean(1)
     assert abs(float(share.mean()) - 0.6) < 4 * 0.15 / 3**0.5 / 500**0.5
     assert 0.44 < float(share.min()) < 0.46 and 0.74 < float(share.max()) < 0.76
-    exact = make(mask_ratio=0.6, block="2,2,2").draw_mask(valid, Draws(0, 0, 500)).float().flatten(1).mean(1)
+    exact = make(mask_ratio=0.6, block="2,2,2").draw_mask(valid, StepRNG(0, 0, 500)).float().flatten(1).mean(1)
     assert exact.unique().tolist() == [pytest.approx(round(0.6 * 192) / 192)]

@@ -13,7 +13,7 @@ from nnssl.errors import NnsslError
 from nnssl.networks import build_network
 from nnssl.plans import load_plan
 from nnssl.pretrain import run
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.methods import Progress, SourceStats, get_method, list_methods
 from nnssl.weights import check_loadable, write_variant
@@ -160,7 +160,7 @@ def test_small_images_are_padded_and_padding_is_visible_but_does_not_count(make,
     method = make(augment_p=0, mirror=False, median=(6, 30, 36))
     crops = make_crops(method, 4)
     crops.data[:2, :, 4:] = 0  # of half of the samples the second layer of tokens is padding
-    batch = method.views(crops, Draws(0, 0, 4))
+    batch = method.views(crops, StepRNG(0, 0, 4))
     padding = ~batch["valid"]
     assert padding.any() and not (batch["mask"] & padding).any()
     counts = batch["mask"].flatten(1).sum(1) // 64
@@ -242,12 +242,12 @@ def test_overfits_one_volume(make, make_crops):
     crops, optimiser = make_crops(method, 2), method.optimiser()
     for step in range(300):
         optimiser.zero_grad()
-        method(method.views(crops, Draws(0, step, 2)))["total"].backward()
+        method(method.views(crops, StepRNG(0, step, 2)))["total"].backward()
         torch.nn.utils.clip_grad_norm_(method.parameters(), method.grad_clip)
         optimiser.step()
     method.eval()
     with torch.no_grad():
-        terms = method(method.views(crops, Draws(0, 10**6, 2)))
+        terms = method(method.views(crops, StepRNG(0, 10**6, 2)))
     assert terms["reconstruction"] < 0.5 * terms["surround"]
 
 

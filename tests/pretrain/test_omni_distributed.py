@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 from nnssl.networks import build_network
 from nnssl.plans import Plan
-from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 from nnssl.pretrain.omni import OmniConfig, make_omni
 from nnssl.pretrain.omni.companion import OmniCrops
@@ -50,7 +50,7 @@ def terms_of(method, run, first=0, count=4):
         for x, y in ((data[0], label[rows]), (data[1], None))
     ]
     with torch.no_grad():
-        batch = method.views(OmniCrops(crops, *patches), Draws(0, 0, 4, first, count))
+        batch = method.views(OmniCrops(crops, *patches), StepRNG(0, 0, 4, first, count))
     return run(batch)
 
 

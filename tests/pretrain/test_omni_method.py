@@ -5,7 +5,7 @@ import torch
 
 from nnssl.networks import build_network, canonical_state_dict
 from nnssl.plans import Plan
-from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.engine.stepping import Stepper
 from nnssl.pretrain.methods import Crops, Progress, SourceStats, get_method, list_methods
 from nnssl.pretrain.omni import OmniConfig, make_omni
@@ -54,7 +54,7 @@ def crops_of(method, stage=2, batch=None, augment=True, annotated=None):
 def batch_of(method, step=0, **how):
     crops = crops_of(method, **how)
     with torch.no_grad():
-        return method.views(crops, Draws(0, step, len(crops)))
+        return method.views(crops, StepRNG(0, step, len(crops)))
 
 
 def gradients(method, total):
@@ -92,8 +92,8 @@ def test_first_stage_is_ssl_plus_segmentation_exactly(tiny_plans, tiny_dataset_j
     monkeypatch.setattr(method, "omni_logits", lambda *a: pytest.fail("a pseudo-label before the switch"))
     crops = crops_of(method, stage=1)
     with torch.no_grad():
-        batch = method.views(crops, Draws(0, 0, len(crops)))
-        alone = get_method("robust").views(method, crops.ssl, Draws(0, 0, len(crops)))
+        batch = method.views(crops, StepRNG(0, 0, len(crops)))
+        alone = get_method("robust").views(method, crops.ssl, StepRNG(0, 0, len(crops)))
         assert all(torch.equal(batch["ssl"][k], alone[k]) for k in alone)
         terms = method(batch)
         ssl = get_method("robust").loss(method, alone)["total"]
@@ -246,7 +246,7 @@ def test_pseudo_labels_come_from_the_clean_patch_and_move_with_the_view(tiny_pla
     patches.data = ramp.expand_as(patches.data).contiguous()
     for seed in range(6):
         with torch.no_grad():
-            part = method._semi(patches, Draws(seed, 0, 2))
+            part = method._semi(patches, StepRNG(seed, 0, 2))
             made = method._pseudo(part)
         assert torch.equal(shown[-1], part["clean"])
         assert made.shape == (2, 1, *size)
@@ -309,7 +309,7 @@ def test_evaluation_does_not_augment_and_has_no_second_stage(tiny_plans, tiny_da
     method = build(tiny_plans, tiny_dataset_json).eval()
     crops = crops_of(method, stage=1, augment=False)
     with torch.no_grad():
-        batch = method.views(crops, Draws(0, 0, len(crops)))
+        batch = method.views(crops, StepRNG(0, 0, len(crops)))
         assert torch.equal(batch["labelled"]["data"], crops.labelled.data)
         assert torch.equal(batch["labelled"]["label"], crops.labelled.label.long())
         terms = method(batch)
@@ -317,7 +317,7 @@ def test_evaluation_does_not_augment_and_has_no_second_stage(tiny_plans, tiny_da
         assert method.embed(batch) is not None
     assert "semi" not in terms
     assert {"a held-out crop", LABELS, PSEUDO} <= set(picture.columns)
-    only = method.views(OmniCrops(crops.ssl, None, None), Draws(0, 0, len(crops)))
+    only = method.views(OmniCrops(crops.ssl, None, None), StepRNG(0, 0, len(crops)))
     assert set(only) == {"ssl"}
     assert float(method(only)["total"]) == float(method(only)["ssl"])
 

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from nnssl.networks import build_network
 from nnssl.plans import Plan
-from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.engine import progress
 from nnssl.pretrain.engine.pictures import save_picture
 from nnssl.pretrain.engine.progress import MOST_PANELS, PLACE, SPREAD, plot_details, plot_progress
@@ -47,7 +47,7 @@ def test_panels_and_pictures_of_every_method(name, tiny_plans, tiny_dataset_json
     method = cls(build_network(plan), plan, request, config).eval()
     crops = make_crops(method, max(4, request.min_batch))
     with torch.no_grad():
-        batch = method.views(crops, Draws(0, 0, len(crops)))
+        batch = method.views(crops, StepRNG(0, 0, len(crops)))
         terms = {k: float(v) for k, v in method(batch).items()}
         picture = method.pictures(batch)
     curves = method.curves()

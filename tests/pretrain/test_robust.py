@@ -10,7 +10,7 @@ from nnssl.config import make_config
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, forward_features
 from nnssl.plans import Plan
-from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 from nnssl.pretrain.methods.robust import CROP, OTHER, SECOND
 from nnssl.transferability import distance_matrix, robustness_loss, separate
@@ -128,7 +128,7 @@ def test_one_step_trains_the_encoder_and_nothing_else(make, dim, arch, channels)
     method = make(dim, arch, channels)
     crops = crops_for(method)
     with torch.no_grad():
-        batch = method.views(crops, Draws(0, 0, len(crops)))
+        batch = method.views(crops, StepRNG(0, 0, len(crops)))
     assert batch["a"].shape == (6, channels, *method.request.size) == batch["b"].shape
     assert not torch.equal(batch["a"], batch["b"]) and torch.isfinite(batch["a"]).all()
     terms = method(batch)
@@ -147,7 +147,7 @@ def test_one_step_trains_the_encoder_and_nothing_else(make, dim, arch, channels)
 def test_crops_of_one_case_are_not_pushed_apart(make):
     method = make(levels=1, batch_standardise=False, form="hinge")
     twins = crops_for(method, 4, cases=["a", "a", "b", "b"])
-    batch = method.views(twins, Draws(0, 0, 4))
+    batch = method.views(twins, StepRNG(0, 0, 4))
     a, b = method.features(batch["a"])[0], method.features(batch["b"])[0]
     expected = [robustness_loss(separate(x, y, groups=["a", "a", "b", "b"])) for x, y in ((a, b), (b, a))]
     assert float(method(batch)["total"]) == pytest.approx(float(sum(expected) / 2), abs=1e-6)
@@ -156,17 +156,17 @@ def test_crops_of_one_case_are_not_pushed_apart(make):
 def test_standardised_features_are_not_all_alike(make):
     for standardised, low, high in ((False, 0.0, 0.3), (True, 0.9, 1.3)):
         method = make(batch_standardise=standardised)
-        terms = method(method.views(crops_for(method, 8), Draws(0, 0, 8)))
+        terms = method(method.views(crops_for(method, 8), StepRNG(0, 0, 8)))
         assert low < float(terms["distance_other"]) < high
 
 
 def test_views_depend_on_the_sample_only(make):
     method = make()
     crops = crops_for(method)
-    whole = method.views(crops, Draws(3, 5, 6))
+    whole = method.views(crops, StepRNG(3, 5, 6))
     for first, count in ((0, 3), (3, 3)):
         half = Crops(**{k: v[first : first + count] for k, v in vars(crops).items() if v is not None})
-        part = method.views(half, Draws(3, 5, 6, first, count))
+        part = method.views(half, StepRNG(3, 5, 6, first, count))
         for name in whole:
             torch.testing.assert_close(part[name], whole[name][first : first + count])
 
@@ -174,14 +174,14 @@ def test_views_depend_on_the_sample_only(make):
 def test_view_options_can_be_turned_off(make):
     off = dict.fromkeys(("gamma", "noise", "blur", "jitter", "rotation", "shift"), 0.0)
     method = make(**off, min_scale=1.0, max_scale=1.0)
-    batch = method.views(crops_for(method), Draws(0, 0, 6))
+    batch = method.views(crops_for(method), StepRNG(0, 0, 6))
     torch.testing.assert_close(batch["a"], batch["still"], atol=1e-4, rtol=1e-4)
 
 
 def test_views_are_not_affine(make):
     """What InstanceNorm would undo is not all that happens: no view is a + b * crop."""
     method = make(noise=0.0, blur=0.0, rotation=0.0, min_scale=1.0, max_scale=1.0, shift=0.0)
-    batch = method.views(crops_for(method), Draws(0, 0, 6))
+    batch = method.views(crops_for(method), StepRNG(0, 0, 6))
     for x, y in zip(batch["still"].flatten(1).numpy(), batch["a"].flatten(1).numpy()):
         assert np.corrcoef(x, y)[0, 1] > 0.9
         slope, offset = np.polyfit(x, y, 1)
@@ -191,7 +191,7 @@ def test_views_are_not_affine(make):
 def test_it_learns_and_says_so(make):
     method = make(lr=3e-3, warmup=0.0)
     crops = crops_for(method, 8)
-    held_out = method.views(crops_for(method, 8, seed=9), Draws(0, 10**6, 8))
+    held_out = method.views(crops_for(method, 8, seed=9), StepRNG(0, 10**6, 8))
     optimiser = method.optimiser()
 
     def measure():
@@ -201,7 +201,7 @@ def test_it_learns_and_says_so(make):
     first = measure()
     for step in range(12):
         optimiser.zero_grad()
-        method(method.views(crops, Draws(0, step, 8)))["total"].backward()
+        method(method.views(crops, StepRNG(0, step, 8)))["total"].backward()
         optimiser.step()
     last = measure()
     assert last["total"] < first["total"]
@@ -288,7 +288,7 @@ def test_total_is_the_mean_over_levels_and_both_directions(make, together):
 
 
 def test_gamma_keeps_what_lies_outside_of_the_range_and_noise_is_small(make):
-    class Fixed(Draws):
+    class Fixed(StepRNG):
         """Each number at three quarters of its range."""
 
         def uniform(self, low, high, *shape):

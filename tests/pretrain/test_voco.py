@@ -15,7 +15,7 @@ from nnssl.losses.overlap import overlap_labels
 from nnssl.losses.position import PositionLoss, orthogonality, similarity
 from nnssl.networks import build_network, unwrap
 from nnssl.plans import Plan
-from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.methods import Crops, Progress, SourceStats, get_method
 from nnssl.pretrain.methods.voco.picture import CELLS, GUESS, TRUE
 
@@ -69,7 +69,7 @@ def crops_of(method, n=3, seed=0, channels=1, shape=None, start=None, **changes)
 
 def batch_of(method, n=3, seed=0, step=0, **options):
     with torch.no_grad():
-        return method.views(crops_of(method, n, seed, **options), Draws(0, step, n))
+        return method.views(crops_of(method, n, seed, **options), StepRNG(0, step, n))
 
 
 def test_request(make):
@@ -102,7 +102,7 @@ def test_views_cut_what_the_labels_say(make):
     """Base crops tile the window, random crops lie where their overlaps say; held-out views are unaltered."""
     method = make().eval()
     crops = crops_of(method)
-    batch = method.views(crops, Draws(0, 1, 3))
+    batch = method.views(crops, StepRNG(0, 1, 3))
     assert batch["crops"].shape == (3, 9, 1, 4, 8, 8) and "kept" not in batch
     assert torch.equal(batch["crops"][:, 1], crops.data[:, :, :, :8, 8:])
     assert torch.equal(batch["crops"][:, 4], crops.data[:, :, :, 16:, :8])
@@ -128,7 +128,7 @@ def test_alterations_are_each_crops_own(make, kind):
     method = make(**{"mirror": 0.0, "rot90": 0.0, "intensity": 0.0, kind: 0.5})
     crops = crops_of(method, 3)
     crops.data[:] = crops.data[:1, :, :, :8, :8].repeat(1, 1, 1, 3, 2)  # every base crop the same
-    batch, plain = method.views(crops, Draws(0, 2, 3)), method.eval().views(crops, Draws(0, 2, 3))
+    batch, plain = method.views(crops, StepRNG(0, 2, 3)), method.eval().views(crops, StepRNG(0, 2, 3))
     for volume in batch["crops"][:, :6].flatten(2):
         assert len(volume.unique(dim=0)) > 1
     assert batch["crops"].shape == plain["crops"].shape and bool(batch["crops"].isfinite().all())
@@ -140,7 +140,7 @@ def test_only_whole_voxel_alterations_keep_the_voxels(make):
     """Flips and quarter turns move voxels; turns only in the plane whose axes are alike."""
     method = make(mirror=0.5, rot90=1.0, intensity=0.0)
     crops = crops_of(method, 2)
-    batch, plain = method.views(crops, Draws(0, 2, 2))["crops"], method.eval().views(crops, Draws(0, 2, 2))["crops"]
+    batch, plain = method.views(crops, StepRNG(0, 2, 2))["crops"], method.eval().views(crops, StepRNG(0, 2, 2))["crops"]
     assert torch.equal(batch.flatten(2).sort(2).values, plain.flatten(2).sort(2).values)
     planes = [x.flatten(4).sort(4).values for x in (batch, plain)]  # of each slice along the first axis
     matches = [(planes[0] == other).flatten(2).all(2) for other in (planes[1], planes[1].flip(3))]
@@ -331,7 +331,7 @@ def test_presets_take_a_step(make, preset):
 
 
 def step(method, crops):
-    batch = method.views(crops, Draws(0, 3, len(crops)))
+    batch = method.views(crops, StepRNG(0, 3, len(crops)))
     method.zero_grad()
     terms = method(batch)
     terms["total"].backward()
@@ -379,7 +379,7 @@ def test_air_constant_and_not_finite_volumes_are_skipped(make):
     assert terms["skipped"] == pytest.approx(0.6)
     told = {k: v for k, v in vars(good).items() if v is not None}
     pair = Crops(**{k: v[[0, 4]] if isinstance(v, torch.Tensor) else [v[0], v[4]] for k, v in told.items()})
-    batch = method.eval().views(Crops(**{**vars(good), "data": data}), Draws(0, 3, 5))
+    batch = method.eval().views(Crops(**{**vars(good), "data": data}), StepRNG(0, 3, 5))
     alone = {**batch, **{k: batch[k][[0, 4]] for k in batch}}
     for key in ("total", "intra", "inter", "reg", "top1", "mae"):
         torch.testing.assert_close(method(batch)[key], method(alone)[key], atol=1e-5, rtol=1e-4)
@@ -409,9 +409,9 @@ def test_several_channels_are_cut_together(make):
     assert batch["crops"].shape == (3, 9, 2, 4, 8, 8)
     crops = crops_of(method, channels=2)
     crops.data[:, 1] = crops.data[:, 0] + 1
-    x = method.train().views(crops, Draws(0, 1, 3))["crops"]
+    x = method.train().views(crops, StepRNG(0, 1, 3))["crops"]
     assert x.shape[2] == 2
-    quiet = make(channels=2, intensity=0.0).views(crops, Draws(0, 1, 3))["crops"]
+    quiet = make(channels=2, intensity=0.0).views(crops, StepRNG(0, 1, 3))["crops"]
     torch.testing.assert_close(quiet[:, :, 1], quiet[:, :, 0] + 1)
 
 
@@ -493,9 +493,9 @@ def test_views_are_a_function_of_the_sample(make):
     """The second half of a batch is made alike on a rank of its own."""
     method = make()
     crops = crops_of(method, 4)
-    whole = method.views(crops, Draws(0, 5, 4))
+    whole = method.views(crops, StepRNG(0, 5, 4))
     half = Crops(**{k: v[2:] for k, v in vars(crops).items() if v is not None})
-    part = method.views(half, Draws(0, 5, 4, 2, 2))
+    part = method.views(half, StepRNG(0, 5, 4, 2, 2))
     for key, value in part.items():
         torch.testing.assert_close(value, whole[key][2:], rtol=0, atol=0)
 

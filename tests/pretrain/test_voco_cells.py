@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 from nnssl.intensity import gaussian_blur
 from nnssl.losses.overlap import base_crops, overlap_labels
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.methods.voco.cells import augment_intensity, draw_offsets, flip_and_turn, inside_image, usable_cells
 
 ISOTROPIC = (1.0, 1.0, 1.0)
 
 
-class Fixed(Draws):
+class Fixed(StepRNG):
     """Each number lies at three quarters of its range; of the chances only that number ``on`` comes true."""
 
     def __init__(self, on, total, turns=1):
@@ -146,12 +146,12 @@ def test_usable_cells_on_both_sides_of_each_limit():
 
 
 def test_random_crops_lie_at_the_first_place_that_fits():
-    """Against a loop over the places that the draws offer; half of the crop must lie in usable cells."""
+    """Against a loop over the places that the random numbers offer; half of the crop must lie in usable cells."""
     size, grid, n, batch = (4, 6), (3, 2), 5, 30
     usable = torch.rand(batch, 6, generator=torch.Generator().manual_seed(0)) < 0.4
     usable[0] = False
-    offset, overlap, found = draw_offsets(Draws(0, 0, batch), size, grid, n, usable)
-    share = Draws(0, 0, batch).uniform(0, 1, 16, n, 2)
+    offset, overlap, found = draw_offsets(StepRNG(0, 0, batch), size, grid, n, usable)
+    share = StepRNG(0, 0, batch).uniform(0, 1, 16, n, 2)
     places = (share * (torch.tensor([2 * 4, 1 * 6]) + 1)).floor().long()
     assert places.amin((0, 1, 2)).tolist() == [0, 0] and places.amax((0, 1, 2)).tolist() == [8, 6]
     later = 0

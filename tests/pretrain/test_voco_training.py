@@ -16,7 +16,7 @@ from nnssl.config import make_config
 from nnssl.networks import alias_map, build_network
 from nnssl.plans import Plan, load_plan
 from nnssl.pretrain import run
-from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 
@@ -49,7 +49,7 @@ def crops_of(method, n, seed=0):
 def one_step(method, module, first, n, total):
     crops = crops_of(method, total).part(first, n)
     with torch.no_grad():
-        batch = method.views(crops, Draws(0, 3, total, first, n))
+        batch = method.views(crops, StepRNG(0, 3, total, first, n))
     terms = module(batch)
     terms["total"].backward()
     gradients = {k: p.grad for k, p in method.named_parameters() if p.grad is not None}
@@ -114,7 +114,7 @@ def overfit(plans, description, steps, arch_lr=3e-3, **options):
     crops.body[:] = True
     values = []
     for step in range(steps):
-        batch = method.views(crops, Draws(0, step, 4))
+        batch = method.views(crops, StepRNG(0, step, 4))
         optimiser.zero_grad()
         terms = method(batch)
         terms["total"].backward()

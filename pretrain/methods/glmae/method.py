@@ -31,7 +31,7 @@ from nnssl.networks import encoder_channels, encoder_module
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
 from nnssl.pretrain.augment.box import image_box
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.methods.glmae.resized_crop import box_share, copy_box, resized_crop, sample_boxes
 from nnssl.pretrain.methods.glmae.self_distillation import STAGES, SelfDistillation
 from nnssl.pretrain.methods.mae.masked import check_options
@@ -180,7 +180,7 @@ class GLMAE(MAE):
         body = config.region == "body" or config.body_share > 0
         return CropRequest(size=chosen, window=window, batch_size=batch, min_batch=2, explanation=why, body=body)
 
-    def views(self, crops: Crops, draws: Draws) -> Batch:
+    def views(self, crops: Crops, rng: StepRNG) -> Batch:
         """Global and local views of each window and their masks; see :meth:`loss` for shapes."""
         c, dim = self.config, self.plan.dim
         data, box, batch = crops.data, image_box(crops), {}
@@ -195,16 +195,16 @@ class GLMAE(MAE):
             for _ in range(count):
                 extent, cutter = plain, copy_box
                 if kind == "global":
-                    factor = draws.uniform(c.min_zoom, c.max_zoom)[:, None]
+                    factor = rng.uniform(c.min_zoom, c.max_zoom)[:, None]
                     extent, cutter = torch.maximum(torch.minimum(plain * factor, image), plain), resized_crop
-                start = sample_boxes(body, box, extent, draws, least=c.body_share)
-                flip = draws.chance(0.5, dim) if c.mirror else None
+                start = sample_boxes(body, box, extent, rng, least=c.body_share)
+                flip = rng.chance(0.5, dim) if c.mirror else None
                 seen = box_share(box, start, extent, size, flip)
                 region = cutter(body, start, extent, size, flip) if c.region == "body" else seen
                 # the window's padding is 0: what it adds is the lowest intensity
                 made["target"].append(cutter(data, start, extent, size, flip) + box.dark * (1 - seen))
                 made["valid"].append(region >= 0.5)
-                made["mask"].append(self.draw_mask(made["valid"][-1], draws))
+                made["mask"].append(self.draw_mask(made["valid"][-1], rng))
                 made["zoom"].append((extent / plain).mean(1))
             if count:
                 view = {k: torch.cat(v) for k, v in made.items()}

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from nnssl.pretrain.augment.box import ImageBox, outer
-from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.augment.pairs import cut
+from nnssl.pretrain.augment.rng import StepRNG
 
 
 def sample_boxes(
     body: Tensor,
     box: ImageBox,
     extent: Tensor,
-    draws: Draws,
+    rng: StepRNG,
     *,
     least: float = 0.25,
     tries: int = 10,
@@ -29,7 +29,7 @@ def sample_boxes(
         body: ``(B, 1, *window)`` floating zeros and ones.
         box: where the image is.
         extent: ``(B, dim)`` voxels per axis, at most the window's.
-        draws: random numbers of this step.
+        rng: random numbers of this step.
         least: share of body voxels in the box that is enough; where no place has it, the one with most is taken.
         tries: places that are tried.
 
@@ -42,7 +42,7 @@ def sample_boxes(
     first = torch.where(room > 0, low, ((low + high - extent) / 2).floor())
     last = torch.minimum(torch.where(room > 0, (high - extent).floor(), first), (window - extent).floor())
     first = torch.minimum(first.clamp_min(0), last.clamp_min(0))
-    share = draws.uniform(0, 1, tries, len(window))
+    share = rng.uniform(0, 1, tries, len(window))
     places = first[:, None] + (share * (last.clamp_min(0) - first + 1)[:, None]).floor()
     places = torch.minimum(places, last.clamp_min(0)[:, None])  # (B, tries, dim)
     size = torch.minimum(extent.round(), window)[:, None]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 
 SHUFFLE_SHARE = 5000 * 36 / (128 * 128 * 32)
 """Voxels of all shuffled blocks over voxels of the crop, in the authors' code on its 128x128x32 crops: 0.34."""
@@ -27,7 +27,7 @@ LOOKED_UP = 1 << 15
 
 def genesis_transforms(
     u: Tensor,
-    draws: Draws,
+    rng: StepRNG,
     *,
     shuffle_p: float = 0.8,
     shuffle_blocks: int = 0,
@@ -40,7 +40,7 @@ def genesis_transforms(
 
     Args:
         u: ``(B, C, *size)`` float32 in [0, 1]; left as it is.
-        draws: random numbers of this step.
+        rng: random numbers of this step.
         shuffle_p: probability that a sample is shuffled.
         shuffle_blocks: see :func:`pixel_shuffle`.
         independent: see :func:`pixel_shuffle`.
@@ -50,9 +50,9 @@ def genesis_transforms(
     Returns:
         ``(B, C, *size)``, a new tensor.
     """
-    out = pixel_shuffle(u, draws, p=shuffle_p, blocks=shuffle_blocks, independent=independent)
-    out = monotone_intensity(out, draws, p=nonlinear_p)
-    return inpaint(out, draws, most=inpaint_max, again=inpaint_p)
+    out = pixel_shuffle(u, rng, p=shuffle_p, blocks=shuffle_blocks, independent=independent)
+    out = monotone_intensity(out, rng, p=nonlinear_p)
+    return inpaint(out, rng, most=inpaint_max, again=inpaint_p)
 
 
 def shuffle_block(size: Sequence[int]) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ def shuffle_block(size: Sequence[int]) -> tuple[int, ...]:
     return block if max(block) > 1 else tuple(min(2, s) for s in size)
 
 
-def pixel_shuffle(u: Tensor, draws: Draws, *, p: float = 0.8, blocks: int = 0, independent: bool = True) -> Tensor:
+def pixel_shuffle(u: Tensor, rng: StepRNG, *, p: float = 0.8, blocks: int = 0, independent: bool = True) -> Tensor:
     """Permute the voxels inside many small blocks; all channels alike.
 
     Sources are read from the image as it came in, and where blocks overlap the later one counts, so that every output
@@ -76,7 +76,7 @@ def pixel_shuffle(u: Tensor, draws: Draws, *, p: float = 0.8, blocks: int = 0, i
 
     Args:
         u: ``(B, C, *size)``.
-        draws: random numbers of this step.
+        rng: random numbers of this step.
         p: probability that a sample is shuffled.
         blocks: blocks per sample; 0: as many as give the same share of the crop as 5000 do of 128x128x32.
         independent: a permutation per block; False: one for all blocks of a sample, as in the released code.
@@ -85,9 +85,9 @@ def pixel_shuffle(u: Tensor, draws: Draws, *, p: float = 0.8, blocks: int = 0, i
     block = shuffle_block(size)
     inside = math.prod(block)
     n = blocks or max(1, round(SHUFFLE_SHARE * math.prod(size) / inside))
-    chosen = draws.chance(p)
+    chosen = rng.chance(p)
     starts, orders = [], []
-    for g in draws.generators():
+    for g in rng.generators():
         where = torch.rand(n, len(size), generator=g, device=g.device)
         keys = torch.rand(n if independent else 1, inside, generator=g, device=g.device)
         starts.append(where)
@@ -142,18 +142,18 @@ def _write_in_order(u: Tensor, target: Tensor, source: Tensor, chosen: Tensor) -
     return out
 
 
-def monotone_intensity(u: Tensor, draws: Draws, *, p: float = 0.9) -> Tensor:
+def monotone_intensity(u: Tensor, rng: StepRNG, *, p: float = 0.9) -> Tensor:
     """Map intensities by a random non-decreasing curve from (0, 0) to (1, 1), one per sample and channel.
 
     The curve is a cubic Bezier with both control points uniform in the unit square; values outside [0, 1] saturate.
 
     Args:
         u: ``(B, C, *size)`` float32 in [0, 1].
-        draws: random numbers of this step.
+        rng: random numbers of this step.
         p: probability that a channel is mapped.
     """
-    control = draws.uniform(0, 1, u.shape[1], 2, 2)  # (B, C, point, xy)
-    chosen = draws.chance(p, u.shape[1])
+    control = rng.uniform(0, 1, u.shape[1], 2, 2)  # (B, C, point, xy)
+    chosen = rng.chance(p, u.shape[1])
     t = torch.linspace(0, 1, SAMPLES, device=u.device)
     basis = torch.stack([3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2])  # (point, T)
     curve = torch.einsum("bcpk,pt->bckt", control, basis) + t**3
@@ -195,22 +195,22 @@ def inpaint_size_range(size: int) -> tuple[int, int]:
     return low, max(low + 1, size // 5) - 1
 
 
-def inpaint(u: Tensor, draws: Draws, *, most: int = 30, again: float = 0.95) -> Tensor:
+def inpaint(u: Tensor, rng: StepRNG, *, most: int = 30, again: float = 0.95) -> Tensor:
     """Fill blocks with noise that is uniform in [0, 1), at least 3 voxels from the border where they fit.
 
     After each block another follows with probability ``again``, up to ``most``: 14.9 blocks on average.
 
     Args:
         u: ``(B, C, *size)``.
-        draws: random numbers of this step.
+        rng: random numbers of this step.
         most: largest number of blocks.
         again: probability of each further block, also of the first.
     """
     size = u.shape[2:]
-    painted = (draws.uniform(0, 1, most) < again).cumprod(1).bool()  # (B, most)
-    extent, place = draws.uniform(0, 1, most, len(size)), draws.uniform(0, 1, most, len(size))
+    painted = (rng.uniform(0, 1, most) < again).cumprod(1).bool()  # (B, most)
+    extent, place = rng.uniform(0, 1, most, len(size)), rng.uniform(0, 1, most, len(size))
     paint = _paint_blocks if u.device.type == "cpu" else _paint_at_once
-    return paint(u, painted, extent, place, draws.generators())
+    return paint(u, painted, extent, place, rng.generators())
 
 
 def _paint_at_once(

@@ -34,8 +34,8 @@ from nnssl.losses.info_nce import InfoNCE, chance_level, nearest_share, similari
 from nnssl.networks import forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain.augment.box import image_bounds
-from nnssl.pretrain.augment.draws import Draws
 from nnssl.pretrain.augment.pairs import cut, draw_pairs
+from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.geometry import choose_crop, largest_spread
 from nnssl.pretrain.methods.base import Method
@@ -162,14 +162,14 @@ class HDense(Method):
             explanation=f"{why} The batch counts pairs of such crops, {config.pairs_per_volume} of each case (pairs_per_volume).",
         )
 
-    def views(self, crops: Crops, draws: Draws) -> Batch:
+    def views(self, crops: Crops, rng: StepRNG) -> Batch:
         """Cut a pair of overlapping crops out of each window and corrupt them; see :meth:`loss` for shapes."""
         low, high = image_bounds(crops.data, crops.start, crops.shape, crops.extent)
         options = {"n": self.config.n_voxels, "min_overlap": self.config.min_overlap}
-        pairs = draw_pairs(crops.body, self.request.size, draws, low=low, high=high, **options)
+        pairs = draw_pairs(crops.body, self.request.size, rng, low=low, high=high, **options)
         bounds = unit_range(self.plan, crops.intensity)
         clean = [to_unit(cut(crops.data, s, self.request.size), bounds).clamp(0, 1) for s in pairs.start]
-        seen = torch.cat([self.corrupt(u, draws) for u in clean])
+        seen = torch.cat([self.corrupt(u, rng) for u in clean])
         return {
             "input": from_unit(seen, bounds.repeat(2, 1, 1)),
             "target": torch.cat(clean),
@@ -179,20 +179,20 @@ class HDense(Method):
             "anchor": pairs.anchor - pairs.start,
         }
 
-    def corrupt(self, u: Tensor, draws: Draws) -> Tensor:
+    def corrupt(self, u: Tensor, rng: StepRNG) -> Tensor:
         """Corrupt crops ``(B, C, *size)`` in [0, 1] by the configured means; a new tensor, or ``u`` where there are none."""
         c = self.config
         if c.corruption == "none":
             return u
         if c.corruption == "window":
-            return window_corruption(u, draws)
+            return window_corruption(u, rng)
         shuffle = {
             "shuffle_p": c.shuffle_p,
             "shuffle_blocks": c.shuffle_blocks,
             "independent": c.independent_permutations,
         }
         return genesis_transforms(
-            u, draws, nonlinear_p=c.nonlinear_p, inpaint_max=c.inpaint_max, inpaint_p=c.inpaint_p, **shuffle
+            u, rng, nonlinear_p=c.nonlinear_p, inpaint_max=c.inpaint_max, inpaint_p=c.inpaint_p, **shuffle
         )
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:

@@ -10,32 +10,32 @@ import torch
 from torch import Tensor
 
 from nnssl.intensity import add_noise, gaussian_blur, per_sample
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 
 HU = 1 / 2350  # of the default window, -1350 to 1000
 
 
-def window_corruption(u: Tensor, draws: Draws) -> Tensor:
+def window_corruption(u: Tensor, rng: StepRNG) -> Tensor:
     """Blur or sharpen (p = 0.5), add noise (p = 0.5), and look at it through a random window (p = 0.8).
 
     Args:
         u: ``(B, C, *size)`` float32 in [0, 1]; left as it is. In 3d the first axis is taken for the one through the
             slices, as nnU-Net's transpose makes it, and is not blurred.
-        draws: random numbers of this step.
+        rng: random numbers of this step.
 
     Returns:
         ``(B, C, *size)`` in [0, 1], a new tensor.
     """
-    filtered, sharpen = draws.chance(0.5), draws.chance(0.5)
-    soft, sharp, amount = draws.uniform(0.25, 1.5), draws.uniform(0.5, 1.0), draws.uniform(10.0, 30.0)
-    noisy, sd = draws.chance(0.5), draws.uniform(0.0, 30.0 * HU)
-    windowed, low, high = draws.chance(0.8), draws.uniform(0.0, 350 * HU), draws.uniform(1650 * HU, 1.0)
+    filtered, sharpen = rng.chance(0.5), rng.chance(0.5)
+    soft, sharp, amount = rng.uniform(0.25, 1.5), rng.uniform(0.5, 1.0), rng.uniform(10.0, 30.0)
+    noisy, sd = rng.chance(0.5), rng.uniform(0.0, 30.0 * HU)
+    windowed, low, high = rng.chance(0.8), rng.uniform(0.0, 350 * HU), rng.uniform(1650 * HU, 1.0)
 
     blurred = gaussian_blur(u, _in_plane(torch.where(sharpen, sharp, soft), u.ndim - 2), radius=5)
     detail = blurred - gaussian_blur(blurred, _in_plane(torch.full_like(soft, 0.5), u.ndim - 2), radius=2)
     blurred = torch.where(per_sample(sharpen, u), blurred + per_sample(amount, u) * detail, blurred)
     out = torch.where(per_sample(filtered, u), blurred, u)
-    out = add_noise(out, torch.where(noisy, sd, 0.0), draws.noise(*u.shape[1:]))
+    out = add_noise(out, torch.where(noisy, sd, 0.0), rng.noise(*u.shape[1:]))
     low, high = torch.where(windowed, low, 0.0), torch.where(windowed, high, 1.0)
     return ((out - per_sample(low, u)) / per_sample(high - low, u)).clamp(0, 1)
 

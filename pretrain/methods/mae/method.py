@@ -31,7 +31,7 @@ from nnssl.networks.sparse import Densify, check_sparse, sparse_encoder
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
 from nnssl.pretrain.augment.box import image_box
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.augment.spatial import Affine, AffineRange, apply_affine, cut_out
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.mae.masked import PRIMUS_CLIP, check_options, make_optimiser, uses_adamw
@@ -166,26 +166,26 @@ class MAE(Method):
             move=move,
         )
 
-    def views(self, crops: Crops, draws: Draws) -> Batch:
+    def views(self, crops: Crops, rng: StepRNG) -> Batch:
         """One crop of each window, turned, scaled and mirrored, and its mask; see :meth:`loss` for shapes."""
         c, size = self.config, self.request.size
         source = {"body": crops.body if c.region == "body" else None, "box": image_box(crops)}
         if c.augment_p > 0 or c.mirror:
-            affine = movement(self.plan, c, size).draw(draws)
+            affine = movement(self.plan, c, size).draw(rng)
             if crops.affine is not None:  # the same, and what was read
                 affine = Affine.from_rows(crops.affine)
             view = apply_affine(crops.data, affine, size, **source)
         else:
             view = cut_out(crops.data, size, **source)
         valid = view.inside if view.body is None else view.body
-        return {"input": view.data, "target": view.data, "valid": valid, "mask": self.draw_mask(valid, draws)}
+        return {"input": view.data, "target": view.data, "valid": valid, "mask": self.draw_mask(valid, rng)}
 
-    def draw_mask(self, valid: Tensor, draws: Draws) -> Tensor:
+    def draw_mask(self, valid: Tensor, rng: StepRNG) -> Tensor:
         """Hidden voxels ``(B, 1 or C, *size)`` bool of crops whose valid voxels are ``(B, 1, *size)`` bool."""
         c, channels = self.config, self.plan.n_channels if self.config.per_channel else 1
         eligible = masking.mostly(valid, self.block).repeat_interleave(channels, 1)
-        scores = draws.uniform(0, 1, *eligible.shape[1:])
-        ratio = draws.uniform(c.mask_ratio - c.mask_spread, c.mask_ratio + c.mask_spread).clamp(0.01, 0.99)
+        scores = rng.uniform(0, 1, *eligible.shape[1:])
+        ratio = rng.uniform(c.mask_ratio - c.mask_spread, c.mask_ratio + c.mask_spread).clamp(0.01, 0.99)
         share = ratio.repeat_interleave(channels) if c.mask_spread > 0 else c.mask_ratio
         blocks = masking.mask_blocks(scores.flatten(0, 1), share, eligible.flatten(0, 1))
         return masking.to_voxels(blocks.view_as(eligible), self.block)

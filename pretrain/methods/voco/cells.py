@@ -11,7 +11,7 @@ from torch import Tensor
 from nnssl.intensity import add_noise, bend, from_unit, gaussian_blur, resample, to_unit, where_chosen
 from nnssl.losses.overlap import base_crops, overlap_labels
 from nnssl.pretrain.augment.box import outer
-from nnssl.pretrain.augment.draws import Draws
+from nnssl.pretrain.augment.rng import StepRNG
 
 TRIES = 16
 """Places that are tried for a random crop before it is left out."""
@@ -62,12 +62,12 @@ def usable_cells(windows: Tensor, inside: Tensor, body: Tensor, grid: Sequence[i
 
 
 def draw_offsets(
-    draws: Draws, size: Sequence[int], grid: Sequence[int], n: int, usable: Tensor
+    rng: StepRNG, size: Sequence[int], grid: Sequence[int], n: int, usable: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Place random crops anywhere in the window, both ends included; drawn again where half of one lies in no usable cell.
 
     Args:
-        draws: random numbers of this step.
+        rng: random numbers of this step.
         size: voxels per axis of a crop and of a cell.
         grid: cells per axis.
         n: crops per window.
@@ -78,7 +78,7 @@ def draw_offsets(
         bool, False for a crop for which no place was found.
     """
     room = torch.tensor([(g - 1) * c + 1 for c, g in zip(size, grid)], device=usable.device)
-    share = draws.uniform(0, 1, TRIES, n, len(grid))
+    share = rng.uniform(0, 1, TRIES, n, len(grid))
     places = torch.minimum((share * room).long(), room - 1)  # (B, TRIES, n, dim)
     overlap = overlap_labels(places, size, grid) * usable[:, None, None]
     kept = overlap.sum(-1)
@@ -92,7 +92,7 @@ def draw_offsets(
 def augment_crops(
     x: Tensor,
     bounds: Tensor,
-    draws: Draws,
+    rng: StepRNG,
     spacing: Sequence[float],
     *,
     mirror: float,
@@ -105,7 +105,7 @@ def augment_crops(
     Args:
         x: ``(B, K, C, *size)``, K crops of each window.
         bounds: ``(B, C, 2)`` intensities that count as 0 and 1.
-        draws: random numbers of this step.
+        rng: random numbers of this step.
         spacing: mm per voxel and axis.
         mirror: probability of a flip, per axis.
         rot90: probability of a quarter turn (or two or three) in a plane, see :func:`flip_and_turn`.
@@ -115,25 +115,25 @@ def augment_crops(
     Returns:
         The same shape; ``x`` itself where nothing changes.
     """
-    x = flip_and_turn(x, draws, spacing, mirror=mirror, rot90=rot90, own=own)
-    return augment_intensity(x, bounds, draws, spacing, p=intensity) if intensity > 0 else x
+    x = flip_and_turn(x, rng, spacing, mirror=mirror, rot90=rot90, own=own)
+    return augment_intensity(x, bounds, rng, spacing, p=intensity) if intensity > 0 else x
 
 
 def flip_and_turn(
-    x: Tensor, draws: Draws, spacing: Sequence[float], *, mirror: float, rot90: float, own: bool = False
+    x: Tensor, rng: StepRNG, spacing: Sequence[float], *, mirror: float, rot90: float, own: bool = False
 ) -> Tensor:
     """Flip every axis, and turn in the last plane of axes whose spacings and sizes are equal (none: no turn).
 
     Args:
         x: ``(B, K, C, *size)``.
-        draws, spacing, mirror, rot90, own: see :func:`augment_crops`.
+        rng, spacing, mirror, rot90, own: see :func:`augment_crops`.
     """
     k, size, shape = x.shape[1], x.shape[3:], x.shape
     x = x.flatten(0, 1) if own or (mirror <= 0 and rot90 <= 0) else x.flatten(0, 1).clone()
     for axis in range(len(size)):
-        flipped = draws.chance(mirror, k).flatten()
+        flipped = rng.chance(mirror, k).flatten()
         x = where_chosen(x, flipped, lambda rows, x=x, axis=2 + axis: x[rows].flip(axis), own=True)
-    turned, quarters = draws.chance(rot90, k).flatten(), draws.integers(1, 4, k).flatten()
+    turned, quarters = rng.chance(rot90, k).flatten(), rng.integers(1, 4, k).flatten()
     planes = [(a, b) for b in range(len(size)) for a in range(b) if size[a] == size[b] and spacing[a] == spacing[b]]
     if planes and rot90 > 0:
         axes = [2 + a for a in planes[-1]]
@@ -142,12 +142,12 @@ def flip_and_turn(
     return x.view(shape)
 
 
-def augment_intensity(x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence[float], *, p: float) -> Tensor:
+def augment_intensity(x: Tensor, bounds: Tensor, rng: StepRNG, spacing: Sequence[float], *, p: float) -> Tensor:
     """Gamma, blur, half the resolution and noise, each with probability ``p``. (Brightness and contrast cancel in InstanceNorm.)
 
     Args:
         x: ``(B, K, C, *size)``.
-        bounds, draws, spacing: see :func:`augment_crops`.
+        bounds, rng, spacing: see :func:`augment_crops`.
         p: probability of each.
 
     Returns:
@@ -156,25 +156,25 @@ def augment_intensity(x: Tensor, bounds: Tensor, draws: Draws, spacing: Sequence
     k, size, shape = x.shape[1], x.shape[3:], x.shape
     flat, fine = x.flatten(0, 1), [s < _COARSE * min(spacing) for s in spacing]
 
-    gamma, exponent = draws.chance(p, k), draws.uniform(math.log(0.7), math.log(1.5), k).exp()
+    gamma, exponent = rng.chance(p, k), rng.uniform(math.log(0.7), math.log(1.5), k).exp()
     u, exponent = to_unit(flat, bounds.repeat_interleave(k, 0)), exponent.flatten()
     u = where_chosen(u, gamma.flatten(), lambda rows: bend(u[rows], exponent[rows], floor=1e-6), own=True)
 
-    blurred, sigma = draws.chance(p, k), draws.uniform(0.5, 1.0, k).flatten()
+    blurred, sigma = rng.chance(p, k), rng.uniform(0.5, 1.0, k).flatten()
     relative = torch.tensor([min(spacing) / s if f else 0.0 for s, f in zip(spacing, fine)], device=x.device)
     sigma = sigma[:, None] * relative
     u = where_chosen(u, blurred.flatten(), lambda rows: gaussian_blur(u[rows], sigma[rows], radius=3), own=True)
 
-    coarse = draws.chance(p, k)
+    coarse = rng.chance(p, k)
     half = [n // 2 if f and n > 3 else n for n, f in zip(size, fine)]
     if half != list(size):
         u = where_chosen(u, coarse.flatten(), lambda rows: resample(u[rows], half), own=True)
 
-    noisy, sd = draws.chance(p, k), draws.uniform(0.0, 0.05, k)  # of the range, that is up to 0.2 standard deviations
+    noisy, sd = rng.chance(p, k), rng.uniform(0.0, 0.05, k)  # of the range, that is up to 0.2 standard deviations
     if u.device.type == "cpu":  # a field for those crops that get noise
-        for volume, on, strength, g in zip(u.view(shape), noisy, sd, draws.generators()):
+        for volume, on, strength, g in zip(u.view(shape), noisy, sd, rng.generators()):
             for i in torch.nonzero(on)[:, 0].tolist():
                 volume[i].add_(torch.randn(shape[2:], generator=g), alpha=float(strength[i]))
     else:
-        u = add_noise(u, torch.where(noisy, sd, 0.0).flatten(), draws.noise(*shape[1:]).flatten(0, 1))
+        u = add_noise(u, torch.where(noisy, sd, 0.0).flatten(), rng.noise(*shape[1:]).flatten(0, 1))
     return from_unit(u, bounds.repeat_interleave(k, 0)).view(shape)

@@ -39,7 +39,7 @@ from nnssl.losses.position import (
 )
 from nnssl.networks import encoder_channels, forward_features
 from nnssl.plans import Plan
-from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.augment.pairs import cut
 from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.methods.base import Method
@@ -166,14 +166,14 @@ class VoCo(Method):
 
     # ---- views ---------------------------------------------------------------------------------------------------
 
-    def views(self, crops: Crops, draws: Draws) -> Batch:
+    def views(self, crops: Crops, rng: StepRNG) -> Batch:
         """Cut windows into cells, place random crops, alter each crop (not in held-out batches); see :meth:`loss`."""
         c = self.config
         bounds = unit_range(self.plan, crops.intensity)
         windows, inside, finite = self.windows(crops, bounds[..., 0])
         usable = usable_cells(windows, inside, crops.body, self.grid)
         usable = usable & ((usable.sum(1) >= FEWEST_CELLS) & finite)[:, None]
-        offset, overlap, found = draw_offsets(draws, self.size, self.grid, c.random_crops, usable)
+        offset, overlap, found = draw_offsets(rng, self.size, self.grid, c.random_crops, usable)
         random = torch.stack([cut(windows, o, self.size) for o in offset.unbind(1)], 1)
         x = torch.cat([base_crops(windows, self.grid), random], 1)  # a copy, which may be changed
         batch = {
@@ -189,9 +189,9 @@ class VoCo(Method):
         alter = {"mirror": c.mirror, "rot90": c.rot90, "intensity": c.intensity, "own": True}
         if c.feature_dropout > 0:
             shape = (x.shape[1], 1 if c.drop_rows else self.width)
-            kept = [torch.rand(shape, generator=g, device=g.device) >= c.feature_dropout for g in draws.generators()]
+            kept = [torch.rand(shape, generator=g, device=g.device) >= c.feature_dropout for g in rng.generators()]
             batch["kept"] = torch.stack(kept)
-        return {"crops": augment_crops(x, bounds, draws, self.plan.spacing, **alter), **batch}
+        return {"crops": augment_crops(x, bounds, rng, self.plan.spacing, **alter), **batch}
 
     def windows(self, crops: Crops, lowest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Windows with ``lowest`` ``(B, C)`` outside of the image, which voxels are inside, and which volumes are finite."""

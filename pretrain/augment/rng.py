@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["HELD_OUT_STEP", "Draws"]
+__all__ = ["HELD_OUT_STEP", "StepRNG"]
 
 HELD_OUT_STEP = 2**40
 """Steps from here on are those of held-out batches: no training step draws the same numbers."""
 
 
-class Draws:
+class StepRNG:
     """Random parameters for the samples of one step: a pure function of (seed, step, sample).
 
     Every method draws for the *global* batch on the CPU and returns the rows of this rank, so that two ranks with half
@@ -42,10 +42,10 @@ class Draws:
         state = np.random.SeedSequence([seed, step % 2**63, 0x5EED]).generate_state(1, np.uint64)[0]
         self._cpu = torch.Generator().manual_seed(int(state) % 2**63)
 
-    def fork(self, total: int, first: int = 0, count: int | None = None) -> Draws:
-        """Random numbers for another batch of the same step; a later fork of the same draws has others."""
+    def fork(self, total: int, first: int = 0, count: int | None = None) -> StepRNG:
+        """Random numbers for another batch of the same step; a later fork of the same object has others."""
         seed = int(torch.randint(0, 2**62, (1,), generator=self._cpu))
-        return Draws(seed, 0, total, first, count, self.device)
+        return StepRNG(seed, 0, total, first, count, self.device)
 
     def _mine(self, x: Tensor) -> Tensor:
         return x[self.first : self.first + self.count].to(self.device)
