@@ -50,7 +50,7 @@ def main() -> None:
     options = {**run["options"], "global_views": 1, "local_views": 1}
     config = make_config(cls.Config, options)
     request = cls.crops(plan, pool.stats(), config, tuple(run["crop"]["size"]))
-    request = dataclasses.replace(request, window=tuple(run["crop"]["window"]))
+    request = dataclasses.replace(request, read_size=tuple(run["crop"]["window"]))
     torch.manual_seed(run["seed"])
     method = cls(build_network(plan), plan, request, config)
     fresh = {k: v.clone() for k, v in method.state_dict().items()}

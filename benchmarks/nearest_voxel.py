@@ -81,7 +81,7 @@ def main() -> None:
             options["corruption"] = "none"
         config = make_config(cls.Config, options)
         request = cls.crops(plan, pool.stats(), config, tuple(run["crop"]["size"]))
-        request = dataclasses.replace(request, window=tuple(run["crop"]["window"]))
+        request = dataclasses.replace(request, read_size=tuple(run["crop"]["window"]))
         size, voxels = request.size, len(all_voxels(request.size))
         torch.manual_seed(run["seed"])
         method = cls(build_network(plan), plan, request, config)

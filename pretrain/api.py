@@ -374,7 +374,7 @@ def _introduce(spec: RunSpec, sources: list[str]) -> None:
         ", ".join(sources),
     )
     log.info("Cases: %d to learn from, %d held out.", len(spec.pool.train), len(spec.pool.held_out))
-    log.info("%s It is read in windows of %s.", request.explanation, size_text(request.window))
+    log.info("%s It is read in windows of %s.", request.explanation, size_text(request.read_size))
     log.info(
         "Batch: %d crops a step (plan: %d patches of %s); %s of %s; seed %d; %s, %s.",
         spec.batch_size,

@@ -157,7 +157,7 @@ def rotation_degrees(spacing: Sequence[float], degrees: float, threshold: float 
     return (degrees,) * 3
 
 
-def window_for(
+def read_size_for(
     size: Sequence[int],
     spacing: Sequence[float],
     *,
@@ -181,7 +181,7 @@ def window_for(
         min_scale: smallest magnification.
         shift: largest shift as a share of ``size``.
         median: median case shape on the same axes, where crops must differ in position.
-        most: largest window as a multiple of ``size``.
+        most: largest read size as a multiple of ``size``.
 
     Returns:
         At least ``size``; the margin is even, so that the crop lies in the middle.
@@ -194,13 +194,16 @@ def window_for(
         for here, there in ((a, b), (b, a)):
             best = min(turn, math.atan2(half[there], half[here]))  # the angle at which the corner reaches farthest
             reach[here] = max(reach[here], half[here] * math.cos(best) + half[there] * math.sin(best))
-    window = []
+    read_size = []
     for axis, (n, s, r) in enumerate(zip(size, spacing, reach)):
         margin = min(2 * r / s / min(min_scale, 1.0) + 2 * shift * n, most * n) - n
-        window.append(n + 2 * math.ceil(margin / 2 - 1e-9))
+        read_size.append(n + 2 * math.ceil(margin / 2 - 1e-9))
         if median is not None:
-            window[-1] = min(window[-1], n + 2 * (max(0, median[axis] - n) // 6))
-    return tuple(window)
+            read_size[-1] = min(read_size[-1], n + 2 * (max(0, median[axis] - n) // 6))
+    return tuple(read_size)
+
+
+window_for = read_size_for  # its name before
 
 
 @dataclass(frozen=True)

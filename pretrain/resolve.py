@@ -126,7 +126,7 @@ def identity(
         "iterations": choice.iterations,
         "batch_size": batch,
         "seed": choice.seed,
-        "crop": {"size": list(request.size), "window": list(request.window)},
+        "crop": {"size": list(request.size), "window": list(request.read_size)},
         "sources": sources,
         "weights": None if weights is None else dict(weights),
         "dataset": plan.dataset_name,

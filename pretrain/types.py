@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,36 +38,58 @@ class CropRequest:
 
     Attributes:
         size: voxels per axis that the network sees (as many axes as the plan's patch).
-        window: voxels per axis that are read around the same centre, at least ``size``; the margin feeds rotations,
-            scalings and shifts so that these never show padding.
+        read_size: voxels per axis that are read around the same centre, at least ``size``: the *window*, whose margin feeds
+            rotations, scalings and shifts so that these never show padding.
         crops_per_case: crops drawn from each case of a step.
         batch_size: default number of crops per step over all ranks; the engine's ``batch_size`` overrides it.
         min_batch: fewest crops per step for which the objective means anything.
         explanation: one sentence for the user that says why ``size`` is what it is.
         body: whether the objective looks at ``Crops.body``. The mask is then made from the raw images where they are there;
             else a threshold on the preprocessed image has to do.
-        place: how windows lie. ``"roam"``: around crops that roam the image, partly outside where the window nearly fills it;
-            ``"inside"``: in the image, in its middle where they exceed it; ``"volume"``: the whole case, cut to its
-            foreground and resampled to the window.
-        align: turn all cases to the orientation that most have: left is left in each. All of :class:`Crops` is then told in
-            the turned array.
+        sampling: where windows are taken. ``"jitter"``: anywhere that the crop fits into the image, so that the window's margin
+            may lie outside; ``"inside"``: in the image, in its middle where they exceed it; ``"whole"``: the whole case, cut
+            to its foreground and resampled to the read size.
+        reorient: bring all cases to the orientation that most have: left is left in each. All of :class:`Crops` then refers
+            to the reoriented array.
         move: the transform that views begin with. The loader then draws it too, from the same numbers, hands it over in
-            ``Crops.affine``, and reads the middle of each window only, as far as its view looks. With ``place="roam"``.
+            ``Crops.affine``, and reads the middle of each window only, as far as its view looks. With ``sampling="jitter"``.
         trim: leave out what lies outside of the image, on axes on which the image has room for a crop: of each window
-            ``Crops.extent`` voxels are then told. With ``place="roam"``.
+            ``Crops.extent`` voxels are then meant. With ``sampling="jitter"``.
     """
 
     size: tuple[int, ...]
-    window: tuple[int, ...]
+    read_size: tuple[int, ...]
     crops_per_case: int = 1
     batch_size: int = 8
     min_batch: int = 2
     explanation: str = ""
     body: bool = False
-    place: str = "roam"
-    align: bool = False
+    sampling: str = "jitter"
+    reorient: bool = False
     move: AffineRange | None = None
     trim: bool = False
+
+
+_OLD_FIELDS = {"window": "read_size", "place": "sampling", "align": "reorient"}
+_OLD_SAMPLING = {"roam": "jitter", "volume": "whole"}
+
+
+def _take_old_names(init: Callable[..., None]) -> Callable[..., None]:
+    """Objectives outside of this repository may still name the fields of :class:`CropRequest` as they were."""
+
+    @functools.wraps(init)
+    def wrapped(self: CropRequest, *args: Any, **fields: Any) -> None:
+        fields |= {new: fields.pop(old) for old, new in _OLD_FIELDS.items() if old in fields}
+        if "sampling" in fields:
+            fields["sampling"] = _OLD_SAMPLING.get(fields["sampling"], fields["sampling"])
+        init(self, *args, **fields)
+
+    return wrapped
+
+
+CropRequest.__init__ = _take_old_names(CropRequest.__init__)  # type: ignore[method-assign]
+for _old, _new in _OLD_FIELDS.items():
+    setattr(CropRequest, _old, property(operator.attrgetter(_new)))
 
 
 @dataclass

@@ -1,8 +1,11 @@
 """Public names of before still lead to what they meant."""
 
+import dataclasses
 import importlib
 
 import pytest
+
+from nnssl.pretrain.methods import CropRequest
 
 
 @pytest.mark.parametrize(
@@ -13,6 +16,7 @@ import pytest
         ("nnssl.networks", "walk", "forward_features"),
         ("nnssl.plans.figures", "Figures", "FineTuningConfig"),
         ("nnssl.pretrain.augment", "Draws", "StepRNG"),
+        ("nnssl.pretrain.geometry", "window_for", "read_size_for"),
         ("nnssl.transfer", "prove_loadable", "check_loadable"),
     ],
 )
@@ -20,6 +24,17 @@ def test_a_renamed_thing_has_both_names(module, old, new):
     found = importlib.import_module(module)
     assert getattr(found, old) is getattr(found, new)
     assert getattr(found, new).__name__ == new
+
+
+def test_a_request_takes_and_gives_its_old_fields():
+    """What an objective outside of this repository may have written."""
+    old = CropRequest((8, 8), window=(12, 12), place="volume", align=True)
+    assert old == CropRequest((8, 8), (12, 12), sampling="whole", reorient=True)
+    assert (old.window, old.place, old.align) == ((12, 12), "whole", True)
+    assert CropRequest((8, 8), (8, 8), place="roam").sampling == "jitter"
+    assert dataclasses.replace(old, window=(20, 16)).read_size == (20, 16)
+    with pytest.raises(TypeError, match="windows"):
+        CropRequest((8, 8), windows=(8, 8))
 
 
 def test_a_moved_function_tells_where_it_is():

@@ -45,7 +45,7 @@ class Objective(Method):
 
     @classmethod
     def crops(cls, plan, stats, config, size=None) -> CropRequest:  # type: ignore[no-untyped-def]
-        return CropRequest(size=(16, 16, 16), window=(16, 16, 16))
+        return CropRequest(size=(16, 16, 16), read_size=(16, 16, 16))
 
     def views(self, crops: Crops, draws: object) -> Batch:
         return {"image": crops.data}

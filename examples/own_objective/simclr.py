@@ -43,7 +43,7 @@ class SimCLR(Method):
     def crops(cls, plan, stats, config, size=None):
         median = stats.median_shape[-plan.dim :]
         size, why = geometry.choose_crop(plan.patch_size, median, plan.total_stride, size=size)
-        return CropRequest(size, window=size, batch_size=16, min_batch=4, explanation=why)
+        return CropRequest(size, read_size=size, batch_size=16, min_batch=4, explanation=why)
 
     def views(self, crops, rng):
         change = dict.fromkeys(("brightness", "contrast"), (1 - self.config.jitter, 1 + self.config.jitter))

@@ -28,7 +28,7 @@ from nnssl.intensity import (
 from nnssl.plans import Plan
 from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.augment.spatial import central_crop, draw_affine, sampling_grid, warp
-from nnssl.pretrain.geometry import window_for
+from nnssl.pretrain.geometry import read_size_for
 from nnssl.teacher import changes
 
 __all__ = [
@@ -53,7 +53,7 @@ class TrainingAugmentation:
 
     Attributes:
         size: voxels per axis that the network sees.
-        window: voxels to read, so that what is turned seldom shows padding.
+        read_size: voxels per axis to read, so that what is turned seldom shows padding.
         spacing: mm per voxel and axis.
         rotation: largest angle about each axis in degrees.
         mirror_axes: axes that are mirrored with probability 0.5 each.
@@ -61,7 +61,7 @@ class TrainingAugmentation:
     """
 
     size: tuple[int, ...]
-    window: tuple[int, ...]
+    read_size: tuple[int, ...]
     spacing: tuple[float, ...]
     rotation: tuple[float, ...]
     mirror_axes: tuple[int, ...]
@@ -77,9 +77,9 @@ class TrainingAugmentation:
             rotation = (180.0, 0.0, 0.0)
         else:
             rotation = (30.0, 30.0, 30.0)
-        window = window_for(size, plan.spacing, rotation=rotation, min_scale=0.85)
+        read_size = read_size_for(size, plan.spacing, rotation=rotation, min_scale=0.85)
         masked = tuple(i for i, used in enumerate(plan.config.use_mask_for_norm) if used)
-        return cls(size, window, plan.spacing, rotation, tuple(range(len(size))) if mirror else (), masked)
+        return cls(size, read_size, plan.spacing, rotation, tuple(range(len(size))) if mirror else (), masked)
 
 
 def draw_grid(rng: StepRNG, how: TrainingAugmentation, window: Sequence[int]) -> Tensor:

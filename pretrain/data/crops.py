@@ -95,7 +95,7 @@ class CropDataset(Dataset[Sample]):
     Args:
         refs: cases to draw from.
         form: what the plan says of them.
-        request: crop and window, with two axes for 2d plans, whose crops are single slices.
+        request: crop and read size, with two axes for 2d plans, whose crops are single slices.
         seed: of the run.
         batch_size: samples per step over all ranks.
         stream: ``sampling.TRAIN`` or ``sampling.HELD_OUT``.
@@ -103,7 +103,7 @@ class CropDataset(Dataset[Sample]):
         counters: ``(n, 2)`` int64 tensor in shared memory that counts rejected places and accepted crops of air, one row per
             worker.
         bodies: see :class:`~nnssl.pretrain.data.case.CaseReader`.
-        orientation: what cases are turned to; they stay as they are where None.
+        orientation: what cases are reoriented to; they stay as they are where None.
 
     Raises:
         NnsslError: no cases, or weights that do not fit them.
@@ -125,21 +125,23 @@ class CropDataset(Dataset[Sample]):
     ) -> None:
         if not refs:
             raise NnsslError("There are no cases to draw crops from.")
-        if len(request.window) != len(request.size) or any(w < s for w, s in zip(request.window, request.size)):
-            raise ValueError(f"window {request.window} must be at least as large as size {request.size} on each axis")
+        if len(request.read_size) != len(request.size) or any(w < s for w, s in zip(request.read_size, request.size)):
+            raise ValueError(
+                f"read_size {request.read_size} must be at least as large as size {request.size} on each axis"
+            )
         self.table = CaseTable(refs)
         self.flat = len(request.size) == 2
         self.size = (1, *request.size) if self.flat else tuple(request.size)
-        self.window = (1, *request.window) if self.flat else tuple(request.window)
-        self.inner = self.size if request.place == "roam" else self.window
-        self.resampled, self.orientation = request.place == "volume", orientation
+        self.read_size = (1, *request.read_size) if self.flat else tuple(request.read_size)
+        self.inner = self.size if request.sampling == "jitter" else self.read_size
+        self.resampled, self.orientation = request.sampling == "whole", orientation
         self.crops_per_case = max(1, request.crops_per_case)
         self.seed, self.batch_size, self.stream = seed, batch_size, stream
         self.weights = _probabilities(weights, len(refs))
         self.counters = counters
         self.move, self.trim = request.move, request.trim
-        if (self.move is not None or self.trim) and request.place != "roam":
-            raise ValueError(f"windows with place={request.place} are read whole")
+        if (self.move is not None or self.trim) and request.sampling != "jitter":
+            raise ValueError(f"with sampling={request.sampling} all of the read size is read")
         self._reader = CaseReader(form, bodies=bodies)
         self._step: tuple[int, np.ndarray] | None = None
         self._moves: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -160,7 +162,7 @@ class CropDataset(Dataset[Sample]):
         key = step, sample // self.crops_per_case
         if self._held is None or self._held[0] != key:
             case = self._reader.open(self.case_of(step, sample))
-            windows = self.crops_per_case * np.prod(np.minimum(self.window, case.array.shape[1:]))
+            windows = self.crops_per_case * np.prod(np.minimum(self.read_size, case.array.shape[1:]))
             self._held = key, HeldCase.of(case) if np.prod(case.array.shape[1:]) <= windows else case
         return self._held[1]
 
@@ -171,11 +173,11 @@ class CropDataset(Dataset[Sample]):
     def _move(self, step: int, sample: int) -> tuple[np.ndarray | None, tuple[int, ...]]:
         """The transform that the views of a sample begin with, and the window that it looks at."""
         if self.move is None:
-            return None, self.window
+            return None, self.read_size
         if self._moves is None or self._moves[0] != step:
             there = step if self.stream == TRAIN else HELD_OUT_STEP + step
             affine = self.move.draw(StepRNG(self.seed, there, self.batch_size))
-            windows = reach(affine, self.move.size, self.window[-len(self.move.size) :])
+            windows = reach(affine, self.move.size, self.read_size[-len(self.move.size) :])
             self._moves = step, affine.rows.numpy(), windows.numpy()
         window = tuple(self._moves[2][sample].tolist())
         return self._moves[1][sample], (1, *window) if self.flat else window
@@ -216,26 +218,26 @@ class CropDataset(Dataset[Sample]):
     ) -> Sample | None:
         """One place, and the middle ``window`` of what is there; None where voxels are not finite."""
         geometry = case.info.geometry
-        turn = AxisTransform() if self.orientation is None else self.orientation.turn(geometry)
+        transform = AxisTransform() if self.orientation is None else self.orientation.transform(geometry)
         extent: Sequence[int] | np.ndarray
         if self.resampled:
-            data, at, extent = self._whole(case, turn, rng)
+            data, at, extent = self._whole(case, transform, rng)
             body = body_mask(data, case.info.threshold, case.masked)
             first = [0] * 3
-            start, shape = np.zeros(3, dtype=np.int64), tuple(self.window)
+            start, shape = np.zeros(3, dtype=np.int64), tuple(self.read_size)
         else:
-            shape = tuple(turn.shape(geometry.shape))
-            begin = draw_start(rng, shape, self.window, self.inner)
-            start = begin + [(n - w) // 2 for n, w in zip(self.window, window)]
-            at, extent = turn.box(start, window, geometry.shape)
+            shape = tuple(transform.shape(geometry.shape))
+            begin = draw_start(rng, shape, self.read_size, self.inner)
+            start = begin + [(n - w) // 2 for n, w in zip(self.read_size, window)]
+            at, extent = transform.box(start, window, geometry.shape)
             if self.trim:
                 start, window = self._trimmed(start, window, shape)
             # where the inner crop begins in what is read; of a trimmed window it may lack a plane of padding
-            first = [int(b) + (w - s) // 2 - int(f) for b, w, s, f in zip(begin, self.window, self.inner, start)]
-            data, body = case.read(*turn.box(start, window, geometry.shape))
+            first = [int(b) + (w - s) // 2 - int(f) for b, w, s, f in zip(begin, self.read_size, self.inner, start)]
+            data, body = case.read(*transform.box(start, window, geometry.shape))
         if not np.isfinite(data.sum()) and not np.isfinite(data).all():  # a float32 sum may overflow
             return None
-        data, body = turn(data), turn(body)
+        data, body = transform(data), transform(body)
         inner = (slice(None), *[slice(max(f, 0), f + s) for f, s in zip(first, self.inner)])
         share = np.count_nonzero(body[inner]) / int(np.prod(self.inner))
         along = geometry.axis_position(at, extent)
@@ -243,7 +245,7 @@ class CropDataset(Dataset[Sample]):
             data=data[:, 0] if self.flat else data,
             body=body[:, 0] if self.flat else body,
             position=geometry.position(along),
-            axis_position=turn.position(along),
+            axis_position=transform.position(along),
             intensity=case.info.intensity,
             start=start,
             shape=np.asarray(shape, dtype=np.int64),
@@ -265,16 +267,16 @@ class CropDataset(Dataset[Sample]):
         return np.where(roomy, low, start), tuple(size.tolist())
 
     def _whole(
-        self, case: OpenCase, turn: AxisTransform, rng: np.random.Generator
+        self, case: OpenCase, transform: AxisTransform, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The foreground resampled to the window, its first voxel and extent; for 2d plans one of its slices."""
         try:
             box = np.asarray(foreground_box(case.array, case.info.threshold, case.masked), dtype=np.int64)
             if self.flat:
-                axis = turn.axes[0]
+                axis = transform.axes[0]
                 low = int(rng.integers(*box[axis]))
                 box[axis] = low, low + 1
-            data = resample_box(case.array, box.tolist(), turn.array_order(self.window))
+            data = resample_box(case.array, box.tolist(), transform.array_order(self.read_size))
         except (RuntimeError, OSError, ValueError) as error:
             raise damaged(case.ref, error) from error
         return data, box[:, 0], box[:, 1] - box[:, 0]

@@ -257,7 +257,7 @@ def make_loader(
     Args:
         pool: the cases.
         plan: whose preprocessing they have.
-        request: crop, window and crops per case.
+        request: crop, read size and crops per case.
         seed: of the run.
         batch_size: crops per step over all ranks.
         steps: steps to yield.
@@ -292,7 +292,7 @@ def make_loader(
         weights=weights,
         counters=_counters(num_workers),
         bodies={s: body_folder(plan, s) for s in {r.source for r in refs}} if request.body else None,
-        orientation=common_orientation(pool.cases, CaseReader(form), plan.spacing) if request.align else None,
+        orientation=common_orientation(pool.cases, CaseReader(form), plan.spacing) if request.reorient else None,
     )
     share = batch_size // world_size
     guarded = _Guarded(dataset, companion)

@@ -1,4 +1,4 @@
-"""Turns cases to one orientation, so that left is left in each of them: whole axes are swapped and flipped, nothing is resampled.
+"""Brings cases to one orientation, so that left is left in each of them: whole axes are swapped and flipped, nothing is resampled.
 
 nnU-Net does not reorient images. The orientation that most cases have is taken, so that the network mostly sees what it will see
 in fine-tuning.
@@ -30,23 +30,23 @@ _NAMES = (("right", "left"), ("anterior", "posterior"), ("inferior", "superior")
 
 @dataclass(frozen=True)
 class AxisTransform:
-    """Axis i of the turned array is axis ``axes[i]`` of the case's, backwards where ``flips[i]``. Axes are spatial, 0 to 2."""
+    """Axis i of the reoriented array is axis ``axes[i]`` of the case's, backwards where ``flips[i]``. Axes are spatial, 0 to 2."""
 
     axes: tuple[int, int, int] = (0, 1, 2)
     flips: tuple[bool, bool, bool] = (False, False, False)
 
     def shape(self, shape: Sequence[int]) -> list[int]:
-        """Shape (or any three numbers per axis) of an array once it is turned."""
+        """Shape (or any three numbers per axis) of an array once it is reoriented."""
         return [shape[a] for a in self.axes]
 
     def array_order(self, window: Sequence[int]) -> list[int]:
-        """Numbers per axis of the turned array, in the order of the case's."""
+        """Numbers per axis of the reoriented array, in the order of the case's."""
         return [int(window[self.axes.index(a)]) for a in range(3)]
 
     def box(
         self, start: Sequence[int] | np.ndarray, window: Sequence[int], shape: Sequence[int]
     ) -> tuple[np.ndarray, list[int]]:
-        """Where a box of the turned array lies in the case's array of ``shape``: its first voxel and its extent."""
+        """Where a box of the reoriented array lies in the case's array of ``shape``: its first voxel and its extent."""
         first, extent = np.zeros(3, dtype=np.int64), [0, 0, 0]
         for i, (axis, flip) in enumerate(zip(self.axes, self.flips)):
             first[axis] = shape[axis] - (start[i] + window[i]) if flip else start[i]
@@ -54,21 +54,21 @@ class AxisTransform:
         return first, extent
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Turn ``(C, *spatial)``; contiguous, or ``x`` itself where nothing turns."""
+        """Reorient ``(C, *spatial)``; contiguous, or ``x`` itself where nothing changes."""
         if self == AxisTransform():
             return x
         x = x.transpose(0, *(1 + a for a in self.axes))
         return np.ascontiguousarray(np.flip(x, tuple(1 + i for i, flip in enumerate(self.flips) if flip)))
 
     def position(self, axis_position: np.ndarray) -> np.ndarray:
-        """Turn ``(3,)`` shares of the image along the case's axes."""
+        """Reorder ``(3,)`` shares of the image along the case's axes."""
         along = axis_position[list(self.axes)]
         return np.where(self.flips, 1.0 - along, along)
 
 
 @dataclass(frozen=True)
 class Orientation:
-    """What cases are turned to.
+    """What cases are reoriented to.
 
     Attributes:
         axes, flips: see :class:`~nnssl.pretrain.data.orientation.Geometry`.
@@ -80,8 +80,8 @@ class Orientation:
     flips: tuple[bool, bool, bool]
     spacing: tuple[float, float, float]
 
-    def turn(self, geometry: Geometry) -> AxisTransform:
-        """What turns a case to this orientation; where spacings forbid to swap axes, they are only flipped."""
+    def transform(self, geometry: Geometry) -> AxisTransform:
+        """How a case is reoriented to it; where spacings forbid to swap axes, they are only flipped."""
         source = dict(zip(self.axes, geometry.axes))
         same = all(abs(self.spacing[a] - self.spacing[b]) <= _SAME_SPACING * self.spacing[a] for a, b in source.items())
         flips = {axis: mine != theirs for axis, mine, theirs in zip(geometry.axes, self.flips, geometry.flips)}
@@ -112,8 +112,8 @@ def common_orientation(refs: Sequence[CaseRef], reader: CaseReader, spacing: Seq
     mm = (0.0, *spacing) if len(spacing) == 2 else tuple(spacing)
     common = Orientation(axes, flips, tuple(float(s) for s in mm))  # type: ignore[arg-type]
     if len(kinds) > 1:
-        log.info("%d of %d images run %s; the others are turned to that.", most, len(found), common)
-    stuck = sum(common.turn(g).axes == (0, 1, 2) and g.axes != axes for g in found)
+        log.info("%d of %d images run %s; the others are reoriented to that.", most, len(found), common)
+    stuck = sum(common.transform(g).axes == (0, 1, 2) and g.axes != axes for g in found)
     if stuck:
         log.warning(
             "%d of %d images have their axes in another order than most. The plan's spacings differ, so they are only flipped.",

@@ -23,7 +23,7 @@ TIMED_STEPS = 3
 
 def random_crops(spec: RunSpec) -> Crops:
     """A batch of smooth random images with random positions, as the loader would deliver it."""
-    b, window, channels = spec.batch_size, spec.request.window, spec.plan.n_channels
+    b, window, channels = spec.batch_size, spec.request.read_size, spec.plan.n_channels
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(b, channels, *window, generator=generator)
     position = torch.rand(b, 3, generator=generator, dtype=torch.float64)

@@ -27,7 +27,7 @@ from nnssl.networks import forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import StepRNG, central_crop, random_affine
 from nnssl.pretrain.augment.intensity import jitter_unit
-from nnssl.pretrain.geometry import choose_crop, rotation_degrees, window_for
+from nnssl.pretrain.geometry import choose_crop, read_size_for, rotation_degrees
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Picture, SourceStats
@@ -93,8 +93,8 @@ class Robust(Method):
         median = stats.median_shape[-plan.dim :]
         size, why = choose_crop(plan.patch_size, median, plan.total_stride, size=size, what="the total stride")
         rotation = rotation_degrees(plan.spacing, config.rotation)
-        window = window_for(size, plan.spacing, rotation=rotation, min_scale=config.min_scale, shift=config.shift)
-        return CropRequest(size=size, window=window, batch_size=16, min_batch=4, explanation=why)
+        window = read_size_for(size, plan.spacing, rotation=rotation, min_scale=config.min_scale, shift=config.shift)
+        return CropRequest(size=size, read_size=window, batch_size=16, min_batch=4, explanation=why)
 
     def views(self, crops: Crops, rng: StepRNG) -> Batch:
         """Two views of each crop, moved a little and altered, ``(B, C, *size)`` each, and a number for each case ``(B,)``."""

@@ -24,13 +24,13 @@ class Sizes:
     """How many patches of which size a step has.
 
     Attributes:
-        size, window: voxels per axis that the network sees, and that are read.
+        size, read_size: voxels per axis that the network sees, and that are read.
         labelled, unlabelled: patches a step over all ranks.
         foreground: share of labelled patches around a labelled voxel.
     """
 
     size: tuple[int, ...]
-    window: tuple[int, ...]
+    read_size: tuple[int, ...]
     labelled: int
     unlabelled: int
     foreground: float
@@ -174,7 +174,7 @@ class OmniCompanion:
             self.cases.folder,
             self.plan,
             s.size,
-            s.size if held_out else s.window,
+            s.size if held_out else s.read_size,
             seed=self.seed,
             batch=s.labelled if batch is None else batch,
             foreground=s.foreground,
@@ -187,7 +187,7 @@ class OmniCompanion:
         return CropDataset(
             refs,
             CaseFormat.from_plan(self.plan),
-            CropRequest(size=s.size, window=s.window),
+            CropRequest(size=s.size, read_size=s.read_size),
             seed=self.seed,
             batch_size=s.unlabelled,
             stream=UNLABELLED,
@@ -200,8 +200,8 @@ class OmniCompanion:
         heads = self.plan.n_classes
 
         def patches(total: int, labels: bool) -> Patches:
-            data = torch.randn(total, self.plan.n_channels, *self.sizes.window, generator=generator)
-            label = torch.randint(0, heads, (total, 1, *self.sizes.window), generator=generator, dtype=torch.int16)
+            data = torch.randn(total, self.plan.n_channels, *self.sizes.read_size, generator=generator)
+            label = torch.randint(0, heads, (total, 1, *self.sizes.read_size), generator=generator, dtype=torch.int16)
             names = [f"case{i}" for i in range(total)]
             return Patches(data, label if labels else None, [None] * total, names, 0, total, self.augment)
 

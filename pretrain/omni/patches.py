@@ -108,7 +108,7 @@ class LabelledDataset:
         folder: of the preprocessed cases.
         plan: channels and labels.
         size: voxels per axis that the network sees.
-        window: voxels that are read around them.
+        read_size: voxels per axis that are read around the same centre.
         seed: of the run.
         batch: patches a step over all ranks. As in nnU-Net its last ``foreground`` are around a labelled voxel.
         foreground: their share.
@@ -122,7 +122,7 @@ class LabelledDataset:
         folder: Path,
         plan: Plan,
         size: Sequence[int],
-        window: Sequence[int],
+        read_size: Sequence[int],
         *,
         seed: int,
         batch: int,
@@ -136,7 +136,7 @@ class LabelledDataset:
         self.cases, self.folder = list(cases), folder
         self.flat = plan.dim == 2
         self.size = (1, *size) if self.flat else tuple(size)
-        self.window = (1, *window) if self.flat else tuple(window)
+        self.read_size = (1, *read_size) if self.flat else tuple(read_size)
         self.n_channels, self.seed, self.batch, self.foreground = plan.n_channels, seed, batch, foreground
         self.stream, self.in_turn = stream, in_turn
         self.anywhere = (-1, *manager.all_labels)
@@ -168,8 +168,8 @@ class LabelledDataset:
         wanted = sample >= round(self.batch * (1 - self.foreground))
         start = self._start(case, image.shape[1:], rng, wanted)
         try:
-            data = read_box(image, start, self.window)
-            seg = read_box(label, start, self.window, np.int16, outside=-1)[:1]
+            data = read_box(image, start, self.read_size)
+            seg = read_box(label, start, self.read_size, np.int16, outside=-1)[:1]
         except (OSError, ValueError) as error:
             raise NnsslError(
                 f"Labelled case {case.name} in {self.folder} is damaged ({error}). Preprocess it again."
@@ -184,9 +184,9 @@ class LabelledDataset:
         """First voxel of the window; negative outside of the image."""
         voxel = self._voxel(case, rng, wanted) if wanted or self.has_ignore else None
         if voxel is None:
-            return draw_start(rng, shape, self.window, self.size)
+            return draw_start(rng, shape, self.read_size, self.size)
         start = []
-        for n, v, s, w in zip(shape, voxel, self.size, self.window):
+        for n, v, s, w in zip(shape, voxel, self.size, self.read_size):
             first = min(max(0, int(v) - s // 2), n - s) if n > s else (n - s) // 2
             start.append(first - (w - s) // 2)
         return np.asarray(start, dtype=np.int64)

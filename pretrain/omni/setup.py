@@ -174,8 +174,8 @@ def prepare_omni(
         )
     labelled = _shared(config.batch, -(-plan.batch_size // ranks) * ranks, ranks, "omni.batch")
     unlabelled = _shared(config.unlabelled, labelled, ranks, "omni.unlabelled")
-    window = TrainingAugmentation.of(plan, size).window if config.augment else size
-    sizes = Sizes(size, window, labelled, unlabelled, config.foreground)
+    read_size = TrainingAugmentation.of(plan, size).read_size if config.augment else size
+    sizes = Sizes(size, read_size, labelled, unlabelled, config.foreground)
     return Omni(plan, config, found, sizes, _largest(plan, config, found, size))
 
 

@@ -12,7 +12,7 @@ from nnssl.pretrain.methods import Crops
 
 def _crops(method, n=3, seed=0, start=0):
     g = torch.Generator().manual_seed(seed)
-    window, channels = method.request.window, method.plan.n_channels
+    window, channels = method.request.read_size, method.plan.n_channels
     coarse = torch.randn(n, channels, *[w // 4 + 2 for w in window], generator=g)
     data = F.interpolate(coarse, size=window, mode="trilinear" if len(window) == 3 else "bilinear")
     data = data + 0.1 * torch.randn(data.shape, generator=g)

@@ -32,13 +32,13 @@ def save(folder, name, shape):
 
 
 @pytest.mark.parametrize("orientation", [None, TURN])
-@pytest.mark.parametrize("place", ["roam", "inside", "volume"])
+@pytest.mark.parametrize("sampling", ["jitter", "inside", "whole"])
 @pytest.mark.parametrize(
     ("size", "window"), [((8, 10, 6), (14, 28, 21)), ((8, 10, 6), (9, 10, 8)), ((8, 10), (23, 24))]
 )
-def test_arithmetic_and_voxels_find_the_same_bounds(tmp_path, size, window, place, orientation):
+def test_arithmetic_and_voxels_find_the_same_bounds(tmp_path, size, window, sampling, orientation):
     refs = [save(tmp_path, f"case_{i}", shape) for i, shape in enumerate(SHAPES)]
-    request = CropRequest(size=size, window=window, place=place)
+    request = CropRequest(size=size, read_size=window, sampling=sampling)
     data = CropDataset(refs, CaseFormat(1, (0, 1, 2), False), request, seed=3, batch_size=8, orientation=orientation)
     crops = [collate([data[(step, i)] for i in range(8)]) for step in range(3)]
     padded = 0
@@ -54,7 +54,7 @@ def test_arithmetic_and_voxels_find_the_same_bounds(tmp_path, size, window, plac
         assert torch.equal(inside, (batch.data != 0).any(1, keepdim=True))
         assert not (batch.body & ~inside).any()
         padded += int((~inside).flatten(1).any(1).sum())
-    assert padded == 0 if place == "volume" else padded > 0
+    assert padded == 0 if sampling == "whole" else padded > 0
 
 
 def test_zeros_of_the_image_itself_are_inside_where_its_shape_is_known():

@@ -60,8 +60,8 @@ def test_contrast_stays_in_the_range_and_keeps_what_factor_one_is_given():
 def test_image_and_label_move_by_one_map(tiny_plans, tiny_dataset_json):
     """A label map used as an image, moved as an image from the nearest voxel, is the moved label."""
     how = figures(tiny_plans, tiny_dataset_json)
-    label = torch.randint(0, 4, (6, 1, *how.window), generator=torch.Generator().manual_seed(0))
-    grid = nnunet.draw_grid(StepRNG(0, 0, 6), how, how.window)
+    label = torch.randint(0, 4, (6, 1, *how.read_size), generator=torch.Generator().manual_seed(0))
+    grid = nnunet.draw_grid(StepRNG(0, 0, 6), how, how.read_size)
     moved = nnunet.move_label(label, grid, outside=9)
     seen = warp(label.float() + 1, grid, "nearest")
     inside = seen > 0
@@ -107,7 +107,7 @@ def test_rotation_follows_nnunet(tiny_plans, tiny_dataset_json):
     """Free in isotropic patches, in the plane where they are flat, 15 degrees in long slices."""
     assert figures(tiny_plans, tiny_dataset_json).rotation == (30.0, 30.0, 30.0)
     assert figures(tiny_plans, tiny_dataset_json, (8, 32, 32)).rotation == (180.0, 0.0, 0.0)
-    assert figures(tiny_plans, tiny_dataset_json, (8, 32, 32)).window[0] < 2 * 8
+    assert figures(tiny_plans, tiny_dataset_json, (8, 32, 32)).read_size[0] < 2 * 8
     assert figures(tiny_plans, tiny_dataset_json, (16, 32)).rotation == (15.0,)
     assert figures(tiny_plans, tiny_dataset_json, (16, 20)).rotation == (180.0,)
     assert figures(tiny_plans, tiny_dataset_json, mirror=False).mirror_axes == ()

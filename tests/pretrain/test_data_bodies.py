@@ -22,7 +22,7 @@ from nnssl.pretrain.prepare.bodies import BodyWorker, write_mask
 from nnssl.pretrain.prepare.body import body_of_raw, resize_mask, tissue_threshold
 from nnssl.pretrain.types import CropRequest
 
-REQUEST = CropRequest(size=(8, 8, 8), window=(10, 12, 8), body=True)
+REQUEST = CropRequest(size=(8, 8, 8), read_size=(10, 12, 8), body=True)
 
 
 def thorax():
@@ -193,14 +193,14 @@ def test_crops_show_the_mask_only_to_who_asks(target):
         write_mask(path, np.indices(shape).sum(0) % 2 == 0)
 
     def crops(body):
-        request = CropRequest(REQUEST.size, REQUEST.window, body=body)
+        request = CropRequest(REQUEST.size, REQUEST.read_size, body=body)
         return next(iter(make_loader(pool, plan, request, seed=3, batch_size=6, steps=1)))
 
     asked, plain = crops(True), crops(False)
     start = asked.start.numpy()
     shapes = {r.name: blosc2.open(str(folder / f"{r.name}.b2nd"), mode="r").shape[1:] for r in pool.cases}
     for i, case in enumerate(asked.case):
-        at = np.indices(REQUEST.window) + start[i].reshape(3, 1, 1, 1)
+        at = np.indices(REQUEST.read_size) + start[i].reshape(3, 1, 1, 1)
         inside = np.all([(a >= 0) & (a < n) for a, n in zip(at, shapes[case])], axis=0)
         np.testing.assert_array_equal(asked.body[i, 0].numpy(), inside & (at.sum(0) % 2 == 0))
     assert not np.array_equal(asked.body.numpy(), plain.body.numpy())
@@ -270,7 +270,7 @@ def test_without_raw_images_intensities_are_used_and_the_log_says_it(target, nnu
     assert not body_folder(plan, plan.dataset_name).exists()
     batches = [
         next(iter(make_loader(pool, plan, r, seed=3, batch_size=4, steps=1)))
-        for r in (REQUEST, CropRequest(REQUEST.size, REQUEST.window))
+        for r in (REQUEST, CropRequest(REQUEST.size, REQUEST.read_size))
     ]
     np.testing.assert_array_equal(batches[0].body.numpy(), batches[1].body.numpy())
 

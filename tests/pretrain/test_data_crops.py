@@ -42,7 +42,7 @@ def refs(tmp_path):
 
 
 def dataset(refs, size=(8, 10, 6), window=(10, 12, 8), form=FORM, seed=3, batch_size=4, crops_per_case=1, **options):
-    request = CropRequest(size=size, window=window, crops_per_case=crops_per_case)
+    request = CropRequest(size=size, read_size=window, crops_per_case=crops_per_case)
     return CropDataset(refs, form, request, seed=seed, batch_size=batch_size, **options)
 
 

@@ -19,7 +19,7 @@ from nnssl.pretrain.data import make_loader
 from nnssl.pretrain.methods import CropRequest, Crops
 from nnssl.pretrain.prepare import prepare_sources
 
-REQUEST = CropRequest(size=(8, 8, 8), window=(10, 12, 10), crops_per_case=2)
+REQUEST = CropRequest(size=(8, 8, 8), read_size=(10, 12, 10), crops_per_case=2)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_2d(tiny_preprocessed):
     tiny_preprocessed(901, "Tiny", 5, dim=2, shape=(14, 18, 16))
     plan = load_plan(901, "2d")
     pool = prepare_sources(plan, ["Dataset901_Tiny"])
-    request = CropRequest(size=(8, 8), window=(10, 12))
+    request = CropRequest(size=(8, 8), read_size=(10, 12))
     (crops,) = crops_of((pool, plan), request, steps=1, num_workers=1)
     assert crops.data.shape == (4, 1, 10, 12) and crops.body.shape == (4, 1, 10, 12) and crops.start.shape == (4, 3)
 

@@ -147,7 +147,7 @@ def test_mae_reads_less_and_sees_the_same(refs, tiny_plans, tiny_dataset_json):
     cls, plan = get_method("mae"), Plan.from_dicts(plans, "3d_fullres", tiny_dataset_json(1))
     config = make_config(cls.Config, {"augment_p": 0.5})
     request = cls.crops(plan, SourceStats((20, 24, 20), 6), config, (8, 8, 8))
-    assert any(w > 8 for w in request.window)
+    assert any(w > 8 for w in request.read_size)
     method = cls(build_network(plan), plan, request, config)
     for step in range(4):
         crops = [batch_of(refs, r, step) for r in (request, replace(request, move=None))]

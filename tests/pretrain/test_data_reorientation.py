@@ -24,17 +24,17 @@ MM = (1.0, 1.0, 1.0)
 def test_a_turned_box_is_a_box_of_the_turned_array(axes):
     array = np.arange(2 * np.prod(SHAPE)).reshape(2, *SHAPE)
     for flips in itertools.product((False, True), repeat=3):
-        turn = AxisTransform(axes, flips)
-        turned = turn(array)
-        assert list(turned.shape[1:]) == turn.shape(SHAPE)
+        transform = AxisTransform(axes, flips)
+        turned = transform(array)
+        assert list(turned.shape[1:]) == transform.shape(SHAPE)
         start, window = (1, 2, 3), (4, 5, 6)
-        at, extent = turn.box(start, window, SHAPE)
-        assert extent == turn.array_order(window)
+        at, extent = transform.box(start, window, SHAPE)
+        assert extent == transform.array_order(window)
         box = array[(slice(None), *[slice(a, a + e) for a, e in zip(at, extent)])]
-        assert np.array_equal(turn(box), turned[:, 1:5, 2:7, 3:9])
+        assert np.array_equal(transform(box), turned[:, 1:5, 2:7, 3:9])
         centre = (np.asarray(at) + np.asarray(extent) / 2) / SHAPE
-        expected = (np.asarray(start) + np.asarray(window) / 2) / turn.shape(SHAPE)
-        np.testing.assert_allclose(turn.position(centre), expected)
+        expected = (np.asarray(start) + np.asarray(window) / 2) / transform.shape(SHAPE)
+        np.testing.assert_allclose(transform.position(centre), expected)
 
 
 def geometry(axes, flips, shape=SHAPE):
@@ -55,21 +55,21 @@ def test_every_orientation_becomes_the_common_one():
     for axes in itertools.permutations(range(3)):
         for flips in itertools.product((False, True), repeat=3):
             x = stored(axes, flips)
-            turn = common.turn(geometry(axes, flips, x.shape[1:]))
-            assert np.array_equal(turn(x), reference)
-    assert common.turn(geometry(common.axes, common.flips)) == AxisTransform()
+            transform = common.transform(geometry(axes, flips, x.shape[1:]))
+            assert np.array_equal(transform(x), reference)
+    assert common.transform(geometry(common.axes, common.flips)) == AxisTransform()
 
 
 def test_axes_of_other_spacing_stay():
     """An axial and a coronal case with thick first axes: flipped to the same directions, not permuted."""
     common = Orientation((2, 1, 0), (False, False, False), (5.0, 1.0, 1.0))
     coronal = geometry((2, 0, 1), (False, False, True))
-    turn = common.turn(coronal)
-    assert turn == AxisTransform((0, 1, 2), (False, True, False))
+    transform = common.transform(coronal)
+    assert transform == AxisTransform((0, 1, 2), (False, True, False))
     swapped = geometry((1, 2, 0), (True, False, False))  # the two thin axes may change places
-    assert common.turn(swapped) == AxisTransform((0, 2, 1), (False, False, True))
+    assert common.transform(swapped) == AxisTransform((0, 2, 1), (False, False, True))
     flat = Orientation((2, 1, 0), (False, False, False), (0.0, 1.0, 1.0))
-    assert flat.turn(coronal).axes == (0, 1, 2)
+    assert flat.transform(coronal).axes == (0, 1, 2)
     assert str(common) == "inferior to superior, anterior to posterior, right to left"
 
 
@@ -88,16 +88,16 @@ def mixed(tiny_preprocessed, tiny_raw_dataset):
 
 def crops_of(data, *, steps=4, batch=5, **request):
     pool, plan = data
-    request = CropRequest(**{"size": (4, 4, 4), "window": (8, 12, 8), **request})
+    request = CropRequest(**{"size": (4, 4, 4), "read_size": (8, 12, 8), **request})
     return list(make_loader(pool, plan, request, seed=3, batch_size=batch, steps=steps))
 
 
 def test_loader_turns_the_odd_case(mixed, caplog):
     """The same place of the patient shows the same voxels, in whichever way the case is stored."""
     with caplog.at_level(logging.INFO, logger="nnssl"):
-        turned = crops_of(mixed, window=SHAPE, place="inside", align=True, steps=1)[0]
+        turned = crops_of(mixed, read_size=SHAPE, sampling="inside", reorient=True, steps=1)[0]
     assert any("4 of 5 images run inferior to superior" in r.message for r in caplog.records)
-    plain = crops_of(mixed, window=SHAPE, place="inside", steps=1)[0]
+    plain = crops_of(mixed, read_size=SHAPE, sampling="inside", steps=1)[0]
     odd = turned.case.index("case_004")
     others = [i for i in range(5) if i != odd]
     for i in others:
@@ -109,7 +109,7 @@ def test_loader_turns_the_odd_case(mixed, caplog):
 
 def test_turned_crops_tell_where_they_are(mixed):
     """Positions in the patient do not change by turning; those along the array's axes, and the start, are the turned array's."""
-    for crops in crops_of(mixed, place="inside", align=True):
+    for crops in crops_of(mixed, sampling="inside", reorient=True):
         for i in range(5):
             start, shape = crops.start[i], crops.shape[i]
             assert bool((start >= 0).all()) and bool((start + torch.tensor([8, 12, 8]) <= shape).all())
@@ -121,13 +121,13 @@ def test_turned_crops_tell_where_they_are(mixed):
 
 def test_windows_inside(mixed):
     """No padding where the window fits; in the middle where it does not."""
-    for crops in crops_of(mixed, place="inside", window=(8, 12, 28)):
+    for crops in crops_of(mixed, sampling="inside", read_size=(8, 12, 28)):
         assert crops.start[:, 2].tolist() == [(s - 28) // 2 for s in crops.shape[:, 2].tolist()]
         assert bool((crops.start[:, :2] >= 0).all())
         assert bool((crops.start[:, 0] + 8 <= crops.shape[:, 0]).all())
-    starts = torch.cat([c.start for c in crops_of(mixed, place="inside")])
+    starts = torch.cat([c.start for c in crops_of(mixed, sampling="inside")])
     assert starts[:, 0].min() == 0 and starts[:, 0].max() == int(crops.shape[0, 0]) - 8
-    roaming = torch.cat([c.start for c in crops_of(mixed, window=(8, 12, 28))])
+    roaming = torch.cat([c.start for c in crops_of(mixed, read_size=(8, 12, 28))])
     assert len(roaming[:, 2].unique()) > 1
 
 
@@ -176,7 +176,7 @@ def test_foreground_box(monkeypatch):
 
 def test_loader_delivers_whole_cases(mixed):
     """Each case fills the window, turned as the others, at the middle of its foreground, the same each time."""
-    first, second = crops_of(mixed, window=(8, 8, 12), place="volume", align=True, steps=2)
+    first, second = crops_of(mixed, read_size=(8, 8, 12), sampling="whole", reorient=True, steps=2)
     assert first.data.shape == (5, 1, 8, 8, 12) and first.shape.tolist() == [[8, 8, 12]] * 5
     assert bool((first.start == 0).all()) and float(first.body.float().mean()) > 0.3
     for i in range(5):
@@ -191,7 +191,7 @@ def test_flat_plans_get_whole_slices(tiny_preprocessed):
     tiny_preprocessed(901, "Tiny", 4, dim=2, shape=SHAPE)
     plan = load_plan(901, "2d")
     data = prepare_sources(plan, ["Dataset901_Tiny"], held_out=0.0, n_processes=1), plan
-    crops = crops_of(data, size=(4, 4), window=(8, 12), place="volume", align=True, batch=4)
+    crops = crops_of(data, size=(4, 4), read_size=(8, 12), sampling="whole", reorient=True, batch=4)
     assert crops[0].data.shape == (4, 1, 8, 12) and crops[0].shape.tolist() == [[1, 8, 12]] * 4
     heights = torch.cat([c.position[:, 2] for c in crops])
     assert len(heights.unique()) > 4

@@ -359,7 +359,7 @@ def test_cases_are_drawn_as_often_as_their_weights_say(plan, raw):
     share = counts[free].sum() / counts.sum()
     assert share == pytest.approx(7 * 8 / (7 * 8 + 2), abs=0.02)
     assert counts[free].std() / counts[free].mean() < 0.15
-    request = CropRequest(size=(8, 8, 8), window=(8, 8, 8))
+    request = CropRequest(size=(8, 8, 8), read_size=(8, 8, 8))
     options = {"seed": 3, "batch_size": 2, "steps": 4, "weights": weights}
     a, b = (list(make_loader(pool, plan, request, num_workers=n, **options)) for n in (0, 1))
     assert [x.case for x in a] == [x.case for x in b]

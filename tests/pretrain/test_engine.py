@@ -50,7 +50,7 @@ class Toy(Method):
     def crops(cls, plan, stats, config, size=None):
         size = size or plan.total_stride
         size = tuple(2 * s if size == plan.total_stride else s for s in size)
-        return CropRequest(size=size, window=size, batch_size=4, min_batch=2)
+        return CropRequest(size=size, read_size=size, batch_size=4, min_batch=2)
 
     def views(self, crops, draws):
         noise = 0.1 * draws.noise(*crops.data.shape[1:])

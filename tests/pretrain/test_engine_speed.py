@@ -60,8 +60,8 @@ def plan(tiny_plans, tiny_dataset_json):
 def crops(request, n, channels=1):
     torch.manual_seed(1)
     return Crops(
-        data=torch.randn(n, channels, *request.window),
-        body=torch.ones(n, 1, *request.window, dtype=torch.bool),
+        data=torch.randn(n, channels, *request.read_size),
+        body=torch.ones(n, 1, *request.read_size, dtype=torch.bool),
         position=torch.rand(n, 3, dtype=torch.float64),
         axis_position=torch.rand(n, 3, dtype=torch.float64),
         intensity=torch.tensor([-2.0, 2.0]).repeat(n, channels, 1),
@@ -119,7 +119,7 @@ def test_a_contrast_is_within_the_micro_batch(plan):
 
 
 def test_batches_that_cannot_be_cut(plan):
-    request = CropRequest(size=(8, 8, 8), window=(8, 8, 8), crops_per_case=2, batch_size=16, min_batch=4)
+    request = CropRequest(size=(8, 8, 8), read_size=(8, 8, 8), crops_per_case=2, batch_size=16, min_batch=4)
     assert batch_size(EngineConfig(accumulate=4), request, 2) == 16
     with pytest.raises(NnsslError, match=r"at least 4 crops in each micro-batch. Give -o batch_size=32 or more"):
         batch_size(EngineConfig(accumulate=8), request, 1)
@@ -287,7 +287,7 @@ def test_an_optimiser_of_one_kind_is_refused():
 
 
 def test_all_tensors_of_a_batch_are_found():
-    request = CropRequest(size=(4, 4, 4), window=(4, 4, 4))
+    request = CropRequest(size=(4, 4, 4), read_size=(4, 4, 4))
     batch = crops(request, 2)
     assert len(list(tensors_of(batch))) == 6
     assert len(list(tensors_of({"a": [batch, (torch.zeros(1),)], "b": "text", "c": None}))) == 7

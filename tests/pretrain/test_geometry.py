@@ -12,10 +12,10 @@ from nnssl.pretrain.geometry import (
     cells,
     choose_crop,
     largest_spread,
+    read_size_for,
     rotation_degrees,
     size_text,
     whole_patch,
-    window_for,
 )
 
 ISO = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
@@ -107,20 +107,20 @@ def test_rotation_in_thick_slices():
 
 
 def test_window():
-    assert window_for((16, 32, 24), (1.0, 1.0, 1.0)) == (16, 32, 24)
+    assert read_size_for((16, 32, 24), (1.0, 1.0, 1.0)) == (16, 32, 24)
     # A square turned by 45 degrees reaches sqrt(2) farther.
-    assert window_for((20, 20), (1.0, 1.0), rotation=(45.0,)) == (30, 30)
-    assert window_for((20, 20), (1.0, 1.0), rotation=(90.0,)) == (30, 30)
-    assert window_for((20, 20), (1.0, 1.0), min_scale=0.8) == (26, 26)
-    assert window_for((20, 20), (1.0, 1.0), shift=0.1) == (24, 24)
-    assert window_for((20, 20), (1.0, 1.0), min_scale=0.1) == (40, 40)  # at most twice
+    assert read_size_for((20, 20), (1.0, 1.0), rotation=(45.0,)) == (30, 30)
+    assert read_size_for((20, 20), (1.0, 1.0), rotation=(90.0,)) == (30, 30)
+    assert read_size_for((20, 20), (1.0, 1.0), min_scale=0.8) == (26, 26)
+    assert read_size_for((20, 20), (1.0, 1.0), shift=0.1) == (24, 24)
+    assert read_size_for((20, 20), (1.0, 1.0), min_scale=0.1) == (40, 40)  # at most twice
     # 10 slices of 4 mm are as long as 40 voxels of 1 mm.
-    assert window_for((10, 40), (4.0, 1.0), rotation=(45.0,)) == (16, 58)
+    assert read_size_for((10, 40), (4.0, 1.0), rotation=(45.0,)) == (16, 58)
     assert all(
-        (w - n) % 2 == 0 for w, n in zip(window_for((7, 9, 11), (1.0, 2.0, 3.0), rotation=(30.0,) * 3), (7, 9, 11))
+        (w - n) % 2 == 0 for w, n in zip(read_size_for((7, 9, 11), (1.0, 2.0, 3.0), rotation=(30.0,) * 3), (7, 9, 11))
     )
     # The margin leaves crops two thirds of their places.
-    assert window_for((16, 32, 16), (1.0,) * 3, rotation=(30.0,) * 3, min_scale=0.8, median=(36, 50, 16)) == (
+    assert read_size_for((16, 32, 16), (1.0,) * 3, rotation=(30.0,) * 3, min_scale=0.8, median=(36, 50, 16)) == (
         22,
         38,
         16,
@@ -204,16 +204,16 @@ def test_a_turn_about_an_axis_widens_the_other_two():
     for axis in range(3):
         rotation = tuple(45.0 if a == axis else 0.0 for a in range(3))
         expected = tuple(20 if a == axis else 30 for a in range(3))
-        assert window_for((20, 20, 20), (1.0, 1.0, 1.0), rotation=rotation) == expected
-        assert window_for((20, 20, 20), (1.0, 1.0, 1.0), rotation=tuple(-r for r in rotation)) == expected
+        assert read_size_for((20, 20, 20), (1.0, 1.0, 1.0), rotation=rotation) == expected
+        assert read_size_for((20, 20, 20), (1.0, 1.0, 1.0), rotation=tuple(-r for r in rotation)) == expected
     # 40 by 10: the far corner of the long side comes nearest to its axis at atan(1/4), and 45 degrees give 25 of 2 sqrt(2).
-    assert window_for((10, 40), (1.0, 1.0), rotation=(45.0,)) == (20, 42)
-    assert window_for((10, 40), (1.0, 1.0), rotation=(45.0,), most=4.0) == (36, 42)
-    assert window_for((20, 20), (1.0, 1.0), rotation=(10.0,)) == (24, 24)  # 20 (cos + sin) 10 degrees = 23.2
-    assert window_for((20, 20), (1.0, 1.0), min_scale=1.5) == (20, 20)  # larger views need no more
-    assert window_for((20, 20), (1.0, 1.0), min_scale=0.8, shift=0.1) == (30, 30)
-    assert window_for((20, 20), (1.0, 1.0), min_scale=0.5, median=(20, 32)) == (20, 24)
-    assert window_for((20, 20), (1.0, 1.0), min_scale=0.5, median=(10, 500)) == (20, 40)
+    assert read_size_for((10, 40), (1.0, 1.0), rotation=(45.0,)) == (20, 42)
+    assert read_size_for((10, 40), (1.0, 1.0), rotation=(45.0,), most=4.0) == (36, 42)
+    assert read_size_for((20, 20), (1.0, 1.0), rotation=(10.0,)) == (24, 24)  # 20 (cos + sin) 10 degrees = 23.2
+    assert read_size_for((20, 20), (1.0, 1.0), min_scale=1.5) == (20, 20)  # larger views need no more
+    assert read_size_for((20, 20), (1.0, 1.0), min_scale=0.8, shift=0.1) == (30, 30)
+    assert read_size_for((20, 20), (1.0, 1.0), min_scale=0.5, median=(20, 32)) == (20, 24)
+    assert read_size_for((20, 20), (1.0, 1.0), min_scale=0.5, median=(10, 500)) == (20, 40)
 
 
 def test_as_many_blocks_as_there_are_stages(plan):

@@ -94,7 +94,9 @@ def test_shapes_of_the_views(make, geometry, arch, dim, mode, make_batch):
 
 def test_crop_and_mode_follow_the_volume(make, make_batch):
     wide = make()  # patch 8x12x16 in a volume of 20x40x35
-    assert wide.request.size == (8, 12, 16) and wide.request.window == (20, 30, 35) and wide.local_size == (8, 12, 16)
+    assert (
+        wide.request.size == (8, 12, 16) and wide.request.read_size == (20, 30, 35) and wide.local_size == (8, 12, 16)
+    )
     tight = make(median=(8, 12, 16))
     assert tight.request.size == (4, 8, 8) and tight.local_size == (4, 8, 8)  # two thirds leave room for wider views
     narrow = make(median=(9, 13, 17), crop=(8, 12, 16))
@@ -102,7 +104,7 @@ def test_crop_and_mode_follow_the_volume(make, make_batch):
     assert make(median=(9, 13, 17), crop=(8, 12, 16), views="A").local_size == (8, 12, 16)
     thin = make(median=(4, 40, 35), crop=(4, 12, 16))
     zoomed = make_batch(thin, 20)["global"]["zoom"]
-    assert thin.request.window == (4, 30, 35) and zoomed.min() > 1.2  # no wider in z, but in the plane
+    assert thin.request.read_size == (4, 30, 35) and zoomed.min() > 1.2  # no wider in z, but in the plane
 
 
 def test_the_body_is_read_where_views_should_show_it_or_the_error_counts_there(make):
@@ -130,7 +132,7 @@ def test_views_of_larger_equal_and_smaller_volumes(make, make_crops, image, mode
     """Whatever the volume has on an axis: views have their shape, are no wider than it, and know what lies outside."""
     method = make(views=mode)
     crops = make_crops(method, 4)
-    for axis, (n, w) in enumerate(zip(image, method.request.window), start=2):
+    for axis, (n, w) in enumerate(zip(image, method.request.read_size), start=2):
         assert n <= w
         crops.data.narrow(axis, n, w - n).zero_()
     batch = method.views(crops, StepRNG(0, 0, 4))
@@ -578,7 +580,7 @@ def test_local_views_find_their_volume(tiny_plans, tiny_dataset_json, make_crops
     weights = {"lg_weight": 1.0, "gg_weight": 1.0, "ramp": 0.0, "lr": 1e-3, "mask_ratio": 0.5}
     teacher = {"prototypes": 64, "hidden": 128, "bottleneck": 64, "teacher_momentum": 0.99, "centre_momentum": 0.9}
     method = build(plans, tiny_dataset_json(), {**weights, **teacher}, median=(32, 32, 32))
-    window = method.request.window
+    window = method.request.read_size
 
     def volumes(seed):
         g, made = torch.Generator().manual_seed(seed), []
@@ -627,4 +629,4 @@ def test_local_views_find_their_volume(tiny_plans, tiny_dataset_json, make_crops
 )
 def test_windows_and_modes(make, size, median, views, window, local):
     method = make(median=median, crop=size, views=views)
-    assert (method.request.size, method.request.window, method.local_size) == (size, window, local)
+    assert (method.request.size, method.request.read_size, method.local_size) == (size, window, local)

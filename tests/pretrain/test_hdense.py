@@ -47,7 +47,7 @@ def make(tiny_plans, tiny_dataset_json):
 
 def make_crops(method, n=2, seed=0, low=-2.0, high=3.0):
     g = torch.Generator().manual_seed(seed)
-    window, channels = method.request.window, method.plan.n_channels
+    window, channels = method.request.read_size, method.plan.n_channels
     coarse = torch.randn(n, channels, *[w // 4 + 1 for w in window], generator=g)
     data = F.interpolate(coarse, size=window, mode="trilinear" if len(window) == 3 else "bilinear")
     data = data + 0.2 * torch.randn(data.shape, generator=g)
@@ -83,7 +83,7 @@ def test_the_crop_leaves_room_for_a_second_one(tiny_plans, tiny_dataset_json):
     cls, eight = get_method("hdense"), ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
     plan = _plan(tiny_plans, tiny_dataset_json, (40, 56, 40), eight)
     request = cls.crops(plan, SourceStats((36, 50, 36), 9), cls.Config())
-    assert request.size == (24, 32, 24) and request.window == (47, 63, 47)
+    assert request.size == (24, 32, 24) and request.read_size == (47, 63, 47)
     assert request.batch_size == request.crops_per_case == 10
     assert cls.crops(plan, SourceStats((36, 50, 36), 9), cls.Config(pairs_per_volume=4)).batch_size == 12
     assert cls.crops(plan, SourceStats((36, 50, 36), 9), cls.Config(), (16, 24, 32)).size == (16, 24, 32)
@@ -107,7 +107,7 @@ def test_the_crop_is_not_larger_than_memory_allows(tiny_plans, tiny_dataset_json
     flat = cls.crops(
         _plan(tiny_plans, tiny_dataset_json, (40, 56, 40), ISOTROPIC, 2), SourceStats((9, 90, 60), 9), cls.Config()
     )
-    assert flat.size == (56, 40) and flat.window == (111, 79)
+    assert flat.size == (56, 40) and flat.read_size == (111, 79)
 
 
 @pytest.mark.parametrize(("geometry", "arch"), CASES[:4:2])
@@ -398,7 +398,7 @@ def test_what_a_person_sees(make):
 def test_pictures_show_the_same_slice_of_both_crops(make):
     method = make(corruption="none").eval()
     crops = make_crops(method, 2)
-    crops.data[:] = torch.linspace(-2, 3, method.request.window[0]).view(-1, 1, 1)  # a slice has one value
+    crops.data[:] = torch.linspace(-2, 3, method.request.read_size[0]).view(-1, 1, 1)  # a slice has one value
     with torch.no_grad():
         picture = method.pictures(method.views(crops, StepRNG(0, 0, 2)))
     columns = picture.columns

@@ -45,7 +45,7 @@ def _worker(index, port, folder, plans, description):
     for gather in (True, False):
         method = _method(plans, description, gather=gather, n_voxels=20)
         wrapped = torch.nn.parallel.DistributedDataParallel(method)
-        mine, crops = slice(2 * index, 2 * index + 2), _crops(method.request.window, 4)
+        mine, crops = slice(2 * index, 2 * index + 2), _crops(method.request.read_size, 4)
         crops = Crops(**{k: v[mine] for k, v in vars(crops).items() if v is not None})
         with torch.no_grad():
             batch = method.views(crops, StepRNG(0, 3, 4, 2 * index, 2))
@@ -68,7 +68,7 @@ def test_two_processes_equal_one(tmp_path, tiny_plans, tiny_dataset_json):
     mp.spawn(_worker, args=(_port(), str(tmp_path), plans, description), nprocs=2)
     method = _method(plans, description, n_voxels=20)
     with torch.no_grad():
-        batch = method.views(_crops(method.request.window, 4), StepRNG(0, 3, 4))
+        batch = method.views(_crops(method.request.read_size, 4), StepRNG(0, 3, 4))
     counts = batch["valid"].sum(1)
     assert counts[:2].sum() != counts[2:].sum()
     terms = method(batch)
@@ -94,7 +94,7 @@ def test_learns_one_batch(tiny_plans, tiny_dataset_json, arch):
     """The contrast of two pairs of 32 voxels each falls from near log(127) to below 1 in 100 steps, the restoration halves."""
     plans = tiny_plans(3, arch, strides=FOUR, features=(16, 16, 16, 16))
     method = _method(plans, tiny_dataset_json(), n_voxels=32)
-    crops = _crops(method.request.window, 2)
+    crops = _crops(method.request.read_size, 2)
     crops.body[:] = True
     with torch.no_grad():
         batch = method.views(crops, StepRNG(0, 0, 2))

@@ -112,18 +112,18 @@ def test_turned_views_of_padded_windows(make, make_crops):
     batch = method.views(crops, StepRNG(0, 0, 8))
     assert not batch["valid"].all() and batch["valid"].any()
     assert (batch["input"].masked_select(~batch["valid"]) == -2).all()
-    for a, b in zip(make(augment_p=0, mirror=False).request.window, make().request.window):
+    for a, b in zip(make(augment_p=0, mirror=False).request.read_size, make().request.read_size):
         assert a <= b
 
 
 def test_windows_hold_turned_crops_but_no_more_than_the_image(make):
     method = make("iso")
-    size, window = method.request.size, method.request.window
+    size, window = method.request.size, method.request.read_size
     assert all(n < w <= 2 * n and (w - n) % 2 == 0 for n, w in zip(size, window))
     for median, expected in (((8, 12, 16), size), ((10, 13, 9), (10, 14, 16)), ((99, 99, 99), window)):
-        assert method.crops(method.plan, SourceStats(median, 5), method.config).window == expected
+        assert method.crops(method.plan, SourceStats(median, 5), method.config).read_size == expected
     still = make("iso", augment_p=0)
-    assert still.request.window == still.request.size
+    assert still.request.read_size == still.request.size
 
 
 def test_a_crop_without_enough_image_is_skipped_and_counted(make, make_crops, gradients):

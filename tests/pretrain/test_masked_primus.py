@@ -173,7 +173,7 @@ def test_views_of_glmae_have_the_patch(make, make_batch):
     method = make("glmae", global_views=2, local_views=3)
     batch, seen = make_batch(method), []
     method.agreement.teacher_encoder.module.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
-    assert method.local_size == method.request.size == (8, 12, 16) and method.request.window == (20, 30, 36)
+    assert method.local_size == method.request.size == (8, 12, 16) and method.request.read_size == (20, 30, 36)
     assert batch["global"]["zoom"].min() > 1.2
     terms = method(batch)
     assert len(seen) == 1 and torch.equal(seen[0], batch["global"]["target"])  # whole, and never a local view

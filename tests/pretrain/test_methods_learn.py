@@ -85,7 +85,9 @@ def test_learns_and_says_so_of_new_phantoms(tiny_plans, tiny_dataset_json, tiny_
     def views(some, step):
         picked = torch.randperm(len(some), generator=generator).repeat(2)[:batch]
         with torch.no_grad():
-            return method.views(crops_of([some[i] for i in picked], request.window, generator), StepRNG(0, step, batch))
+            return method.views(
+                crops_of([some[i] for i in picked], request.read_size, generator), StepRNG(0, step, batch)
+            )
 
     method.eval()
     held_out = [views(known[:HELD_OUT], -1 - i) for i in range(4)]

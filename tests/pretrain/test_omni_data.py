@@ -315,7 +315,7 @@ def test_patches_and_batches_that_cannot_be_are_refused(target):
     plan = load_plan(501)
     assert prepare_omni(plan, {}).sizes.size == plan.patch_size
     assert prepare_omni(plan, {}, ranks=4).sizes.labelled == 4
-    assert prepare_omni(plan, {"patch": "8,12,16", "augment": False}).sizes.window == (8, 12, 16)
+    assert prepare_omni(plan, {"patch": "8,12,16", "augment": False}).sizes.read_size == (8, 12, 16)
     for given, words in [({"patch": "8,13,16"}, "multiples of 4,4,4"), ({"patch": "4,4,4"}, "more than one")]:
         with pytest.raises(NnsslError, match=words):
             prepare_omni(plan, given)

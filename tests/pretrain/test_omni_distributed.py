@@ -30,8 +30,8 @@ def build(plans, dataset_json, name):
 def terms_of(method, run, first=0, count=4):
     """Labels with an unequal number of ignored voxels on both ranks."""
     g = torch.Generator().manual_seed(1)
-    rows, window = slice(first, first + count), method.omni_augmentation.window
-    ssl = torch.randn(4, 1, *method.request.window, generator=g)
+    rows, window = slice(first, first + count), method.omni_augmentation.read_size
+    ssl = torch.randn(4, 1, *method.request.read_size, generator=g)
     label = torch.randint(0, 3, (4, 1, *window), generator=g, dtype=torch.int16)
     label[0, :, : window[0] // 2] = IGNORE
     data = torch.randn(2, 4, 1, *window, generator=g)

@@ -30,7 +30,7 @@ def build(tiny_plans, tiny_dataset_json, name="robust", info=None, arch="plain",
 def crops_of(method, stage=2, batch=None, augment=True, annotated=None):
     g = torch.Generator().manual_seed(5)
     n = method.request.crops_per_case * -(-max(4, method.request.min_batch) // method.request.crops_per_case)
-    n, window = batch or n, method.request.window
+    n, window = batch or n, method.request.read_size
     position = torch.rand(n, 3, generator=g, dtype=torch.float64)
     ssl = Crops(
         data=torch.randn(n, 1, *window, generator=g),
@@ -41,7 +41,7 @@ def crops_of(method, stage=2, batch=None, augment=True, annotated=None):
         start=torch.zeros(n, 3, dtype=torch.int64),
         case=[f"case{i // method.request.crops_per_case}" for i in range(n)],
     )
-    size = method.omni_augmentation.window if augment else method.omni_augmentation.size
+    size = method.omni_augmentation.read_size if augment else method.omni_augmentation.size
 
     def patches(label):
         data = torch.randn(2, 1, *size, generator=g)

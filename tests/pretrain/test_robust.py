@@ -38,7 +38,7 @@ def make(tiny_plans, tiny_dataset_json):
 
 def crops_for(method, n=6, seed=0, cases=None):
     g = torch.Generator().manual_seed(seed)
-    window, channels = method.request.window, method.plan.n_channels
+    window, channels = method.request.read_size, method.plan.n_channels
     coarse = torch.randn(n, channels, *[4] * len(window), generator=g)
     mode = "trilinear" if len(window) == 3 else "bilinear"
     data = torch.nn.functional.interpolate(coarse, size=window, mode=mode, align_corners=True)

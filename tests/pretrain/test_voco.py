@@ -45,7 +45,7 @@ def make(tiny_plans, tiny_dataset_json):
 def crops_of(method, n=3, seed=0, channels=1, shape=None, start=None, **changes):
     """Smooth windows without air, as from an image that they fill."""
     generator = torch.Generator().manual_seed(seed)
-    window = method.request.window
+    window = method.request.read_size
     coarse = torch.randn(n, channels, *[max(2, w // 3) for w in window], generator=generator)
     data = F.interpolate(coarse, size=window, mode="trilinear" if len(window) == 3 else "bilinear")
     data = data + 0.1 * torch.randn(data.shape, generator=generator)
@@ -74,9 +74,9 @@ def batch_of(method, n=3, seed=0, step=0, **options):
 
 def test_request(make):
     method = make()
-    assert method.request.size == (4, 8, 8) and method.request.window == (4, 24, 16) and method.grid == (1, 3, 2)
-    assert method.request.place == "inside" and method.request.align
-    assert make(window="volume", align=False).request.place == "volume"
+    assert method.request.size == (4, 8, 8) and method.request.read_size == (4, 24, 16) and method.grid == (1, 3, 2)
+    assert method.request.sampling == "inside" and method.request.reorient
+    assert make(window="volume", align=False).request.sampling == "whole"
     assert "6 cells and 3 random crops" in method.request.explanation
     with pytest.raises(NnsslError, match="axis 1"):
         make(grid=(1, 5, 1))

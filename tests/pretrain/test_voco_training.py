@@ -33,7 +33,7 @@ def method_of(plans, description, *, stats=(6, 26, 18), crop=(4, 8, 8), **option
 
 
 def crops_of(method, n, seed=0):
-    g, window = torch.Generator().manual_seed(seed), method.request.window
+    g, window = torch.Generator().manual_seed(seed), method.request.read_size
     coarse = torch.randn(n, 1, *[max(2, w // 3) for w in window], generator=g)
     data = F.interpolate(coarse, size=window, mode="trilinear") + 0.1 * torch.randn(n, 1, *window, generator=g)
     place, shape = torch.full((n, 3), 0.5, dtype=torch.float64), torch.tensor(window).expand(n, 3).clone()

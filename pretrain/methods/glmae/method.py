@@ -166,7 +166,7 @@ class GLMAE(MAE):
             chosen, why = _choose(plan, median, config, size)
         window = _window(chosen, median, config.max_zoom)
         wider = [w / s for w, s in zip(window, chosen)]
-        request = CropRequest(size=chosen, window=window)
+        request = CropRequest(size=chosen, read_size=window)
         local = _local_size(request, plan, config)
         why += f" Global views are up to {geometry.size_text([round(f, 2) for f in wider])} times as wide"
         why += f"; local views have {geometry.size_text(local)} voxels."
@@ -178,7 +178,7 @@ class GLMAE(MAE):
         why += f" {per_cent(config.mask_ratio)} of the blocks of {geometry.size_text(block)} voxels are hidden in {views} views."
         batch = max(4, plan.batch_size)
         body = config.region == "body" or config.body_share > 0
-        return CropRequest(size=chosen, window=window, batch_size=batch, min_batch=2, explanation=why, body=body)
+        return CropRequest(size=chosen, read_size=window, batch_size=batch, min_batch=2, explanation=why, body=body)
 
     def views(self, crops: Crops, rng: StepRNG) -> Batch:
         """Global and local views of each window and their masks; see :meth:`loss` for shapes."""
@@ -376,7 +376,7 @@ def _choose(
 def _local_size(request: CropRequest, plan: Plan, config: GLMAEConfig) -> tuple[int, ...]:
     """Voxels of a local view: the crop's (mode A), or 0.6 of them in whole bottleneck voxels, two or more in all (mode B)."""
     size, stride = request.size, plan.total_stride
-    if plan.is_primus or config.views == "A" or (config.views == "auto" and _wider(size, request.window)):
+    if plan.is_primus or config.views == "A" or (config.views == "auto" and _wider(size, request.read_size)):
         return tuple(size)
     local = [min(n, math.ceil(LOCAL_SHARE * n / s) * s) for n, s in zip(size, stride)]
     while math.prod(n // s for n, s in zip(local, stride)) < 2:

@@ -153,7 +153,7 @@ class HDense(Method):
         batch = math.ceil(PAIRS / config.pairs_per_volume) * config.pairs_per_volume
         return CropRequest(
             size=chosen,
-            window=tuple(2 * s - 1 for s in chosen),
+            read_size=tuple(2 * s - 1 for s in chosen),
             crops_per_case=config.pairs_per_volume,
             batch_size=batch,
             min_batch=1,

@@ -150,7 +150,7 @@ class MAE(Method):
         window, move = size, None
         if config.augment_p > 0:
             move = movement(plan, config, size)
-            wanted = geometry.window_for(size, plan.spacing, rotation=move.rotation, min_scale=config.min_scale)
+            wanted = geometry.read_size_for(size, plan.spacing, rotation=move.rotation, min_scale=config.min_scale)
             room = [
                 max(0, m - n) for m, n in zip(stats.median_shape[-plan.dim :], size)
             ]  # beyond it lies mostly padding
@@ -158,7 +158,7 @@ class MAE(Method):
         why += f" {per_cent(config.mask_ratio)} of its blocks of {geometry.size_text(block)} voxels are hidden."
         return CropRequest(
             size=size,
-            window=window,
+            read_size=window,
             batch_size=max(2, plan.batch_size),
             min_batch=1,
             explanation=why,

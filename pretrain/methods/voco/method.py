@@ -126,7 +126,7 @@ class VoCo(Method):
     def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: VoCoConfig) -> None:
         super().__init__(network, plan, request, config)
         c, self.size = config, tuple(request.size)
-        self.grid = tuple(w // s for w, s in zip(request.window, request.size))
+        self.grid = tuple(w // s for w, s in zip(request.read_size, request.size))
         self.position_loss = PositionLoss(weighting=c.weighting, negatives=c.negatives, pool=c.pool)
         levels = {"crops": c.random_crops, "weighting": c.weighting, "negatives": c.negatives}
         self.levels = chance_levels(self.size, self.grid, **levels)
@@ -155,13 +155,13 @@ class VoCo(Method):
         )
         return CropRequest(
             size=chosen.size,
-            window=chosen.window,
+            read_size=chosen.window,
             batch_size=4,
             min_batch=1,
             explanation=f"{chosen.explanation} The batch counts volumes: {chosen.cells} cells and {config.random_crops} "
             "random crops each.",
-            place="inside" if fit else "volume",
-            align=config.align,
+            sampling="inside" if fit else "whole",
+            reorient=config.align,
         )
 
     # ---- views ---------------------------------------------------------------------------------------------------
