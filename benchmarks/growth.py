@@ -57,12 +57,12 @@ def crops(quick: bool) -> list[tuple[str, int, float]]:
 
 
 def cases(quick: bool) -> list[tuple[str, int, float]]:
-    """Start from the catalogue, and reading, against the number of cases."""
+    """Start from the manifest, and reading, against the number of cases."""
     from nnssl.pretrain.data import make_loader
-    from nnssl.pretrain.prepare import catalogue, prepare_sources
+    from nnssl.pretrain.prepare import manifest, prepare_sources
     from nnssl.pretrain.types import CropRequest
 
-    catalogue.RACY_SECONDS = -1.0  # the links were made a moment ago
+    manifest.RACY_SECONDS = -1.0  # the links were made a moment ago
     tiny: dict[str, Any] = {"shape": (12, 16, 12), "patch": (8, 8, 8), "features": (4, 8), "preprocessed": False}
     points = []
     for n in (20, 200) if quick else (100, 300, 1000, 3000, 10_000, 20_000):

@@ -84,13 +84,13 @@ class Ours:
 
         cls = get_method(name)
         config = make_config(cls.Config, options)
-        self.plan, self.pool = plan, prepare_sources(plan, [source], held_out=0.0, n_processes=1)
-        request = request_of(cls, plan, self.pool.stats(), config, size)
+        self.plan, self.case_set = plan, prepare_sources(plan, [source], held_out=0.0, n_processes=1)
+        request = request_of(cls, plan, self.case_set.stats(), config, size)
         if request is None:
             raise ValueError(f"{name}: no crop is legal here")
         self.method = cls(build_network(plan), plan, request, config)
         self.total = max(request.min_batch, 2 * request.crops_per_case)
-        self.loader = make_loader(self.pool, plan, request, seed=0, batch_size=self.total, steps=100_000)
+        self.loader = make_loader(self.case_set, plan, request, seed=0, batch_size=self.total, steps=100_000)
         self.stream, self.step = iter(self.loader), 0
         self.cost(self.total)
 
@@ -129,10 +129,10 @@ class Ours:
         times = []
         for _ in range(2):
             begin = time.process_time()
-            for ref in self.pool.cases:
+            for ref in self.case_set.cases:
                 reader.open(ref)
             times.append(time.process_time() - begin)
-        return (times[0] - times[1]) / len(self.pool.cases)
+        return (times[0] - times[1]) / len(self.case_set.cases)
 
 
 def rows_of(sides: dict[str, Any], names: list[str], edge: int, crops: int, rounds: int) -> list[dict[str, Any]]:

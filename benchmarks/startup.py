@@ -3,8 +3,8 @@
     python benchmarks/startup.py
 
 Three starts: of nnU-Net's own preprocessed folder; of a source that was preprocessed here, looking at every raw and preprocessed
-file; and the same from the catalogue that the start before has written (docs/scale.md). Cases are hard links to one tiny case, so
-that nothing is read but folders, index and catalogue; a local disk. A network file system adds its own time
+file; and the same from the manifest that the start before has written (docs/scale.md). Cases are hard links to one tiny case, so
+that nothing is read but folders, index and manifest; a local disk. A network file system adds its own time
 for each file that is looked at: ``files_looked_at`` counts these (calls of stat).
 """
 
@@ -42,7 +42,7 @@ def pretend(plan: Any, source: str, n: int) -> None:
         lines.append(json.dumps(Entry(name, (stamp,), first.shape, first.spacing, f"{i:064x}").to_json()))
     with open(index, "a") as file:
         file.write("".join(f"{line}\n" for line in lines))
-    beside(folder, "catalogue.json").unlink(missing_ok=True)
+    beside(folder, "manifest.json").unlink(missing_ok=True)
 
 
 def timed(plan: Any, source: str, **options: Any) -> tuple[float, float, int, int]:
@@ -78,9 +78,9 @@ def timed(plan: Any, source: str, **options: Any) -> tuple[float, float, int, in
 def main() -> None:
     """Print the table."""
     args = arguments(__doc__, most=(20_000, "largest number of cases"))
-    from nnssl.pretrain.prepare import catalogue
+    from nnssl.pretrain.prepare import manifest
 
-    catalogue.RACY_SECONDS = -1.0  # the links were made a moment ago
+    manifest.RACY_SECONDS = -1.0  # the links were made a moment ago
     numbers = [n for n in (100, 1000, 20_000, 160_000) if n <= args.most]
     rows = []
     for n in [20, 200] if args.quick else numbers:
@@ -92,7 +92,7 @@ def main() -> None:
             starts = {
                 "nnU-Net's folder": ("Dataset901_Phantom", {}),
                 "own folder, every file": ("Dataset902_Phantom", {}),
-                "own folder, catalogue": ("Dataset902_Phantom", {}),
+                "own folder, manifest": ("Dataset902_Phantom", {}),
             }
             for what, (source, options) in starts.items():
                 seconds, cpu, cases, looked = timed(plan, source, **options)

@@ -20,7 +20,7 @@ from nnssl.files import write_json
 from nnssl.loggers import open_loggers
 from nnssl.plans import Plan, resolve_dataset
 from nnssl.plans.unlabelled import case_key_hash
-from nnssl.pretrain.data import Pool
+from nnssl.pretrain.data import CaseSet
 from nnssl.pretrain.data.weights import parse_sources, relative
 from nnssl.pretrain.engine.devices import pick_device, process_group, restarted, shared_preparation
 from nnssl.pretrain.engine.estimate import estimate
@@ -111,7 +111,7 @@ def _pretrain(asked: RunOptions, said: MemoryHandler) -> RunResult:
         if asked.labelled is not None:
             omni = prepare_omni(plan, omni_options, saved, cases=asked.labelled_cases, ranks=world_size())
             cls = omni.method(cls)
-        pool, request = _data(asked, cls, plan, names, accepted, choice)
+        case_set, request = _data(asked, cls, plan, names, accepted, choice)
         if saved is not None and asked.crop is None:
             explanation = request.explanation.replace("as asked for", "as in the run that is continued")
             request = replace(request, explanation=explanation)
@@ -121,7 +121,7 @@ def _pretrain(asked: RunOptions, said: MemoryHandler) -> RunResult:
             method=cls,
             config=choice.config,
             plan=plan,
-            pool=pool,
+            case_set=case_set,
             request=request,
             engine=choice.engine,
             batch_size=batch,
@@ -137,15 +137,15 @@ def _pretrain(asked: RunOptions, said: MemoryHandler) -> RunResult:
             start=start,
         )
         if omni is not None:
-            spec.companion = omni.companion(pool, choice.seed, spec.steps, spec.weights)
-            spec.hooks.append(omni.hook(spec.companion))
+            spec.auxiliary = omni.auxiliary(case_set, choice.seed, spec.steps, spec.weights)
+            spec.hooks.append(omni.hook(spec.auxiliary))
         _introduce(spec, names)
         if omni is not None:
             omni.introduce(spec.steps)
         if asked.dry_run:
             log.info("%s", estimate(spec))
             return RunResult(path, None, False, False, "Only estimated.", {})
-        who = identity(cls, plan, pool, request, names, choice, batch, spec.weights)
+        who = identity(cls, plan, case_set, request, names, choice, batch, spec.weights)
         who["omni"] = None if omni is None else omni.identity()
         who["init"] = start.identity() if start is not None else ((saved or {}).get("identity") or {}).get("init")
         spec.identity = who
@@ -190,11 +190,11 @@ def _source_names(sources: Sources) -> tuple[list[str], dict[str, float] | None]
 
 def _data(
     asked: RunOptions, cls: type[Method], plan: Plan, names: list[str], accepted: Mapping[str, Any], choice: Choice
-) -> tuple[Pool, CropRequest]:
+) -> tuple[CaseSet, CropRequest]:
     """The prepared cases, and the crops of them that the method asks for."""
     n_processes = asked.processes or default_num_processes
     with shared_preparation():
-        pool = prepare_sources(
+        case_set = prepare_sources(
             plan,
             names,
             cases=Path(accepted["cases"]) if accepted["cases"] else None,
@@ -204,11 +204,11 @@ def _data(
             allow_mismatch=accepted["allow_mismatch"],
             preprocess=not asked.dry_run,
         )
-    request = cls.crops(plan, pool.stats(), choice.config, choice.crop)
+    request = cls.crops(plan, case_set.stats(), choice.config, choice.crop)
     if request.body and not asked.dry_run:
         with shared_preparation():
-            prepare_bodies(plan, pool, n_processes=n_processes)
-    return pool, request
+            prepare_bodies(plan, case_set, n_processes=n_processes)
+    return case_set, request
 
 
 def _weights(given: dict[str, float] | None, saved: dict[str, Any] | None) -> dict[str, float] | None:
@@ -240,7 +240,7 @@ def _execute(
 ) -> RunResult:
     """Admit, record, train, judge."""
     folder, path = spec.folder, spec.folder.path
-    images = [case.key for case in spec.pool.cases], spec.pool.contents
+    images = [case.key for case in spec.case_set.cases], spec.case_set.contents
     folder.check_images(*images, continue_run=continue_run)
     resuming = folder.check_resume(who, continue_run=continue_run)
     before = finished_before(folder.final, spec.steps) if resuming else None
@@ -307,7 +307,7 @@ def _record(spec: RunSpec, who: dict[str, Any]) -> dict[str, Any]:
         "runtime": {"device": str(spec.device), "processes": world_size(), "workers": spec.workers},
         "objective": origin(spec.method),
         "crop_explanation": spec.request.explanation,
-        "held_out_cases": len(spec.pool.held_out),
+        "held_out_cases": len(spec.case_set.held_out),
         "versions": checkpoint.package_versions(),
     }
 
@@ -331,9 +331,9 @@ def _payload(engine: Engine, sources: list[str], training: dict[str, Any] | None
         transfer={"parts": engine.method.default_transfer, "why": engine.method.transfer_reason},
         data={
             "sources": sources,
-            "cases": len(spec.pool.cases),
-            "fingerprint": spec.pool.fingerprint_hash,
-            "case_hashes": sorted(case_key_hash(ref.key) for ref in spec.pool.cases),
+            "cases": len(spec.case_set.cases),
+            "fingerprint": spec.case_set.fingerprint_hash,
+            "case_hashes": sorted(case_key_hash(ref.key) for ref in spec.case_set.cases),
         },
         citations=spec.method.citation,
         training=training,
@@ -373,7 +373,7 @@ def _introduce(spec: RunSpec, sources: list[str]) -> None:
         plan.network_text,
         ", ".join(sources),
     )
-    log.info("Cases: %d to learn from, %d held out.", len(spec.pool.train), len(spec.pool.held_out))
+    log.info("Cases: %d to learn from, %d held out.", len(spec.case_set.train), len(spec.case_set.held_out))
     log.info("%s It is read in windows of %s.", request.explanation, size_text(request.read_size))
     log.info(
         "Batch: %d crops a step (plan: %d patches of %s); %s of %s; seed %d; %s, %s.",

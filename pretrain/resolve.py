@@ -9,7 +9,7 @@ from typing import Any
 from nnssl.config import config_dict, make_config, split_options
 from nnssl.errors import NnsslError, did_you_mean
 from nnssl.plans import Plan
-from nnssl.pretrain.data import Pool
+from nnssl.pretrain.data import CaseSet
 from nnssl.pretrain.engine.config import RUNTIME_OPTIONS, EngineConfig
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import CropRequest
@@ -109,7 +109,7 @@ def method_folder(method: type[Method]) -> str:
 def identity(
     method: type[Method],
     plan: Plan,
-    pool: Pool,
+    case_set: CaseSet,
     request: CropRequest,
     sources: list[str],
     choice: Choice,
@@ -134,5 +134,5 @@ def identity(
         "configuration": plan.configuration,
         "architecture_hash": plan.architecture_hash,
         "data_hash": plan.data_hash,
-        "cases": {"number": len(pool.cases), "fingerprint": pool.fingerprint_hash},
+        "cases": {"number": len(case_set.cases), "fingerprint": case_set.fingerprint_hash},
     }

@@ -15,7 +15,7 @@ EXPECTED = {
     "step_time": ("method", {"macl", "mae", "glmae", "hdense"}),
     "data_wait": ("workers", {0, 1}),
     "memory": ("cases", {20, 200}),
-    "startup": ("start", {"nnU-Net's folder", "own folder, every file", "own folder, catalogue"}),
+    "startup": ("start", {"nnU-Net's folder", "own folder, every file", "own folder, manifest"}),
     "ema_infonce": ("what", {"EMA update", "InfoNCE, D=128"}),
     "preprocessing": ("image", {"40x48x40"}),
     "options": ("options", {"none", "checkpointing=true", "accumulate=2"}),
@@ -75,7 +75,7 @@ def test_each_benchmark_runs(name, tmp_path):
     assert values <= {row[key] for row in rows}
     if name == "startup":
         looked = {row["start"]: row["files_looked_at"] for row in rows if row["cases"] == 200}
-        assert looked["own folder, catalogue"] == 0 and looked["own folder, every file"] >= 400
+        assert looked["own folder, manifest"] == 0 and looked["own folder, every file"] >= 400
     if name == "loader":
         assert all(row["ratio"] > 0 for row in rows)
     if name == "growth":

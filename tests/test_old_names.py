@@ -16,6 +16,7 @@ from nnssl.pretrain.methods import CropRequest
         ("nnssl.networks", "walk", "forward_features"),
         ("nnssl.plans.figures", "Figures", "FineTuningConfig"),
         ("nnssl.pretrain.augment", "Draws", "StepRNG"),
+        ("nnssl.pretrain.data", "Pool", "CaseSet"),
         ("nnssl.pretrain.geometry", "window_for", "read_size_for"),
         ("nnssl.transfer", "prove_loadable", "check_loadable"),
     ],

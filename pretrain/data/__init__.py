@@ -1,11 +1,13 @@
-"""Preprocessed cases to crops: the pool of cases, partial reads, and a loader that is a pure function of the seed."""
+"""Preprocessed cases to crops: the case set, partial reads, and a loader that is a pure function of the seed."""
 
 from nnssl.pretrain.data.case import CaseFormat, CaseInfo, CaseReader, OpenCase
+from nnssl.pretrain.data.case_set import BadCase, CaseRef, CaseSet
 from nnssl.pretrain.data.crops import CropDataset, Sample, collate
 from nnssl.pretrain.data.intensity import intensity_range
 from nnssl.pretrain.data.loader import CropLoader, make_loader
 from nnssl.pretrain.data.orientation import Geometry
-from nnssl.pretrain.data.pool import BadCase, CaseRef, Pool
+
+Pool = CaseSet  # its name before
 
 __all__ = [
     "BadCase",
@@ -17,6 +19,7 @@ __all__ = [
     "CropLoader",
     "Geometry",
     "OpenCase",
+    "CaseSet",
     "Pool",
     "Sample",
     "collate",

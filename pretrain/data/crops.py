@@ -14,8 +14,8 @@ from nnssl.errors import NnsslError
 from nnssl.pretrain.augment.rng import HELD_OUT_STEP, StepRNG
 from nnssl.pretrain.augment.spatial import reach
 from nnssl.pretrain.data.case import CaseFormat, CaseReader, HeldCase, OpenCase, damaged
+from nnssl.pretrain.data.case_set import CaseRef
 from nnssl.pretrain.data.intensity import body_mask
-from nnssl.pretrain.data.pool import CaseRef
 from nnssl.pretrain.data.reorientation import AxisTransform, Orientation
 from nnssl.pretrain.data.resample import foreground_box, resample_box
 from nnssl.pretrain.data.sampling import TRAIN, draw_cases, draw_start, generator

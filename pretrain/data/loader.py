@@ -23,17 +23,17 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
 from nnssl.pretrain.data.case import CaseFormat, CaseReader
+from nnssl.pretrain.data.case_set import CaseSet
 from nnssl.pretrain.data.crops import CropDataset, Sample, collate
 from nnssl.pretrain.data.folders import body_folder
-from nnssl.pretrain.data.pool import Pool
 from nnssl.pretrain.data.reorientation import common_orientation
 from nnssl.pretrain.data.sampling import HELD_OUT, TRAIN
 from nnssl.pretrain.types import CropRequest, Crops
 
-__all__ = ["Companion", "CropLoader", "make_loader"]
+__all__ = ["AuxiliaryLoader", "CropLoader", "make_loader"]
 
 
-class Companion(Protocol):
+class AuxiliaryLoader(Protocol):
     """Reads more of a step than its crops, in the same processes; pickles."""
 
     def read(self, step: int) -> Any:
@@ -94,25 +94,25 @@ def shared_memory_advice() -> str:
 
 
 class _Guarded(Dataset[Any]):
-    """Hands a batch's error on as a value; reads what a companion has beside the crops."""
+    """Hands a batch's error on as a value; reads what an auxiliary loader has beside the crops."""
 
-    def __init__(self, dataset: CropDataset, companion: Companion | None = None) -> None:
-        self.dataset, self.companion = dataset, companion
+    def __init__(self, dataset: CropDataset, auxiliary: AuxiliaryLoader | None = None) -> None:
+        self.dataset, self.auxiliary = dataset, auxiliary
 
     def __getitems__(self, items: list[tuple[int, int]]) -> list[Sample] | tuple[list[Sample], Any] | _Failure:
         try:
             samples = [self.dataset[item] for item in items]
-            return samples if self.companion is None else (samples, self.companion.read(items[0][0]))
+            return samples if self.auxiliary is None else (samples, self.auxiliary.read(items[0][0]))
         except NnsslError as error:
             return _Failure(str(error))
         finally:
             self.dataset.release()
 
     def collate(self, read: Any) -> Any:
-        """Stack the samples of a batch, and put beside them what the companion has read."""
+        """Stack the samples of a batch, and put beside them what the auxiliary loader has read."""
         if isinstance(read, _Failure):
             return read
-        return collate(read) if self.companion is None else self.companion.join(collate(read[0]), read[1])
+        return collate(read) if self.auxiliary is None else self.auxiliary.join(collate(read[0]), read[1])
 
 
 def _start_worker(worker: int) -> None:
@@ -230,7 +230,7 @@ def _counters(workers: int) -> torch.Tensor:
 
 
 def make_loader(
-    pool: Pool,
+    case_set: CaseSet,
     plan: Plan,
     request: CropRequest,
     *,
@@ -246,16 +246,16 @@ def make_loader(
     weights: Sequence[float] | np.ndarray | None = None,
     prefetch: int = 2,
     multiprocessing_context: str | None = None,
-    companion: Companion | None = None,
+    auxiliary: AuxiliaryLoader | None = None,
 ) -> CropLoader:
     """Make the loader of one rank.
 
-    What it yields depends on the pool, the request, ``seed``, ``batch_size`` and the step alone: not on the number of workers,
+    What it yields depends on the case set, the request, ``seed``, ``batch_size`` and the step alone: not on the number of workers,
     nor on where it started. Rank r gets samples ``[r b, (r + 1) b)`` of each step with ``b = batch_size / world_size``.
     Iterated again, it yields the same again. No global random number is drawn.
 
     Args:
-        pool: the cases.
+        case_set: the cases.
         plan: whose preprocessing they have.
         request: crop, read size and crops per case.
         seed: of the run.
@@ -269,7 +269,7 @@ def make_loader(
         weights: of the split's cases, see :class:`CropDataset`.
         prefetch: batches that each worker reads ahead.
         multiprocessing_context: ``"fork"``, ``"spawn"``, or torch's default.
-        companion: reads more of each step.
+        auxiliary: reads more of each step.
 
     Raises:
         NnsslError: the split is empty, or ``batch_size`` is not divisible by ``world_size``. While iterating: a case's files
@@ -277,7 +277,7 @@ def make_loader(
     """
     if batch_size < 1 or batch_size % world_size:
         raise NnsslError(f"batch_size={batch_size} cannot be shared by {world_size} processes; use a multiple.")
-    refs = pool.split(split)
+    refs = case_set.split(split)
     if not refs:
         raise NnsslError(f"There are no {split.replace('_', '-')} cases.")
     blosc2.set_nthreads(1)  # as nnU-Net's data sets do, before workers are forked
@@ -292,10 +292,10 @@ def make_loader(
         weights=weights,
         counters=_counters(num_workers),
         bodies={s: body_folder(plan, s) for s in {r.source for r in refs}} if request.body else None,
-        orientation=common_orientation(pool.cases, CaseReader(form), plan.spacing) if request.reorient else None,
+        orientation=common_orientation(case_set.cases, CaseReader(form), plan.spacing) if request.reorient else None,
     )
     share = batch_size // world_size
-    guarded = _Guarded(dataset, companion)
+    guarded = _Guarded(dataset, auxiliary)
     loader = CropLoader(
         guarded,
         batch_sampler=_Steps(start_step, steps, rank * share, share),

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nnssl.pretrain.data.case import CaseReader
+from nnssl.pretrain.data.case_set import CaseRef
 from nnssl.pretrain.data.orientation import Geometry
-from nnssl.pretrain.data.pool import CaseRef
 
 __all__ = ["LOOKED_AT", "Orientation", "AxisTransform", "common_orientation"]
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from nnssl.errors import NnsslError
 from nnssl.plans import resolve_dataset
-from nnssl.pretrain.data.pool import CaseRef
+from nnssl.pretrain.data.case_set import CaseRef
 from nnssl.pretrain.options import Sources
 
 __all__ = ["case_weights", "parse_sources", "relative"]

@@ -51,7 +51,7 @@ def estimate(spec: RunSpec) -> str:
     parts = spec.engine.accumulate or 1
     stepper = Stepper(method, method, device, spec.steps, clip, spec.engine.amp, spec.engine.optimiser_kernels)
     crops: Any = random_crops(spec)
-    crops = (crops if spec.companion is None else spec.companion.random(crops)).to(device)
+    crops = (crops if spec.auxiliary is None else spec.auxiliary.random(crops)).to(device)
     seconds = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

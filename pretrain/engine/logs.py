@@ -125,5 +125,5 @@ def run_settings(spec: RunSpec, identity: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("method", "dataset", "plans_name", "configuration", "epochs", "iterations", "batch_size", "seed")
     told = {k: identity[k] for k in keys}
     told |= {"sources": " ".join(identity["sources"]), "crop": size_text(spec.request.size)}
-    told |= {"cases": len(spec.pool.train), "held_out_cases": len(spec.pool.held_out)}
+    told |= {"cases": len(spec.case_set.train), "held_out_cases": len(spec.case_set.held_out)}
     return told | {f"option/{f.name}": str(getattr(spec.config, f.name)) for f in fields(spec.config)}

@@ -20,7 +20,7 @@ from nnssl.errors import NnsslError
 from nnssl.loggers import Logger
 from nnssl.networks import build_network
 from nnssl.plans import Plan
-from nnssl.pretrain.data import Pool, make_loader
+from nnssl.pretrain.data import CaseSet, make_loader
 from nnssl.pretrain.data.weights import case_weights
 from nnssl.pretrain.engine.config import EngineConfig
 from nnssl.pretrain.engine.drawing import draw, draw_views
@@ -63,7 +63,7 @@ class RunSpec:
         seed: of network initialisation, sampling and views.
         weights: how often the cases of each source are drawn, by its name; None for equally often.
         start: weights to start from, :class:`nnssl.pretrain.onwards.Start`; None for random ones.
-        companion: what is read beside the crops: ``reader(split)`` gives the loader's companion, ``random(crops)`` puts random
+        auxiliary: what is read beside the crops: ``reader(split)`` gives the auxiliary loader of a split, ``random(crops)`` puts random
             values beside random crops.
         identity: what makes the run what it is; the checkpoint carries it.
         loggers: get the numbers of rank 0; whoever opens them closes them.
@@ -72,7 +72,7 @@ class RunSpec:
     method: type[Method]
     config: Any
     plan: Plan
-    pool: Pool
+    case_set: CaseSet
     request: CropRequest
     engine: EngineConfig
     batch_size: int
@@ -85,7 +85,7 @@ class RunSpec:
     save: Callable[[Engine, Any, dict[str, Any] | None], None]
     hooks: list[Hook] = field(default_factory=list)
     weights: dict[str, float] | None = None
-    companion: Any = None
+    auxiliary: Any = None
     identity: dict[str, Any] = field(default_factory=dict)
     start: Any = None
     loggers: Sequence[Logger] = ()
@@ -142,7 +142,7 @@ class Engine:
         self.verdict: dict[str, Any] | None = None
         self.method = spec.method(network, spec.plan, spec.request, spec.config).to(spec.device)
         self.parts = spec.engine.accumulate or 1
-        if self.parts > 1 and spec.companion is not None:
+        if self.parts > 1 and spec.auxiliary is not None:
             raise NnsslError("-o accumulate does not go with --labelled: lower -o batch_size, or use more GPUs.")
         apply_options(self.method, spec.engine)
         module: nn.Module = self.method
@@ -176,10 +176,10 @@ class Engine:
     def _loader(self, split: str, start: int) -> Any:
         spec = self.spec
         held_out = split == "held_out"
-        if held_out and (not spec.pool.held_out or not spec.engine.held_out_batches):
+        if held_out and (not spec.case_set.held_out or not spec.engine.held_out_batches):
             return []
         return make_loader(
-            spec.pool,
+            spec.case_set,
             spec.plan,
             spec.request,
             seed=spec.seed,
@@ -191,8 +191,8 @@ class Engine:
             num_workers=0 if held_out else spec.workers,
             split=split,
             pin_memory=spec.device.type == "cuda",
-            weights=None if held_out else case_weights(spec.pool.train, spec.weights),
-            companion=None if spec.companion is None else spec.companion.reader(split),
+            weights=None if held_out else case_weights(spec.case_set.train, spec.weights),
+            auxiliary=None if spec.auxiliary is None else spec.auxiliary.reader(split),
         )
 
     def save(self, *, final: bool = False) -> None:

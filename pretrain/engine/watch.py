@@ -208,12 +208,12 @@ class RobustnessHook(Hook):
 def _cases(spec: RunSpec) -> tuple[dict[str, tuple[Path, str]], str]:
     """Cases that the run does not learn from, by key, and what they are."""
     plan = spec.plan
-    if all(ref.source != plan.dataset_name for ref in spec.pool.cases):
+    if all(ref.source != plan.dataset_name for ref in spec.case_set.cases):
         folder = preprocessed_folder() / plan.dataset_name / plan.data_identifier
         names = list_cases(folder)
         if len(names) >= 2:
             return {f"{plan.dataset_name}/{n}": (folder, n) for n in names}, f"images of {plan.dataset_name}"
-    return {ref.key: (ref.folder, ref.name) for ref in spec.pool.held_out}, "held-out cases"
+    return {ref.key: (ref.folder, ref.name) for ref in spec.case_set.held_out}, "held-out cases"
 
 
 def _heard(stop: bool, device: torch.device) -> bool:

@@ -31,7 +31,7 @@ from nnssl.pretrain.augment.nnunet import (
 )
 from nnssl.pretrain.augment.spatial import central_crop, warp
 from nnssl.pretrain.methods.base import Method
-from nnssl.pretrain.omni.companion import OmniCrops
+from nnssl.pretrain.omni.auxiliary import OmniCrops
 from nnssl.pretrain.omni.config import OmniConfig
 from nnssl.pretrain.omni.loss import SegmentationLoss, deep_weights, ignore_value, segment
 from nnssl.pretrain.omni.patches import Patches

@@ -23,7 +23,7 @@ from nnssl.words import counted
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import Engine
-    from nnssl.pretrain.omni.companion import OmniCompanion
+    from nnssl.pretrain.omni.auxiliary import OmniLoaders
     from nnssl.pretrain.omni.config import OmniConfig
 
 log = logging.getLogger("nnssl")
@@ -71,20 +71,20 @@ class PseudoMetricsHook(Hook):
 
     Args:
         config: ``agreement``, ``volumes`` and ``volumes_every``.
-        companion: reads the patches.
+        auxiliary: reads the patches.
     """
 
     name = "omni"
 
-    def __init__(self, config: OmniConfig, companion: OmniCompanion) -> None:
-        self.config, self.companion = config, companion
+    def __init__(self, config: OmniConfig, auxiliary: OmniLoaders) -> None:
+        self.config, self.auxiliary = config, auxiliary
         self.trace: list[dict[str, Any]] = []
         self._data: LabelledDataset | None = None
         self._written = -1
 
     def start(self, engine: Engine) -> None:
         """Choose the patches; measure the untrained network."""
-        seed, cases = engine.spec.seed, self.companion.cases
+        seed, cases = engine.spec.seed, self.auxiliary.cases
         wanted = set(case_order([c.name for c in cases.held_out], seed)[:CASES]) if self.config.agreement else set()
         found = [
             c
@@ -92,7 +92,7 @@ class PseudoMetricsHook(Hook):
             if c.name in wanted and any(map(len, class_locations(cases.folder, c.name).values()))
         ]
         if found:
-            self._data = self.companion.labelled_dataset(found, held_out=True, batch=self.config.agreement)
+            self._data = self.auxiliary.labelled_dataset(found, held_out=True, batch=self.config.agreement)
             log.info("Pseudo-labels are compared with the labels of %d held-out cases.", len(found))
         else:
             log.info("Pseudo-labels are compared with no labels: no labelled case is held out.")
@@ -134,7 +134,7 @@ class PseudoMetricsHook(Hook):
         data, device, training = self._data, engine.spec.device, method.training
         if data is None:
             raise ValueError("nothing to measure on")
-        plan = self.companion.plan
+        plan = self.auxiliary.plan
         names = head_names(plan)
         teacher, student = Counts(list(names), device), Counts(list(names), device)
         method.eval()
@@ -165,7 +165,7 @@ class PseudoMetricsHook(Hook):
             return
         self._written = epoch
         folder = engine.spec.folder.path / "pseudo_labels" / f"epoch_{epoch:04d}"
-        rows = write_volumes(engine, self.companion, self.config.volumes, folder)
+        rows = write_volumes(engine, self.auxiliary, self.config.volumes, folder)
         for row in rows:
             engine.log.event("volume", epoch=epoch, **row)  # no step: TensorBoard is closed by now
         log.info("Pseudo-labels of %s as volumes: %s", counted(len(rows), "case"), folder)
@@ -189,7 +189,7 @@ class PseudoMetricsHook(Hook):
 
     def checkpoint_info(self) -> dict[str, Any]:
         """``omni``: options, trace, and hashes of the cases whose labels were learnt from; ``heads``: their label set."""
-        cases, plan = self.companion.cases, self.companion.plan
+        cases, plan = self.auxiliary.cases, self.auxiliary.plan
         heads = head_names(plan)
         learnt = {n for n, i in heads.items() if any(c.annotated is None or i in c.annotated for c in cases.train)}
         return {

@@ -13,10 +13,10 @@ from nnssl.errors import NnsslError
 from nnssl.plans import Plan, dataset_id
 from nnssl.plans.labels import ALL, case_order
 from nnssl.pretrain.augment.nnunet import TrainingAugmentation
-from nnssl.pretrain.data import Pool
+from nnssl.pretrain.data import CaseSet
 from nnssl.pretrain.methods.base import Method
+from nnssl.pretrain.omni.auxiliary import OmniLoaders, Sizes
 from nnssl.pretrain.omni.cases import LabelledSet, find_labelled, head_names
-from nnssl.pretrain.omni.companion import OmniCompanion, Sizes
 from nnssl.pretrain.omni.config import OMNI_RUNTIME, OmniConfig, resolve_omni
 from nnssl.pretrain.omni.method import make_omni
 from nnssl.pretrain.omni.patches import read_label
@@ -58,11 +58,13 @@ class Omni:
         """The class that the engine trains."""
         return make_omni(base, self.config, len({c.annotated for c in self.cases.train}) > 1, self.largest)
 
-    def companion(self, pool: Pool, seed: int, steps: int, weights: dict[str, float] | None = None) -> OmniCompanion:
+    def auxiliary(
+        self, case_set: CaseSet, seed: int, steps: int, weights: dict[str, float] | None = None
+    ) -> OmniLoaders:
         """What reads the patches of a run of that many steps; ``weights`` of the sources, as of the crops."""
-        return OmniCompanion(
+        return OmniLoaders(
             self.plan,
-            pool,
+            case_set,
             self.cases,
             self.sizes,
             seed=seed,
@@ -71,9 +73,9 @@ class Omni:
             weights=weights,
         )
 
-    def hook(self, companion: OmniCompanion) -> PseudoMetricsHook:
+    def hook(self, auxiliary: OmniLoaders) -> PseudoMetricsHook:
         """The watcher."""
-        return PseudoMetricsHook(self.config, companion)
+        return PseudoMetricsHook(self.config, auxiliary)
 
     def switch(self, steps: int) -> int:
         """First step of the second stage; ``steps`` where there is none."""

@@ -25,22 +25,22 @@ from nnssl.properties import read_properties
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import Engine
-    from nnssl.pretrain.omni.companion import OmniCompanion
+    from nnssl.pretrain.omni.auxiliary import OmniLoaders
 
 log = logging.getLogger("nnssl")
 
 
-def choose_volumes(companion: OmniCompanion, count: int) -> list[CaseRef]:
+def choose_volumes(auxiliary: OmniLoaders, count: int) -> list[CaseRef]:
     """Cases to write: images that were not learnt from with labels, half of them with labels to compare with where there are.
 
     The same for each epoch of a run, so that a person sees the same cases change.
     """
-    cases, seed = companion.cases, companion.seed
+    cases, seed = auxiliary.cases, auxiliary.seed
     learnt = {c.name for c in cases.train}
     labelled = {f"{cases.dataset}/{c.name}": CaseRef(c.name, cases.folder, cases.dataset) for c in cases.held_out}
     others = {
         r.key: r
-        for r in companion.pool.cases
+        for r in auxiliary.case_set.cases
         if r.key not in labelled and not (r.source == cases.dataset and r.name in learnt)
     }
     known, new = case_order(labelled, seed), case_order(others, seed)
@@ -48,12 +48,12 @@ def choose_volumes(companion: OmniCompanion, count: int) -> list[CaseRef]:
     return [labelled[k] for k in known[:half]] + [others[k] for k in new[: count - half]]
 
 
-def write_volumes(engine: Engine, companion: OmniCompanion, count: int, folder: Path) -> list[dict[str, Any]]:
+def write_volumes(engine: Engine, auxiliary: OmniLoaders, count: int, folder: Path) -> list[dict[str, Any]]:
     """Predict and write some cases with the network that makes pseudo-labels.
 
     Args:
         engine: the run.
-        companion: its labelled cases and pool.
+        auxiliary: its labelled cases and case set.
         count: most cases.
         folder: where they go, as ``<source>_<case><file ending>``; made where it is missing.
 
@@ -68,9 +68,9 @@ def write_volumes(engine: Engine, companion: OmniCompanion, count: int, folder: 
     predictor = _predictor(engine)
     predictor.network = deepcopy(unwrap(method.omni_network())).eval()  # type: ignore[operator]
     folder.mkdir(parents=True, exist_ok=True)
-    labelled = {c.name for c in companion.cases.held_out}
+    labelled = {c.name for c in auxiliary.cases.held_out}
     rows = []
-    for ref in choose_volumes(companion, count):
+    for ref in choose_volumes(auxiliary, count):
         try:
             data = torch.from_numpy(np.asarray(open_array(ref.image)[:]))
             properties = read_properties(ref.properties)
@@ -79,7 +79,7 @@ def write_volumes(engine: Engine, companion: OmniCompanion, count: int, folder: 
         logits = predictor.predict_sliding_window_return_logits(data).cpu().float()
         file = folder / f"{ref.source}_{ref.name}"
         row: dict[str, Any] = {"case": ref.key, "file": os.path.relpath(file, engine.spec.folder.path)}
-        if ref.source == companion.cases.dataset and ref.name in labelled:
+        if ref.source == auxiliary.cases.dataset and ref.name in labelled:
             label = torch.from_numpy(np.asarray(open_array(ref.labels)[:1]))
             row.update(_dice(plan, method.omni_labels(logits[None]), label[None].long()))  # type: ignore[operator]
         export_prediction_from_logits(

@@ -20,9 +20,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
 from nnssl.preprocessed import IMAGE, PROPERTIES, open_array
+from nnssl.pretrain.data.case_set import CaseRef, CaseSet
 from nnssl.pretrain.data.folders import beside, body_folder
 from nnssl.pretrain.data.orientation import Geometry
-from nnssl.pretrain.data.pool import CaseRef, Pool
 from nnssl.pretrain.prepare.body import body_of_raw, resize_mask
 from nnssl.pretrain.prepare.index import Entry, Index
 from nnssl.pretrain.prepare.preprocess import done_cases, in_memory, raise_fatal, temporary_folder
@@ -160,7 +160,7 @@ def _have(plan: Plan, source: str) -> set[str]:
     return {name[: -len(".b2nd")] for name in os.listdir(folder)} if folder.is_dir() else set()
 
 
-def prepare_bodies(plan: Plan, pool: Pool, *, n_processes: int, thorough: bool = False) -> int:
+def prepare_bodies(plan: Plan, case_set: CaseSet, *, n_processes: int, thorough: bool = False) -> int:
     """Make the masks of all cases whose raw images are there, unless they have been made; say in one line what is used.
 
     A mask is threshold, flood fill and largest pieces of the raw image (:mod:`nnssl.pretrain.prepare.body`), brought through the
@@ -169,7 +169,7 @@ def prepare_bodies(plan: Plan, pool: Pool, *, n_processes: int, thorough: bool =
 
     Args:
         plan: of the target.
-        pool: the cases.
+        case_set: the cases.
         n_processes: 0 and 1 work in this process.
         thorough: also look at the raw images of a source that has all its masks, whether they have changed.
 
@@ -180,7 +180,7 @@ def prepare_bodies(plan: Plan, pool: Pool, *, n_processes: int, thorough: bool =
         NnsslError: no space, no permission, no memory, or a killed process.
     """
     sources: dict[str, list[CaseRef]] = {}
-    for ref in pool.cases:
+    for ref in case_set.cases:
         sources.setdefault(ref.source, []).append(ref)
     masks, failed = 0, []
     for source, refs in sources.items():
@@ -194,7 +194,7 @@ def prepare_bodies(plan: Plan, pool: Pool, *, n_processes: int, thorough: bool =
                 failed += _make(plan, source, refs, raw, n_processes)
         done = _have(plan, source)
         masks += sum(ref.name in done for ref in refs)
-    rest = len(pool.cases) - masks
+    rest = len(case_set.cases) - masks
     if failed:
         shown = "; ".join(f"{e.name}: {e.bad}" for e in failed[:NAMED])
         log.warning(

@@ -13,7 +13,7 @@ from typing import Any
 
 from nnssl.files import write_atomic
 from nnssl.journal import append_line, read_lines
-from nnssl.pretrain.data.pool import BadCase
+from nnssl.pretrain.data.case_set import BadCase
 from nnssl.pretrain.prepare.raw import Stamp
 
 

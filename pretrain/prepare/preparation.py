@@ -79,7 +79,7 @@ def preprocess(
     n_processes = processes or default_num_processes
     planning: dict[str, Any] = {"planner": planner, "gpu_memory_target": gpu_memory_target, "n_processes": n_processes}
     plan = planned(names, target, configuration, plans, **planning)
-    pool = prepare_sources(
+    case_set = prepare_sources(
         plan,
         names,
         cases=Path(cases) if cases else None,
@@ -91,12 +91,12 @@ def preprocess(
         thorough=True,
         part=share,
     )
-    if method is not None and pool.cases and _needs_bodies(plan, method, pool.stats()):
-        prepare_bodies(plan, pool, n_processes=n_processes, thorough=True)
-    folders = sorted({case.folder for case in pool.cases})
+    if method is not None and case_set.cases and _needs_bodies(plan, method, case_set.stats()):
+        prepare_bodies(plan, case_set, n_processes=n_processes, thorough=True)
+    folders = sorted({case.folder for case in case_set.cases})
     what = "" if share is None else f" of part {share.index} of {share.of}"
-    log.info("%d cases%s are preprocessed: %s", len(pool.cases), what, ", ".join(map(str, folders)) or "none")
-    return Prepared(len(pool.cases), [str(b) for b in pool.bad], list(pool.reports), folders)
+    log.info("%d cases%s are preprocessed: %s", len(case_set.cases), what, ", ".join(map(str, folders)) or "none")
+    return Prepared(len(case_set.cases), [str(b) for b in case_set.bad], list(case_set.reports), folders)
 
 
 def _needs_bodies(plan: Plan, method: str, stats: SourceStats) -> bool:

@@ -21,8 +21,8 @@ import numpy as np
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
 from nnssl.preprocessed import IMAGE, LABELS, PROPERTIES, complete
+from nnssl.pretrain.data.case_set import BadCase
 from nnssl.pretrain.data.folders import beside, own_folder
-from nnssl.pretrain.data.pool import BadCase
 from nnssl.pretrain.prepare.index import Entry, Index
 from nnssl.pretrain.prepare.processes import run_tasks
 from nnssl.pretrain.prepare.raw import RawCase

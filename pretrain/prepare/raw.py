@@ -17,7 +17,7 @@ from nnssl.files import is_text, read_json
 from nnssl.paths import set_folders
 from nnssl.plans import Plan
 from nnssl.plans.description import check_description
-from nnssl.pretrain.data.pool import BadCase
+from nnssl.pretrain.data.case_set import BadCase
 from nnssl.words import counted
 
 log = logging.getLogger("nnssl")

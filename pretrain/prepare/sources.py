@@ -1,4 +1,4 @@
-"""From dataset names to a pool of preprocessed cases: what is there is used, what is missing is preprocessed."""
+"""From dataset names to a set of preprocessed cases: what is there is used, what is missing is preprocessed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from nnssl.errors import NnsslError
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
 from nnssl.preprocessed import case_names
+from nnssl.pretrain.data.case_set import BadCase, CaseRef, CaseSet, make_case_set
 from nnssl.pretrain.data.folders import beside, own_folder
-from nnssl.pretrain.data.pool import BadCase, CaseRef, Pool, make_pool
-from nnssl.pretrain.prepare.catalogue import Catalogue
 from nnssl.pretrain.prepare.channels import match_channels
 from nnssl.pretrain.prepare.index import Entry, Index, write_report
 from nnssl.pretrain.prepare.leaks import duplicates, find_leaks, list_test_images, test_hashes, warn_of_leaks
+from nnssl.pretrain.prepare.manifest import Manifest
 from nnssl.pretrain.prepare.parts import Part
 from nnssl.pretrain.prepare.preprocess import done_cases, preprocess_source
 from nnssl.pretrain.prepare.raw import RawCase, RawSource, list_raw
@@ -40,7 +40,7 @@ SIZED_CASES = 5000
 
 @dataclass
 class _Source:
-    """One dataset on its way into the pool.
+    """One dataset on its way into the case set.
 
     Attributes:
         name: of the dataset.
@@ -48,9 +48,9 @@ class _Source:
         names: its cases.
         raw: raw images to preprocess; None where the folder is used as it is.
         entries: index lines, of the cases that are used.
-        catalogue: what is to be remembered of all its cases, with its state before they were looked at.
+        manifest: what is to be remembered of all its cases, with its state before they were looked at.
         listed: all its raw images, where they were looked at.
-        unsettled: where its cases are known from the catalogue, those that have to be looked at.
+        unsettled: where its cases are known from the manifest, those that have to be looked at.
     """
 
     name: str
@@ -60,7 +60,7 @@ class _Source:
     bad: list[BadCase] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
     pending: int = 0
-    catalogue: tuple[Catalogue, dict[str, Any]] | None = None
+    manifest: tuple[Manifest, dict[str, Any]] | None = None
     listed: dict[str, RawCase] = field(default_factory=dict)
     unsettled: set[str] = field(default_factory=set)
 
@@ -92,8 +92,8 @@ def _as_it_is(plan: Plan, source: str) -> _Source | None:
 def _own(plan: Plan, source: str, allow_mismatch: bool) -> _Source:
     """A dataset that is to be preprocessed, or has been, into a folder of its own."""
     folder = own_folder(plan, source)
-    catalogue = Catalogue(source, folder)
-    state = catalogue.state()
+    manifest = Manifest(source, folder)
+    state = manifest.state()
     raw = list_raw(source, plan)
     same = source == plan.dataset_name
     if raw is None:
@@ -117,18 +117,18 @@ def _own(plan: Plan, source: str, allow_mismatch: bool) -> _Source:
         order = match_channels(raw, source, plan, allow_mismatch=allow_mismatch)
         if order is not None:
             raw.cases = {n: _reorder(c, order, source) for n, c in raw.cases.items()}
-        catalogue.order = order
+        manifest.order = order
     names = set(raw.cases) | {b.case for b in raw.bad}
-    catalogue.misfits, catalogue.n_channels, catalogue.channel_names = list(raw.bad), raw.n_channels, raw.channel_names
+    manifest.misfits, manifest.n_channels, manifest.channel_names = list(raw.bad), raw.n_channels, raw.channel_names
     found = _Source(source, folder, names, raw=raw.cases, bad=raw.bad, listed=raw.cases)
-    found.catalogue = catalogue, state
+    found.manifest = manifest, state
     return found
 
 
 def _remembered(plan: Plan, source: str, allow_mismatch: bool, retry_bad: bool) -> _Source | None:
-    """A source that an earlier start has looked at (see ``catalogue.py``); None where it must be looked at."""
+    """A source that an earlier start has looked at (see ``manifest.py``); None where it must be looked at."""
     folder = own_folder(plan, source)
-    known = Catalogue.read(source, folder)
+    known = Manifest.read(source, folder)
     if known is None:
         return None
     if source != plan.dataset_name:
@@ -144,10 +144,10 @@ def _remembered(plan: Plan, source: str, allow_mismatch: bool, retry_bad: bool) 
 
 def _remember(source: _Source) -> None:
     """Write down what is done of all cases of a source, so that the next start need not look at each."""
-    if source.catalogue is None:
+    if source.manifest is None:
         return
-    catalogue, before = source.catalogue
-    state = catalogue.state()
+    manifest, before = source.manifest
+    state = manifest.state()
     raw = {path: time for path, time in state["times"].items() if path != str(source.folder)}
     if any(before["times"].get(path) != time for path, time in raw.items()):
         return  # images came or went while others were preprocessed
@@ -155,10 +155,10 @@ def _remember(source: _Source) -> None:
     for name, case in source.listed.items():
         entry = entries.get(name)
         if entry is not None and entry.files == case.stamps and (entry.bad or name in done):
-            catalogue.entries[name] = entry
+            manifest.entries[name] = entry
         else:
-            catalogue.waiting.append(name)
-    catalogue.write(state)
+            manifest.waiting.append(name)
+    manifest.write(state)
 
 
 def _reorder(case: RawCase, order: Sequence[int], source: str) -> RawCase:
@@ -271,7 +271,7 @@ def prepare_sources(
     preprocess: bool = True,
     thorough: bool = False,
     part: Part | None = None,
-) -> Pool:
+) -> CaseSet:
     """Find the pretraining images, preprocess those that are not, and check them. Labels are never opened.
 
     The plan's own dataset is used as nnU-Net preprocessed it; the folder is listed and no file of it is opened. Everything
@@ -288,12 +288,12 @@ def prepare_sources(
         n_processes: for preprocessing; 0 and 1 work in this process. nnU-Net's default where None.
         held_out: share of the cases that only the held-out loss sees.
         allow_mismatch: accept other channel names, order or modality than the target's.
-        preprocess: False writes nothing; cases that are not preprocessed are in the pool, counted in ``Pool.pending``.
+        preprocess: False writes nothing; cases that are not preprocessed are in it, counted in ``CaseSet.pending``.
         thorough: look at every raw and preprocessed file, also where an earlier start did and folders have not changed since.
         part: take only this part of the cases, for preprocessing by many machines; test images and duplicates are not looked for.
 
     Returns:
-        The pool. It is the same for the same files, on every rank and machine.
+        The case set. It is the same for the same files, on every rank and machine.
 
     Raises:
         NnsslError: no images, unknown case names, other channels, bad images (all of them named in a report), no space.
@@ -326,7 +326,7 @@ def prepare_sources(
         log.warning("There twice: %s: %s%s", counted(len(pairs), "image"), shown, " ..." if len(pairs) > NAMED else "")
     with paused_collector():
         shapes = [shape for source in found if source.names for shape in _shapes(source, plan)]
-        return make_pool(
+        return make_case_set(
             [ref for source in found for ref in source.refs()],
             np.asarray(shapes or [plan.median_shape]),
             data_hash=plan.data_hash,

@@ -30,7 +30,7 @@ def test_cases_are_listed_without_it(tiny_preprocessed, monkeypatch):
         real = getattr(sources, name)
         monkeypatch.setattr(sources, name, lambda *a, **k: seen.append((name, gc.isenabled())) or real(*a, **k))
 
-    for name in ("_as_it_is", "_use", "make_pool"):
+    for name in ("_as_it_is", "_use", "make_case_set"):
         spy(name)
     prepare_sources(load_plan(901), ["Dataset901_Tiny"], n_processes=1, held_out=0.0)
-    assert seen == [("_as_it_is", False), ("_use", True), ("make_pool", False)] and gc.isenabled()
+    assert seen == [("_as_it_is", False), ("_use", True), ("make_case_set", False)] and gc.isenabled()

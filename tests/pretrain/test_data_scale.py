@@ -1,4 +1,4 @@
-"""Many machines and many cases: parts of the preprocessing, the catalogue that spares looking at each case, weights."""
+"""Many machines and many cases: parts of the preprocessing, the manifest that spares looking at each case, weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nnssl.pretrain.data import make_loader
 from nnssl.pretrain.data.sampling import TRAIN, draw_cases
 from nnssl.pretrain.data.weights import case_weights, parse_sources, relative
 from nnssl.pretrain.methods import CropRequest
-from nnssl.pretrain.prepare import catalogue, prepare_sources, sources
+from nnssl.pretrain.prepare import manifest, prepare_sources, sources
 from nnssl.pretrain.prepare.parts import Part
 
 SOURCE = "Dataset902_Free"
@@ -158,13 +158,13 @@ def test_two_machines_on_the_same_part_do_no_harm(plan, raw, nnunet_env, tmp_pat
     assert not list((nnunet_env.preprocessed / SOURCE).glob("*_tmp"))
 
 
-# ---- the catalogue ---------------------------------------------------------------------------------------------------------
+# ---- the manifest ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def looks(monkeypatch):
     """Counts starts that look at each case; changes count at once, however coarse the clock."""
-    monkeypatch.setattr(catalogue, "RACY_SECONDS", -3600.0)
+    monkeypatch.setattr(manifest, "RACY_SECONDS", -3600.0)
     counted = []
     original = sources.list_raw
 
@@ -176,8 +176,8 @@ def looks(monkeypatch):
     return counted
 
 
-def the_catalogue(env):
-    (path,) = (env.preprocessed / SOURCE).glob("*_catalogue.json")
+def the_manifest(env):
+    (path,) = (env.preprocessed / SOURCE).glob("*_manifest.json")
     return path
 
 
@@ -192,8 +192,15 @@ def test_a_second_start_looks_at_no_case(plan, raw, looks, monkeypatch, nnunet_e
     assert not [p for p in (nnunet_env.preprocessed / SOURCE).iterdir() if ".tmp" in p.name]
 
 
+def test_what_an_older_version_wrote_spares_the_look_too(plan, raw, looks, nnunet_env):
+    first = prepare(plan)
+    path = the_manifest(nnunet_env)
+    path.rename(path.with_name(path.name.replace("manifest", "catalogue")))
+    assert prepare(plan) == first and looks == [SOURCE]
+
+
 def change(kind, raw, env):
-    path = the_catalogue(env)
+    path = the_manifest(env)
     lines = path.read_bytes().splitlines(keepends=True)
     folder = next(p for p in path.parent.iterdir() if p.is_dir())
     if kind == "added":
@@ -226,7 +233,7 @@ KINDS = ["added", "overwritten", "removed", "preprocessed file deleted", "index 
 KINDS += ["half-written", "only a head", "a bit has turned", "another version", "gone"]
 
 
-def test_a_catalogue_that_no_longer_holds_is_noticed_and_made_anew(plan, raw, looks, nnunet_env):
+def test_a_manifest_that_no_longer_holds_is_noticed_and_made_anew(plan, raw, looks, nnunet_env):
     known = prepare(plan)
     for kind in KINDS:
         looks.clear()
@@ -242,18 +249,18 @@ def test_a_catalogue_that_no_longer_holds_is_noticed_and_made_anew(plan, raw, lo
         known = pool
 
 
-def test_a_change_right_before_the_catalogue_was_written_is_not_trusted(plan, raw, looks, monkeypatch):
-    monkeypatch.setattr(catalogue, "RACY_SECONDS", 3600.0)
+def test_a_change_right_before_the_manifest_was_written_is_not_trusted(plan, raw, looks, monkeypatch):
+    monkeypatch.setattr(manifest, "RACY_SECONDS", 3600.0)
     prepare(plan)
     prepare(plan)
     assert looks == [SOURCE] * 2
     times = {"a": 10 * 10**9, "b": None}
-    monkeypatch.setattr(catalogue, "RACY_SECONDS", 2.0)
-    assert catalogue.settled_times(times, 13 * 10**9) and not catalogue.settled_times(times, 11 * 10**9)
+    monkeypatch.setattr(manifest, "RACY_SECONDS", 2.0)
+    assert manifest.settled_times(times, 13 * 10**9) and not manifest.settled_times(times, 11 * 10**9)
 
 
 def test_the_check_of_all_files_can_be_asked_for(plan, raw, looks, monkeypatch, nnunet_env):
-    monkeypatch.setattr(catalogue, "SPOT_CHECKS", 0)
+    monkeypatch.setattr(manifest, "SPOT_CHECKS", 0)
     prepare(plan)
     change("overwritten", raw, nnunet_env)
     before = made(nnunet_env)
@@ -301,11 +308,11 @@ def test_channels_of_a_known_source_are_still_compared_with_the_targets(
     assert looks == [SOURCE] * 3
 
 
-def test_a_catalogue_that_cannot_be_written_is_no_error(plan, raw, looks, monkeypatch):
+def test_a_manifest_that_cannot_be_written_is_no_error(plan, raw, looks, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(catalogue, "write_atomic", full)
+    monkeypatch.setattr(manifest, "write_atomic", full)
     assert prepare(plan) == prepare(plan)
     assert looks == [SOURCE] * 2
 

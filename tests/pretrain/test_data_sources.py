@@ -18,7 +18,7 @@ from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan, load_plan
-from nnssl.pretrain.data import Pool
+from nnssl.pretrain.data import CaseSet
 from nnssl.pretrain.prepare import prepare_sources
 from nnssl.pretrain.prepare.raw import list_raw
 
@@ -62,7 +62,7 @@ def _install_hook():
         _hooked.append(True)
 
 
-def prepare(plan, *sources, **options) -> Pool:
+def prepare(plan, *sources, **options) -> CaseSet:
     return prepare_sources(plan, list(sources), n_processes=0, **options)
 
 

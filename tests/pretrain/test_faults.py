@@ -166,7 +166,7 @@ def test_a_case_deleted_during_the_run(free, workers):
     straight = go(902, name="straight", **options)
 
     def delete(engine):
-        for ref in engine.spec.pool.train:
+        for ref in engine.spec.case_set.train:
             (ref.folder / f"{ref.name}.b2nd").unlink()
 
     with pytest.raises(NnsslError, match="is gone: .* does not exist. Start again, and it is made anew"):
@@ -178,7 +178,7 @@ def test_a_case_of_nnunets_own_folder_deleted_during_the_run(target):
     """It is nnU-Net's to make again; until then the run is told what is missing."""
 
     def delete(engine):
-        ref = engine.spec.pool.train[0]
+        ref = engine.spec.case_set.train[0]
         (ref.folder / f"{ref.name}.b2nd").rename(ref.folder.parent / "elsewhere")
 
     with pytest.raises(NnsslError, match="Preprocess the dataset again"):
@@ -324,7 +324,7 @@ def test_a_clock_that_was_set_back(free, monkeypatch):
     first = preprocess(902, target=901, processes=1)
     (own,) = first.folders
     later = time.time() + 10**7
-    for path in [own, *own.iterdir(), *own.parent.glob("*_index.jsonl"), *own.parent.glob("*_catalogue.json")]:
+    for path in [own, *own.iterdir(), *own.parent.glob("*_index.jsonl"), *own.parent.glob("*_manifest.json")]:
         os.utime(path, (later, later))
     assert preprocess(902, target=901, processes=1) == first
     assert go(902, epochs=1).finished

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnssl.plans import Plan
-from nnssl.pretrain.data.pool import CaseRef
+from nnssl.pretrain.data.case_set import CaseRef
 from nnssl.pretrain.omni.cases import LabelledCase
 from nnssl.pretrain.omni.pictures import LABELS, PSEUDO, dice_tags, omni_columns
 from nnssl.pretrain.omni.pseudo_metrics import Counts, _counted, _masks
@@ -52,15 +52,15 @@ def test_volumes_are_cases_that_were_not_learnt_from_half_of_them_with_labels(tm
         train=[LabelledCase("y0")],
         held_out=[LabelledCase("y1"), LabelledCase("y2"), LabelledCase("y3")],
     )
-    companion = SimpleNamespace(cases=cases, seed=0, pool=SimpleNamespace(cases=refs))
-    chosen = [r.key for r in choose_volumes(companion, 4)]
+    auxiliary = SimpleNamespace(cases=cases, seed=0, case_set=SimpleNamespace(cases=refs))
+    chosen = [r.key for r in choose_volumes(auxiliary, 4)]
     assert len(set(chosen)) == 4
     assert sum(k.startswith("Dataset501_T") for k in chosen) == 2
-    assert "Dataset501_T/y0" not in [r.key for r in choose_volumes(companion, 99)]
-    assert len(choose_volumes(companion, 99)) == 7
-    assert [r.key for r in choose_volumes(companion, 4)] == chosen
+    assert "Dataset501_T/y0" not in [r.key for r in choose_volumes(auxiliary, 99)]
+    assert len(choose_volumes(auxiliary, 99)) == 7
+    assert [r.key for r in choose_volumes(auxiliary, 4)] == chosen
     cases.held_out = []
-    assert len(choose_volumes(companion, 4)) == 4
+    assert len(choose_volumes(auxiliary, 4)) == 4
 
 
 @pytest.mark.parametrize("size", [(4, 6, 8), (6, 8)])

@@ -10,8 +10,8 @@ import torch
 
 from nnssl.errors import NnsslError
 from nnssl.plans import load_plan
+from nnssl.pretrain.omni.auxiliary import OmniLoaders, Sizes, StepReader
 from nnssl.pretrain.omni.cases import LabelledCase, find_labelled, head_names
-from nnssl.pretrain.omni.companion import OmniCompanion, Sizes, StepReader
 from nnssl.pretrain.omni.config import OmniConfig, resolve_omni, take_omni
 from nnssl.pretrain.omni.patches import LabelledDataset, read_label, stack
 from nnssl.pretrain.omni.setup import prepare_omni
@@ -220,8 +220,8 @@ def test_loaders_of_unequal_length_cycle(target, tiny_raw_dataset):
     pool = prepare_sources(plan, ["Dataset500_Unlabelled"], n_processes=1, held_out=0.0)
     found = find_labelled(plan, fold="all")
     few = type(found)(found.dataset, found.folder, found.train[:2], found.train[2:], "two")
-    companion = OmniCompanion(plan, pool, few, Sizes(SIZE, WINDOW, 2, 4, 0.33), seed=0, switch=3, augment=True)
-    reader = companion.reader("train")
+    auxiliary = OmniLoaders(plan, pool, few, Sizes(SIZE, WINDOW, 2, 4, 0.33), seed=0, switch=3, augment=True)
+    reader = auxiliary.reader("train")
     seen = {"labelled": set(), "unlabelled": set()}
     for step in range(25):
         labelled, unlabelled = reader.read(step)
@@ -229,7 +229,7 @@ def test_loaders_of_unequal_length_cycle(target, tiny_raw_dataset):
         seen["labelled"] |= set(labelled.case)
         seen["unlabelled"] |= set(unlabelled.case if unlabelled is not None else ())
     assert seen == {"labelled": {"case_000", "case_001"}, "unlabelled": {f"case_{i:03d}" for i in range(5)}}
-    held_out, none = companion.reader("held_out").read(0)
+    held_out, none = auxiliary.reader("held_out").read(0)
     assert none is None
     assert not held_out.augment
     assert set(held_out.case) <= {"case_002", "case_003", "case_004"}
@@ -238,7 +238,7 @@ def test_loaders_of_unequal_length_cycle(target, tiny_raw_dataset):
     for kind in range(2):
         assert torch.equal(torch.cat([h[kind].data for h in halves]), whole[kind].data)
         assert [h[kind].first for h in halves] == [0, len(halves[0][kind])]
-    moved = companion.random(_crops()).to(torch.device("cpu"))
+    moved = auxiliary.random(_crops()).to(torch.device("cpu"))
     assert len(moved) == 2
     assert moved.labelled.label is not None
     assert moved.unlabelled.label is None

@@ -12,7 +12,7 @@ from nnssl.plans import Plan
 from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 from nnssl.pretrain.omni import OmniConfig, make_omni
-from nnssl.pretrain.omni.companion import OmniCrops
+from nnssl.pretrain.omni.auxiliary import OmniCrops
 from nnssl.pretrain.omni.patches import Patches
 
 IGNORE = 3

@@ -9,7 +9,7 @@ from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.engine.stepping import Stepper
 from nnssl.pretrain.methods import Crops, Progress, SourceStats, get_method, list_methods
 from nnssl.pretrain.omni import OmniConfig, make_omni
-from nnssl.pretrain.omni.companion import OmniCrops
+from nnssl.pretrain.omni.auxiliary import OmniCrops
 from nnssl.pretrain.omni.method import running_momentum
 from nnssl.pretrain.omni.patches import Patches
 from nnssl.pretrain.omni.pictures import LABELS, PSEUDO

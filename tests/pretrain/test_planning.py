@@ -325,5 +325,5 @@ def test_a_run_plans_and_a_dry_run_writes_nothing(free, nnunet_env, monkeypatch,
     run(902, dry_run=True, **options)
     assert list(nnunet_env.preprocessed.iterdir()) == [] and "nothing was written" in caplog.text
     run(902, **options)
-    assert done[0].plan.dataset_name == NAME and len(done[0].pool.cases) == 4
+    assert done[0].plan.dataset_name == NAME and len(done[0].case_set.cases) == 4
     assert "nnUNetv2_preprocess -d 902" in caplog.text

@@ -14,7 +14,7 @@ from nnssl.files import hash_of
 from nnssl.preprocessed import CaseRef
 from nnssl.pretrain.types import SourceStats
 
-__all__ = ["BadCase", "CaseRef", "Pool", "make_pool"]
+__all__ = ["BadCase", "CaseRef", "CaseSet", "make_case_set"]
 
 log = logging.getLogger("nnssl")
 
@@ -40,7 +40,7 @@ class BadCase:
 
 
 @dataclass(frozen=True)
-class Pool:
+class CaseSet:
     """The pretraining images of one run. It holds names only, and pickles.
 
     Attributes:
@@ -93,7 +93,7 @@ def _held_out_keys(refs: Sequence[CaseRef], share: float) -> set[str]:
     return {r.key for r in ordered[: max(1, round(share * len(refs)))]}
 
 
-def make_pool(
+def make_case_set(
     refs: Iterable[CaseRef],
     shapes: Sequence[Sequence[int]] | np.ndarray,
     *,
@@ -105,7 +105,7 @@ def make_pool(
     pending: int = 0,
     contents: Mapping[str, str] | None = None,
     may_be_empty: bool = False,
-) -> Pool:
+) -> CaseSet:
     """Split the cases and sum up what is known of them.
 
     Args:
@@ -113,7 +113,7 @@ def make_pool(
         shapes: ``(n, 3)`` shapes after preprocessing, of all cases or of a sample.
         data_hash: of the plan.
         held_out: share of the cases that is held out, in [0, 1).
-        leaks, bad, reports, pending, contents: see :class:`Pool`.
+        leaks, bad, reports, pending, contents: see :class:`CaseSet`.
         may_be_empty: accept that there is no case.
 
     Raises:
@@ -129,7 +129,7 @@ def make_pool(
     hidden = [r for r in cases if r.key in chosen]
     lines = sorted(f"{'held_out' if r.key in chosen else 'train'} {hash_of(r.key)}" for r in cases)
     median = np.median(np.asarray(shapes, dtype=float), axis=0)
-    return Pool(
+    return CaseSet(
         cases=cases,
         train=train,
         held_out=hidden,

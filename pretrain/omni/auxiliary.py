@@ -11,8 +11,8 @@ import torch
 from nnssl.distributed import rank, world_size
 from nnssl.plans import Plan
 from nnssl.pretrain.data.case import CaseFormat
+from nnssl.pretrain.data.case_set import CaseRef, CaseSet
 from nnssl.pretrain.data.crops import CropDataset
-from nnssl.pretrain.data.pool import CaseRef, Pool
 from nnssl.pretrain.data.weights import case_weights
 from nnssl.pretrain.omni.cases import LabelledSet
 from nnssl.pretrain.omni.patches import COMPARED, LABELLED, UNLABELLED, LabelledDataset, Patches, stack
@@ -124,12 +124,12 @@ class StepReader:
         return OmniCrops(crops, *read)
 
 
-class OmniCompanion:
-    """Makes the readers of a run.
+class OmniLoaders:
+    """Makes the auxiliary loaders of a run.
 
     Args:
         plan: the plan.
-        pool: the images without labels.
+        case_set: the images without labels.
         cases: the labelled cases.
         sizes: of the patches.
         seed: of the run.
@@ -141,7 +141,7 @@ class OmniCompanion:
     def __init__(
         self,
         plan: Plan,
-        pool: Pool,
+        case_set: CaseSet,
         cases: LabelledSet,
         sizes: Sizes,
         *,
@@ -150,7 +150,7 @@ class OmniCompanion:
         augment: bool,
         weights: dict[str, float] | None = None,
     ) -> None:
-        self.plan, self.pool, self.cases, self.sizes = plan, pool, cases, sizes
+        self.plan, self.case_set, self.cases, self.sizes = plan, case_set, cases, sizes
         self.seed, self.switch, self.augment, self.weights = seed, switch, augment, weights
 
     def reader(self, split: str) -> StepReader:
@@ -158,7 +158,13 @@ class OmniCompanion:
         if split == "train":
             labelled: LabelledDataset | None = self.labelled_dataset(self.cases.train)
             return StepReader(
-                labelled, self._unlabelled(self.pool.train), self.sizes, self.switch, rank(), world_size(), self.augment
+                labelled,
+                self._unlabelled(self.case_set.train),
+                self.sizes,
+                self.switch,
+                rank(),
+                world_size(),
+                self.augment,
             )
         held_out = self.cases.held_out
         labelled = self.labelled_dataset(held_out, held_out=True) if held_out else None

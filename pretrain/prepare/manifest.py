@@ -1,7 +1,7 @@
 """What is known of all cases of a source in one file, so that a start need not look at each of them.
 
 The index lines (one per case, appended while cases are made) say what was made; whether they still hold is seen only by
-looking at every raw and every preprocessed file, which takes minutes for 100,000 on a network file system. The catalogue is a
+looking at every raw and every preprocessed file, which takes minutes for 100,000 on a network file system. The manifest is a
 snapshot of a start that did look. It is taken back only if
 
 - it is whole (its first line has the hash of the second),
@@ -30,7 +30,7 @@ from typing import Any
 
 from nnssl.files import write_atomic
 from nnssl.paths import set_folders
-from nnssl.pretrain.data.pool import BadCase
+from nnssl.pretrain.data.case_set import BadCase
 from nnssl.pretrain.prepare.index import Entry, journals
 
 log = logging.getLogger("nnssl")
@@ -38,10 +38,10 @@ log = logging.getLogger("nnssl")
 SCHEMA = 1
 
 SPOT_CHECKS = 64
-"""Cases whose files are looked at before a catalogue is believed."""
+"""Cases whose files are looked at before a manifest is believed."""
 
 RACY_SECONDS = 2.0
-"""Some file systems count in seconds: a folder that changed less than this before the catalogue may have changed again."""
+"""Some file systems count in seconds: a folder that changed less than this before the manifest may have changed again."""
 
 
 def folder_times(paths: Sequence[Path]) -> dict[str, int | None]:
@@ -61,7 +61,7 @@ def settled_times(times: Mapping[str, int | None], written_ns: int) -> bool:
 
 
 @dataclass
-class Catalogue:
+class Manifest:
     """A snapshot of one source.
 
     Attributes:
@@ -85,8 +85,8 @@ class Catalogue:
 
     @property
     def path(self) -> Path:
-        """``<folder>_catalogue.json``."""
-        return self.folder.with_name(f"{self.folder.name}_catalogue.json")
+        """``<folder>_manifest.json``."""
+        return self.folder.with_name(f"{self.folder.name}_manifest.json")
 
     def state(self) -> dict[str, Any]:
         """What must not have changed: times of folders, sizes of index files. Taken before they are looked at."""
@@ -127,12 +127,15 @@ class Catalogue:
         return True
 
     @classmethod
-    def read(cls, source: str, folder: Path) -> Catalogue | None:
+    def read(cls, source: str, folder: Path) -> Manifest | None:
         """The snapshot, or None where there is none that can be believed."""
         found = cls(source, folder)
         try:
-            written = found.path.stat().st_mtime_ns
-            with open(found.path, "rb") as file:
+            path = found.path
+            if not path.exists():  # its name before
+                path = folder.with_name(f"{folder.name}_catalogue.json")
+            written = path.stat().st_mtime_ns
+            with open(path, "rb") as file:
                 head, text = json.loads(file.readline()), file.readline()
             if not text.endswith(b"\n") or hashlib.sha256(text[:-1]).hexdigest() != head["sha256"]:
                 raise ValueError("it is damaged")
@@ -148,7 +151,7 @@ class Catalogue:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.debug("The catalogue of %s is made anew: %s.", source, error)
+            log.debug("The manifest of %s is made anew: %s.", source, error)
             return None
         return found
 
