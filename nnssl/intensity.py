@@ -27,6 +27,8 @@ __all__ = [
     "multiply",
     "per_sample",
     "resample",
+    "rescale_intensity",
+    "restore_intensity",
     "to_unit",
     "where_chosen",
 ]
@@ -43,7 +45,7 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
     return value if value.dtype is torch.bool else value.to(like.dtype)
 
 
-def to_unit(x: Tensor, intensity: Tensor) -> Tensor:
+def rescale_intensity(x: Tensor, intensity: Tensor) -> Tensor:
     """Map each channel's own range to [0, 1] without clipping; a channel without a range is only shifted.
 
     Args:
@@ -54,10 +56,13 @@ def to_unit(x: Tensor, intensity: Tensor) -> Tensor:
     return (x - low).div_(width)
 
 
-def from_unit(x: Tensor, intensity: Tensor) -> Tensor:
-    """Undo :func:`to_unit`."""
+def restore_intensity(x: Tensor, intensity: Tensor) -> Tensor:
+    """Undo :func:`rescale_intensity`."""
     low, width = _range(x, intensity)
     return (x * width).add_(low)
+
+
+to_unit, from_unit = rescale_intensity, restore_intensity  # their names before
 
 
 def _range(x: Tensor, intensity: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +97,7 @@ def bend(u: Tensor, exponent: Tensor, *, low: float = 0.0, floor: float = 0.0) -
     """Gamma of an image whose range is [0, 1]: a power within, a shift outside of it.
 
     Args:
-        u: ``(B, C, *spatial)``, see :func:`to_unit`.
+        u: ``(B, C, *spatial)``, see :func:`rescale_intensity`.
         exponent: ``(B,)`` or ``(B, C)``.
         low: where the power begins; above 0, what lies below is shifted down with it.
         floor: least base of the power; what lies below is lifted to it.

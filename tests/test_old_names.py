@@ -12,6 +12,8 @@ from nnssl.pretrain.methods import CropRequest
     ("module", "old", "new"),
     [
         ("nnssl.errors", "nearest", "did_you_mean"),
+        ("nnssl.intensity", "to_unit", "rescale_intensity"),
+        ("nnssl.intensity", "from_unit", "restore_intensity"),
         ("nnssl.networks", "Pyramid", "FeaturePyramid"),
         ("nnssl.networks", "walk", "forward_features"),
         ("nnssl.plans.figures", "Figures", "FineTuningConfig"),

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl.errors import NnsslError, did_you_mean
-from nnssl.intensity import LINEAR, add_noise, bend, from_unit, gaussian_blur, resample, to_unit
+from nnssl.intensity import LINEAR, add_noise, bend, gaussian_blur, resample, rescale_intensity, restore_intensity
 
 FAMILIES = ("gamma", "bias", "window", "blur", "lowres", "noise")
 MR_FAMILIES = ("gamma", "bias", "blur", "lowres", "noise")
@@ -101,18 +101,18 @@ def photometric_view(
 
 def _gamma(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
     exponent = torch.tensor([np.exp(rng.uniform(np.log(0.8), np.log(1.25)))])
-    return from_unit(bend(to_unit(x, intensity), exponent), intensity)
+    return restore_intensity(bend(rescale_intensity(x, intensity), exponent), intensity)
 
 
 def _bias(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
     knots = torch.from_numpy(rng.normal(0, 0.2, [3] * (x.ndim - 2)).astype(np.float32))
     field = F.interpolate(knots[None, None], size=x.shape[2:], mode=LINEAR[x.ndim - 2], align_corners=True)
-    return from_unit(to_unit(x, intensity) * field.exp(), intensity)
+    return restore_intensity(rescale_intensity(x, intensity) * field.exp(), intensity)
 
 
 def _window(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
     cut = rng.uniform(0, 0.15, 2)
-    return from_unit(to_unit(x, intensity).clamp(float(cut[0]), float(1 - cut[1])), intensity)
+    return restore_intensity(rescale_intensity(x, intensity).clamp(float(cut[0]), float(1 - cut[1])), intensity)
 
 
 def _blur(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:

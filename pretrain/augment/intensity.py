@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nnssl.intensity import adjust_contrast, from_unit, gaussian_blur, multiply, per_sample, to_unit, where_chosen
+from nnssl.intensity import (
+    adjust_contrast,
+    gaussian_blur,
+    multiply,
+    per_sample,
+    rescale_intensity,
+    restore_intensity,
+    where_chosen,
+)
 from nnssl.pretrain.augment.rng import StepRNG
 
 __all__ = [
     "adjust_contrast",
-    "from_unit",
     "gaussian_blur",
-    "jitter_unit",
+    "jitter_rescaled",
     "multiply",
     "random_jitter",
-    "to_unit",
+    "rescale_intensity",
+    "restore_intensity",
     "where_chosen",
 ]
 
@@ -42,11 +50,13 @@ def random_jitter(
     Returns:
         A new tensor in the units of ``x``.
     """
-    unit = jitter_unit(to_unit(x, intensity), rng, brightness=brightness, contrast=contrast, sigma=sigma, radius=radius)
-    return from_unit(unit, intensity)
+    unit = jitter_rescaled(
+        rescale_intensity(x, intensity), rng, brightness=brightness, contrast=contrast, sigma=sigma, radius=radius
+    )
+    return restore_intensity(unit, intensity)
 
 
-def jitter_unit(
+def jitter_rescaled(
     u: Tensor,
     rng: StepRNG,
     *,

@@ -20,7 +20,7 @@ def unit_range(plan: Plan, intensity: Tensor) -> Tensor:
         intensity: ``(B, C, 2)`` low and high percentile of each case, in normalised units.
 
     Returns:
-        ``(B, C, 2)``, in normalised units, for :func:`~nnssl.intensity.to_unit`.
+        ``(B, C, 2)``, in normalised units, for :func:`~nnssl.intensity.rescale_intensity`.
     """
     out = intensity.clone()
     statistics = plan.plans.get("foreground_intensity_properties_per_channel", {})

@@ -250,8 +250,8 @@ def make_loader(
 ) -> CropLoader:
     """Make the loader of one rank.
 
-    What it yields depends on the case set, the request, ``seed``, ``batch_size`` and the step alone: not on the number of workers,
-    nor on where it started. Rank r gets samples ``[r b, (r + 1) b)`` of each step with ``b = batch_size / world_size``.
+    What it yields depends on the case set, the request, ``seed``, ``batch_size`` and the step alone: not on the number of
+    workers, nor on where it started. Rank r gets samples ``[r b, (r + 1) b)`` of each step with ``b = batch_size / world_size``.
     Iterated again, it yields the same again. No global random number is drawn.
 
     Args:

@@ -1,4 +1,4 @@
-"""Brings cases to one orientation, so that left is left in each of them: whole axes are swapped and flipped, nothing is resampled.
+"""Brings cases to one orientation, so that left is left in each: whole axes are swapped and flipped, nothing is resampled.
 
 nnU-Net does not reorient images. The orientation that most cases have is taken, so that the network mostly sees what it will see
 in fine-tuning.
@@ -30,7 +30,7 @@ _NAMES = (("right", "left"), ("anterior", "posterior"), ("inferior", "superior")
 
 @dataclass(frozen=True)
 class AxisTransform:
-    """Axis i of the reoriented array is axis ``axes[i]`` of the case's, backwards where ``flips[i]``. Axes are spatial, 0 to 2."""
+    """Axis i of the reoriented array is axis ``axes[i]`` of the case's, backwards where ``flips[i]``. Axes: 0 to 2."""
 
     axes: tuple[int, int, int] = (0, 1, 2)
     flips: tuple[bool, bool, bool] = (False, False, False)

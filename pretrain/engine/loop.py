@@ -63,8 +63,8 @@ class RunSpec:
         seed: of network initialisation, sampling and views.
         weights: how often the cases of each source are drawn, by its name; None for equally often.
         start: weights to start from, :class:`nnssl.pretrain.onwards.Start`; None for random ones.
-        auxiliary: what is read beside the crops: ``reader(split)`` gives the auxiliary loader of a split, ``random(crops)`` puts random
-            values beside random crops.
+        auxiliary: what is read beside the crops: ``reader(split)`` gives the auxiliary loader of a split, ``random(crops)`` puts
+            random values beside random crops.
         identity: what makes the run what it is; the checkpoint carries it.
         loggers: get the numbers of rank 0; whoever opens them closes them.
     """

@@ -22,11 +22,11 @@ from nnssl.config import option
 from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads import standardise
-from nnssl.intensity import add_noise, bend, from_unit, to_unit
+from nnssl.intensity import add_noise, bend, rescale_intensity, restore_intensity
 from nnssl.networks import forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import StepRNG, central_crop, random_affine
-from nnssl.pretrain.augment.intensity import jitter_unit
+from nnssl.pretrain.augment.intensity import jitter_rescaled
 from nnssl.pretrain.geometry import choose_crop, read_size_for, rotation_degrees
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.methods.registry import register
@@ -113,14 +113,14 @@ class Robust(Method):
         }
 
     def _alter(self, x: Tensor, intensity: Tensor, rng: StepRNG) -> Tensor:
-        c, u = self.config, to_unit(x, intensity)
+        c, u = self.config, rescale_intensity(x, intensity)
         if c.gamma > 0:
             u = bend(u, rng.uniform(-c.gamma, c.gamma).exp(), low=1e-6)
         strength = (1.0 - c.jitter, 1.0 + c.jitter)
         sigma = (0.1, c.blur) if c.blur > 0.1 else None
         radius = max(1, round(3 * c.blur))
-        u = jitter_unit(u, rng, brightness=strength, contrast=strength, sigma=sigma, radius=radius)
-        x = from_unit(u, intensity)
+        u = jitter_rescaled(u, rng, brightness=strength, contrast=strength, sigma=sigma, radius=radius)
+        x = restore_intensity(u, intensity)
         if c.noise > 0:
             x = add_noise(x, rng.uniform(0.0, c.noise), rng.noise(*x.shape[1:]))
         return x

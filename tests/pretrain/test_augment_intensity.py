@@ -9,13 +9,13 @@ from nnssl import intensity
 from nnssl.intensity import (
     adjust_contrast,
     bend,
-    from_unit,
     gaussian_blur,
     limit_contrast,
     low_resolution,
     multiply,
     resample,
-    to_unit,
+    rescale_intensity,
+    restore_intensity,
     where_chosen,
 )
 from nnssl.pretrain.augment import StepRNG, random_jitter
@@ -26,10 +26,10 @@ from nnssl.pretrain.augment.units import unit_range
 def test_units_and_back():
     x = torch.randn(2, 3, 4, 5)
     intensity = torch.tensor([[-1.0, 3.0], [0.0, 0.5], [2.0, 2.0]]).expand(2, 3, 2)
-    unit = to_unit(x, intensity)
+    unit = rescale_intensity(x, intensity)
     assert torch.allclose(unit[:, 0], (x[:, 0] + 1) / 4)
     assert torch.allclose(unit[:, 2], x[:, 2] - 2)  # a channel without a range
-    assert torch.allclose(from_unit(unit, intensity), x, atol=1e-6)
+    assert torch.allclose(restore_intensity(unit, intensity), x, atol=1e-6)
 
 
 def test_brightness_and_contrast_by_hand():

@@ -11,7 +11,7 @@ from nnssl.config import make_config
 from nnssl.errors import NnsslError
 from nnssl.heads.balanced import ScaleProjections
 from nnssl.heads.restoration import restoration_head
-from nnssl.intensity import from_unit, to_unit
+from nnssl.intensity import rescale_intensity, restore_intensity
 from nnssl.networks import build_network
 from nnssl.plans import Plan
 from nnssl.pretrain.augment.rng import StepRNG
@@ -145,7 +145,7 @@ def test_views_come_from_the_draws_only(make):
     for key in ("input", "target"):
         assert torch.equal(part[key], whole[key].view(2, 4, *whole[key].shape[1:])[:, 2:].flatten(0, 1))
     clean = make(corruption="none").views(crops, StepRNG(0, 5, 4))
-    inside = from_unit(clean["target"], clean["bounds"])
+    inside = restore_intensity(clean["target"], clean["bounds"])
     torch.testing.assert_close(clean["input"], inside)
 
 
@@ -154,18 +154,20 @@ def test_units_of_mr_and_ct(make):
     intensity = torch.tensor([[[-2.0, 3.0], [0.5, 0.5]]])
     x = torch.randn(1, 2, 6, 7, 5)
     assert torch.equal(unit_range(method.plan, intensity), intensity)
-    torch.testing.assert_close(from_unit(to_unit(x, intensity), intensity), x, atol=1e-6, rtol=0)
-    assert torch.isfinite(to_unit(x, intensity)).all()  # a channel without a range
+    torch.testing.assert_close(restore_intensity(rescale_intensity(x, intensity), intensity), x, atol=1e-6, rtol=0)
+    assert torch.isfinite(rescale_intensity(x, intensity)).all()  # a channel without a range
     ct = make(modality="CT")
     bounds = unit_range(ct.plan, torch.tensor([[[-9.0, 9.0]]]))
     torch.testing.assert_close(bounds, torch.tensor([[[(100 - 600) / 180, (1200 - 600) / 180]]]))
     x = torch.rand(1, 1, 6, 7, 5) * (bounds[..., 1] - bounds[..., 0]) + bounds[..., 0]
-    u = to_unit(x, bounds)
+    u = rescale_intensity(x, bounds)
     assert u.min() >= -1e-6 and u.max() <= 1 + 1e-6
-    torch.testing.assert_close(from_unit(u, bounds), x, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(restore_intensity(u, bounds), x, atol=1e-6, rtol=1e-6)
     y = x + 0.1 * torch.randn_like(x)
     width = bounds[0, 0, 1] - bounds[0, 0, 0]
-    torch.testing.assert_close(F.mse_loss(to_unit(x, bounds), to_unit(y, bounds)), F.mse_loss(x, y) / width**2)
+    torch.testing.assert_close(
+        F.mse_loss(rescale_intensity(x, bounds), rescale_intensity(y, bounds)), F.mse_loss(x, y) / width**2
+    )
 
 
 @pytest.mark.parametrize("size", [(6, 20, 24), (20, 9, 16), (30, 21)])
@@ -433,7 +435,7 @@ def test_both_crops_are_corrupted_and_each_by_itself(make, corruption):
     batch = make_batch(make(min_overlap=1.0, corruption=corruption), 6)
     a, b = batch["target"].chunk(2)
     assert torch.equal(a, b)
-    seen_a, seen_b = to_unit(batch["input"], batch["bounds"]).chunk(2)
+    seen_a, seen_b = rescale_intensity(batch["input"], batch["bounds"]).chunk(2)
 
     def far(x, y):
         return ((x - y).abs().flatten(1).amax(1) > 0.01).float().mean().item()

@@ -28,7 +28,7 @@ from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads.balanced import ScaleProjections, gather_pyramid, voxel_projector
 from nnssl.heads.restoration import restoration_head
-from nnssl.intensity import from_unit, to_unit
+from nnssl.intensity import rescale_intensity, restore_intensity
 from nnssl.losses.diagnostics import principal_colours, resemblance
 from nnssl.losses.info_nce import InfoNCE, chance_level, nearest_share, similarities
 from nnssl.networks import forward_features
@@ -168,10 +168,10 @@ class HDense(Method):
         options = {"n": self.config.n_voxels, "min_overlap": self.config.min_overlap}
         pairs = draw_pairs(crops.body, self.request.size, rng, low=low, high=high, **options)
         bounds = unit_range(self.plan, crops.intensity)
-        clean = [to_unit(cut(crops.data, s, self.request.size), bounds).clamp(0, 1) for s in pairs.start]
+        clean = [rescale_intensity(cut(crops.data, s, self.request.size), bounds).clamp(0, 1) for s in pairs.start]
         seen = torch.cat([self.corrupt(u, rng) for u in clean])
         return {
-            "input": from_unit(seen, bounds.repeat(2, 1, 1)),
+            "input": restore_intensity(seen, bounds.repeat(2, 1, 1)),
             "target": torch.cat(clean),
             "bounds": bounds.repeat(2, 1, 1),
             "voxels": pairs.voxels,
@@ -285,7 +285,7 @@ class HDense(Method):
         pick = [*range(rows), *range(len(batch["valid"]), len(batch["valid"]) + rows)]
         x, anchor = batch["input"][pick], batch["anchor"][:, :rows].flatten(0, 1)
         levels = self.pyramid(x)
-        images = {REAL: batch["target"][pick], SEEN: to_unit(x, batch["bounds"][pick])}
+        images = {REAL: batch["target"][pick], SEEN: rescale_intensity(x, batch["bounds"][pick])}
         if self.config.restoration_weight > 0:
             images[RESTORED] = self.restored(levels[0], x.shape[2:])
         shown = {k: _slices(v[:, :1], anchor)[:, 0].clamp(0, 1) for k, v in images.items()}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nnssl.intensity import add_noise, bend, from_unit, gaussian_blur, resample, to_unit, where_chosen
+from nnssl.intensity import add_noise, bend, gaussian_blur, resample, rescale_intensity, restore_intensity, where_chosen
 from nnssl.losses.overlap import base_crops, overlap_labels
 from nnssl.pretrain.augment.box import outer
 from nnssl.pretrain.augment.rng import StepRNG
@@ -157,7 +157,7 @@ def augment_intensity(x: Tensor, bounds: Tensor, rng: StepRNG, spacing: Sequence
     flat, fine = x.flatten(0, 1), [s < _COARSE * min(spacing) for s in spacing]
 
     gamma, exponent = rng.chance(p, k), rng.uniform(math.log(0.7), math.log(1.5), k).exp()
-    u, exponent = to_unit(flat, bounds.repeat_interleave(k, 0)), exponent.flatten()
+    u, exponent = rescale_intensity(flat, bounds.repeat_interleave(k, 0)), exponent.flatten()
     u = where_chosen(u, gamma.flatten(), lambda rows: bend(u[rows], exponent[rows], floor=1e-6), own=True)
 
     blurred, sigma = rng.chance(p, k), rng.uniform(0.5, 1.0, k).flatten()
@@ -177,4 +177,4 @@ def augment_intensity(x: Tensor, bounds: Tensor, rng: StepRNG, spacing: Sequence
                 volume[i].add_(torch.randn(shape[2:], generator=g), alpha=float(strength[i]))
     else:
         u = add_noise(u, torch.where(noisy, sd, 0.0).flatten(), rng.noise(*shape[1:]).flatten(0, 1))
-    return from_unit(u, bounds.repeat_interleave(k, 0)).view(shape)
+    return restore_intensity(u, bounds.repeat_interleave(k, 0)).view(shape)
