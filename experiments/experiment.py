@@ -21,7 +21,7 @@ from nnssl.config import build, option, unknown_keys
 from nnssl.errors import NnsslError, ProblemsError, raise_problems
 from nnssl.experiments.reading import read_names, read_yaml, resolve_path
 from nnssl.fields import mapping, misfit
-from nnssl.plans.figures import MEAN_TEACHER, check_options, family_name
+from nnssl.plans.figures import MEAN_TEACHER, check_options, schedule_name
 from nnssl.plans.variants import check_name
 
 SCRATCH = "scratch"
@@ -332,7 +332,7 @@ def _merged(base: Any, own: Any, where: str) -> Any:
         return base
     values = {f.name: getattr(base, f.name) for f in fields(base)}
     if isinstance(base, Training):
-        same = family_name(str(own.get("schedule", base.schedule))) == family_name(base.schedule)
+        same = schedule_name(str(own.get("schedule", base.schedule))) == schedule_name(base.schedule)
         values["figures"] = {**(base.figures if same else {}), **_section(own, "figures", where)}
         own = {k: v for k, v in own.items() if k != "figures"}
     return build(type(base), {**values, **own}, where)
@@ -348,12 +348,12 @@ def _checkpoint(text: Any, folder: Path) -> Path | None:
 
 def _check_arm(arm: Arm, where: str) -> None:
     """Refuse schedules, figures, objectives and options that do not exist, before anything runs."""
-    family = family_name(arm.training.schedule)
+    schedule = schedule_name(arm.training.schedule)
     try:
-        check_options(arm.training.figures, family)
-        if arm.method == SCRATCH and family == "linear_probe":
+        check_options(arm.training.figures, schedule)
+        if arm.method == SCRATCH and schedule == "linear_probe":
             raise NnsslError("a linear probe has no control without pretraining; give scratch a 'training' of its own.")
-        if arm.method == TEACHER and family != MEAN_TEACHER:
+        if arm.method == TEACHER and schedule != MEAN_TEACHER:
             raise NnsslError(
                 f"it has the schedule mean-teacher; give scratch and the others '{arm.training.schedule}'."
             )

@@ -23,7 +23,7 @@ from nnssl.experiments.reading import read_names
 from nnssl.files import sha256_of
 from nnssl.paths import preprocessed_folder, results_folder
 from nnssl.plans import dataset_id, resolve_dataset
-from nnssl.plans.figures import PRIMUS, FineTuningConfig, family_name, spelt, trainer_for
+from nnssl.plans.figures import PRIMUS, FineTuningConfig, schedule_name, spelt, trainer_for
 from nnssl.plans.figures import SCRATCH as SCRATCH_TRAINER
 from nnssl.plans.figures import TEACHER as TEACHER_TRAINER
 
@@ -161,13 +161,13 @@ class _Builder:
         """Add one fine-tuning with all that it needs."""
         needs = [self._network()] if self.resolved.setting.network.changes else []
         checkpoint, source = self._checkpoint(arm, draw, needs)
-        family, figures = _schedule(arm)
+        schedule, figures = _schedule(arm)
         content = [
             self.key,
             source,
             arm.adapt,
             arm.coverage,
-            family,
+            schedule,
             figures,
             arm.training.lengths,
             draw.cases,
@@ -179,14 +179,14 @@ class _Builder:
         name = f"{self.prefix}-{arm.name}-n{draw.count}-s{draw.seed}{fold}-{digest(content)}"
         plans = f"{self.plan.plans_name}_{name}"
         primus = self.plan.is_primus
-        trainer = trainer_for(family, primus)
+        trainer = trainer_for(schedule, primus)
         if arm.method == TEACHER:
             trainer = TEACHER_TRAINER
         elif arm.method == SCRATCH:
             trainer = PRIMUS[1] if primus else SCRATCH_TRAINER
         model = results_folder() / self.plan.dataset_name / f"{trainer}__{plans}__{self.plan.configuration}"
         steps = FineTuningConfig.from_plans(
-            {"nnssl": {"schedule": family, **figures, **arm.training.lengths}}, family, trainer
+            {"nnssl": {"schedule": schedule, **figures, **arm.training.lengths}}, schedule, trainer
         ).steps
         about = {
             "method": arm.name,
@@ -195,7 +195,7 @@ class _Builder:
             "seed": draw.seed,
             "fold": draw.fold,
         }
-        plan = self.graph.add(self._plan_job(arm, draw, name, family, figures, checkpoint, needs, about))
+        plan = self.graph.add(self._plan_job(arm, draw, name, schedule, figures, checkpoint, needs, about))
         train = self.graph.add(self._train_job(draw, name, plans, trainer, model, steps, plan, about))
         predictions, last = model / f"fold_{draw.fold}" / "validation", train
         if not self.resolved.by_folds:
@@ -290,7 +290,7 @@ class _Builder:
         self.graph.texts[path] = "".join(f"{line}\n" for line in lines)
         return str(path)
 
-    def _plan_job(self, arm: Arm, draw: LabelSubset, name: str, family: str, figures: dict[str, Any], checkpoint: str | None,
+    def _plan_job(self, arm: Arm, draw: LabelSubset, name: str, schedule: str, figures: dict[str, Any], checkpoint: str | None,
                   needs: list[str], about: dict[str, Any]) -> Job:  # fmt: skip
         command = [
             "nnssl_plan",
@@ -303,7 +303,7 @@ class _Builder:
             "--name",
             name,
         ]
-        command += ["--schedule", spelt(family), "--labels", self._text(f"labels-{name}.txt", draw.cases)]
+        command += ["--schedule", spelt(schedule), "--labels", self._text(f"labels-{name}.txt", draw.cases)]
         command += ["--seed", str(draw.seed)]
         if not self.resolved.by_folds:
             command += ["--validate", self._text(f"validate-{name}.txt", draw.validating)]
@@ -379,11 +379,11 @@ class _Builder:
 
 
 def _schedule(arm: Arm) -> tuple[str, dict[str, Any]]:
-    """Family and figures. Scratch has no pretrained backbone, so freeze-unfreeze freezes nothing unless asked to."""
-    family, figures = family_name(arm.training.schedule), dict(arm.training.figures)
-    if arm.method == SCRATCH and family == "freeze_unfreeze":
+    """Schedule and figures. Scratch has no pretrained backbone, so freeze-unfreeze freezes nothing unless asked to."""
+    schedule, figures = schedule_name(arm.training.schedule), dict(arm.training.figures)
+    if arm.method == SCRATCH and schedule == "freeze_unfreeze":
         figures.setdefault("frozen", 0.0)
-    return family, figures
+    return schedule, figures
 
 
 def _option(value: Any) -> str:

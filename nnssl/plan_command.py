@@ -15,7 +15,7 @@ from nnssl.files import write_json
 from nnssl.grammar import CommandParser, pair, whole_numbers
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import dataset_id, resolve_dataset
-from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, MEAN_TEACHER, TEACHER, FineTuningConfig, spelt, trainer_for
+from nnssl.plans.figures import DEFAULT_SCHEDULE, MEAN_TEACHER, SCHEDULES, TEACHER, FineTuningConfig, spelt, trainer_for
 from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
 from nnssl.plans.variants import Changes, Variant, list_variants
@@ -78,7 +78,7 @@ def parser() -> CommandParser:
         "--val-iterations", type=int, metavar="N", help="validation steps of an epoch (default: nnU-Net's 50)"
     )
     length.add_argument(
-        "--schedule", metavar="NAME", help=f"schedule of the learning rate: {', '.join(map(spelt, FAMILIES))}"
+        "--schedule", metavar="NAME", help=f"schedule of the learning rate: {', '.join(map(spelt, SCHEDULES))}"
     )
     p.share(
         length,
@@ -151,9 +151,9 @@ def _summary(plan: Plan) -> str:
 
 def _next(plan: Plan) -> list[str]:
     """What to type with this plan: the training alone where it finds weights, else what comes before it."""
-    number, family = dataset_id(plan.dataset_name), plan.nnssl.get("schedule") or DEFAULT_FAMILY
+    number, schedule = dataset_id(plan.dataset_name), plan.nnssl.get("schedule") or DEFAULT_SCHEDULE
     train = f"nnUNetv2_train {number} {plan.configuration} 0 -p {plan.plans_name} -tr {{}}"
-    trainer = trainer_for(family, plan.is_primus)
+    trainer = trainer_for(schedule, plan.is_primus)
     finds = bool(plan.nnssl.get("checkpoint"))
     with suppress(NnsslError):  # nnUNet_results may not be set yet
         finds = finds or any(run.finished for run in find_pretrainings(plan))
@@ -163,7 +163,7 @@ def _next(plan: Plan) -> list[str]:
     sources = " ".join(str(dataset_id(name)) for name in plan.nnssl.get("unlabelled") or ())
     sources = f"{sources} -t {number}" if sources else str(number)
     pretrain = f"nnssl_pretrain -d {sources} -m mae -p {plan.plans_name}{where}"
-    if family == MEAN_TEACHER and not plan.is_primus:
+    if schedule == MEAN_TEACHER and not plan.is_primus:
         return [
             f"Next, from random weights: {train.format(TEACHER)}",
             f"Or from pretrained ones: {pretrain}, and then -tr {trainer}",
@@ -199,7 +199,7 @@ def _lengthen(args: argparse.Namespace) -> None:
         raise NnsslError(f"--lengthen {new}: {args.plans} has {old} epochs already. Give more in all than that.")
     path = preprocessed_folder() / plan.dataset_name / f"{args.plans}.json"
     write_json(path, {**plan.plans, "nnssl": {**plan.nnssl, "epochs": new}})
-    trainer = trainer_for(plan.nnssl.get("schedule") or DEFAULT_FAMILY, plan.is_primus)
+    trainer = trainer_for(plan.nnssl.get("schedule") or DEFAULT_SCHEDULE, plan.is_primus)
     log.info(
         f"{path}: {old} -> {new} epochs. A training goes on after its last epoch, at the learning rate that one of "
         f"{new} epochs has there.\nNext: nnUNetv2_train {dataset_id(plan.dataset_name)} {plan.configuration} 0 -p {args.plans} "

@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nnssl.trainers.families import (
+    from nnssl.trainers.mean_teacher import nnUNetTrainerMeanTeacher, nnUNetTrainerPretrainedMeanTeacher
+    from nnssl.trainers.other_schedules import (
         nnUNetTrainerPretrainedFreezeUnfreeze,
         nnUNetTrainerPretrainedFrozen,
         nnUNetTrainerPretrainedHeadOnly,
         nnUNetTrainerPretrainedSawtooth,
     )
-    from nnssl.trainers.mean_teacher import nnUNetTrainerMeanTeacher, nnUNetTrainerPretrainedMeanTeacher
     from nnssl.trainers.pretrained import nnUNetTrainerPretrained, nnUNetTrainerPretrainedScratch
     from nnssl.trainers.primus import nnUNetTrainerPretrainedPrimus, nnUNetTrainerPretrainedPrimusScratch
     from nnssl.trainers.probe import nnUNetTrainerLinearProbe
@@ -43,19 +43,19 @@ TRAINERS: dict[str, tuple[str, str]] = {
         "the control: the plan's schedule from random weights",
     ),
     "nnUNetTrainerPretrainedFreezeUnfreeze": (
-        "nnssl.trainers.families",
+        "nnssl.trainers.other_schedules",
         "pretrained parts frozen for a third of the run, then raised exponentially",
     ),
     "nnUNetTrainerPretrainedSawtooth": (
-        "nnssl.trainers.families",
+        "nnssl.trainers.other_schedules",
         "decoder and heads first, then everything",
     ),
     "nnUNetTrainerPretrainedFrozen": (
-        "nnssl.trainers.families",
+        "nnssl.trainers.other_schedules",
         "the encoder stays frozen",
     ),
     "nnUNetTrainerPretrainedHeadOnly": (
-        "nnssl.trainers.families",
+        "nnssl.trainers.other_schedules",
         "only the segmentation heads are trained",
     ),
     "nnUNetTrainerPretrainedMeanTeacher": (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnssl.trainers.schedule import Rates
+from nnssl.trainers.schedule import LearningRates
 
 MOST_POINTS = 2000
 """Steps of a training at which its rates are drawn, beside the first of each epoch."""
@@ -40,7 +40,7 @@ def describe_rates(rates: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {f'{lr:.4g}' if lr else 'frozen'}" for name, lr in merge_names(rates).items())
 
 
-def draw_rates(rates: Rates, epochs: int, path: Path) -> None:
+def draw_rates(rates: LearningRates, epochs: int, path: Path) -> None:
     """Add a panel with each group's learning rate to the bottom of nnU-Net's ``progress.png``: step by step, as they are set.
 
     Args:
@@ -79,7 +79,7 @@ def draw_below(path: Path, draw: Callable[[Any], None]) -> None:
     temporary.replace(path)
 
 
-def _draw(rates: Rates, epochs: int, ax: Any) -> None:
+def _draw(rates: LearningRates, epochs: int, ax: Any) -> None:
     each, steps = rates.figures.iterations, rates.figures.steps
     stride = max(1, steps // MOST_POINTS)
     at = sorted({*range(0, steps, stride), *range(0, steps, each), steps - 1})

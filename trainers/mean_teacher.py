@@ -45,7 +45,7 @@ from nnssl.trainers.pool import (
     with_strong_changes,
 )
 from nnssl.trainers.pretrained import nnUNetTrainerPretrained
-from nnssl.trainers.schedule import Rates, StepSchedule
+from nnssl.trainers.schedule import LearningRates, StepSchedule
 from nnssl.weights import Checkpoint
 
 TEACHER = "nnssl_mean_teacher"
@@ -103,7 +103,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         figures = replace(self.figures, epochs=self.num_epochs, iterations=self.num_iterations_per_epoch)
         groups = [{"name": "network", "params": list(self.network.parameters())}]
         optimizer = build_optimizer(groups, figures.optimizer, self.initial_lr, self.weight_decay)
-        schedule = StepSchedule(optimizer, Rates(self.family, figures, ("network",)))
+        schedule = StepSchedule(optimizer, LearningRates(self.followed_schedule, figures, ("network",)))
         schedule.step(0)
         return optimizer, schedule
 

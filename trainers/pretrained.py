@@ -2,7 +2,8 @@
 
 What differs from nnU-Net's own trainer: the weights at the start of epoch 0, the learning rate (warm-up to 1e-3, then poly;
 nnU-Net starts at 1e-2), the figures and training cases that ``plans["nnssl"]`` sets, and checkpoints that are written whole and
-under the name of nnU-Net's trainer, so that any nnU-Net predicts with them. Other schedules: :mod:`nnssl.trainers.families`.
+under the name of nnU-Net's trainer, so that any nnU-Net predicts with them. Other schedules:
+:mod:`nnssl.trainers.other_schedules`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from nnssl.malloc import keep_freed_memory
 from nnssl.networks import canonical_state_dict
 from nnssl.paths import encode_path
 from nnssl.plans import Plan
-from nnssl.plans.figures import DEFAULT_FAMILY, FAMILIES, MEAN_TEACHER, PRIMUS, SCRATCH, FineTuningConfig, trainer_for
+from nnssl.plans.figures import (
+    DEFAULT_SCHEDULE,
+    MEAN_TEACHER,
+    PRIMUS,
+    SCHEDULES,
+    SCRATCH,
+    FineTuningConfig,
+    trainer_for,
+)
 from nnssl.plans.labels import folds_of, restrict
 from nnssl.plans.parts import parts_for
 from nnssl.plans.primus import CLASSES
@@ -55,8 +64,11 @@ def check_network(cls: type, plans: dict[str, Any], configuration: str, primus: 
     kind = str(values.get("architecture", {}).get("network_class_name", "")).rsplit(".", 1)[-1]
     if (kind in CLASSES.values()) == primus:
         return
-    family, control = (plans.get("nnssl") or {}).get("schedule") or DEFAULT_FAMILY, cls.__name__ in (SCRATCH, PRIMUS[1])
-    use = PRIMUS[int(control)] if not primus else SCRATCH if control else trainer_for(family)
+    schedule, control = (
+        (plans.get("nnssl") or {}).get("schedule") or DEFAULT_SCHEDULE,
+        cls.__name__ in (SCRATCH, PRIMUS[1]),
+    )
+    use = PRIMUS[int(control)] if not primus else SCRATCH if control else trainer_for(schedule)
     advice = f"use -tr {use}"
     if primus:
         advice += ", or write plans with a Primus: nnssl_plan --network primus-s --name NAME"
@@ -94,9 +106,9 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         if device.type == "cpu":
             keep_to_threads()
             keep_freed_memory()
-        self.family = self.schedule_of(plans)
-        figures = FineTuningConfig.from_plans(plans, self.family, type(self).__name__)
-        if self.family == MEAN_TEACHER and self.schedule != MEAN_TEACHER:
+        self.followed_schedule = self.schedule_of(plans)
+        figures = FineTuningConfig.from_plans(plans, self.followed_schedule, type(self).__name__)
+        if self.followed_schedule == MEAN_TEACHER and self.schedule != MEAN_TEACHER:
             figures = replace(figures, labelled_first=1.0)  # the control: labels only, one schedule over as many steps
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.figures = figures
@@ -173,7 +185,8 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
             "fold": str(self.fold),
             "weights": self.provenance.get("weights", ""),
         }
-        return {**told, **{k: v for k, v in self.figures.to_dict().items() if v is not None}, "schedule": self.family}
+        figures = {k: v for k, v in self.figures.to_dict().items() if v is not None}
+        return {**told, **figures, "schedule": self.followed_schedule}
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """As nnU-Net; the second stage of a cascade is refused where the first has not predicted all of its cases.
@@ -210,12 +223,12 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         changed = [name for name, digest in digests(self.network).items() if self._digests[name] != digest]
         named = (self.plans_manager.plans.get("nnssl") or {}).get("checkpoint")
         self.provenance = {"trainer": type(self).__name__, "version": nnssl.__version__, **self.figures.to_dict()}
-        self.provenance["schedule"] = self.family
+        self.provenance["schedule"] = self.followed_schedule
         if not self.pretrained:
             if changed:
                 raise NnsslError(
                     f"{type(self).__name__} starts from random weights{self.control_note} and takes no -pretrained_weights; "
-                    f"use -tr {PRIMUS[0] if self.primus else trainer_for(self.family)}."
+                    f"use -tr {PRIMUS[0] if self.primus else trainer_for(self.followed_schedule)}."
                 )
             self._refuse_untrained(f"{type(self).__name__} starts from random weights")
             self.provenance["weights"] = "random"
@@ -253,7 +266,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         loaded = checkpoints.load(source.path, key=source.place.get("key"), prefix=source.place.get("prefix"))
         if loaded.verdict is not None and not loaded.verdict[0]:
             self.print_to_log_file(f"nnssl: WARNING: {source.path} says of itself: {loaded.verdict[1]}")
-        parts = parts_for(plan.nnssl, self.family)
+        parts = parts_for(plan.nnssl, self.followed_schedule)
         report = transfer.apply(self.pretrained_network(), loaded, plan=plan, parts=parts)
         left = [part.part for part in report.parts if part.random]
         if left:
@@ -339,4 +352,4 @@ class nnUNetTrainerPretrainedScratch(nnUNetTrainerPretrained):
     def schedule_of(cls, plans: dict[str, Any]) -> str:
         """The plan's schedule, so that a pretrained arm and its control share one plan."""
         asked = (plans.get("nnssl") or {}).get("schedule") or cls.schedule
-        return asked if cls.__name__ in FAMILIES.get(asked, ()) else cls.schedule
+        return asked if cls.__name__ in SCHEDULES.get(asked, ()) else cls.schedule

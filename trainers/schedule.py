@@ -1,7 +1,7 @@
-"""The learning rate as a pure function of the step: a factor for each family of schedule, and the objects that set it.
+"""The learning rate as a pure function of the step: a factor for each schedule, and the objects that set it.
 
 Nothing here has a state, so that a training continued in the middle of a ramp goes on as if it had never stopped. There is one
-optimiser whatever the family; a part is frozen by the learning rate 0.
+optimiser whatever the schedule; a part is frozen by the learning rate 0.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ def freeze_unfreeze(
 
 
 @dataclass(frozen=True)
-class Rates:
+class LearningRates:
     """The learning rate of each parameter group at each step of a training.
 
     Attributes:
-        family: name of the schedule.
+        schedule: name of the schedule.
         figures: its figures, with the length of this training.
         groups: names of the groups, from the heads down to the stem (see :func:`nnssl.trainers.groups.group_of`).
         backbone: the groups that ``freeze_unfreeze`` freezes first; the others are trained at the full rate throughout.
     """
 
-    family: str
+    schedule: str
     figures: FineTuningConfig
     groups: tuple[str, ...]
     backbone: Collection[str] = ()
@@ -81,26 +81,26 @@ class Rates:
     def _factor(self, step: int, group: str) -> float:
         f, epoch = self.figures, step // self.figures.iterations
         encoder = group.startswith("encoder")
-        if self.family == "freeze_unfreeze":
+        if self.schedule == "freeze_unfreeze":
             if group not in self.backbone:
                 return 1.0
             return freeze_unfreeze(step, f.steps, f.frozen, f.ramp, f.ramp_start)
-        if self.family == "sawtooth":
+        if self.schedule == "sawtooth":
             return sawtooth(epoch, f.epochs, f.decoder_epochs, f.warmup_epochs)[0 if encoder else 1]
-        if self.family == MEAN_TEACHER:
+        if self.schedule == MEAN_TEACHER:
             stages = Stages(f.stages.first * f.iterations, f.steps)
             return stages.factor(step, f.warmup)
         if self.always_frozen(group):
             return 0.0
-        if f.warmup == 0 and self.family == "linear_probe":
+        if f.warmup == 0 and self.schedule == "linear_probe":
             return 1.0
         return warmup_poly(epoch, f.epochs, f.warmup_epochs)
 
     def always_frozen(self, group: str) -> bool:
         """Whether a group is trained at no step."""
-        if self.family == "encoder_frozen":
+        if self.schedule == "encoder_frozen":
             return group.startswith("encoder")
-        return self.family == "head_only" and not is_head(group)
+        return self.schedule == "head_only" and not is_head(group)
 
 
 class EpochSchedule:
@@ -136,7 +136,7 @@ class StepSchedule:
         rates: the learning rates; may be exchanged for others with the same groups.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, rates: Rates) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, rates: LearningRates) -> None:
         self.optimizer = optimizer
         self.rates = rates
 

@@ -16,14 +16,15 @@ from nnssl.networks import unwrap
 from nnssl.plans.figures import FineTuningConfig
 from nnssl.trainers.groups import backbone_groups, build_optimizer, hold_statistics, parameter_groups
 from nnssl.trainers.learning_rates import describe_rates, draw_rates
-from nnssl.trainers.schedule import EpochSchedule, Rates, StepSchedule
+from nnssl.trainers.schedule import EpochSchedule, LearningRates, StepSchedule
 from nnssl.weights import is_head
 
 CLIP = 12.0  # nnU-Net's
 
 
 class StepwiseTrainer(nnUNetTrainer):
-    """nnU-Net's trainer with the schedules of :mod:`nnssl.trainers.schedule`; ``family`` and ``figures`` are set by subclasses.
+    """nnU-Net's trainer with the schedules of :mod:`nnssl.trainers.schedule`. Subclasses set ``followed_schedule`` and
+    ``figures``.
 
     A group with learning rate 0 is frozen: its gradients are dropped before they are clipped and applied, so that it stays
     bit-identical and takes no part in the norm. ``requires_grad`` is only ever changed before DDP wraps the network, for
@@ -35,7 +36,7 @@ class StepwiseTrainer(nnUNetTrainer):
 
     schedule: ClassVar[str] = "warmup_poly"
     clip: ClassVar[float] = CLIP
-    family: str
+    followed_schedule: str
     figures: FineTuningConfig
     provenance: dict[str, Any]
     rates: Sequence[dict[str, Any]] = ()
@@ -44,19 +45,21 @@ class StepwiseTrainer(nnUNetTrainer):
 
     @classmethod
     def schedule_of(cls, plans: dict[str, Any]) -> str:
-        """The family of schedule that this trainer follows on the given plans."""
+        """The schedule that this trainer follows on the given plans."""
         return cls.schedule
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, EpochSchedule | StepSchedule]:
         """One group, as nnU-Net has it, where all parameters learn at one rate; else one for each stage, the heads first."""
         figures = replace(self.figures, epochs=self.num_epochs, iterations=self.num_iterations_per_epoch)
         kind = (figures.optimizer, self.initial_lr, self.weight_decay)
-        if self.family == "warmup_poly" and figures.layer_decay == 1:
+        if self.followed_schedule == "warmup_poly" and figures.layer_decay == 1:
             optimizer = build_optimizer(self.network.parameters(), *kind)
             return optimizer, EpochSchedule(optimizer, self.num_epochs, figures.warmup_epochs)
         groups = self.parameter_groups()
         names = tuple(group["name"] for group in groups)
-        rates = Rates(self.family, figures, names, backbone_groups(self.default_backbone(names), names))
+        rates = LearningRates(
+            self.followed_schedule, figures, names, backbone_groups(self.default_backbone(names), names)
+        )
         for group in groups:
             if rates.always_frozen(group["name"]):
                 for parameter in group["params"]:
@@ -77,7 +80,7 @@ class StepwiseTrainer(nnUNetTrainer):
 
     def set_backbone(self, parts: Iterable[str] | None = None) -> None:
         """Tell ``freeze_unfreeze`` which parts came pretrained (default: the plan's), and remember it for ``--c``."""
-        if self.family != "freeze_unfreeze":
+        if self.followed_schedule != "freeze_unfreeze":
             return
         rates = self.lr_scheduler.rates
         chosen = self.default_backbone(rates.groups) if parts is None else list(parts)

@@ -1,6 +1,6 @@
-"""What a plan tells a fine-tuning trainer: the family of schedule, its figures, and the cases to train on.
+"""What a plan tells a fine-tuning trainer: the schedule, its figures, and the cases to train on.
 
-A trainer fixes the family, the plan gives the figures: ``plans["nnssl"]`` holds them by the names of :class:`FineTuningConfig`.
+A trainer fixes the schedule, the plan gives the figures: ``plans["nnssl"]`` holds them by the names of :class:`FineTuningConfig`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from nnssl.config import option, problems_of
 from nnssl.errors import NnsslError, did_you_mean, raise_problems
 from nnssl.teacher.stages import Stages
 
-DEFAULT_FAMILY = "warmup_poly"
+DEFAULT_SCHEDULE = "warmup_poly"
 SCRATCH = "nnUNetTrainerPretrainedScratch"
 MEAN_TEACHER = "mean_teacher"
-"""The family of two stages: the labels, then also the pool without labels."""
+"""The schedule of two stages: the labels, then also the pool without labels."""
 TEACHER = "nnUNetTrainerMeanTeacher"
 """Its trainer from random weights."""
 PRIMUS = ("nnUNetTrainerPretrainedPrimus", "nnUNetTrainerPretrainedPrimusScratch")
-"""The trainers for Primus; both follow whatever family of :data:`PRIMUS_FAMILIES` the plan names."""
-FAMILIES: dict[str, tuple[str, ...]] = {
+"""The trainers for Primus; both follow whatever schedule of :data:`PRIMUS_SCHEDULES` the plan names."""
+SCHEDULES: dict[str, tuple[str, ...]] = {
     "warmup_poly": ("nnUNetTrainerPretrained", SCRATCH),
     "freeze_unfreeze": ("nnUNetTrainerPretrainedFreezeUnfreeze", SCRATCH),
     "sawtooth": ("nnUNetTrainerPretrainedSawtooth", SCRATCH),
@@ -30,8 +30,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     MEAN_TEACHER: ("nnUNetTrainerPretrainedMeanTeacher", TEACHER, SCRATCH),
     "linear_probe": ("nnUNetTrainerLinearProbe",),
 }
-"""Family of schedule -> the trainers of U-Nets that follow it. The control without pretraining follows any but the probe's."""
-PRIMUS_FAMILIES = tuple(family for family in FAMILIES if family not in (MEAN_TEACHER, "linear_probe"))
+"""Schedule -> the trainers of U-Nets that follow it. The control without pretraining follows any but the probe's."""
+PRIMUS_SCHEDULES = tuple(schedule for schedule in SCHEDULES if schedule not in (MEAN_TEACHER, "linear_probe"))
 
 SCHEMA = 1
 _COMMON = ("peak_lr", "optimizer")
@@ -44,7 +44,7 @@ USED: dict[str, tuple[str, ...]] = {
     MEAN_TEACHER: (*_COMMON, "warmup", "labelled_first", "momentum", "intensities", "strength", "shift", "largest"),
     "linear_probe": (*_COMMON, "warmup", "levels"),
 }
-"""Family -> the figures, besides the lengths, that decide anything there."""
+"""Schedule -> the figures, besides the lengths, that decide anything there."""
 
 _ADAM = {"optimizer": "adam", "peak_lr": 3e-4, "warmup": 0.0}
 _DEFAULTS: dict[str, dict[str, Any]] = {"freeze_unfreeze": _ADAM, "linear_probe": _ADAM}
@@ -65,7 +65,7 @@ class FineTuningConfig:
     ``freeze_unfreeze`` and ``linear_probe`` have the defaults of the paper that they come from (Kats et al. 2024, after
     Goncharov et al. 2023): Adam with 3e-4 and no weight decay, the backbone frozen for 15,000 of 45,000 steps and then raised
     from 3e-5 to 3e-4 over 1,200. ``sawtooth`` and ``warmup_poly`` have those of MIC-DKFZ's nnssl (1000 epochs: 50 of warm-up to
-    1e-3; before that 50 for the decoder alone). A Primus is trained with AdamW and 1e-4 whatever the family (MIC-DKFZ's
+    1e-3; before that 50 for the decoder alone). A Primus is trained with AdamW and 1e-4 whatever the schedule (MIC-DKFZ's
     fine-tuning; its training from scratch takes 3e-4).
 
     Attributes:
@@ -147,50 +147,50 @@ class FineTuningConfig:
         return asdict(self)
 
     @classmethod
-    def from_plans(cls, plans: Mapping[str, Any], family: str, trainer: str) -> FineTuningConfig:
+    def from_plans(cls, plans: Mapping[str, Any], schedule: str, trainer: str) -> FineTuningConfig:
         """Read the figures of a plans dict.
 
         Args:
-            plans: nnU-Net's plans; without the key ``"nnssl"`` all figures are the family's defaults.
-            family: the schedule that ``trainer`` follows.
+            plans: nnU-Net's plans; without the key ``"nnssl"`` all figures are the schedule's defaults.
+            schedule: the schedule that ``trainer`` follows.
             trainer: name of the trainer, for the messages.
 
         Raises:
-            NnsslError: a figure out of range, another family of schedule than the trainer's (names the trainer to
+            NnsslError: a figure out of range, another schedule than the trainer's (names the trainer to
                 use), or something that only a newer version understands.
         """
         ours, name = plans.get("nnssl") or {}, plans.get("plans_name", "?")
         where = f"Plans '{name}' cannot be trained with {trainer}"
-        asked, primus = ours.get("schedule") or family, trainer in PRIMUS
-        if primus and asked not in PRIMUS_FAMILIES:
-            can = ", ".join(map(spelt, PRIMUS_FAMILIES))
+        asked, primus = ours.get("schedule") or schedule, trainer in PRIMUS
+        if primus and asked not in PRIMUS_SCHEDULES:
+            can = ", ".join(map(spelt, PRIMUS_SCHEDULES))
             raise NnsslError(f"{where}: the schedule '{asked}' is for U-Nets only. For Primus there are {can}.")
-        if asked != family:
-            known = FAMILIES.get(asked)
-            use = f"use -tr {' or -tr '.join(known)}" if known else f"this version knows {', '.join(FAMILIES)}"
-            raise NnsslError(f"{where}: they name the schedule '{asked}' and this trainer follows '{family}'; {use}.")
+        if asked != schedule:
+            known = SCHEDULES.get(asked)
+            use = f"use -tr {' or -tr '.join(known)}" if known else f"this version knows {', '.join(SCHEDULES)}"
+            raise NnsslError(f"{where}: they name the schedule '{asked}' and this trainer follows '{schedule}'; {use}.")
         problems = []
         if ours.get("schema", SCHEMA) != SCHEMA:
             problems.append(f"their schema is {ours['schema']!r}, this version of nnssl reads {SCHEMA}; update nnssl")
         problems += _check_cases(ours.get("train_cases"))
         problems += _check_unlabelled(ours.get("unlabelled"))
         values = {
-            **_DEFAULTS.get(family, {}),
+            **_DEFAULTS.get(schedule, {}),
             **(_PRIMUS if primus else {}),
             **{f.name: ours[f.name] for f in fields(cls) if ours.get(f.name) is not None},
         }
         read, wrong = problems_of(cls, values, "nnssl: ", text=False)
-        if read.get("epochs") == 0 and family != DEFAULT_FAMILY:
+        if read.get("epochs") == 0 and schedule != DEFAULT_SCHEDULE:
             wrong = [
                 *wrong,
-                f"nnssl: 0 epochs keep the weights as they are: for the schedule '{spelt(DEFAULT_FAMILY)}' alone",
+                f"nnssl: 0 epochs keep the weights as they are: for the schedule '{spelt(DEFAULT_SCHEDULE)}' alone",
             ]
         raise_problems([*problems, *wrong], where)
         figures = cls(**read)
-        if family == MEAN_TEACHER and "optimizer" not in values and figures.steps < SHORT_RUN:
+        if schedule == MEAN_TEACHER and "optimizer" not in values and figures.steps < SHORT_RUN:
             figures = replace(figures, optimizer="adam")
         if "peak_lr" not in values:
-            figures = replace(figures, peak_lr=_peak(family, figures))
+            figures = replace(figures, peak_lr=_peak(schedule, figures))
         return figures
 
 
@@ -198,9 +198,9 @@ Figures = FineTuningConfig
 """The name that it had."""
 
 
-def _peak(family: str, figures: FineTuningConfig) -> float:
+def _peak(schedule: str, figures: FineTuningConfig) -> float:
     """The largest learning rate where the plan names none."""
-    if family == MEAN_TEACHER:
+    if schedule == MEAN_TEACHER:
         return SHORT_PEAK_LR if figures.optimizer == "sgd" else ADAM_PEAK_LR
     short = figures.optimizer == "sgd" and figures.steps < SHORT_RUN
     return SHORT_PEAK_LR if short else figures.peak_lr
@@ -224,39 +224,39 @@ def _check_unlabelled(sources: Any) -> list[str]:
     return [] if legal else ["nnssl.unlabelled must be a non-empty list of dataset names"]
 
 
-def spelt(family: str) -> str:
-    """A family as a user types it: ``freeze-unfreeze``."""
-    return family.replace("_", "-")
+def spelt(schedule: str) -> str:
+    """A schedule as a user types it: ``freeze-unfreeze``."""
+    return schedule.replace("_", "-")
 
 
-def family_name(text: str) -> str:
-    """The family of a schedule as a user writes it (``freeze-unfreeze``).
+def schedule_name(text: str) -> str:
+    """The name of a schedule as a user writes it (``freeze-unfreeze``).
 
     Raises:
-        NnsslError: no such family; names the nearest.
+        NnsslError: no such schedule; names the nearest.
     """
     name = text.strip().lower().replace("-", "_")
-    if name not in FAMILIES:
-        known = [spelt(family) for family in FAMILIES]
+    if name not in SCHEDULES:
+        known = [spelt(schedule) for schedule in SCHEDULES]
         raise NnsslError(f"There is no schedule '{text}'.{did_you_mean(text, known)} There are: {', '.join(known)}.")
     return name
 
 
-def trainer_for(family: str, primus: bool = False) -> str:
-    """The trainer to type for a family of schedule, and for a U-Net or a Primus."""
-    return PRIMUS[0] if primus else FAMILIES[family][0]
+def trainer_for(schedule: str, primus: bool = False) -> str:
+    """The trainer to type for a schedule, and for a U-Net or a Primus."""
+    return PRIMUS[0] if primus else SCHEDULES[schedule][0]
 
 
-def check_options(options: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """Read figures of a family of schedule, from text or typed.
+def check_options(options: Mapping[str, Any], schedule: str) -> dict[str, Any]:
+    """Read figures of a schedule, from text or typed.
 
     Returns:
         The figures as a plan holds them.
 
     Raises:
-        NnsslError: lists all that the family does not have or that are out of range.
+        NnsslError: lists all that the schedule does not have or that are out of range.
     """
-    known, name = USED[family], spelt(family)
+    known, name = USED[schedule], spelt(schedule)
     read, problems = problems_of(FineTuningConfig, {k: v for k, v in options.items() if k in known})
     unknown = [k for k in options if k not in known]
     told = [

@@ -29,19 +29,19 @@ def check_parts(choice: str) -> str:
     return choice
 
 
-def parts_for(told: Mapping[str, Any], family: str | None = None) -> str:
+def parts_for(told: Mapping[str, Any], schedule: str | None = None) -> str:
     """What ``plans["nnssl"]`` asks for: its ``parts``, else everything where only heads are trained, else the default.
 
     Args:
         told: ``plans["nnssl"]``, empty where there is none.
-        family: the schedule that is followed; by default the one that ``told`` names.
+        schedule: the schedule that is followed; by default the one that ``told`` names.
 
     Raises:
         NnsslError: an unknown word.
     """
     if told.get("parts") is not None:
         return check_parts(str(told["parts"]))
-    return "all" if (family or told.get("schedule")) in HEADS_ONLY else "default"
+    return "all" if (schedule or told.get("schedule")) in HEADS_ONLY else "default"
 
 
 def select_parts(promised: Mapping[str, Any], choice: str | Mapping[str, Any], default: str = "all") -> dict[str, Any]:

@@ -16,12 +16,12 @@ from nnssl.files import read_json
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import resolve_dataset
 from nnssl.plans.figures import (
-    DEFAULT_FAMILY,
+    DEFAULT_SCHEDULE,
     MEAN_TEACHER,
     USED,
     FineTuningConfig,
     check_options,
-    family_name,
+    schedule_name,
     trainer_for,
 )
 from nnssl.plans.parts import check_parts
@@ -64,9 +64,9 @@ class Changes:
         batch_size: training batch.
         epochs, iterations, val_iterations: length of the fine-tuning, iterations per epoch; 0 epochs keep the weights.
         checkpoint, sha256: the pretrained file in the form of :func:`nnssl.paths.encode_path`, and its hash.
-        schedule: family of the learning rate (:data:`nnssl.plans.figures.FAMILIES`); another one than the base's drops the base's
+        schedule: of the learning rate, one of :data:`nnssl.plans.figures.SCHEDULES`; another one than the base's drops the base's
             figures.
-        figures: of that family, see :class:`nnssl.plans.figures.FineTuningConfig`.
+        figures: of that schedule, see :class:`nnssl.plans.figures.FineTuningConfig`.
         cases: ``train_cases`` (fold -> case names), and ``labels`` and ``seed`` that they came from.
         adapt, coverage: what may be adapted where the weights come from another network, and the least share of the encoder that
             must then be filled (:class:`nnssl.weights.Adaptation`).
@@ -193,15 +193,15 @@ def _change_configuration(plans: dict[str, Any], plan: Plan, asked: Changes) -> 
 
 
 def _tell_schedule(told: dict[str, Any], asked: Changes) -> None:
-    """Put family and figures into the entry for the trainer; the figures of another family leave."""
-    before = told.get("schedule") or DEFAULT_FAMILY
-    family = before if asked.schedule is None else family_name(asked.schedule)
-    if family != before:
+    """Put schedule and figures into the entry for the trainer; the figures of another schedule leave."""
+    before = told.get("schedule") or DEFAULT_SCHEDULE
+    schedule = before if asked.schedule is None else schedule_name(asked.schedule)
+    if schedule != before:
         for key in {*(key for used in USED.values() for key in used), "backbone"}:
             told.pop(key, None)
     if asked.schedule is not None or asked.figures:  # a plan that asks for none can be trained with any trainer
-        told["schedule"] = family
-    told.update(check_options(asked.figures or {}, family))
+        told["schedule"] = schedule
+    told.update(check_options(asked.figures or {}, schedule))
 
 
 def _tell_weights(told: dict[str, Any], asked: Changes) -> None:
@@ -261,8 +261,8 @@ def derive(plan: Plan, name: str, changes: Changes | None = None, **others: Any)
         told["backbone"] = list(asked.backbone)
     plans["nnssl"] = told
     variant = Plan.from_dicts(plans, plan.configuration, plan.dataset_json, second_stage=True)
-    family = told.get("schedule") or DEFAULT_FAMILY
-    FineTuningConfig.from_plans(plans, family, trainer_for(family, variant.is_primus))
+    schedule = told.get("schedule") or DEFAULT_SCHEDULE
+    FineTuningConfig.from_plans(plans, schedule, trainer_for(schedule, variant.is_primus))
     if asked.features is not None or asked.patch is not None:
         _check_patch(variant)
     return variant

@@ -14,7 +14,7 @@ from nnssl import checkpoint
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, canonical_state_dict
 from nnssl.plans import load_plan
-from nnssl.plans.figures import PRIMUS_FAMILIES
+from nnssl.plans.figures import PRIMUS_SCHEDULES
 from nnssl.results import output_folder
 from nnssl.trainers import (
     nnUNetTrainerLinearProbe,
@@ -93,10 +93,10 @@ def test_trains_and_is_saved_under_its_own_name_where_nnunet_has_no_such_size(pr
     assert final["trainer_name"] == "nnUNetTrainerPretrainedPrimus" and final["nnssl_finetuning"]["method"] == "mae"
 
 
-@pytest.mark.parametrize("family", PRIMUS_FAMILIES)
-def test_every_schedule(primus, weights, start, family):
-    write_variant(load_plan(901, plans_name=PLANS), family, checkpoint=weights(), schedule=family, **LENGTH)
-    trainer = start(make_trainer(primus, plans=f"{PLANS}_{family}"))
+@pytest.mark.parametrize("schedule", PRIMUS_SCHEDULES)
+def test_every_schedule(primus, weights, start, schedule):
+    write_variant(load_plan(901, plans_name=PLANS), schedule, checkpoint=weights(), schedule=schedule, **LENGTH)
+    trainer = start(make_trainer(primus, plans=f"{PLANS}_{schedule}"))
     trainer.on_epoch_start = trainer.on_train_epoch_start
     data = {"data": torch.randn(2, 1, 16, 16, 16), "target": torch.randint(0, 3, (2, 1, 16, 16, 16)).float()}
     before = {n: p.detach().clone() for n, p in trainer.network.named_parameters()}
@@ -106,9 +106,9 @@ def test_every_schedule(primus, weights, start, family):
     encoder = {n for n in before if n.startswith(("eva.", "down_projection."))}
     heads = {n for n in before if n.startswith("up_projection.")}
     assert moved & heads
-    assert bool(moved & encoder) == (family == "warmup_poly"), family
+    assert bool(moved & encoder) == (schedule == "warmup_poly"), schedule
     names = [g.get("name") for g in trainer.optimizer.param_groups]
-    if family != "warmup_poly":
+    if schedule != "warmup_poly":
         assert names == ["up_projection", "encoder norm", "encoder stage 2", "encoder stage 1", "encoder stage 0"]
 
 

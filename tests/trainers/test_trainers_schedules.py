@@ -12,11 +12,11 @@ from nnssl import checkpoint, trainers
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, canonical_state_dict
 from nnssl.plans import Plan, load_plan
-from nnssl.plans.figures import FAMILIES, FineTuningConfig, check_options, family_name
+from nnssl.plans.figures import SCHEDULES, FineTuningConfig, check_options, schedule_name
 from nnssl.trainers import learning_rates, nnUNetTrainerPretrainedScratch
 from nnssl.trainers.groups import backbone_groups, build_optimizer, group_of, hold_statistics, parameter_groups
 from nnssl.trainers.learning_rates import describe_rates, draw_rates, merge_names
-from nnssl.trainers.schedule import Rates, StepSchedule, freeze_unfreeze, sawtooth
+from nnssl.trainers.schedule import LearningRates, StepSchedule, freeze_unfreeze, sawtooth
 from nnssl.weights import part_of, write_variant
 
 NEW = {
@@ -80,9 +80,9 @@ def test_defaults_of_the_families():
 
 
 def test_names_and_figures_of_schedules():
-    assert family_name("freeze-unfreeze") == "freeze_unfreeze"
+    assert schedule_name("freeze-unfreeze") == "freeze_unfreeze"
     with pytest.raises(NnsslError, match="Did you mean 'sawtooth'"):
-        family_name("sawtoth")
+        schedule_name("sawtoth")
     check_options({"warmup": 0.1, "decoder_first": 0.2}, "sawtooth")
     with pytest.raises(NnsslError, match="found 2 problems") as error:
         check_options({"frozn": 0.5, "ramp": 2}, "freeze_unfreeze")
@@ -95,7 +95,7 @@ GROUPS = ("seg_layers", "decoder stage 1", "decoder stage 0", "encoder stage 1",
 
 
 @pytest.mark.parametrize(
-    ("family", "epoch", "want"),
+    ("schedule", "epoch", "want"),
     [
         ("warmup_poly", 9, [1.0] * 5),
         ("encoder_frozen", 1, [1.0, 1.0, 1.0, 0, 0]),
@@ -106,19 +106,21 @@ GROUPS = ("seg_layers", "decoder stage 1", "decoder stage 0", "encoder stage 1",
         ("freeze_unfreeze", 7, [1.0, 1.0, 0.1, 0.1, 0.1]),
     ],
 )
-def test_rates_of_the_groups(family, epoch, want):
+def test_rates_of_the_groups(schedule, epoch, want):
     backbone = backbone_groups(["encoder", "decoder stage 0"], GROUPS)
     assert backbone == GROUPS[2:]
-    rates = Rates(family, FineTuningConfig(epochs=20, iterations=3, peak_lr=1.0, warmup=0.05), GROUPS, backbone)
-    if family == "warmup_poly":
-        rates = Rates(family, FineTuningConfig(epochs=20, iterations=3, peak_lr=1.0, warmup=0.45), GROUPS)
-    if family == "freeze_unfreeze":
-        rates = Rates(family, FineTuningConfig(21, 3, peak_lr=1.0), GROUPS, backbone)
+    rates = LearningRates(
+        schedule, FineTuningConfig(epochs=20, iterations=3, peak_lr=1.0, warmup=0.05), GROUPS, backbone
+    )
+    if schedule == "warmup_poly":
+        rates = LearningRates(schedule, FineTuningConfig(epochs=20, iterations=3, peak_lr=1.0, warmup=0.45), GROUPS)
+    if schedule == "freeze_unfreeze":
+        rates = LearningRates(schedule, FineTuningConfig(21, 3, peak_lr=1.0), GROUPS, backbone)
     assert [rates.at(3 * epoch, g) for g in GROUPS] == pytest.approx(want)
 
 
 def test_layer_decay_counts_stages_from_the_heads():
-    rates = Rates("warmup_poly", FineTuningConfig(epochs=4, peak_lr=1.0, warmup=0, layer_decay=0.5), GROUPS)
+    rates = LearningRates("warmup_poly", FineTuningConfig(epochs=4, peak_lr=1.0, warmup=0, layer_decay=0.5), GROUPS)
     assert [rates.at(0, g) for g in GROUPS] == [1, 0.5, 0.25, 0.125, 0.0625]
     assert rates.at(2 * 250, GROUPS[1]) == pytest.approx(0.5 * 0.5**0.9)
 
@@ -134,7 +136,9 @@ def test_optimisers_are_those_that_are_named():
 
 
 def test_a_linear_probe_has_one_rate_unless_it_warms_up():
-    still, rising = (Rates("linear_probe", FineTuningConfig(20, 3, peak_lr=1.0, warmup=w), GROUPS) for w in (0, 0.1))
+    still, rising = (
+        LearningRates("linear_probe", FineTuningConfig(20, 3, peak_lr=1.0, warmup=w), GROUPS) for w in (0, 0.1)
+    )
     assert [still.at(step, "seg_layers") for step in (0, 30, 59)] == [1.0, 1.0, 1.0]
     assert rising.at(0, "seg_layers") == pytest.approx(1 / 3) and rising.at(59, "seg_layers") == pytest.approx(
         (1 / 18) ** 0.9
@@ -143,7 +147,7 @@ def test_a_linear_probe_has_one_rate_unless_it_warms_up():
 
 def test_a_schedule_needs_no_state():
     optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "name": g} for g in GROUPS], lr=9.0)
-    schedule = StepSchedule(optimizer, Rates("sawtooth", FineTuningConfig(20, 3), GROUPS))
+    schedule = StepSchedule(optimizer, LearningRates("sawtooth", FineTuningConfig(20, 3), GROUPS))
     for step in (50, 0, 31, 4):
         schedule.set(step)
         assert schedule.now() == {g: schedule.rates.at(step, g) for g in GROUPS}
@@ -209,7 +213,7 @@ def test_names_are_merged_and_described():
 
 def frozen_then_not():
     figures = FineTuningConfig(epochs=4, iterations=10, peak_lr=1e-3, frozen=0.375, ramp=0.1)
-    return Rates("freeze_unfreeze", figures, ("seg_layers", "encoder stage 0"), ("encoder stage 0",))
+    return LearningRates("freeze_unfreeze", figures, ("seg_layers", "encoder stage 0"), ("encoder stage 0",))
 
 
 def test_a_jump_of_the_learning_rate_is_drawn_as_one():
@@ -287,19 +291,19 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("family", sorted(NEW))
-def test_frozen_parts_are_bit_identical_until_they_are_thawed(family, dataset, pretraining, build, start):
+@pytest.mark.parametrize("schedule", sorted(NEW))
+def test_frozen_parts_are_bit_identical_until_they_are_thawed(schedule, dataset, pretraining, build, start):
     pretraining()
-    plans = variant(dataset, "x", epochs=3, iterations=2, schedule=family)
-    trainer = start(build(NEW[family], plans))
+    plans = variant(dataset, "x", epochs=3, iterations=2, schedule=schedule)
+    trainer = start(build(NEW[schedule], plans))
     steps = [parts for _ in range(3) for parts in run_epoch(trainer)]
-    assert steps == MOVES[family]
+    assert steps == MOVES[schedule]
     assert [row["epoch"] for row in trainer.rates] == [0, 1, 2]
     assert trainer.logger.get_value("lrs", step=None)[0] > 0, "nnU-Net's own log shows the heads' rate"
     log = Path(trainer.log_file).read_text()
     assert "nnssl: learning rates seg_layers" in log and "frozen" in log
-    assert trainer.provenance["schedule"] == family
-    assert FAMILIES[family][0] == type(trainer).__name__
+    assert trainer.provenance["schedule"] == schedule
+    assert SCHEDULES[schedule][0] == type(trainer).__name__
 
 
 def test_parts_that_did_not_come_pretrained_are_not_frozen(dataset, pretraining, build, start):
@@ -351,7 +355,7 @@ def test_continued_in_the_middle_of_a_ramp(dataset, pretraining, build, start):
 def test_the_control_follows_the_plans_schedule(dataset, pretraining, build, start):
     plans = variant(dataset, "x", epochs=3, schedule="freeze_unfreeze", backbone=["encoder"])
     control = start(build(nnUNetTrainerPretrainedScratch, plans))
-    assert control.family == "freeze_unfreeze" and control.provenance["weights"] == "random"
+    assert control.followed_schedule == "freeze_unfreeze" and control.provenance["weights"] == "random"
     pretraining()
     pretrained = start(build(NEW["freeze_unfreeze"], plans))
     names = [g["name"] for g in pretrained.optimizer.param_groups]
@@ -389,10 +393,10 @@ def one_rank(tmp_path):
 
 
 @pytest.mark.parametrize("wrap", ["compile", "ddp"])
-@pytest.mark.parametrize("family", ["freeze_unfreeze", "head_only"])
-def test_wrapped_networks(wrap, family, dataset, pretraining, build, start, request, monkeypatch):
+@pytest.mark.parametrize("schedule", ["freeze_unfreeze", "head_only"])
+def test_wrapped_networks(wrap, schedule, dataset, pretraining, build, start, request, monkeypatch):
     pretraining()
-    trainer = build(NEW[family], variant(dataset, "x", epochs=3, iterations=1, schedule=family))
+    trainer = build(NEW[schedule], variant(dataset, "x", epochs=3, iterations=1, schedule=schedule))
     if wrap == "compile":
         trainer._do_i_compile = lambda: True
         compiled = torch.compile
@@ -405,15 +409,15 @@ def test_wrapped_networks(wrap, family, dataset, pretraining, build, start, requ
         trainer.loss = trainer._build_loss()  # under DDP nnU-Net gives the lowest output a weight
     start(trainer)
     steps = [parts for _ in range(3) for parts in run_epoch(trainer)]
-    assert steps == [MOVES[family][i] for i in (0, 2, 3)]
+    assert steps == [MOVES[schedule][i] for i in (0, 2, 3)]
 
 
-@pytest.mark.parametrize("family", sorted(NEW))
-def test_stock_nnunet_takes_the_checkpoint(family, dataset, pretraining, build, start):
+@pytest.mark.parametrize("schedule", sorted(NEW))
+def test_stock_nnunet_takes_the_checkpoint(schedule, dataset, pretraining, build, start):
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     pretraining()
-    trainer = start(build(NEW[family], variant(dataset, "x", schedule=family)))
+    trainer = start(build(NEW[schedule], variant(dataset, "x", schedule=schedule)))
     run_epoch(trainer)
     trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
     assert checkpoint.load(Path(trainer.output_folder) / "checkpoint_final.pth").content["nnssl_learning_rates"]
@@ -456,7 +460,7 @@ def test_the_variant_names_the_backbone_and_the_trainer(dataset, pretraining, bu
     write_variant(load_plan(901, plans_name="nnUNetPlans_fu"), "st", schedule="sawtooth", epochs=5)
     told = load_plan(901, plans_name="nnUNetPlans_fu_st").nnssl
     assert told["schedule"] == "sawtooth" and told["epochs"] == 5 and told["checkpoint"]
-    assert not {"frozen", "optimizer", "backbone"} & set(told), "figures of the other family have left"
+    assert not {"frozen", "optimizer", "backbone"} & set(told), "figures of the other schedule have left"
     for wrong, text in (
         ("-o warmup=0.1", "'warmup' is no figure of the schedule freeze-unfreeze"),
         ("-o frozen=2", "'frozen' must be a number in [0, 1), not '2'"),
@@ -495,12 +499,12 @@ def test_frozen_gradients_do_not_count_in_the_norm(dataset, pretraining, build, 
     assert all(with_gradient <= heads and norm == 12 for with_gradient, norm in seen) and len(seen) == 2
 
 
-@pytest.mark.parametrize("family", [None, "sawtooth"])
-def test_on_a_cpu_in_bfloat16_where_told(family, dataset, pretraining, build, start, monkeypatch):
+@pytest.mark.parametrize("schedule", [None, "sawtooth"])
+def test_on_a_cpu_in_bfloat16_where_told(schedule, dataset, pretraining, build, start, monkeypatch):
     pretraining()
     cls, plans = (
-        (NEW[family], variant(dataset, "x", schedule=family))
-        if family
+        (NEW[schedule], variant(dataset, "x", schedule=schedule))
+        if schedule
         else (trainers.nnUNetTrainerPretrained, "nnUNetPlans")
     )
     losses, seen = {}, {}

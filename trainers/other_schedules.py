@@ -1,6 +1,6 @@
 """The trainers of the other schedules: :class:`nnUNetTrainerPretrained` with other learning rates, and nothing else.
 
-All figures come from the plan variant (``nnssl_plan --schedule ... -o ...``); without one they are the family's defaults, see
+All figures come from the plan variant (``nnssl_plan --schedule ... -o ...``); without one they are the schedule's defaults, see
 :class:`nnssl.plans.figures.FineTuningConfig`.
 """
 
