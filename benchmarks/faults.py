@@ -543,9 +543,9 @@ def _changed_plans() -> None:
 
 @LAB.add("the disk is full at the second checkpoint")
 def _full() -> None:
-    from nnssl.pretrain import api
+    from nnssl import checkpoint
 
-    save, calls = api.checkpoint.save, []
+    save, calls = checkpoint.save, []
 
     def fail(path: Path, payload: Any) -> None:
         calls.append(1)
@@ -553,26 +553,26 @@ def _full() -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(path, payload)
 
-    api.checkpoint.save = fail
+    checkpoint.save = fail
     try:
         expect(go("full"), 1, "cannot save.*checkpoint saved before is whole. Free space, then continue with --c")
     finally:
-        api.checkpoint.save = save
+        checkpoint.save = save
     continues("full")
 
 
 @LAB.add("the disk is full at the first checkpoint")
 def _full_first() -> None:
-    from nnssl.pretrain import api
+    from nnssl import checkpoint
 
     def fail(path: Path, payload: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    save, api.checkpoint.save = api.checkpoint.save, fail
+    save, checkpoint.save = checkpoint.save, fail
     try:
         told = go("full1")
     finally:
-        api.checkpoint.save = save
+        checkpoint.save = save
     expect(told, 1, "cannot save.*Free space, then continue with --c")
     if "is whole" in told.text:
         raise Failed("misadvised", told.text)

@@ -162,8 +162,8 @@ def training_curve(checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def _iterations(content: dict[str, Any]) -> int:
-    told = (content.get("init_args") or {}).get("plans", {}).get("nnssl") or {}
-    return int(told.get("iterations") or 250)
+    metadata = (content.get("init_args") or {}).get("plans", {}).get("nnssl") or {}
+    return int(metadata.get("iterations") or 250)
 
 
 def drop_unreadable(folder: Path) -> list[str]:

@@ -296,7 +296,7 @@ def _arm(given: Any, training: Training, pretraining: Pretraining, folder: Path,
         fitted.setdefault("schedule", MEAN_TEACHER)
     options = {**pretraining.options, **_section(own, "options", f"{at}pretraining: "), **chosen}
     own.pop("options", None)
-    told = build(_ArmKeys, {k: given[k] for k in ("adapt", "coverage") if k in given}, at)
+    transfer = build(_ArmKeys, {k: given[k] for k in ("adapt", "coverage") if k in given}, at)
     learnt = replace(_merged(pretraining, own, f"{at}pretraining: "), options=options)
     if learnt.exclude:
         learnt = replace(learnt, exclude=str(resolve_path(learnt.exclude, folder)))
@@ -304,8 +304,8 @@ def _arm(given: Any, training: Training, pretraining: Pretraining, folder: Path,
         name=check_name(title, f"{where}method"),
         method=method,
         checkpoint=_checkpoint(file, folder),
-        adapt=told.adapt,
-        coverage=told.coverage,
+        adapt=transfer.adapt,
+        coverage=transfer.coverage,
         training=_merged(training, fitted, f"{at}training: "),
         pretraining=learnt,
     )

@@ -46,14 +46,14 @@ def rich(text: str) -> Markup:
 
 def inline(picture: Picture) -> Markup:
     """A picture inside the page: an SVG as it is, a PNG as data."""
-    told, file = escape(picture.alternative), picture.file
+    alternative, file = escape(picture.alternative), picture.file
     if file.suffix != ".svg":
         data = base64.b64encode(file.read_bytes()).decode("ascii")
-        return Markup(f'<img alt="{told}" src="data:image/png;base64,{data}">')
+        return Markup(f'<img alt="{alternative}" src="data:image/png;base64,{data}">')
     text = file.read_text(encoding="utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = _unique(re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text), file.stem)
-    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{told}"', 1))
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{alternative}"', 1))
 
 
 def _unique(svg: str, stem: str) -> str:

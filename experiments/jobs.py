@@ -238,37 +238,38 @@ class _Builder:
         from nnssl.pretrain.resolve import EPOCHS, ITERATIONS, method_folder
         from nnssl.results import output_folder
 
-        told, own = arm.pretraining, self.plan.dataset_name
-        sources = sorted({resolve_dataset(d) for d in told.datasets} or {own})
+        pretraining, own = arm.pretraining, self.plan.dataset_name
+        sources = sorted({resolve_dataset(d) for d in pretraining.datasets} or {own})
         barred = self._barred(arm, draw, sources)
-        seed = draw.seed if told.per_seed else told.seed
-        content = [self.key, arm.method, sources, told.epochs, told.iterations, told.options, told.crop, seed, barred,
-                   told.skip_bad, told.allow_mismatch]  # fmt: skip
-        if told.labelled:
+        seed = draw.seed if pretraining.per_seed else pretraining.seed
+        lengths = (pretraining.epochs, pretraining.iterations)
+        rest = (pretraining.options, pretraining.crop, seed, barred, pretraining.skip_bad, pretraining.allow_mismatch)
+        content = [self.key, arm.method, sources, *lengths, *rest]
+        if pretraining.labelled:
             content.append(list(draw.cases))
         key = digest(content)
         name = f"{self.prefix}-{key}"
         cls = get_method(arm.method)
-        target = output_folder(self.plan, method_folder(cls) + (FOLDER if told.labelled else ""), sources, name)
+        target = output_folder(self.plan, method_folder(cls) + (FOLDER if pretraining.labelled else ""), sources, name)
         command = ["nnssl_pretrain", "-d", *(str(dataset_id(s)) for s in sources), "-t", self.number, "-m", arm.method]
         command += ["-c", self.plan.configuration, "-p", self.plan.plans_name, "-device", self.device, "--name", name]
         command += ["--seed", str(seed)]
-        if told.labelled:
+        if pretraining.labelled:
             listed = self._text(f"labelled-{name}.txt", draw.cases)
             command += ["--labelled", self.number, "--labelled-cases", listed]
         for option in ("epochs", "iterations", "robustness_every"):
-            value = getattr(told, option)
+            value = getattr(pretraining, option)
             command += [f"--{option.replace('_', '-')}", str(value)] if value is not None else []
-        command += ["--crop", ",".join(map(str, told.crop))] if told.crop else []
-        command += ["--skip-bad"] if told.skip_bad else []
-        command += ["--allow-mismatch"] if told.allow_mismatch else []
+        command += ["--crop", ",".join(map(str, pretraining.crop))] if pretraining.crop else []
+        command += ["--skip-bad"] if pretraining.skip_bad else []
+        command += ["--allow-mismatch"] if pretraining.allow_mismatch else []
         if barred:
             command += ["--exclude", self._text(f"exclude-{name}.txt", barred)]
-        if told.options:
-            command += ["-o", *(f"{k}={_option(v)}" for k, v in sorted(told.options.items()))]
-        steps = (told.epochs or EPOCHS) * (told.iterations or ITERATIONS)
-        about = {"method": arm.name, "setting": self.resolved.name, **({"seed": seed} if told.per_seed else {})}
-        if told.labelled:
+        if pretraining.options:
+            command += ["-o", *(f"{k}={_option(v)}" for k, v in sorted(pretraining.options.items()))]
+        steps = (pretraining.epochs or EPOCHS) * (pretraining.iterations or ITERATIONS)
+        about = {"method": arm.name, "setting": self.resolved.name, **({"seed": seed} if pretraining.per_seed else {})}
+        if pretraining.labelled:
             about |= {"labels": draw.count, "seed": draw.seed, "fold": draw.fold}
         job = Job(f"pretrain-{arm.method}-{name}", "pretrain", tuple(command), tuple(needs), (target / "checkpoint_final.pth",),
                   resume=(target / "checkpoint_latest.pth",), gpu=True, about=about, amount=steps)  # fmt: skip

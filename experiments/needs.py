@@ -28,10 +28,10 @@ def need_datasets(experiment: Experiment) -> None:
     for dataset, (itself, before) in wanted.items():
         if dataset in known or (dataset.isdecimal() and str(int(dataset)) in numbers):
             continue
-        told = experiment.datasets.get(dataset)
+        where = experiment.datasets.get(dataset)
         uses = [f"for {', '.join(dict.fromkeys(itself))}"] if itself else []
         uses += [f"to pretrain on for {', '.join(dict.fromkeys(before))}"] if before else []
-        problems.append(f"{dataset}{': ' + told if told else ''} ({'; '.join(uses)})")
+        problems.append(f"{dataset}{': ' + where if where else ''} ({'; '.join(uses)})")
     if not problems:
         return
     if not set_folders():

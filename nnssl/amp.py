@@ -50,10 +50,10 @@ def cpu_bfloat16() -> bool:
     Raises:
         NnsslError: the variable is neither 0 nor 1.
     """
-    told = os.environ.get(VARIABLE, "").strip()
-    if told not in ("", "0", "1"):
-        raise NnsslError(f"The environment variable {VARIABLE} is '{told}': 0 or 1 is wanted.")
-    return told == "1" if told else CPU_DEFAULT and has_amx_bfloat16()
+    value = os.environ.get(VARIABLE, "").strip()
+    if value not in ("", "0", "1"):
+        raise NnsslError(f"The environment variable {VARIABLE} is '{value}': 0 or 1 is wanted.")
+    return value == "1" if value else CPU_DEFAULT and has_amx_bfloat16()
 
 
 def amp_dtype(device: torch.device) -> torch.dtype | None:

@@ -115,10 +115,12 @@ def unknown_keys(given: Iterable[str], known: Iterable[str], where: str = "", wh
     listed = f" There are: {', '.join(names)}" if what == "key" else ""
     unknown = [k for k in map(str, given) if k not in names]
     cut = [k for k in unknown if k.isdecimal()] if what == "key" else []
-    told = [f"{where}unknown {what} '{k}'.{did_you_mean(k, names)}{listed}" for k in unknown if k not in cut]
+    problems = [f"{where}unknown {what} '{k}'.{did_you_mean(k, names)}{listed}" for k in unknown if k not in cut]
     if cut:  # {features: 8,16,32} is the number 8 and two more keys in YAML
-        told.append(f"{where}{', '.join(cut)}: between braces a list has brackets, such as {{features: [8, 16, 32]}}")
-    return told
+        problems.append(
+            f"{where}{', '.join(cut)}: between braces a list has brackets, such as {{features: [8, 16, 32]}}"
+        )
+    return problems
 
 
 def _wanted(cls: type) -> dict[str, tuple[Any, Wanted]]:

@@ -259,12 +259,12 @@ class CommandParser(argparse.ArgumentParser):
         if unknown:
             words = unknown.group(1).split()
             known = [name for action in self.options() for name in action.option_strings]
-            told = [
+            advice = [
                 f"{w} is no option of {self.prog}.{did_you_mean(w.split('=')[0], known)}"
                 for w in words
                 if w.startswith("-")
             ]
-            message = " ".join(told) or f"{', '.join(words)}: not understood here."
+            message = " ".join(advice) or f"{', '.join(words)}: not understood here."
         choice = re.match(r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", message)
         if choice:
             legal = [word.strip(" '") for word in choice.group(3).split(",")]

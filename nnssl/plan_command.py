@@ -122,9 +122,9 @@ def _table(variants: list[Variant]) -> str:
         )
     ]
     for v in variants:
-        told = [None if v.nnssl.get(key) is None else _said(key, v.nnssl[key]) for key in rows[0][5:]]
+        entries = [None if v.nnssl.get(key) is None else _said(key, v.nnssl[key]) for key in rows[0][5:]]
         sizes = [size_text(v.patch_size), ",".join(map(str, v.features))]
-        cells = [v.plans_name, v.nnssl.get("configuration"), v.nnssl.get("base_plans"), *sizes, *told]
+        cells = [v.plans_name, v.nnssl.get("configuration"), v.nnssl.get("base_plans"), *sizes, *entries]
         rows.append(tuple("-" if cell is None else str(cell) for cell in cells))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
@@ -132,8 +132,8 @@ def _table(variants: list[Variant]) -> str:
 
 def _summary(plan: Plan) -> str:
     hidden = ("schema", "sha256", "configuration", "base_plans", "train_cases", "val_cases")
-    told = {k: v for k, v in plan.nnssl.items() if k not in hidden}
-    width = max((len(k) for k in told), default=0)
+    entries = {k: v for k, v in plan.nnssl.items() if k not in hidden}
+    width = max((len(k) for k in entries), default=0)
     cases = plan.nnssl.get("train_cases", {})
     return "\n".join(
         [
@@ -141,8 +141,8 @@ def _summary(plan: Plan) -> str:
             f"  patch     {' x '.join(map(str, plan.patch_size))} voxels, total stride {plan.total_stride}, "
             f"batch {plan.batch_size}",
             f"  data      {plan.data_identifier} (shared with {plan.base_plans})",
-            *(["  trainer"] if told else []),
-            *(f"    {k.replace('_', ' '):<{width}}  {_said(k, v)}" for k, v in told.items()),
+            *(["  trainer"] if entries else []),
+            *(f"    {k.replace('_', ' '):<{width}}  {_said(k, v)}" for k, v in entries.items()),
             *(f"  fold {fold:<4} trains on {len(names)}: {', '.join(names)}" for fold, names in cases.items()),
             *_next(plan),
         ]

@@ -34,8 +34,8 @@ def check_variables() -> None:
     Raises:
         NnsslError: names all of them.
     """
-    told = {name: os.environ[name].strip() for name in NUMBERS if name in os.environ}
-    wrong = {k: v for k, v in told.items() if not v.isdecimal() and (v or k != "OMP_NUM_THREADS")}
+    values = {name: os.environ[name].strip() for name in NUMBERS if name in os.environ}
+    wrong = {k: v for k, v in values.items() if not v.isdecimal() and (v or k != "OMP_NUM_THREADS")}
     problems = [f"{name} is '{value}'; it must be a whole number" for name, value in wrong.items()]
     advice = f"Set it anew, or leave it out: unset {' '.join(wrong)}"
     raise_problems(problems, "environment", advice=advice)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,11 @@ from typing import Any
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-from nnssl import checkpoint
 from nnssl.distributed import rank, world_size
 from nnssl.errors import NnsslError, UsageError
 from nnssl.files import write_json
 from nnssl.loggers import open_loggers
 from nnssl.plans import Plan, resolve_dataset
-from nnssl.plans.unlabelled import case_key_hash
 from nnssl.pretrain.data import CaseSet
 from nnssl.pretrain.data.weights import parse_sources, relative
 from nnssl.pretrain.engine.devices import pick_device, process_group, restarted, shared_preparation
@@ -27,18 +25,17 @@ from nnssl.pretrain.engine.estimate import estimate
 from nnssl.pretrain.engine.folder import LOCK, RunFolder
 from nnssl.pretrain.engine.logs import add_log_file, choose_loggers, keep_lines, run_settings
 from nnssl.pretrain.engine.loop import Engine, Outcome, RunSpec
-from nnssl.pretrain.engine.messages import disk_advice
 from nnssl.pretrain.engine.resume import load_state
 from nnssl.pretrain.engine.watch import RobustnessHook
 from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.methods.base import Method
-from nnssl.pretrain.methods.registry import origin
 from nnssl.pretrain.omni import FOLDER, prepare_omni, take_omni
 from nnssl.pretrain.onwards import finished_before, keep_first_end, next_lines, start_from, started_from
 from nnssl.pretrain.options import RunOptions, Sources, as_function, command_of
 from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
 from nnssl.pretrain.prepare.planning import planned
 from nnssl.pretrain.resolve import Choice, batch_size, identity, method_folder, resolve
+from nnssl.pretrain.run_files import continued_record, payload, run_record, save_checkpoint
 from nnssl.pretrain.types import CropRequest
 from nnssl.results import CONFIG, output_folder
 from nnssl.variables import variables
@@ -131,7 +128,7 @@ def _pretrain(asked: RunOptions, said: MemoryHandler) -> RunResult:
             device=device,
             workers=get_allowed_n_proc_DA() if workers is None else workers,
             folder=folder,
-            save=_saver(names),
+            save=save_checkpoint,
             weights=_weights(weights, saved),
             hooks=[watch, *asked.hooks],
             start=start,
@@ -145,17 +142,17 @@ def _pretrain(asked: RunOptions, said: MemoryHandler) -> RunResult:
         if asked.dry_run:
             log.info("%s", estimate(spec))
             return RunResult(path, None, False, False, "Only estimated.", {})
-        who = identity(cls, plan, case_set, request, names, choice, batch, spec.weights)
-        who["omni"] = None if omni is None else omni.identity()
-        who["init"] = start.identity() if start is not None else ((saved or {}).get("identity") or {}).get("init")
-        spec.identity = who
+        spec.identity = identity(cls, plan, case_set, request, names, choice, batch, spec.weights) | {
+            "omni": None if omni is None else omni.identity(),
+            "init": start.identity() if start is not None else ((saved or {}).get("identity") or {}).get("init"),
+        }
         record = {
             "accepted": accepted,
             "asked": asked.asked(),
             "command": command_of(asked),
             "environment": variables(),
         }
-        return _execute(spec, who, auto or bool(go_on), record, said, loggers)
+        return _execute(spec, auto or bool(go_on), record, said, loggers)
 
 
 run = as_function(
@@ -232,30 +229,29 @@ def _before(saved: dict[str, Any] | None) -> dict[str, Any]:
 
 def _execute(
     spec: RunSpec,
-    who: dict[str, Any],
     continue_run: bool,
     record: dict[str, Any],
     said: MemoryHandler,
     loggers: Sequence[str],
 ) -> RunResult:
-    """Admit, record, train, judge."""
+    """Check what may be continued, record, train, judge."""
     folder, path = spec.folder, spec.folder.path
     images = [case.key for case in spec.case_set.cases], spec.case_set.contents
     folder.check_images(*images, continue_run=continue_run)
-    resuming = folder.check_resume(who, continue_run=continue_run)
+    resuming = folder.check_resume(spec.identity, continue_run=continue_run)
     before = finished_before(folder.final, spec.steps) if resuming else None
     if before is not None:
         log.info("This run is finished: %s. More --epochs than its %d lengthen it.", folder.final, spec.epochs)
         learnt, sentence = before.verdict or (True, "The run was finished before.")
         return RunResult(path, folder.final, True, learnt, sentence, {})
-    state = load_state(folder, who) if resuming else None
+    state = load_state(folder, spec.identity) if resuming else None
     handler = add_log_file(path, said) if rank() == 0 else None
     outcome = None
     try:
         if rank() == 0:
             spec.loggers = open_loggers(loggers, path, path.name, resume=resuming)
             for each in spec.loggers:
-                each.settings(run_settings(spec, who))
+                each.settings(run_settings(spec))
         engine = Engine(spec, state)
         if rank() == 0:
             if resuming and folder.final.exists():
@@ -264,12 +260,12 @@ def _execute(
                     keep_first_end(folder.final, saved_epochs, spec.epochs)
             if not (resuming and folder.images_file.is_file()):
                 folder.write_images(*images)
-            write_json(
-                folder.config_file, {**_record(spec, who), **(_continued(folder, record) if resuming else record)}
-            )
+            if resuming:
+                record = continued_record(folder, record)
+            write_json(folder.config_file, {**run_record(spec), **record})
             if engine.start is not None:
                 engine.start.save_report(path)
-            check_loadable(_payload(engine, who["sources"]), spec.plan)
+            check_loadable(payload(engine), spec.plan)
             if state is not None:
                 log.info("Continuing after step %d of %d.", engine.step, spec.steps)
         outcome = engine.fit()
@@ -287,79 +283,6 @@ def _execute(
     final = folder.final if outcome.finished else None
     last, stopped = outcome.last, outcome.signal
     return RunResult(path, final, outcome.finished, outcome.learnt, outcome.sentence, last, stopped)
-
-
-def _continued(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run that goes on: what began it stays, and what continues it is added."""
-    before = folder.saved_config() or {}
-    first: dict[str, Any] = {k: before[k] for k in ("asked", "command", "environment") if k in before}
-    return {**record, **first, "continued": [*before.get("continued", ()), record["command"]]}
-
-
-def _record(spec: RunSpec, who: dict[str, Any]) -> dict[str, Any]:
-    """``config.json``: what finds the run again, and everything resolved."""
-    keys = ("method", "sources", "dataset", "plans_name", "configuration", "architecture_hash")
-    return {
-        "schema": 1,
-        **{k: who[k] for k in keys},
-        "base_plans": spec.plan.base_plans,
-        "identity": who,
-        "runtime": {"device": str(spec.device), "processes": world_size(), "workers": spec.workers},
-        "objective": origin(spec.method),
-        "crop_explanation": spec.request.explanation,
-        "held_out_cases": len(spec.case_set.held_out),
-        "versions": checkpoint.package_versions(),
-    }
-
-
-def _payload(engine: Engine, sources: list[str], training: dict[str, Any] | None = None) -> dict[str, Any]:
-    spec = engine.spec
-    extra: dict[str, Any] = {}
-    for hook in spec.hooks:
-        extra.update(hook.checkpoint_info())
-    if engine.verdict is not None:
-        extra["verdict"] = engine.verdict
-    if engine.started_from is not None:
-        extra["started_from"] = engine.started_from
-    return checkpoint.build_payload(
-        engine.method.network,
-        spec.plan,
-        method=spec.method.name,
-        config={f.name: getattr(spec.config, f.name) for f in fields(spec.config)},
-        crop_size=spec.request.size,
-        pretrained_parts=engine.method.pretrained_parts(),
-        transfer={"parts": engine.method.default_transfer, "why": engine.method.transfer_reason},
-        data={
-            "sources": sources,
-            "cases": len(spec.case_set.cases),
-            "fingerprint": spec.case_set.fingerprint_hash,
-            "case_hashes": sorted(case_key_hash(ref.key) for ref in spec.case_set.cases),
-        },
-        citations=spec.method.citation,
-        training=training,
-        epoch=engine.step // spec.iterations,
-        step=engine.step,
-        steps=spec.steps,
-        **extra,
-    )
-
-
-def _saver(sources: list[str]) -> Any:
-    def save(engine: Engine, path: Path, state: dict[str, Any] | None) -> None:
-        folder = engine.spec.folder
-        try:
-            if path == folder.latest:
-                folder.keep_previous()
-            checkpoint.save(path, _payload(engine, sources, state))
-        except OSError as error:
-            whole = (
-                "The checkpoint saved before is whole. " if folder.latest.is_file() or folder.previous.is_file() else ""
-            )
-            raise NnsslError(
-                f"cannot save {path}: {error.strerror or error}. {whole}{disk_advice(error)}, then continue with --c."
-            ) from error
-
-    return save
 
 
 def _introduce(spec: RunSpec, sources: list[str]) -> None:

@@ -70,7 +70,7 @@ class Start:
         coverage = how.pop("coverage", None)
         return {"init": str(Path(self.loaded.path).absolute()), "adapt": how, "coverage": coverage, **self.place}
 
-    def told(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the run's own checkpoints say about it."""
         return {"sha256": self.sha256, "method": self.loaded.method, "origin": self.loaded.origin}
 
@@ -101,7 +101,7 @@ def start_from(
             raise UsageError(f"{', '.join(given)}: only with --init FILE.")
         return None
     loaded = checkpoint.load(init, key=key, prefix=prefix)
-    adaptation = Adaptation.from_told({"adapt": adapt, "coverage": coverage})
+    adaptation = Adaptation.from_metadata({"adapt": adapt, "coverage": coverage})
     if loaded.verdict is not None and not loaded.verdict[0]:
         log.warning("Warning: the own verdict of --init %s: %s", init, loaded.verdict[1])
     return Start(loaded, sha256_of(init), adaptation, place)
@@ -113,14 +113,14 @@ def started_from(saved: Mapping[str, Any] | None) -> Start | None:
     Raises:
         NnsslError: their file is gone or another, with the option that names it anew.
     """
-    told = ((saved or {}).get("accepted") or {}).get("start")
-    if told is None:
+    saved_start = ((saved or {}).get("accepted") or {}).get("start")
+    if saved_start is None:
         return None
     try:
-        return start_from(**told)
+        return start_from(**saved_start)
     except NnsslError as error:
         raise NnsslError(
-            f"this run starts from the weights of {told['init']}: {error} Add --init FILE where it lies now."
+            f"this run starts from the weights of {saved_start['init']}: {error} Add --init FILE where it lies now."
         ) from error
 
 

@@ -242,13 +242,13 @@ def add_options(parser: CommandParser) -> dict[str, Any]:
     groups = {title: parser.group(title) for title in GROUPS}
     for f in _of_command():
         meta = f.metadata
-        told = {"help": meta["help"], **meta["keywords"]}
+        keywords = {"help": meta["help"], **meta["keywords"]}
         if meta["names"]:
             groups[meta["group"]].add_argument(
-                *meta["names"], dest=f.name, **{**told, "help": told["help"].replace("%", "%%")}
+                *meta["names"], dest=f.name, **{**keywords, "help": keywords["help"].replace("%", "%%")}
             )
         else:
-            parser.share(groups[meta["group"]], f.name, **told)
+            parser.share(groups[meta["group"]], f.name, **keywords)
     return groups
 
 

@@ -59,14 +59,14 @@ def _read_all() -> Iterator[SimpleNamespace]:
             continue
         module = ".".join(("nnssl", *file.relative_to(ROOT).with_suffix("").parts))
         for node in _module(module).values():
-            told = _registered(node)
-            if isinstance(node, ast.ClassDef) and told is not None:
-                given = {k.arg: k.value for k in told.keywords}
+            call = _registered(node)
+            if isinstance(node, ast.ClassDef) and call is not None:
+                given = {k.arg: k.value for k in call.keywords}
                 config = _value(module, _name(given["config"]))
                 if not isinstance(config, type):
                     raise TypeError(f"{module}: the config of {node.name} cannot be read")
                 shown = _shown(module, node)
-                yield SimpleNamespace(name=ast.literal_eval(told.args[0]), Config=config, **shown)
+                yield SimpleNamespace(name=ast.literal_eval(call.args[0]), Config=config, **shown)
 
 
 def _shown(module: str, node: ast.ClassDef) -> dict[str, Any]:

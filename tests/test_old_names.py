@@ -40,6 +40,15 @@ def test_a_request_takes_and_gives_its_old_fields():
         CropRequest((8, 8), windows=(8, 8))
 
 
+def test_attributes_have_both_names(tmp_path):
+    from nnssl.weights import Adaptation, Checkpoint
+
+    assert Adaptation.from_told({"adapt": {"depth": "match"}}) == Adaptation.from_metadata(
+        {"adapt": {"depth": "match"}}
+    )
+    assert Checkpoint(tmp_path, {}, ["read"]).told == ["read"]
+
+
 def test_a_moved_function_tells_where_it_is():
     with pytest.raises(ImportError, match="from nnssl.weights import write_variant"):
         from nnssl.plans import write_variant  # noqa: F401

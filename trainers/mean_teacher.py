@@ -117,13 +117,13 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
     def before_loading(self) -> None:
         """Find the images without labels, so that nothing is missing when the second stage begins."""
         train, val = self.do_split()
-        told = self.plans_manager.plans.get("nnssl") or {}
+        metadata = self.plans_manager.plans.get("nnssl") or {}
         if self.fold == ALL:  # validates on what it does not train on: only cases that the plan names are held back
-            val = list((told.get("val_cases") or {}).get(ALL, ()))
+            val = list((metadata.get("val_cases") or {}).get(ALL, ()))
         self.figures = replace(self.figures, strength=self.figures.strength_for(len(train)))
         self.provenance.update(strength=self.figures.strength, labelled_cases=len(train))
         rest: list[str] = []
-        if told.get("train_cases"):
+        if metadata.get("train_cases"):
             rest = sorted(set(folds_of(self.plan())[str(self.fold)][0]) - {*train, *val})
         self.pool = find_unlabelled(self.plan(), train, val, rest=rest, pretrained_on=self._pretrained_on)
         self._largest = self._one_piece_classes(train)

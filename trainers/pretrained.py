@@ -135,8 +135,8 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """As nnU-Net, with only the training cases that the plan chooses; validation cases are never among them."""
-        told = self.plans_manager.plans.get("nnssl") or {}
-        chosen = told.get("train_cases")
+        metadata = self.plans_manager.plans.get("nnssl") or {}
+        chosen = metadata.get("train_cases")
         if not chosen:
             return super().do_split()
         if self.fold == "all" or Path(self.preprocessed_dataset_folder_base, "splits_final.json").is_file():
@@ -144,7 +144,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         else:
             folds = folds_of(self.plan())
             train, val = folds.get(str(self.fold), ([], []))
-        train, val = restrict(self.fold, list(train), list(val), chosen, told.get("val_cases"))
+        train, val = restrict(self.fold, list(train), list(val), chosen, metadata.get("val_cases"))
         self.print_to_log_file(f"nnssl: the plan trains this fold on {len(train)}: {', '.join(train)}")
         return train, val
 
@@ -179,14 +179,14 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
     def _settings(self) -> dict[str, Any]:
         """What loggers are told of the training."""
         plans = self.plans_manager
-        told = {"trainer": type(self).__name__, "dataset": plans.dataset_name, "plans_name": plans.plans_name}
-        told |= {
+        settings = {"trainer": type(self).__name__, "dataset": plans.dataset_name, "plans_name": plans.plans_name}
+        settings |= {
             "configuration": self.configuration_name,
             "fold": str(self.fold),
             "weights": self.provenance.get("weights", ""),
         }
         figures = {k: v for k, v in self.figures.to_dict().items() if v is not None}
-        return {**told, **figures, "schedule": self.followed_schedule}
+        return {**settings, **figures, "schedule": self.followed_schedule}
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """As nnU-Net; the second stage of a cascade is refused where the first has not predicted all of its cases.

@@ -74,13 +74,13 @@ def _as_v2(content: Mapping[str, Any], folder: Path | None) -> str:
     files = sorted(f.name for f in images.iterdir()) if images and images.is_dir() else []
     found = next((e for f in files for e in ALL_ENDINGS if f.lower().endswith(e)), ".nii.gz")
     cases = {f.rsplit("_", 1)[0] for f in files if f.endswith(found)}
-    told = {
+    shortest = {
         "channel_names": {str(k): v for k, v in names.items()} if isinstance(names, dict) else {"0": "MR"},
         "labels": labels if isinstance(labels, dict) else {"background": 0},
         "numTraining": len(cases) or content.get("numTraining", 0),
         "file_ending": content.get("file_ending", found),
     }
-    return json.dumps(told, ensure_ascii=False)
+    return json.dumps(shortest, ensure_ascii=False)
 
 
 def _channels(content: Mapping[str, Any]) -> list[str]:

@@ -29,19 +29,19 @@ def check_parts(choice: str) -> str:
     return choice
 
 
-def parts_for(told: Mapping[str, Any], schedule: str | None = None) -> str:
+def parts_for(metadata: Mapping[str, Any], schedule: str | None = None) -> str:
     """What ``plans["nnssl"]`` asks for: its ``parts``, else everything where only heads are trained, else the default.
 
     Args:
-        told: ``plans["nnssl"]``, empty where there is none.
+        metadata: ``plans["nnssl"]``, empty where there is none.
         schedule: the schedule that is followed; by default the one that ``told`` names.
 
     Raises:
         NnsslError: an unknown word.
     """
-    if told.get("parts") is not None:
-        return check_parts(str(told["parts"]))
-    return "all" if (schedule or told.get("schedule")) in HEADS_ONLY else "default"
+    if metadata.get("parts") is not None:
+        return check_parts(str(metadata["parts"]))
+    return "all" if (schedule or metadata.get("schedule")) in HEADS_ONLY else "default"
 
 
 def select_parts(promised: Mapping[str, Any], choice: str | Mapping[str, Any], default: str = "all") -> dict[str, Any]:

@@ -348,9 +348,9 @@ def load_plan(
     raw = set_folders().get("nnUNet_raw")
     if not description.is_file() and raw is not None:
         description = raw / name / "dataset.json"
-    told = read_json(description)
-    check_description(told, description)
-    plan = Plan.from_dicts(read_json(path), configuration, told, second_stage=second_stage)
+    dataset_json = read_json(description)
+    check_description(dataset_json, description)
+    plan = Plan.from_dicts(read_json(path), configuration, dataset_json, second_stage=second_stage)
     if min(plan.patch_size) < 1:
         raise NnsslError(
             f"{path}: 'configurations.{configuration}.patch_size' must be of at least 1, not {plan.patch_size}"

@@ -132,8 +132,8 @@ def find_unlabelled(
         own = {c.name: c for c in list_cases(plan, plan.dataset_name)} if rest else {}
         cases = [own[name] for name in rest if name in own]
         why = [f"{len(cases)} of {plan.dataset_name}, whose labels the plans leave out"] if cases else []
-        more, told = _pretrained_on(plan, pretrained_on or {})
-        cases, why = cases + more, why + told
+        more, reasons = _pretrained_on(plan, pretrained_on or {})
+        cases, why = cases + more, why + reasons
     unique = sorted({c.key: c for c in cases}.values(), key=lambda c: (c.source, c.name))
     mine = {f"{plan.dataset_name}/{name}" for name in train}
     held = {"labelled training cases": mine}

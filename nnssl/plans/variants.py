@@ -192,45 +192,45 @@ def _change_configuration(plans: dict[str, Any], plan: Plan, asked: Changes) -> 
         config["batch_size"] = int(asked.batch_size)
 
 
-def _tell_schedule(told: dict[str, Any], asked: Changes) -> None:
+def _set_schedule(metadata: dict[str, Any], asked: Changes) -> None:
     """Put schedule and figures into the entry for the trainer; the figures of another schedule leave."""
-    before = told.get("schedule") or DEFAULT_SCHEDULE
+    before = metadata.get("schedule") or DEFAULT_SCHEDULE
     schedule = before if asked.schedule is None else schedule_name(asked.schedule)
     if schedule != before:
         for key in {*(key for used in USED.values() for key in used), "backbone"}:
-            told.pop(key, None)
+            metadata.pop(key, None)
     if asked.schedule is not None or asked.figures:  # a plan that asks for none can be trained with any trainer
-        told["schedule"] = schedule
-    told.update(check_options(asked.figures or {}, schedule))
+        metadata["schedule"] = schedule
+    metadata.update(check_options(asked.figures or {}, schedule))
 
 
-def _tell_weights(told: dict[str, Any], asked: Changes) -> None:
+def _set_weights(metadata: dict[str, Any], asked: Changes) -> None:
     """Put the checkpoint, and what is taken of it, into the entry for the trainer."""
     if asked.checkpoint is not None:
-        told.update(checkpoint=asked.checkpoint, sha256=asked.sha256)
+        metadata.update(checkpoint=asked.checkpoint, sha256=asked.sha256)
         for key in ("adapt", "coverage", "parts", "place", "backbone"):  # said of the file named before
-            told.pop(key, None)
+            metadata.pop(key, None)
     if asked.adapt is not None:
-        told["adapt"] = dict(asked.adapt)
+        metadata["adapt"] = dict(asked.adapt)
     if asked.coverage is not None:
-        told["coverage"] = asked.coverage
+        metadata["coverage"] = asked.coverage
     if asked.place:
-        told["place"] = dict(asked.place)
+        metadata["place"] = dict(asked.place)
     if asked.parts is not None:
-        told["parts"] = check_parts(asked.parts)
+        metadata["parts"] = check_parts(asked.parts)
 
 
-def _tell_pool(told: dict[str, Any], asked: Changes) -> None:
+def _set_pool(metadata: dict[str, Any], asked: Changes) -> None:
     """Put the images without labels into the entry for the trainer; only one schedule learns from any."""
-    if (asked.unlabelled or asked.transductive) and told.get("schedule", MEAN_TEACHER) != MEAN_TEACHER:
+    if (asked.unlabelled or asked.transductive) and metadata.get("schedule", MEAN_TEACHER) != MEAN_TEACHER:
         raise NnsslError(
-            f"--unlabelled and --transductive are for the schedule mean-teacher, not {told['schedule'].replace('_', '-')}; "
+            f"--unlabelled and --transductive are for the schedule mean-teacher, not {metadata['schedule'].replace('_', '-')}; "
             "add --schedule mean-teacher."
         )
     if asked.unlabelled:
-        told["unlabelled"] = [resolve_dataset(source) for source in asked.unlabelled]
+        metadata["unlabelled"] = [resolve_dataset(source) for source in asked.unlabelled]
     if asked.transductive:
-        told["transductive"] = True
+        metadata["transductive"] = True
 
 
 def derive(plan: Plan, name: str, changes: Changes | None = None, **others: Any) -> Plan:
@@ -251,17 +251,17 @@ def derive(plan: Plan, name: str, changes: Changes | None = None, **others: Any)
     plans = deepcopy(plan.plans)
     plans["plans_name"] = f"{plan.plans_name}_{check_name(name)}"
     _change_configuration(plans, plan, asked)
-    told = {**plan.nnssl, "schema": SCHEMA, "base_plans": plan.base_plans, "configuration": plan.configuration}
-    _tell_schedule(told, asked)
-    told.update(lengths)
-    _tell_weights(told, asked)
-    told.update(asked.cases or {})
-    _tell_pool(told, asked)
-    if asked.backbone is not None and told.get("schedule") == "freeze_unfreeze":
-        told["backbone"] = list(asked.backbone)
-    plans["nnssl"] = told
+    metadata = {**plan.nnssl, "schema": SCHEMA, "base_plans": plan.base_plans, "configuration": plan.configuration}
+    _set_schedule(metadata, asked)
+    metadata.update(lengths)
+    _set_weights(metadata, asked)
+    metadata.update(asked.cases or {})
+    _set_pool(metadata, asked)
+    if asked.backbone is not None and metadata.get("schedule") == "freeze_unfreeze":
+        metadata["backbone"] = list(asked.backbone)
+    plans["nnssl"] = metadata
     variant = Plan.from_dicts(plans, plan.configuration, plan.dataset_json, second_stage=True)
-    schedule = told.get("schedule") or DEFAULT_SCHEDULE
+    schedule = metadata.get("schedule") or DEFAULT_SCHEDULE
     FineTuningConfig.from_plans(plans, schedule, trainer_for(schedule, variant.is_primus))
     if asked.features is not None or asked.patch is not None:
         _check_patch(variant)
@@ -286,13 +286,13 @@ def list_variants(dataset: int | str) -> list[Variant]:
     for name in plans_in(folder) if folder.is_dir() else []:
         path = folder / f"{name}.json"
         plans = read_json(path)
-        told = plans.get("nnssl")
-        if not isinstance(told, dict):
+        metadata = plans.get("nnssl")
+        if not isinstance(metadata, dict):
             continue
-        configuration = told.get("configuration", "3d_fullres")
+        configuration = metadata.get("configuration", "3d_fullres")
         try:
             plan = Plan.from_dicts(plans, configuration, {}, second_stage=True)
-            found.append(Variant(name, path, told, plan.patch_size, plan.features))
+            found.append(Variant(name, path, metadata, plan.patch_size, plan.features))
         except (NnsslError, KeyError, TypeError):
             log.warning("%s is left out: its configuration '%s' cannot be read.", path, configuration)
     return found

@@ -65,8 +65,8 @@ class Classes:
         )
         if not members:
             raise NnsslError(f"{plan.dataset_name} has no label but the background: there is nothing to segment.")
-        told = {_values(value): str(name) for name, value in plan.dataset_json["labels"].items()}
-        names = tuple(told.get(m, "+".join(map(str, m))) for m in members)
+        labels = {_values(value): str(name) for name, value in plan.dataset_json["labels"].items()}
+        names = tuple(labels.get(m, "+".join(map(str, m))) for m in members)
         return cls(names, members, bool(manager.has_regions), manager.ignore_label)
 
     @property
@@ -161,11 +161,11 @@ def choose_folds(
     if str(fold) not in folds:
         raise NnsslError(f"-f {fold}: there is no such fold. There are: {', '.join(folds)}.")
     train, val = folds[str(fold)]
-    told = plan.nnssl.get("train_cases") or {}
+    named = plan.nnssl.get("train_cases") or {}
     if labels is not None:
         chosen = choose_cases({str(fold): (train, val)}, labels, seed)
-    elif told:
-        chosen = told
+    elif named:
+        chosen = named
     else:
         chosen = {str(fold): case_order(train, seed)[:MOST_LABELLED] if len(train) > MOST_LABELLED else list(train)}
     fit, rest = restrict(fold, train, val, chosen, plan.nnssl.get("val_cases"))

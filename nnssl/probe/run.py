@@ -68,8 +68,8 @@ def probe(
     plan = load_plan(resolve_dataset(dataset), configuration, plans)
     classes = Classes.of(plan)
     folds = choose_folds(plan, labels=labels, fold=fold, evaluate=evaluate, seed=seed)
-    told = {"adapt": dict(adapt or {}), "coverage": coverage}
-    how = Adaptation.from_told(told) if adapt or coverage is not None else None
+    asked = {"adapt": dict(adapt or {}), "coverage": coverage}
+    how = Adaptation.from_metadata(asked) if adapt or coverage is not None else None
     named = name_checkpoints([str(c) for c in checkpoints]) if checkpoints else discover(plan)
     scored = sorted({name for f in folds for name in f.score})
     sources = examine(named, plan, how, scored)

@@ -57,21 +57,23 @@ class Adaptation:
         return any((self.channels, self.kernels, self.depth))
 
     @classmethod
-    def from_told(cls, told: Mapping[str, Any]) -> Adaptation:
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> Adaptation:
         """Read ``plans["nnssl"]``: its ``adapt`` and ``coverage``.
 
         Raises:
             NnsslError: an unknown kind or way.
         """
-        asked = dict(told.get("adapt") or {})
+        asked = dict(metadata.get("adapt") or {})
         known = [f.name for f in fields(cls) if f.name != "coverage"]
         for key in asked:
             if key not in known:
                 raise NnsslError(
                     f"--adapt {key}=...: there is no such kind.{did_you_mean(key, known)} There are: {', '.join(known)}."
                 )
-        coverage = told.get("coverage")
+        coverage = metadata.get("coverage")
         return cls(**asked, **({} if coverage is None else {"coverage": coverage}))
+
+    from_told = from_metadata  # its name before
 
 
 def adapt_channels(weight: Tensor, n_channels: int, how: str) -> tuple[Tensor, str]:

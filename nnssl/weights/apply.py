@@ -266,10 +266,10 @@ def _own_grid(network: nn.Module) -> tuple[int, ...] | None:
 
 def _given_grid(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> tuple[int, ...] | None:
     """Tokens per axis in pretraining, from the patch and the size of a token; None where the file does not tell."""
-    told = checkpoint.adaptation_plan or {}
-    configurations = list(((told.get("pretrain_plan") or {}).get("configurations") or {}).values())
+    adaptation = checkpoint.adaptation_plan or {}
+    configurations = list(((adaptation.get("pretrain_plan") or {}).get("configurations") or {}).values())
     nested = configurations[0].get("patch_size") if configurations and isinstance(configurations[0], Mapping) else None
-    patch = checkpoint.nnssl.get("patch_size") or told.get("pretrain_patch_size") or nested
+    patch = checkpoint.nnssl.get("patch_size") or adaptation.get("pretrain_patch_size") or nested
     if patch is None or not is_transformer(weights):
         return None
     proj = weights.get("down_projection.proj.weight")
@@ -278,7 +278,7 @@ def _given_grid(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> tuple[
 
 
 def _notes(checkpoint: Checkpoint, plan: Plan | None, stale: int) -> list[str]:
-    notes = list(checkpoint.told)
+    notes = list(checkpoint.remarks)
     verdict = checkpoint.verdict
     if verdict is not None and not verdict[0]:
         notes.append(f"WARNING, the pretraining's own verdict: {verdict[1]}")
@@ -354,7 +354,7 @@ def apply(
     """
     checkpoint = _opened(checkpoint)
     where = checkpoint.title
-    how = adapt if adapt is not None else Adaptation.from_told(plan.nnssl if plan is not None else {})
+    how = adapt if adapt is not None else Adaptation.from_metadata(plan.nnssl if plan is not None else {})
     source = dict(checkpoint.weights)
     target = canonical_state_dict(network)
     aliases = alias_map(network)

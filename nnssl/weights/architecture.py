@@ -56,9 +56,9 @@ def told_architecture(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | No
     plan = plan_of(checkpoint)
     if plan is not None:
         return plan.network_class, dict(plan.config.network_arch_init_kwargs)
-    told = (checkpoint.adaptation_plan or {}).get("architecture_plans") or {}
-    name = str(told.get("arch_class_name", "")).rsplit(".", 1)[-1]
-    kwargs = told.get("arch_kwargs") or (checkpoint.adaptation_plan or {}).get("architecture_kwargs")
+    recorded = (checkpoint.adaptation_plan or {}).get("architecture_plans") or {}
+    name = str(recorded.get("arch_class_name", "")).rsplit(".", 1)[-1]
+    kwargs = recorded.get("arch_kwargs") or (checkpoint.adaptation_plan or {}).get("architecture_kwargs")
     if kwargs and name in ("PlainConvUNet", "ResidualEncoderUNet", "ResEncL"):
         return ("ResidualEncoderUNet" if name == "ResEncL" else name), dict(kwargs)
     return preset(name)
@@ -119,15 +119,19 @@ def plan_of(checkpoint: Checkpoint) -> Plan | None:
     Raises:
         NnsslError: the plan cannot be used (a cascade, a network that is no U-Net).
     """
-    told = checkpoint.content.get("init_args")
-    if not isinstance(told, dict) or not isinstance(told.get("plans"), dict) or "dataset_json" not in told:
+    init_args = checkpoint.content.get("init_args")
+    if (
+        not isinstance(init_args, dict)
+        or not isinstance(init_args.get("plans"), dict)
+        or "dataset_json" not in init_args
+    ):
         return None
     if second_stage(checkpoint):
         raise NnsslError(
             f"{checkpoint.path} is the second stage of a cascade, whose network also sees a segmentation; it is not converted. "
             "Name it in a plan, which takes the image's weights: nnssl_plan --checkpoint FILE --adapt channels=first --name NAME"
         )
-    return Plan.from_dicts(told["plans"], told["configuration"], told["dataset_json"])
+    return Plan.from_dicts(init_args["plans"], init_args["configuration"], init_args["dataset_json"])
 
 
 def build(class_name: str, arguments: dict[str, Any], n_channels: int, n_classes: int) -> nn.Module:

@@ -30,7 +30,7 @@ def _convert(args: argparse.Namespace) -> None:
     read = convert(
         args.input, args.output, form, parts=args.parts, trusted=args.trust, overwrite=args.overwrite, **where
     )
-    for line in read.told:
+    for line in read.remarks:
         log.info("%s: %s", args.input, line)
     log.info(f"Wrote {args.output} ({form})")
 

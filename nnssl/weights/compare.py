@@ -22,13 +22,13 @@ def _inherited(plans: Mapping[str, Any], name: Any) -> dict[str, Any]:
 
 def _nnunet(checkpoint: Checkpoint) -> tuple[dict[str, Any], str, dict[str, Any]] | None:
     """Plans, configuration and dataset.json that nnU-Net's trainer puts into its files."""
-    told = checkpoint.content.get("init_args")
-    if not isinstance(told, Mapping) or not isinstance(told.get("plans"), Mapping):
+    init_args = checkpoint.content.get("init_args")
+    if not isinstance(init_args, Mapping) or not isinstance(init_args.get("plans"), Mapping):
         return None
-    description = told.get("dataset_json")
+    description = init_args.get("dataset_json")
     return (
-        dict(told["plans"]),
-        str(told.get("configuration")),
+        dict(init_args["plans"]),
+        str(init_args.get("configuration")),
         dict(description) if isinstance(description, Mapping) else {},
     )
 
@@ -41,14 +41,14 @@ def _names(channels: Any) -> list[str] | None:
 
 def second_stage(checkpoint: Checkpoint) -> bool:
     """Whether a file of nnU-Net's is of the second stage of a cascade, whose network also sees a segmentation."""
-    told = _nnunet(checkpoint)
-    return told is not None and _inherited(told[0], told[1]).get("previous_stage") is not None
+    nnunet = _nnunet(checkpoint)
+    return nnunet is not None and _inherited(nnunet[0], nnunet[1]).get("previous_stage") is not None
 
 
 def image_channels(checkpoint: Checkpoint) -> int | None:
     """Number of the image's channels in a file of nnU-Net's; None where it does not tell."""
-    told = _nnunet(checkpoint)
-    names = _names(told[2].get("channel_names", told[2].get("modality"))) if told else None
+    nnunet = _nnunet(checkpoint)
+    names = _names(nnunet[2].get("channel_names", nnunet[2].get("modality"))) if nnunet else None
     return len(names) if names else None
 
 
@@ -59,14 +59,14 @@ def trained_on(checkpoint: Checkpoint) -> dict[str, Any]:
         ``plan`` (names of dataset, plans and configuration), ``patch_size`` (voxels), ``spacing`` (mm), ``normalization_schemes``
         and ``channels``; what the file does not tell is left out.
     """
-    ours, told = checkpoint.nnssl, _nnunet(checkpoint)
+    ours, nnunet = checkpoint.nnssl, _nnunet(checkpoint)
     values: Mapping[str, Any]
     if ours.get("plan"):
         plan, values, channels = ours["plan"], ours, ours.get("channels")
         patch = plan.get("patch_size")
-    elif told is not None:
-        plan, values = {**told[0], "configuration": told[1]}, _inherited(told[0], told[1])
-        patch, channels = values.get("patch_size"), _names(told[2].get("channel_names", told[2].get("modality")))
+    elif nnunet is not None:
+        plan, values = {**nnunet[0], "configuration": nnunet[1]}, _inherited(nnunet[0], nnunet[1])
+        patch, channels = values.get("patch_size"), _names(nnunet[2].get("channel_names", nnunet[2].get("modality")))
     else:
         plan = dict((checkpoint.adaptation_plan or {}).get("pretrain_plan") or {})
         configurations: dict[str, dict[str, Any]] = plan.get("configurations") or {}
@@ -94,25 +94,25 @@ def _modality(channels: Sequence[str]) -> str:
 
 def differences(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     """One line for each thing besides the network in which pretraining and plan differ; empty where nothing does or is told."""
-    told, lines = trained_on(checkpoint), []
+    before, lines = trained_on(checkpoint), []
     here = [plan.channel_names[i] for i in sorted(plan.channel_names)]
-    there = told.get("channels")
+    there = before.get("channels")
     if there is not None and _modality(there) != _modality(here):
         lines.append(f"modality: {', '.join(there)} in pretraining, {', '.join(here)} here")
     elif there is not None and there != here:
         lines.append(f"channels: {', '.join(there)} in pretraining, {', '.join(here)} here")
-    schemes = told.get("normalization_schemes")
+    schemes = before.get("normalization_schemes")
     if schemes is not None and list(schemes) != list(plan.normalization_schemes):
         lines.append(
             f"normalisation: {', '.join(schemes)} in pretraining, {', '.join(plan.normalization_schemes)} here"
         )
-    spacing = told.get("spacing")
+    spacing = before.get("spacing")
     if spacing is not None and (
         len(spacing) != len(plan.spacing)
         or not all(math.isclose(a, b, rel_tol=0.02) for a, b in zip(spacing, plan.spacing))
     ):
         lines.append(f"spacing: {_sizes(spacing)} mm in pretraining, {_sizes(plan.spacing)} mm here")
-    patch = told.get("patch_size")
+    patch = before.get("patch_size")
     if patch is not None and [int(p) for p in patch] != list(plan.patch_size):
         lines.append(f"patch: {_sizes(patch)} voxels in pretraining, {_sizes(plan.patch_size)} here")
     return [f"differs in {line}" for line in lines]

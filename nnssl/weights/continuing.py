@@ -24,21 +24,21 @@ def how_to_continue(checkpoint: Checkpoint) -> str | None:
     state, ours = has_state(checkpoint), checkpoint.nnssl
     latest = state or checkpoint.path.with_name(LATEST).is_file()
     run = _run_of(checkpoint) if latest else {}
-    told = [] if state else ["this file holds the weights alone, without the state of the training"]
+    reasons = [] if state else ["this file holds the weights alone, without the state of the training"]
     command = str(run.get("command") or "")
     if not command:
         if state:
             return "by the run's own command with --c, where this file lies in the folder of its run"
-        return f"{told[0]}. Another run starts from them with: nnssl_pretrain ... --init {shlex.quote(str(checkpoint.path))}"
+        return f"{reasons[0]}. Another run starts from them with: nnssl_pretrain ... --init {shlex.quote(str(checkpoint.path))}"
     if not state:
-        told.append(f"{LATEST} beside it holds both")
+        reasons.append(f"{LATEST} beside it holds both")
     if ours.get("step", 0) < ours.get("steps", 0):
-        return f"{'; '.join([*told, 'to go on'])}:\n{further(command)}"
+        return f"{'; '.join([*reasons, 'to go on'])}:\n{further(command)}"
     epochs = run["identity"]["epochs"]
-    told.append(f"the run has reached its end after {epochs} epochs")
+    reasons.append(f"the run has reached its end after {epochs} epochs")
     if run["identity"].get("omni"):
-        return f"{'; '.join(told)}, and one with --labelled cannot be lengthened"
-    return f"{'; '.join([*told, 'to lengthen it'])}:\n{further(command, 2 * epochs)}"
+        return f"{'; '.join(reasons)}, and one with --labelled cannot be lengthened"
+    return f"{'; '.join([*reasons, 'to lengthen it'])}:\n{further(command, 2 * epochs)}"
 
 
 def further(command: str, epochs: int | None = None) -> str:

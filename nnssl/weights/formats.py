@@ -125,10 +125,10 @@ def _told(checkpoint: Checkpoint, plan: Plan | None, weights: Mapping[str, Tenso
         adaptation = adaptation_plan(plan, plan.patch_size)
     if adaptation is not None:
         adaptation = _without_prefix(adaptation)
-    told: dict[str, Any] = {} if adaptation is None else {"nnssl_adaptation_plan": adaptation}
-    told["citations"] = checkpoint.citations
-    told["nnssl"] = dict(checkpoint.nnssl) or _describe(checkpoint, plan, adaptation, weights, parts)
-    return told
+    metadata: dict[str, Any] = {} if adaptation is None else {"nnssl_adaptation_plan": adaptation}
+    metadata["citations"] = checkpoint.citations
+    metadata["nnssl"] = dict(checkpoint.nnssl) or _describe(checkpoint, plan, adaptation, weights, parts)
+    return metadata
 
 
 def _without_prefix(adaptation: Mapping[str, Any]) -> dict[str, Any]:

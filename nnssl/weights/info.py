@@ -61,7 +61,7 @@ def describe(
         "sha256": sha256_of(path),
         "kind": _ORIGINS["nnssl_finetuning" if tuned else checkpoint.origin]
         + (", second stage of a cascade" if second_stage(checkpoint) else ""),
-        "read_as": list(checkpoint.told),
+        "read_as": list(checkpoint.remarks),
         "method": None if checkpoint.method == UNTOLD else checkpoint.method,
         "verdict": _verdict(checkpoint),
         "length": _length(checkpoint),
@@ -105,8 +105,8 @@ def _file_of(path: str | os.PathLike[str]) -> Path:
 
 
 def _verdict(checkpoint: Checkpoint) -> str | None:
-    told = checkpoint.verdict
-    return None if told is None else told[1]
+    verdict = checkpoint.verdict
+    return None if verdict is None else verdict[1]
 
 
 def _length(checkpoint: Checkpoint) -> str | None:
@@ -139,16 +139,22 @@ def _network(checkpoint: Checkpoint) -> dict[str, Any]:
         if looks_like(once) and kind == "network of another kind":
             kind = f"network of another kind: its names look like {looks_like(once)}"
         return {"kind": kind, "parameters": sum(t.numel() for t in once.values()), "names": len(weights)}
-    told = None
+    architecture = None
     with suppress(NnsslError):  # a plan of nnU-Net's for another network: the weights still say enough
-        told = told_architecture(checkpoint) or (inferred(once) if "decoder.transpconvs.0.weight" in once else None)
+        architecture = told_architecture(checkpoint) or (
+            inferred(once) if "decoder.transpconvs.0.weight" in once else None
+        )
     sizes = {part: sum(t.numel() for n, t in once.items() if part_of(n) == part) for part in part_names(once)}
     return {
-        "kind": told[0] if told else network_kind(once).split()[0],
+        "kind": architecture[0] if architecture else network_kind(once).split()[0],
         "dimensions": dimensions(once),
         "input_channels": stem_channels(once),
         "features": widths(once),
-        **({"strides": told[1]["strides"], "kernel_sizes": told[1]["kernel_sizes"]} if told else {}),
+        **(
+            {"strides": architecture[1]["strides"], "kernel_sizes": architecture[1]["kernel_sizes"]}
+            if architecture
+            else {}
+        ),
         "parameters": sum(sizes.values()),
         "parameters_by_part": sizes,
         "tensors": len(once),

@@ -43,18 +43,18 @@ def keep_heads(checkpoint: Checkpoint, plan: Plan | None, whole_decoder: bool) -
         plan: of the network.
         whole_decoder: whether all decoder stages are taken: heads are made for their features.
     """
-    told = checkpoint.nnssl.get("heads")
-    if plan is None or not isinstance(told, Mapping) or not isinstance(told.get("labels"), Mapping):
+    heads = checkpoint.nnssl.get("heads")
+    if plan is None or not isinstance(heads, Mapping) or not isinstance(heads.get("labels"), Mapping):
         return False, None
     here = label_set(plan.dataset_json)
-    if told.get("labels") != here["labels"] or told.get("regions_class_order") != here["regions_class_order"]:
-        there, wanted = (", ".join(f"{k} {v}" for k, v in s["labels"].items()) for s in (told, here))
+    if heads.get("labels") != here["labels"] or heads.get("regions_class_order") != here["regions_class_order"]:
+        there, wanted = (", ".join(f"{k} {v}" for k, v in s["labels"].items()) for s in (heads, here))
         order = " in another order" if there == wanted else ""
         return (
             False,
             f"new heads: those of the checkpoint are for another label set ({there}){order}, the target has {wanted}",
         )
-    missing = [name for name in here["learnt"] if name not in (told.get("learnt") or ())]
+    missing = [name for name in here["learnt"] if name not in (heads.get("learnt") or ())]
     if missing:
         return False, f"new heads: no case of the pretraining was annotated with {', '.join(missing)}"
     if not whole_decoder:

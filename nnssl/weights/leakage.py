@@ -21,8 +21,8 @@ def labels_seen(description: Mapping[str, Any], dataset: str, cases: Iterable[st
         dataset: name of the dataset that the cases are of.
         cases: their names.
     """
-    told = description.get("omni") or {}
-    if told.get("labelled") != dataset:
+    omni = description.get("omni") or {}
+    if omni.get("labelled") != dataset:
         return []
-    known = set(told.get("case_hashes", ()))
+    known = set(omni.get("case_hashes", ()))
     return sorted(case for case in cases if case_hash(case) in known)

@@ -42,12 +42,17 @@ class Checkpoint:
     Attributes:
         path: the file.
         content: the whole dict as it is stored, with the weights under ``network_weights`` by nnU-Net's names.
-        told: half a sentence for each thing that was done to find the weights: entry, prefix, what was left out.
+        remarks: half a sentence for each thing that was done to find the weights: entry, prefix, what was left out.
     """
 
     path: Path
     content: dict[str, Any]
-    told: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def told(self) -> list[str]:
+        """The name of :attr:`remarks` before."""
+        return self.remarks
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -61,7 +66,7 @@ class Checkpoint:
             return "nnssl"
         if "nnssl_adaptation_plan" in self.content:
             return "nnssl-mic"
-        return "others" if self.told else "nnU-Net"
+        return "others" if self.remarks else "nnU-Net"
 
     @property
     def nnssl(self) -> dict[str, Any]:
@@ -103,10 +108,10 @@ class Checkpoint:
     @property
     def verdict(self) -> tuple[bool, str] | None:
         """Whether the pretraining learnt, by its own judgement at its end, and the sentence for it; None where not told."""
-        told = self.nnssl.get("verdict")
+        verdict = self.nnssl.get("verdict")
         return (
-            (bool(told["learnt"]), str(told.get("sentence", "")))
-            if isinstance(told, dict) and "learnt" in told
+            (bool(verdict["learnt"]), str(verdict.get("sentence", "")))
+            if isinstance(verdict, dict) and "learnt" in verdict
             else None
         )
 
@@ -197,11 +202,11 @@ def _safetensors(path: Path, map_location: str | torch.device) -> dict[str, Any]
 
     try:
         with safe_open(path, framework="pt", device=str(map_location)) as file:
-            told = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if not tensors:
             raise NnsslError(f"{path} holds no tensor.")
-        own = {key: json.loads(told[key]) for key in ENTRIES if key in told}
+        own = {key: json.loads(metadata[key]) for key in ENTRIES if key in metadata}
         return (
             {"network_weights": tensors, **own} if own else tensors
         )  # of others: told as such where it is looked through
@@ -227,7 +232,7 @@ def read_content(
             path, {**content, "network_weights": error.tensors}, [str(error).removeprefix(f"{path} holds ")]
         )
     rest = {k: v for k, v in content.items() if k not in found.entry[:1]} if found.entry else {}
-    return Checkpoint(path, {**rest, "network_weights": found.weights}, found.told)
+    return Checkpoint(path, {**rest, "network_weights": found.weights}, found.remarks)
 
 
 def load(
@@ -242,7 +247,7 @@ def load(
     """Read a checkpoint with ``weights_only=True``, or a safetensors file.
 
     nnU-Net's network is found under whatever entry and behind whatever prefix it lies, where there is one such place; what was
-    done is told in :attr:`Checkpoint.told`.
+    done stands in :attr:`Checkpoint.remarks`.
 
     Args:
         path: the file.

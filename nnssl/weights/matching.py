@@ -43,10 +43,10 @@ class Matched:
     stale: int = 0
 
 
-def _grid(told: Sequence[int] | None, tokens: int) -> tuple[int, ...] | None:
+def _grid(recorded: Sequence[int] | None, tokens: int) -> tuple[int, ...] | None:
     """Tokens per axis: as told where that many there are, else a cube."""
-    if told is not None and math.prod(told) == tokens:
-        return tuple(int(n) for n in told)
+    if recorded is not None and math.prod(recorded) == tokens:
+        return tuple(int(n) for n in recorded)
     side = round(tokens ** (1 / 3))
     return (side,) * 3 if side**3 == tokens else None
 

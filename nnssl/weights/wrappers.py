@@ -39,12 +39,12 @@ class Found:
     Attributes:
         weights: by nnU-Net's names; aliases as far as the file has them.
         entry: keys that lead to them in the file; empty where the file itself is the state dict.
-        told: half a sentence for each thing that was done to find them.
+        remarks: half a sentence for each thing that was done to find them.
     """
 
     weights: dict[str, Tensor]
     entry: tuple[str, ...] = ()
-    told: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def _is_state(value: Any) -> bool:
@@ -83,7 +83,9 @@ def _show(prefix: str) -> str:
     return f"'{prefix}'" if prefix else "'' (none)"
 
 
-def _choose_prefix(groups: dict[str, Any], prefix: str | None, key: str | None, told: str | None, path: Path) -> str:
+def _choose_prefix(
+    groups: dict[str, Any], prefix: str | None, key: str | None, recorded: str | None, path: Path
+) -> str:
     """The prefix to strip, as asked for, as the file's adaptation plan says, or the only one."""
     held, example = ", ".join(_show(p) for p in groups), next((p for p in groups if p), "''")
     if prefix is not None:
@@ -94,11 +96,11 @@ def _choose_prefix(groups: dict[str, Any], prefix: str | None, key: str | None, 
         raise NnsslError(
             f"--prefix {prefix}: in {path} nnU-Net's names stand behind {held}.{did_you_mean(wanted, groups)}"
         )
-    if told is not None:
-        if told in groups:
-            return told
+    if recorded is not None:
+        if recorded in groups:
+            return recorded
         raise NnsslError(
-            f"{path}: its adaptation plan says that the encoder lies under '{told}encoder', but no name begins so; nnU-Net's "
+            f"{path}: its adaptation plan says that the encoder lies under '{recorded}encoder', but no name begins so; nnU-Net's "
             f"names stand behind {held}. If these are the weights that you want, name the prefix: --prefix {example}"
         )
     if key is not None:
@@ -187,25 +189,25 @@ def find_weights_in(content: Any, path: Path, key: str | None = None, prefix: st
         held = ", ".join(map(str, list(content)[:6])) or "nothing"
         raise NnsslError(f"{path} holds no weights, neither under 'network_weights' nor elsewhere. It holds: {held}.")
     entry, weights = _choose_state([(p, {without_wrappers(n): t for n, t in s.items()}) for p, s in states], key, path)
-    told = []
+    remarks = []
     if entry != ("network_weights",):
-        told.append(f"weights found under '{'.'.join(entry)}'" if entry else "the whole file is the weights")
+        remarks.append(f"weights found under '{'.'.join(entry)}'" if entry else "the whole file is the weights")
     wrapped = sum(without_wrappers(n) != n for n in dict(states)[entry])
     if wrapped:
-        told.append(f"what DDP or torch.compile had put into {wrapped} names dropped")
+        remarks.append(f"what DDP or torch.compile had put into {wrapped} names dropped")
     if is_version_1(weights):
-        return Found(from_version_1(weights), entry, [*told, "names of nnU-Net v1 translated"])
+        return Found(from_version_1(weights), entry, [*remarks, "names of nnU-Net v1 translated"])
     groups = _by_prefix(weights)
     chosen = _choose_prefix(groups, prefix, key, _told_prefix(content), path)
     alone = any(n.startswith(chosen) and f"encoder.{n.removeprefix(chosen)}" in groups[chosen] for n in weights)
     if not chosen and not alone:
-        return Found(weights, entry, told)
+        return Found(weights, entry, remarks)
     stripped = groups[chosen]
     if chosen:
-        told.append(f"'{chosen}' stripped from {len(stripped)} names")
+        remarks.append(f"'{chosen}' stripped from {len(stripped)} names")
     if alone:
-        told.append("an encoder stored alone, 'encoder.' put before its names")
+        remarks.append("an encoder stored alone, 'encoder.' put before its names")
     left = [n for n in weights if not (n.startswith(chosen) and own_name(n) is not None)]
     if left:
-        told.append(f"{len(left)} other names left out, for example '{left[0]}'")
-    return Found(dict(stripped), entry, told)
+        remarks.append(f"{len(left)} other names left out, for example '{left[0]}'")
+    return Found(dict(stripped), entry, remarks)

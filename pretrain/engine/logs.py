@@ -120,10 +120,10 @@ def choose_loggers(given: str | Sequence[str] | None) -> tuple[str, ...]:
     return names
 
 
-def run_settings(spec: RunSpec, identity: Mapping[str, Any]) -> dict[str, Any]:
+def run_settings(spec: RunSpec) -> dict[str, Any]:
     """What loggers are told of a run: numbers, and names of the method, the plan and the datasets; no case and no path."""
     keys = ("method", "dataset", "plans_name", "configuration", "epochs", "iterations", "batch_size", "seed")
-    told = {k: identity[k] for k in keys}
-    told |= {"sources": " ".join(identity["sources"]), "crop": size_text(spec.request.size)}
-    told |= {"cases": len(spec.case_set.train), "held_out_cases": len(spec.case_set.held_out)}
-    return told | {f"option/{f.name}": str(getattr(spec.config, f.name)) for f in fields(spec.config)}
+    settings = {k: spec.identity[k] for k in keys}
+    settings |= {"sources": " ".join(spec.identity["sources"]), "crop": size_text(spec.request.size)}
+    settings |= {"cases": len(spec.case_set.train), "held_out_cases": len(spec.case_set.held_out)}
+    return settings | {f"option/{f.name}": str(getattr(spec.config, f.name)) for f in fields(spec.config)}

@@ -138,7 +138,7 @@ class Engine:
         torch.manual_seed(spec.seed)
         network = build_network(spec.plan)
         self.start = spec.start.fill(network, spec.plan) if spec.start is not None and state is None else None
-        self.started_from: dict[str, Any] | None = None if self.start is None else self.start.told()
+        self.started_from: dict[str, Any] | None = None if self.start is None else self.start.metadata()
         self.verdict: dict[str, Any] | None = None
         self.method = spec.method(network, spec.plan, spec.request, spec.config).to(spec.device)
         self.parts = spec.engine.accumulate or 1

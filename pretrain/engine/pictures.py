@@ -46,7 +46,7 @@ def save_picture(picture: Picture, path: Path, *, heading: str = "", aspect: flo
     bottom = wrapped(picture.note, room, 9.5, dpi=DPI)
     captions = max(len(_caption(c).splitlines()) for c in columns)
     above = 0.2 * len(top) + 0.17 * captions + 0.25
-    tagged = max((_tag(t).count("\n") + 1 for told in picture.tags.values() for t in told), default=0)
+    tagged = max((_tag(t).count("\n") + 1 for texts in picture.tags.values() for t in texts), default=0)
     lower = 0.05 + 0.15 * tagged if tagged else 0.0
     below = 0.18 * len(bottom) + lower + (0.55 if picture.scales else 0.0) + 0.2
     space = 0.1 + lower

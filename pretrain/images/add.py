@@ -175,7 +175,7 @@ def _tasks(chosen: Channels) -> tuple[list[Task], list[Rejected]]:
 
 def _add(target: Dataset, tasks: list[Task], summary: Summary, options: Converter, n_processes: int) -> dict[str, Task]:
     """Convert and place what is new; returns the task of every case that these images are."""
-    told = options.options
+    options_key = options.options
     sources: dict[str, Task] = {}
     todo = []
     for task in sorted(tasks, key=lambda j: j.key):
@@ -183,7 +183,7 @@ def _add(target: Dataset, tasks: list[Task], summary: Summary, options: Converte
         if line is not None and line.cases:
             summary.known += len(line.cases)
             sources.update(dict.fromkeys(line.cases, task))
-        elif line is not None and line.reason and line.options == told and line.reason != "duplicate":
+        elif line is not None and line.reason and line.options == options_key and line.reason != "duplicate":
             summary.rejected.append(Rejected(task.items[0].files[0], line.reason, "as before", _count(task)))
         else:
             todo.append(task)
@@ -194,13 +194,13 @@ def _add(target: Dataset, tasks: list[Task], summary: Summary, options: Converte
                 for result in results:
                     if result.fatal:
                         raise NnsslError(_fatal(result, target))
-                    _settle(result, target, summary, sources, told)
+                    _settle(result, target, summary, sources, options_key)
         finally:
             target.describe()
     return sources
 
 
-def _settle(result: Result, target: Dataset, summary: Summary, sources: dict[str, Task], told: str) -> None:
+def _settle(result: Result, target: Dataset, summary: Summary, sources: dict[str, Task], options_key: str) -> None:
     cases: list[str] = []
     hashes: list[str] = []
     file = result.task.items[0].files[0]
@@ -211,7 +211,7 @@ def _settle(result: Result, target: Dataset, summary: Summary, sources: dict[str
             for draft in made.drafts:
                 os.unlink(draft)
             continue
-        line = Line(result.task.key, sha256=(*hashes, made.sha256), options=told)
+        line = Line(result.task.key, sha256=(*hashes, made.sha256), options=options_key)
         case = target.place(made.drafts, lambda name, line=line: target.append(replace(line, cases=(*cases, name))))  # type: ignore[misc]
         target.hashes[made.sha256] = case
         cases.append(case)
@@ -220,7 +220,7 @@ def _settle(result: Result, target: Dataset, summary: Summary, sources: dict[str
     if result.reason:
         summary.rejected.append(Rejected(file, result.reason, result.detail, _count(result.task)))
     if not cases:
-        target.append(Line(result.task.key, reason=result.reason or "duplicate", options=told))
+        target.append(Line(result.task.key, reason=result.reason or "duplicate", options=options_key))
     summary.added += cases
     sources.update(dict.fromkeys(cases, result.task))
 
@@ -284,8 +284,8 @@ def _counts(rejected: Sequence[Rejected]) -> str:
 
 
 def _nothing(report: Path | None, rejected: Sequence[Rejected]) -> str:
-    told = "the folders hold no file" if report is None else f"why is told in {report}"
-    return f"Nothing that can be added was found; {told}. {_counts(rejected)}".strip()
+    reason = "the folders hold no file" if report is None else f"why stands in {report}"
+    return f"Nothing that can be added was found; {reason}. {_counts(rejected)}".strip()
 
 
 def _tell(summary: Summary, target: int | str | None) -> None:

@@ -85,8 +85,8 @@ def _channels_of_target(target: int | str) -> tuple[tuple[str, ...], str]:
     from nnssl.plans import resolve_dataset
 
     name = resolve_dataset(target)
-    told = describe(name)
-    names = told.get("channel_names") or told.get("modality")
+    description = describe(name)
+    names = description.get("channel_names") or description.get("modality")
     if not isinstance(names, dict) or not names:
         raise NnsslError(f"dataset.json of {name} has no channel_names that could be taken.")
     return tuple(str(names[k]) for k in sorted(names, key=int)), name
@@ -155,15 +155,15 @@ def _told(items: Sequence[Item]) -> str:
         )
     names.pop("", None)
     kind = next(iter(counts))
-    told = next(iter(names)) if len(names) == 1 and kind not in names else NAMES.get(kind, kind)
+    modality = next(iter(names)) if len(names) == 1 and kind not in names else NAMES.get(kind, kind)
     if silent:
         log.info(
             "Modality: %s, as %d of %d images say; the others do not tell theirs.",
-            told,
+            modality,
             len(items) - silent,
             len(items),
         )
-    return told
+    return modality
 
 
 def _channels(names: Sequence[str]) -> str:

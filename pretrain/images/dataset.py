@@ -122,13 +122,13 @@ class Dataset:
                 f"{self.name} has labels; images without labels would break it. Take a dataset of its own."
             )
         if self._json().is_file():
-            told = read_json(self._json())
-            check_description(told, self._json())
-            ending = told.get("file_ending", ENDING)
-            if ending != ENDING or told.get("dataset"):
+            description = read_json(self._json())
+            check_description(description, self._json())
+            ending = description.get("file_ending", ENDING)
+            if ending != ENDING or description.get("dataset"):
                 what = f"holds {ending} files" if ending != ENDING else "names its images one by one"
                 raise NnsslError(f"{self.name} {what}; images are added as {ENDING}. Take a dataset of its own.")
-            names = told.get("channel_names") or told.get("modality") or {}
+            names = description.get("channel_names") or description.get("modality") or {}
             self.channels = tuple(str(names[k]) for k in sorted(names, key=int))
         self._read_index()
         pattern = re.compile(re.escape(self.prefix) + r"_(\d+)_\d{4}" + re.escape(ENDING))

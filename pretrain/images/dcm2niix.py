@@ -144,10 +144,10 @@ def _run(folder: Path, out: Path) -> sitk.Image:
     except subprocess.TimeoutExpired:
         raise Unconverted("dcm2niix did not end within an hour") from None
     said = done.stdout.decode("utf-8", "replace").replace(str(folder), "").splitlines()
-    told = next((s.strip() for s in reversed(said) if re.match(r"\s*(Error|Warning|Unsupported|Unable)", s)), "")
+    reason = next((s.strip() for s in reversed(said) if re.match(r"\s*(Error|Warning|Unsupported|Unable)", s)), "")
     made = sorted(f for f in out.glob("*.nii") if not BESIDE.search(f.name))
     if done.returncode or not made:
-        last = told or (said[-1].strip() if said else "nothing")
+        last = reason or (said[-1].strip() if said else "nothing")
         raise Unconverted(f"dcm2niix ended with status {done.returncode} and said: {last}")
     if len(made) > 1:
         raise Unconverted(f"dcm2niix makes {len(made)} images of it")

@@ -86,8 +86,8 @@ def _gap(steps: np.ndarray, middle: float) -> str:
     """What is missing, in numbers."""
     missing = int(sum(max(0, round(float(s) / middle) - 1) for s in steps)) if middle > 0 else 0
     at = int(np.argmax(np.abs(steps - middle)))
-    told = f"{steps[at]:.4g} mm from slice {at + 1} to the next, {middle:.4g} mm elsewhere"
-    return f"{missing} of {len(steps) + 1 + missing} slices are missing: {told}" if missing else told
+    gap = f"{steps[at]:.4g} mm from slice {at + 1} to the next, {middle:.4g} mm elsewhere"
+    return f"{missing} of {len(steps) + 1 + missing} slices are missing: {gap}" if missing else gap
 
 
 def _spaced(stack: Sequence[_Slice], places: np.ndarray) -> Rejected | float:

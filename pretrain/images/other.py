@@ -49,7 +49,7 @@ def read_tiff(path: str) -> sitk.Image:
         ValueError: it tells no voxel size, or is no stack of pictures; other kinds for damaged files.
     """
     with tifffile.TiffFile(path) as file:
-        series, told = file.series[0], _imagej(file)
+        series, spacing = file.series[0], _imagej(file)
         if series.axes.endswith("S"):
             raise ValueError(f"colour (RGB): {series.shape[-1]} values a voxel")
         voxels = series.asarray()
@@ -58,27 +58,27 @@ def read_tiff(path: str) -> sitk.Image:
     beside = Path(path).with_suffix(".json")
     if beside.is_file():
         try:
-            told = tuple(float(s) for s in json.loads(beside.read_text(encoding="utf-8"))["spacing"])
+            spacing = tuple(float(s) for s in json.loads(beside.read_text(encoding="utf-8"))["spacing"])
         except (ValueError, TypeError, KeyError):
             raise ValueError(
                 f"a TIFF tells no voxel size by itself, and {beside.name} has no 'spacing': [z, y, x] in mm"
             ) from None
-    if told is None or len(told) != 3:
+    if spacing is None or len(spacing) != 3:
         raise ValueError(f'a TIFF tells no voxel size: write it into {beside.name}, {{"spacing": [z, y, x]}} in mm')
     if voxels.ndim != 3:
         raise ValueError(f"a TIFF with the axes {series.axes} is no single volume")
     image = sitk.GetImageFromArray(voxels)
-    image.SetSpacing(told[::-1])
+    image.SetSpacing(spacing[::-1])
     return image
 
 
 def _imagej(file: tifffile.TiffFile) -> tuple[float, ...] | None:
     """Voxel size (z, y, x) in mm that ImageJ has written."""
-    told, tags = file.imagej_metadata or {}, file.pages[0].tags  # type: ignore[union-attr]
-    scale = MM.get(str(told.get("unit", "")).strip())
+    metadata, tags = file.imagej_metadata or {}, file.pages[0].tags  # type: ignore[union-attr]
+    scale = MM.get(str(metadata.get("unit", "")).strip())
     try:
         x, y = (tags[name].value for name in ("XResolution", "YResolution"))
-        found = (float(told["spacing"]) * scale, scale * y[1] / y[0], scale * x[1] / x[0]) if scale else None
+        found = (float(metadata["spacing"]) * scale, scale * y[1] / y[0], scale * x[1] / x[0]) if scale else None
     except (KeyError, TypeError, ZeroDivisionError):
         return None
     return found if found and all(math.isfinite(s) and s > 0 for s in found) else None

@@ -89,8 +89,8 @@ def dataset_channels(folder: str) -> tuple[str, ...] | None:
     if not (parent / "dataset.json").is_file():
         return () if (parent / "imagesTr").is_dir() else None
     try:
-        told = read_json(parent / "dataset.json")
-        names = told.get("channel_names") or told.get("modality") or {}
+        description = read_json(parent / "dataset.json")
+        names = description.get("channel_names") or description.get("modality") or {}
         return tuple(str(names[k]) for k in sorted(names, key=int))
     except (NnsslError, AttributeError, TypeError, ValueError):
         return ()

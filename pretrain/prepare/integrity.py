@@ -132,18 +132,18 @@ def _nifti(stream: NiftiStream) -> _Nifti:
     return _Nifti(header, offset, offset + size, kind)
 
 
-def _scan(stream: NiftiStream, size: int, told: _Nifti) -> tuple[int, int, int]:
+def _scan(stream: NiftiStream, size: int, nifti: _Nifti) -> tuple[int, int, int]:
     """Read to the end, which checks the sum of a gzip stream: bytes in all, voxels that are not finite, and beyond float32."""
     wrong = beyond = 0
-    size += len(stream.read(told.offset - size))
+    size += len(stream.read(nifti.offset - size))
     most = float(np.finfo(np.float32).max)
     while piece := stream.read(PIECE):
         size += len(piece)
-        if told.kind.kind == "f" and told.kind.itemsize <= 8:
-            values = np.frombuffer(piece, told.kind, len(piece) // told.kind.itemsize)
+        if nifti.kind.kind == "f" and nifti.kind.itemsize <= 8:
+            values = np.frombuffer(piece, nifti.kind, len(piece) // nifti.kind.itemsize)
             finite = np.isfinite(values)
             wrong += len(values) - int(np.count_nonzero(finite))
-            if told.kind.itemsize == 8:
+            if nifti.kind.itemsize == 8:
                 beyond += int(np.count_nonzero(np.abs(values[finite]) > most))
     return size, wrong, beyond
 
@@ -164,21 +164,21 @@ def check_whole(path: str) -> bool:
     try:
         with open(path, "rb") as file:
             stream = NiftiStream(file)
-            told = _nifti(stream)
-            size, wrong, beyond = _scan(stream, int(told.header["sizeof_hdr"]), told)
+            nifti = _nifti(stream)
+            size, wrong, beyond = _scan(stream, int(nifti.header["sizeof_hdr"]), nifti)
     except EOFError:
         raise ValueError("the file is truncated") from None
     except Exception as error:  # nibabel and zlib raise many kinds on damaged files
         text = str(error)
         raise ValueError(text if "the file is" in text else f"the file is damaged: {text}") from None
-    if size < told.nbytes:
-        raise ValueError(f"the file is truncated: it holds {size} of {told.nbytes} bytes")
-    count = (told.nbytes - told.offset) // told.kind.itemsize
+    if size < nifti.nbytes:
+        raise ValueError(f"the file is truncated: it holds {size} of {nifti.nbytes} bytes")
+    count = (nifti.nbytes - nifti.offset) // nifti.kind.itemsize
     if wrong:
         raise ValueError(f"{wrong} of {count} voxels are NaN or infinite")
     if beyond:
         raise ValueError(f"{beyond} of {count} voxels are too large for 32-bit floating point")
-    return stream.rest or size > told.nbytes
+    return stream.rest or size > nifti.nbytes
 
 
 def is_nifti2(path: str) -> bool:

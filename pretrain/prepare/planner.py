@@ -93,8 +93,8 @@ def run_planner(
         raw, preprocessed = Path(place, "raw", owner), Path(place, "preprocessed", owner)
         for folder in (raw, preprocessed, Path(place, "results")):
             folder.mkdir(parents=True)
-        told = {**description, "labels": labels, "dataset": one, "overwrite_image_reader_writer": reader}
-        write_json(raw / "dataset.json", told)
+        dataset_json = {**description, "labels": labels, "dataset": one, "overwrite_image_reader_writer": reader}
+        write_json(raw / "dataset.json", dataset_json)
         write_json(preprocessed / "dataset_fingerprint.json", fingerprint)
         _in_own_process(module, name, owner, {"plans_name": wanted, **options}, Path(place))
         return read_json(preprocessed / f"{wanted}.json")

@@ -54,10 +54,10 @@ def is_unlabelled(name: str) -> bool:
 def _is_pool_of(owner: str, names: Sequence[str], path: Path) -> bool:
     """Whether the plans of ``owner`` are, or may be made, those of all these datasets together."""
     try:
-        told = read_json(preprocessed_folder() / owner / "dataset_fingerprint.json").get("nnssl", {})
+        recorded = read_json(preprocessed_folder() / owner / "dataset_fingerprint.json").get("nnssl", {})
     except NnsslError:
         return not path.is_file() and all(is_unlabelled(name) for name in names)
-    return isinstance(told, dict) and told.get("sources") == list(names)
+    return isinstance(recorded, dict) and recorded.get("sources") == list(names)
 
 
 def planned(
@@ -219,8 +219,8 @@ def _make(
         fingerprint = combine(good)
         fingerprint["nnssl"] = {"foreground": "body", "sources": list(sources), "images": len(good)}
     description = _complete(description, names, len(cases), ending)
-    told = {**description, "numTraining": len(cases)}
-    content = run_planner(owner, planner, wanted, gpu_memory_target, told, fingerprint, reader)
+    dataset_json = {**description, "numTraining": len(cases)}
+    content = run_planner(owner, planner, wanted, gpu_memory_target, dataset_json, fingerprint, reader)
     if write:
         _write(owner, description, fingerprint, content, wanted)
     return content, description

@@ -148,13 +148,13 @@ def test_what_is_not_asked_for_is_not_done():
 )
 def test_unknown_adaptations(told, text):
     with pytest.raises(NnsslError, match=text):
-        Adaptation.from_told(told)
+        Adaptation.from_metadata(told)
 
 
 def test_adaptations_from_plans():
-    assert not Adaptation.from_told({}).active
+    assert not Adaptation.from_metadata({}).active
     told = {"adapt": {"channels": "first", "depth": "match"}, "coverage": 0.3}
-    assert Adaptation.from_told(told) == Adaptation("first", None, "match", 0.3)
+    assert Adaptation.from_metadata(told) == Adaptation("first", None, "match", 0.3)
 
 
 # ------------------------------------------------------------------------------------------------ whole networks

@@ -56,7 +56,7 @@ def test_each_entry_is_found_and_told(entry, plan, network, state, tmp_path):
         content = {key: content, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}
     torch.save(content, tmp_path / "w.pth")
     assert fills(tmp_path / "w.pth", plan, network)
-    told = load(tmp_path / "w.pth").told
+    told = load(tmp_path / "w.pth").remarks
     assert told == [f"weights found under '{entry}'" if entry else "the whole file is the weights"]
     assert describe(tmp_path / "w.pth")["read_as"] == told
 
@@ -68,7 +68,7 @@ PREFIXES = ("module.", "model.", "backbone.", "net.", "_orig_mod.")
 def test_each_two_prefixes_in_any_order(pair, plan, network, state, tmp_path):
     torch.save({"state_dict": behind("".join(pair), state)}, tmp_path / "w.pth")
     assert fills(tmp_path / "w.pth", plan, network)
-    told = " ".join(load(tmp_path / "w.pth").told)
+    told = " ".join(load(tmp_path / "w.pth").remarks)
     for prefix in pair:
         assert "DDP or torch.compile" in told if prefix in ("module.", "_orig_mod.") else prefix in told
 
@@ -86,7 +86,7 @@ def test_safetensors_with_and_without_metadata(metadata, plan, network, tmp_path
     once = {f"model.{n}": t.contiguous() for n, t in canonical_state_dict(network).items()}
     save_file(once, tmp_path / "w.safetensors", metadata=metadata)
     assert fills(tmp_path / "w.safetensors", plan, network)
-    assert load(tmp_path / "w.safetensors").told[0] == "the whole file is the weights"
+    assert load(tmp_path / "w.safetensors").remarks[0] == "the whole file is the weights"
     assert describe(tmp_path / "w.safetensors")["kind"] == "a network in a file of others"
     (tmp_path / "w.safetensors").rename(tmp_path / "renamed.pth")
     assert fills(tmp_path / "renamed.pth", plan, network), "told by its content, not by its name"
@@ -136,7 +136,7 @@ def test_ema_beside_nnunets_own_entry(plan, network, state, tmp_path):
 def test_what_else_a_module_holds_is_left_out_and_told(plan, network, state, tmp_path):
     torch.save({"state_dict": {**behind("net.", state), "projector.0.weight": torch.ones(3, 3)}}, tmp_path / "w.pth")
     assert fills(tmp_path / "w.pth", plan, network)
-    assert load(tmp_path / "w.pth").told[-1] == "1 other names left out, for example 'projector.0.weight'"
+    assert load(tmp_path / "w.pth").remarks[-1] == "1 other names left out, for example 'projector.0.weight'"
 
 
 def test_commands_tell_what_was_stripped(state, tmp_path, capsys):
@@ -210,7 +210,7 @@ def test_files_of_version_1_compute_the_same(prefix, tiny_plans, tiny_dataset_js
     content |= {"plot_stuff": ([np.float32(1)], [np.float64(2)]), "best_stuff": (np.zeros(3), None, 4)}
     torch.save(content, tmp_path / "model_final.model")
     loaded = load(tmp_path / "model_final.model")
-    assert loaded.told[-1] == "names of nnU-Net v1 translated"
+    assert loaded.remarks[-1] == "names of nnU-Net v1 translated"
     new = build_network(plan).eval()
     new.decoder.deep_supervision = False
     report = apply(new, loaded, plan)

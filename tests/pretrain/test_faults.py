@@ -132,8 +132,6 @@ def test_a_results_folder_that_cannot_be_written(target, nnunet_env, monkeypatch
 
 
 def test_a_checkpoint_folder_that_becomes_read_only(target, monkeypatch):
-    from nnssl.pretrain import api
-
     save, calls = checkpoint.save, []
 
     def fail(path, payload):
@@ -143,7 +141,7 @@ def test_a_checkpoint_folder_that_becomes_read_only(target, monkeypatch):
         save(path, payload)
 
     with monkeypatch.context() as patch:
-        patch.setattr(api.checkpoint, "save", fail)
+        patch.setattr(checkpoint, "save", fail)
         with pytest.raises(NnsslError, match="cannot save .*Permission denied. The checkpoint saved before is whole"):
             go()
     assert checkpoint.load(next(iter_latest())).training["step"] == 2
@@ -497,7 +495,6 @@ def test_pictures_that_cannot_be_written_end_no_run(target, monkeypatch, caplog)
 
 
 def test_a_second_interrupt_ends_a_save_and_leaves_the_checkpoint_before(target, monkeypatch, capsys):
-    from nnssl.pretrain import api
     from nnssl.pretrain.cli import main
 
     arguments = [
@@ -533,7 +530,7 @@ def test_a_second_interrupt_ends_a_save_and_leaves_the_checkpoint_before(target,
         plain(path, payload)
 
     with monkeypatch.context() as patch:
-        patch.setattr(api.checkpoint, "save", interrupted)
+        patch.setattr(checkpoint, "save", interrupted)
         assert main(arguments) == 130
     told = capsys.readouterr()
     assert told.err == "Stopped.\n"

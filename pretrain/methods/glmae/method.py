@@ -331,8 +331,8 @@ class GLMAE(MAE):
         kinds = [k for k in ("local", "global") if f"{k}_inpainting" in last]
         if not kinds:
             return super().verdict(first, last)
-        told = [compare(self.name, f"hidden voxels in {k} views", last, f"{k}_") for k in kinds]
-        learnt, sentences = all(t[0] for t in told), [t[1] for t in told]
+        checks = [compare(self.name, f"hidden voxels in {k} views", last, f"{k}_") for k in kinds]
+        learnt, sentences = all(t[0] for t in checks), [t[1] for t in checks]
         if "embedding_spread" in last:
             single, mean = (last.get(f"{k}_entropy", 0.0) for k in ("teacher", "mean"))
             prototypes = self.config.prototypes if "teacher_entropy" in last else 0

@@ -309,7 +309,7 @@ class HDense(Method):
     def curves(self) -> list[Curve]:
         """The contrast beside its chance level, how often the right voxel is the most similar one, and the restoration."""
         marks = (Level("chance", "all voxels look the same"), Level("chance", "half of it: counts as learnt", 0.5))
-        told = Curve(
+        separation = Curve(
             "Is a place told from others?", "voxel contrast (nats)", {"contrast": ""}, marks, "lower is better"
         )
         found = Curve(
@@ -326,7 +326,7 @@ class HDense(Method):
         )
         unit = "mean squared error\n(1 = square of the image's range)"
         restored = Curve("How well is a spoilt crop restored?", unit, {"restoration": ""}, hint="lower is better")
-        shown = [told, found, parted] if self.config.contrast_weight > 0 else []
+        shown = [separation, found, parted] if self.config.contrast_weight > 0 else []
         return shown + ([restored] if self.config.restoration_weight > 0 else [])
 
     def embedded_slice(self, levels: Sequence[Tensor], anchor: Tensor, size: Sequence[int]) -> Tensor:
