@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from common import cpu_seconds, make_dataset, parser, report, workspace
-from gpu import Bench, Training
 from startup import pretend, timed
+from training import Bench, Training
 
 FEATURES = (8, 16, 32)
 

@@ -24,8 +24,9 @@ from nnssl.pretrain.engine.devices import pick_device, process_group, restarted,
 from nnssl.pretrain.engine.estimate import estimate
 from nnssl.pretrain.engine.folder import LOCK, RunFolder
 from nnssl.pretrain.engine.logs import add_log_file, choose_loggers, keep_lines, run_settings
-from nnssl.pretrain.engine.loop import Engine, Outcome, RunSpec
+from nnssl.pretrain.engine.loop import Engine
 from nnssl.pretrain.engine.resume import load_state
+from nnssl.pretrain.engine.spec import Outcome, RunSpec
 from nnssl.pretrain.engine.watch import RobustnessHook
 from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.methods.base import Method

@@ -11,8 +11,9 @@ from nnssl.distributed import world_size
 from nnssl.errors import NnsslError
 from nnssl.plans.unlabelled import case_key_hash
 from nnssl.pretrain.engine.folder import RunFolder
-from nnssl.pretrain.engine.loop import Engine, RunSpec
+from nnssl.pretrain.engine.loop import Engine
 from nnssl.pretrain.engine.messages import disk_advice
+from nnssl.pretrain.engine.spec import RunSpec
 from nnssl.pretrain.methods.registry import origin
 
 

@@ -49,7 +49,17 @@ def growth(monkeypatch):
 
 def test_run_all_knows_every_benchmark():
     text = (BENCHMARKS / "run_all.py").read_text()
-    apart = {"common", "run_all", "nearest_voxel", "local_to_global", "probe_order", "gpu", "recipe", "faults"}
+    apart = {
+        "common",
+        "run_all",
+        "nearest_voxel",
+        "local_to_global",
+        "probe_order",
+        "gpu",
+        "training",
+        "recipe",
+        "faults",
+    }
     there = {p.stem for p in BENCHMARKS.glob("*.py")} - apart
     assert there == set(EXPECTED)
     assert all(f'"{name}"' in text for name in there)

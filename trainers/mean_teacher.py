@@ -45,6 +45,7 @@ from nnssl.trainers.pool import (
     with_strong_changes,
 )
 from nnssl.trainers.pretrained import nnUNetTrainerPretrained
+from nnssl.trainers.pseudo_label_trace import draw_trace, overlap_sums, trace_lines, trace_row
 from nnssl.trainers.schedule import LearningRates, StepSchedule
 from nnssl.weights import Checkpoint
 
@@ -54,8 +55,6 @@ BEGUN = ("intensities", "strength", "shift", "momentum", "largest")
 """Figures of which a continued training keeps what it began with, unless the plan names them: defaults have changed."""
 BEFORE = {"intensities": "nnunet", "shift": 0.0}
 """What versions did that did not know these figures."""
-COLLAPSE = 0.1
-"""Pseudo-labels with less than this share of the labelled patches' foreground are called collapsed."""
 
 
 class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
@@ -310,10 +309,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
             truth = known.bool().any(1)
         else:
             truth = (target > 0) if ignore is None else (target > 0) & (target != ignore)
-        same = ((made == own) & (made > 0)).sum()
-        sums = torch.stack([2 * same, (made > 0).sum() + (own > 0).sum(), (made > 0).sum(), truth.sum()]).double()
-        sizes = torch.tensor([made.numel(), truth.numel()], dtype=torch.float64, device=sums.device)
-        sums = torch.cat([sums, sizes])
+        sums = overlap_sums(made, own, truth)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
@@ -324,54 +320,16 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         sums = self._sums
         if self.is_ddp:
             dist.all_reduce(sums)
-        same, both, made, truth, voxels, labelled = sums.tolist()
-        row = {
-            "epoch": self.current_epoch,
-            "agreement": same / both if both else 1.0,
-            "foreground": made / voxels,
-            "labelled_foreground": truth / max(1.0, labelled),
-        }
+        row = trace_row(self.current_epoch, sums)
         self.trace = [*(r for r in self.trace if r["epoch"] < self.current_epoch), row]
-        self.print_to_log_file(
-            f"nnssl: teacher and student agree on the pool by Dice {row['agreement']:.3f}; foreground "
-            f"{100 * row['foreground']:.2f} % of the pool, {100 * row['labelled_foreground']:.2f} % of the labelled patches"
-        )
-        if row["foreground"] < COLLAPSE * row["labelled_foreground"]:
-            self.print_to_log_file(
-                "nnssl: WARNING: the teacher gives almost no foreground: pseudo-labels have collapsed. The first stage may "
-                "have been too short, or the pool may show something else than the labelled cases."
-            )
+        for line in trace_lines(row):
+            self.print_to_log_file(f"nnssl: {line}")
 
     def on_epoch_end(self) -> None:
         """As the parent; ``progress.png`` gets a panel on the pseudo-labels."""
         super().on_epoch_end()
         if self.local_rank == 0 and self.trace:
-            draw_below(Path(self.output_folder) / "progress.png", self._draw)
-
-    def _draw(self, ax: Any) -> None:
-        from matplotlib.ticker import MaxNLocator
-
-        epochs = [row["epoch"] for row in self.trace]
-        ax.plot(
-            epochs,
-            [row["agreement"] for row in self.trace],
-            "b",
-            linewidth=4,
-            label="teacher and student, on images without labels",
-        )
-        ax.set_ylim(0, 1)
-        ax.set_xlabel("epoch", fontsize=30)
-        ax.set_ylabel("Dice between them", fontsize=30)
-        right = ax.twinx()
-        right.plot(epochs, [100 * r["foreground"] for r in self.trace], "g", linewidth=4, label="pseudo-labels")
-        right.plot(epochs, [100 * r["labelled_foreground"] for r in self.trace], "g--", linewidth=4, label="labels")
-        right.set_ylim(bottom=0)
-        right.set_ylabel("foreground [% of voxels]", fontsize=30)
-        for axis in (ax, right):
-            axis.tick_params(labelsize=28)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        ax.legend(fontsize=26, loc="lower left", bbox_to_anchor=(0, 1))  # above, as nnU-Net's own: no curve is hidden
-        right.legend(fontsize=26, loc="lower right", bbox_to_anchor=(1, 1), ncol=2)
+            draw_below(Path(self.output_folder) / "progress.png", lambda ax: draw_trace(self.trace, ax))
 
     # ---- files ----------------------------------------------------------------------------------------------------
 

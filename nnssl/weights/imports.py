@@ -11,8 +11,9 @@ from nnssl.files import sha256_of, write_atomic
 from nnssl.networks import build_network
 from nnssl.paths import FOLDERS, encode_path, results_folder
 from nnssl.plans.plan import Plan
-from nnssl.weights.apply import agreement, apply
+from nnssl.weights.apply import apply
 from nnssl.weights.load import load
+from nnssl.weights.refusals import agreement
 from nnssl.weights.report import TransferReport
 from nnssl.weights.wrappers import OtherNetwork
 

@@ -16,7 +16,7 @@ from nnssl.pretrain.types import Crops
 from nnssl.words import spoken
 
 if TYPE_CHECKING:
-    from nnssl.pretrain.engine.loop import RunSpec
+    from nnssl.pretrain.engine.spec import RunSpec
 
 TIMED_STEPS = 3
 

@@ -20,7 +20,7 @@ from nnssl.pretrain.types import Curve
 from nnssl.words import size_text
 
 if TYPE_CHECKING:
-    from nnssl.pretrain.engine.loop import RunSpec
+    from nnssl.pretrain.engine.spec import RunSpec
 
 log = logging.getLogger("nnssl")
 

@@ -6,9 +6,9 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,16 +17,11 @@ from tqdm import tqdm
 
 from nnssl.distributed import is_distributed, rank, world_size
 from nnssl.errors import NnsslError
-from nnssl.loggers import Logger
 from nnssl.networks import build_network
-from nnssl.plans import Plan
-from nnssl.pretrain.data import CaseSet, make_loader
+from nnssl.pretrain.data import make_loader
 from nnssl.pretrain.data.weights import case_weights
-from nnssl.pretrain.engine.config import EngineConfig
 from nnssl.pretrain.engine.drawing import draw, draw_views
 from nnssl.pretrain.engine.evaluate import HeldOut
-from nnssl.pretrain.engine.folder import RunFolder
-from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.engine.logs import RunLog
 from nnssl.pretrain.engine.messages import (
     clock,
@@ -38,11 +33,12 @@ from nnssl.pretrain.engine.messages import (
 )
 from nnssl.pretrain.engine.place import place_sentence
 from nnssl.pretrain.engine.signals import StopSignals
+from nnssl.pretrain.engine.spec import Outcome, RunSpec
 from nnssl.pretrain.engine.speed import Prefetcher, apply_options
 from nnssl.pretrain.engine.state import restore, training_state
 from nnssl.pretrain.engine.stepping import Numbers, Stepper, views_in_parts
 from nnssl.pretrain.methods.base import Method
-from nnssl.pretrain.types import CropRequest, Crops, Progress
+from nnssl.pretrain.types import Crops, Progress
 from nnssl.words import per_cent
 
 log = logging.getLogger("nnssl")
@@ -52,69 +48,6 @@ GO_ON = "The same command with --c goes on from there."
 
 class NonFiniteError(NnsslError):
     """The loss or a gradient became NaN or infinite."""
-
-
-@dataclass
-class RunSpec:
-    """All that defines a run; :func:`nnssl.pretrain.run` fills it in.
-
-    Attributes:
-        save: writes a checkpoint: ``save(engine, path, training_state)``; rank 0 only.
-        seed: of network initialisation, sampling and views.
-        weights: how often the cases of each source are drawn, by its name; None for equally often.
-        start: weights to start from, :class:`nnssl.pretrain.onwards.Start`; None for random ones.
-        auxiliary: what is read beside the crops: ``reader(split)`` gives the auxiliary loader of a split, ``random(crops)`` puts
-            random values beside random crops.
-        identity: what makes the run what it is; the checkpoint carries it.
-        loggers: get the numbers of rank 0; whoever opens them closes them.
-    """
-
-    method: type[Method]
-    config: Any
-    plan: Plan
-    case_set: CaseSet
-    request: CropRequest
-    engine: EngineConfig
-    batch_size: int
-    epochs: int
-    iterations: int
-    seed: int
-    device: torch.device
-    workers: int
-    folder: RunFolder
-    save: Callable[[Engine, Any, dict[str, Any] | None], None]
-    hooks: list[Hook] = field(default_factory=list)
-    weights: dict[str, float] | None = None
-    auxiliary: Any = None
-    identity: dict[str, Any] = field(default_factory=dict)
-    start: Any = None
-    loggers: Sequence[Logger] = ()
-
-    @property
-    def steps(self) -> int:
-        """Length of the run in optimiser steps."""
-        return self.epochs * self.iterations
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        finished: False where a signal ended it early; ``--c`` continues it.
-        signal: its number; 0 where none ended the run.
-        learnt: the method's own verdict on held-out crops.
-        sentence: the verdict for a person, and on lines of their own what else was measured.
-        first, last: held-out terms before the first step and at the end (training terms where nothing is held out).
-    """
-
-    finished: bool
-    learnt: bool
-    sentence: str
-    first: dict[str, float]
-    last: dict[str, float]
-    history: list[dict[str, Any]]
-    signal: int = 0
 
 
 class Engine:

@@ -11,7 +11,7 @@ from nnssl.words import size_text
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.folder import RunFolder
-    from nnssl.pretrain.engine.loop import RunSpec
+    from nnssl.pretrain.engine.spec import RunSpec
 
 _DISK_ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space"),

@@ -32,7 +32,8 @@ from nnssl.transferability.views import choose_families
 from nnssl.words import per_cent
 
 if TYPE_CHECKING:
-    from nnssl.pretrain.engine.loop import Engine, RunSpec
+    from nnssl.pretrain.engine.loop import Engine
+    from nnssl.pretrain.engine.spec import RunSpec
 
 log = logging.getLogger("nnssl")
 

@@ -103,7 +103,7 @@ class Robust(Method):
         views = []
         for _ in range(2):
             view = random_affine(crops.data, rng, self.request.size, self.plan.spacing, **spatial)
-            views.append(self._alter(view.data, crops.intensity, rng))
+            views.append(self._augment(view.data, crops.intensity, rng))
         case = torch.tensor([_number(c) for c in crops.case], device=crops.data.device)
         return {
             "a": views[0],
@@ -112,7 +112,7 @@ class Robust(Method):
             "case": case,
         }
 
-    def _alter(self, x: Tensor, intensity: Tensor, rng: StepRNG) -> Tensor:
+    def _augment(self, x: Tensor, intensity: Tensor, rng: StepRNG) -> Tensor:
         c, u = self.config, rescale_intensity(x, intensity)
         if c.gamma > 0:
             u = bend(u, rng.uniform(-c.gamma, c.gamma).exp(), low=1e-6)

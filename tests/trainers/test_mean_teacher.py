@@ -27,6 +27,7 @@ from nnssl.trainers import (
 )
 from nnssl.trainers.mean_teacher import TEACHER
 from nnssl.trainers.pool import Halves, UnlabelledDataset, shifted, split_transforms, strong_changes
+from nnssl.trainers.pseudo_label_trace import draw_trace
 from nnssl.weights import write_variant
 
 OWN = "Dataset901_Tiny"
@@ -605,17 +606,14 @@ def test_the_second_stage_of_a_cascade_is_refused(build, dataset):
 
 
 def test_the_panel_hides_no_curve_and_counts_epochs():
-    from types import SimpleNamespace
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from nnssl.trainers import nnUNetTrainerMeanTeacher
-
     trace = [{"epoch": e, "agreement": 0.9, "foreground": 0.05, "labelled_foreground": 0.04} for e in (1, 2)]
     figure = Figure(figsize=(30, 12))
     ax = figure.subplots()
-    nnUNetTrainerMeanTeacher._draw(SimpleNamespace(trace=trace), ax)
+    draw_trace(trace, ax)
     FigureCanvasAgg(figure).draw()
     left, right = figure.axes
     assert all(tick == round(tick) for tick in left.get_xticks())

@@ -167,7 +167,7 @@ class VoCo(Method):
     # ---- views ---------------------------------------------------------------------------------------------------
 
     def views(self, crops: Crops, rng: StepRNG) -> Batch:
-        """Cut windows into cells, place random crops, alter each crop (not in held-out batches); see :meth:`loss`."""
+        """Cut windows into cells, place random crops, augment each crop (not in held-out batches); see :meth:`loss`."""
         c = self.config
         bounds = unit_range(self.plan, crops.intensity)
         windows, inside, finite = self.windows(crops, bounds[..., 0])
@@ -186,12 +186,12 @@ class VoCo(Method):
         }
         if not self.training:
             return {"crops": x, **batch}
-        alter = {"mirror": c.mirror, "rot90": c.rot90, "intensity": c.intensity, "own": True}
+        changes = {"mirror": c.mirror, "rot90": c.rot90, "intensity": c.intensity, "own": True}
         if c.feature_dropout > 0:
             shape = (x.shape[1], 1 if c.drop_rows else self.width)
             kept = [torch.rand(shape, generator=g, device=g.device) >= c.feature_dropout for g in rng.generators()]
             batch["kept"] = torch.stack(kept)
-        return {"crops": augment_crops(x, bounds, rng, self.plan.spacing, **alter), **batch}
+        return {"crops": augment_crops(x, bounds, rng, self.plan.spacing, **changes), **batch}
 
     def windows(self, crops: Crops, lowest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Windows with ``lowest`` ``(B, C)`` outside of the image, which voxels are inside, and which volumes are finite."""
