@@ -248,16 +248,6 @@ def cpu_seconds(body: Callable[[], Any], repeats: int = 3) -> float:
     return min(times)
 
 
-def wall_seconds(body: Callable[[], Any], repeats: int = 3) -> float:
-    """Median wall-clock time of several calls."""
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        body()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
 def machine() -> dict[str, Any]:
     """What the numbers were measured on, without anything that names the machine."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

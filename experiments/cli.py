@@ -23,7 +23,7 @@ from nnssl.experiments.jobs import PHASES, Graph, Job, build_graph
 from nnssl.experiments.records import Records, try_lock
 from nnssl.files import remove_temporary, write_atomic
 from nnssl.grammar import CommandParser
-from nnssl.words import counted, spoken
+from nnssl.words import aligned, counted, spoken
 
 log = logging.getLogger("nnssl")
 
@@ -166,11 +166,7 @@ def overview(graph: Graph, pending: set[str], seconds: Mapping[str, float]) -> s
             mine = [run for run in runs if (run.arm.name, run.draw.count) == (arm, count)]
             jobs = [i for run in mine for i in run.jobs if "labels" in graph.jobs[i].about]
             lines.append(_line(arm, str(count), [run.jobs[-1] for run in mine], jobs, pending, seconds))
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))])
-        for line in lines
-    )
+    return aligned(lines)
 
 
 def _line(what: str, labels: str, ends: Sequence[str], jobs: Sequence[str], pending: set[str],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 import os
@@ -22,7 +20,7 @@ from nnssl.experiments.experiment import Experiment
 from nnssl.experiments.jobs import Graph, Job, Run
 from nnssl.experiments.launch import typed
 from nnssl.experiments.records import Records
-from nnssl.files import read_json, write_atomic, write_json
+from nnssl.files import read_json, write_csv, write_json
 from nnssl.variables import variables
 from nnssl.weights.save import package_versions
 
@@ -98,12 +96,9 @@ def _result(file: Path) -> dict[str, Any] | None:
 
 
 def _write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
-    write_atomic(file, lambda handle: handle.write(text.getvalue().encode("utf-8")))
+    values = ([row.get(k, "") for k in columns] for row in rows)
+    empty = (["" if isinstance(v, float) and math.isnan(v) else v for v in row] for row in values)
+    write_csv(file, [columns, *empty])
 
 
 def _failures(graph: Graph, records: Records, outcome: Outcome | None) -> list[dict[str, Any]]:

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nnssl.case_lists import read_case_list
 from nnssl.config import build, option, unknown_keys
 from nnssl.errors import NnsslError, ProblemsError, raise_problems
-from nnssl.experiments.reading import read_names, read_yaml, resolve_path
+from nnssl.experiments.reading import read_yaml, resolve_path
 from nnssl.fields import mapping, misfit
 from nnssl.plans.figures import MEAN_TEACHER, check_options, schedule_name
 from nnssl.plans.variants import check_name
@@ -268,7 +269,7 @@ def _test(given: Any, folder: Path) -> tuple[str, ...]:
         return tuple(str(g) for g in given)
     if str(given) == "imagesTs":
         return ("imagesTs",)
-    return tuple(read_names(resolve_path(str(given), folder), "test"))
+    return tuple(read_case_list(resolve_path(str(given), folder), "test:"))
 
 
 def _arm(given: Any, training: Training, pretraining: Pretraining, folder: Path, where: str) -> Arm:

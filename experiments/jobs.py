@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nnssl.case_lists import read_case_list
 from nnssl.errors import NnsslError
 from nnssl.experiments.cases import LabelSubset, Resolved, digest, forbidden_cases, resolve_setting
 from nnssl.experiments.experiment import FROM_RANDOM, SCRATCH, TEACHER, Arm, Experiment
 from nnssl.experiments.launch import EVALUATE, typed
 from nnssl.experiments.needs import need_datasets
-from nnssl.experiments.reading import read_names
 from nnssl.files import sha256_of
 from nnssl.paths import preprocessed_folder, results_folder
 from nnssl.plans import dataset_id, resolve_dataset
@@ -282,7 +282,7 @@ class _Builder:
         if key not in self._forbidden:
             barred = forbidden_cases(self.resolved, arm, fold, sources)
             if arm.pretraining.exclude:
-                barred += read_names(Path(arm.pretraining.exclude), "exclude")
+                barred += read_case_list(Path(arm.pretraining.exclude), "exclude:")
             self._forbidden[key] = list(dict.fromkeys(barred))
         return self._forbidden[key]
 

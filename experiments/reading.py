@@ -1,8 +1,7 @@
-"""What an experiment file is read with: YAML that names no key twice, paths relative to it, lists of cases."""
+"""What an experiment file is read with: YAML that names no key twice, paths relative to it."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Hashable
 from pathlib import Path
@@ -89,16 +88,3 @@ def resolve_path(text: str, folder: Path) -> Path:
     if "$" in filled:
         raise NnsslError(f"'{text}' names a variable that is not set.")
     return Path(os.path.normpath(folder / filled))
-
-
-def read_names(path: Path, what: str) -> list[str]:
-    """Case names of a text file, one a line, or of a JSON list. Raises :class:`NnsslError` where there are none."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise NnsslError(f"{what}: {path} cannot be read: {error}") from error
-    found = list(dict.fromkeys(str(n).strip() for n in names if str(n).strip() and not str(n).startswith("#")))
-    if not found:
-        raise NnsslError(f"{what}: {path} names no case.")
-    return found

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import tempfile
 import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -106,6 +108,13 @@ def write_json(path: str | os.PathLike[str], content: Any, *, overwrite: bool = 
     """Write JSON atomically, indented, in the order given; see :func:`write_atomic`."""
     text = json.dumps(content, indent=4, allow_nan=True) + "\n"
     write_atomic(path, lambda file: file.write(text.encode("utf-8")), overwrite=overwrite)
+
+
+def write_csv(path: str | os.PathLike[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table atomically, the names of its columns first; names that are no UTF-8 are written as they are."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomic(path, lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")))
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

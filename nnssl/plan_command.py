@@ -22,7 +22,7 @@ from nnssl.plans.variants import Changes, Variant, list_variants
 from nnssl.results import find_pretrainings
 from nnssl.streams import show
 from nnssl.weights import write_variant
-from nnssl.words import size_text
+from nnssl.words import aligned, size_text
 
 log = logging.getLogger("nnssl")
 
@@ -126,8 +126,7 @@ def _table(variants: list[Variant]) -> str:
         sizes = [size_text(v.patch_size), ",".join(map(str, v.features))]
         cells = [v.plans_name, v.nnssl.get("configuration"), v.nnssl.get("base_plans"), *sizes, *entries]
         rows.append(tuple("-" if cell is None else str(cell) for cell in cells))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return aligned(rows, left=len(rows[0]))
 
 
 def _summary(plan: Plan) -> str:

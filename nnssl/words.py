@@ -1,4 +1,4 @@
-"""Numbers as a person says them."""
+"""Numbers as a person says them, and tables of them on a terminal."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ def counted(number: int, one: str, several: str = "") -> str:
 def size_text(values: Sequence[float]) -> str:
     """``(16, 32, 16)`` -> ``"16x32x16"``."""
     return "x".join(f"{v:g}" for v in values)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells as lines of columns of one width: the first ``left`` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    cells = ([c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
 def per_cent(share: float, digits: int = 0) -> str:

@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any
@@ -15,6 +16,7 @@ from nnssl.errors import NnsslError, UsageError
 from nnssl.grammar import CommandParser
 from nnssl.pretrain.options import LENGTH, MACHINE, WHAT, add_options, from_args
 from nnssl.streams import show
+from nnssl.words import aligned
 
 
 def parser() -> CommandParser:
@@ -163,9 +165,7 @@ def _listing(method: str | None) -> str:
         lines.append(title)
         prefix = before if config is omni_config else ""
         table = [(prefix + r[0], *r[1:]) for r in describe_options(config)]
-        widths = [max(len(r[i]) for r in table) for i in range(3)]
-        lines += ["  " + "  ".join([*(r[i].ljust(widths[i]) for i in range(3)), r[3]]).rstrip() for r in table]
-        lines.append("")
+        lines += [textwrap.indent(aligned(table, left=4), "  "), ""]
     reason = f" ({cls.transfer_reason})" if cls.transfer_reason else ""
     lines += [
         f"Segmentation networks get by default: {cls.default_transfer}{reason}; another choice: nnssl_plan --parts",

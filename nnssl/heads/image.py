@@ -39,11 +39,11 @@ def pooled_width(channels: int, shape: Sequence[int], pooling: str) -> int:
     return channels * cells[pooling]
 
 
-def pool(x: Tensor, pooling: str) -> Tensor:
+def pool(x: Tensor, pooling: str, grid: int = _GRID) -> Tensor:
     """Pool ``(B, C, *s)`` to ``(B, D)``.
 
-    ``gap``: mean over all positions. ``gap+gmp``: mean and maximum. ``grid``: mean in two cells per axis (one where an axis
-    has one voxel). ``flatten``: every voxel, for one size of crop only.
+    ``gap``: mean over all positions. ``gap+gmp``: mean and maximum. ``grid``: mean in ``grid`` cells per axis (fewer
+    where an axis has fewer voxels). ``flatten``: every voxel, for one size of crop only.
     """
     if pooling == "gap":
         return x.flatten(2).mean(-1)
@@ -51,7 +51,7 @@ def pool(x: Tensor, pooling: str) -> Tensor:
         flat = x.flatten(2)
         return torch.cat([flat.mean(-1), flat.amax(-1)], 1)
     if pooling == "grid":
-        x = _ADAPTIVE[x.ndim - 2](x, [min(_GRID, n) for n in x.shape[2:]])
+        x = _ADAPTIVE[x.ndim - 2](x, [min(grid, n) for n in x.shape[2:]])
     return x.flatten(1)
 
 

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from nnssl.errors import NnsslError, did_you_mean
-from nnssl.files import read_text, same_text
+from nnssl.case_lists import read_known_cases
+from nnssl.errors import NnsslError
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import dataset_id
 from nnssl.plans.plan import Plan
@@ -121,19 +121,8 @@ def _number(text: str, whole: str) -> float:
         raise NnsslError(f"--labels {whole}: neither a number, a percentage such as 25%, nor a file.") from None
 
 
-def _named(path: Path, folds: Mapping[str, Split], option: str) -> list[str]:
-    try:
-        named = list(dict.fromkeys(line.strip() for line in read_text(path).splitlines() if line.strip()))
-    except (OSError, ValueError) as error:
-        raise NnsslError(f"{option} {path} cannot be read: {error}") from error
-    known = {case for train, val in folds.values() for case in (*train, *val)}
-    forms = {same_text(case): case for case in known}
-    unknown = [case for case in named if case not in known and same_text(case) not in forms]
-    if unknown:
-        raise NnsslError(
-            f"{option} {path} names '{unknown[0]}', which is no preprocessed case.{did_you_mean(unknown[0], known)}"
-        )
-    return [case if case in known else forms[same_text(case)] for case in named]
+def _all_cases(folds: Mapping[str, Split]) -> set[str]:
+    return {case for train, val in folds.values() for case in (*train, *val)}
 
 
 def choose_validating(folds: Mapping[str, Split], path: Path) -> dict[str, list[str]]:
@@ -144,16 +133,13 @@ def choose_validating(folds: Mapping[str, Split], path: Path) -> dict[str, list[
     """
     if not path.is_file():
         raise NnsslError(f"--validate {path}: there is no such file.")
-    named = _named(path, folds, "--validate")
-    if not named:
-        raise NnsslError(f"--validate {path} names no case.")
-    return {ALL: named}
+    return {ALL: read_known_cases(path, "--validate", _all_cases(folds))}
 
 
 def _from_file(path: Path, folds: Mapping[str, Split]) -> dict[str, list[str]]:
     if not path.is_file():
         raise NnsslError(f"--labels {path}: neither a number, a percentage such as 25%, nor a file.")
-    named = _named(path, folds, "--labels")
+    named = read_known_cases(path, "--labels", _all_cases(folds))
     chosen = {fold: [case for case in named if case in train] for fold, (train, _) in folds.items()}
     chosen = {fold: cases for fold, cases in chosen.items() if cases}
     if not chosen:

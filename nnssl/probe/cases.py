@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnssl.errors import NnsslError, did_you_mean
+from nnssl.case_lists import read_known_cases
+from nnssl.errors import NnsslError
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
 from nnssl.plans.labels import case_order, choose_cases, folds_of, restrict
@@ -171,7 +172,7 @@ def choose_folds(
     fit, rest = restrict(fold, train, val, chosen, plan.nnssl.get("val_cases"))
     if evaluate == "loo":
         return _left_out(fit, seed)
-    score = rest if evaluate == "val" else _read_names(Path(evaluate), sorted({*folds["all"][0]}))
+    score = rest if evaluate == "val" else _listed(Path(evaluate), set(folds["all"][0]))
     both = sorted(set(fit) & set(score))
     if both:
         raise NnsslError(
@@ -195,18 +196,10 @@ def _left_out(cases: Sequence[str], seed: int) -> list[Fold]:
     return [Fold(tuple(c for c in sorted(order) if c not in out), out) for out in groups]
 
 
-def _read_names(path: Path, known: Sequence[str]) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise NnsslError(f"--evaluate {path}: neither loo, val nor a file of case names ({error}).") from error
-    names = list(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")))
-    for name in names:
-        if name not in known:
-            raise NnsslError(
-                f"--evaluate {path} names '{name}', which is no preprocessed case.{did_you_mean(name, known)}"
-            )
-    return names
+def _listed(path: Path, known: set[str]) -> list[str]:
+    if not path.is_file():
+        raise NnsslError(f"--evaluate {path}: neither loo, val nor a file of case names.")
+    return read_known_cases(path, "--evaluate", known)
 
 
 def check_foreground(cases: Mapping[str, Case], classes: Classes, fit: Sequence[str]) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnssl.files import write_atomic, write_json
+from nnssl.files import write_atomic, write_csv, write_json
 from nnssl.paths import encode_path
 from nnssl.probe.picture import draw
 from nnssl.probe.result import Probe
 from nnssl.probe.verdict import Row
 from nnssl.weights import package_versions
+from nnssl.words import aligned
 
 SCHEMA = 1
 
@@ -38,13 +37,7 @@ def table(found: Probe) -> str:
     several = len(names) > 1
     head = ["weights", "linear layer on", "Dice", "SD", "vs random", "95 % over cases", *(names if several else ())]
     lines = [head, *(_cells(row, several) for row in found.rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = "\n".join(
-        "  ".join(
-            [*(c.ljust(w) for c, w in zip(line[:2], widths)), *(c.rjust(w) for c, w in zip(line[2:], widths[2:]))]
-        )
-        for line in lines
-    )
+    text = aligned(lines, left=2)
     return f"{_cases_text(found)}\n\n{text}\n(of random weights: lowest to highest initialisation in place of the interval)"
 
 
@@ -120,9 +113,7 @@ def write_all(folder: Path, found: Probe) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("probe.json", "probe.csv", "probe.png")]
     write_json(files[0], as_json(found))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(_lines(found))
-    write_atomic(files[1], lambda file: file.write(text.getvalue().encode("utf-8")))
+    write_csv(files[1], _lines(found))
     picture = draw(found)
     write_atomic(files[2], lambda file: file.write(picture))
     return files

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnssl.case_lists import read_case_list
 from nnssl.command import check_device, run_command
-from nnssl.errors import NnsslError
 from nnssl.grammar import CommandParser
 from nnssl.plans import resolve_dataset
 from nnssl.streams import show
@@ -113,7 +113,7 @@ def _body(args: argparse.Namespace) -> int:
         args.checkpoints,
         configuration=args.configuration,
         plans=args.plans,
-        cases=_case_list(args.cases),
+        cases=read_case_list(Path(args.cases), "--cases") if args.cases else None,
         crops=args.crops,
         random_inits=args.random_inits,
         dice=args.dice,
@@ -132,19 +132,6 @@ def _body(args: argparse.Namespace) -> int:
         show("\n" + tis_table(found.tis))
     log.info("\nWritten: %s", ", ".join(map(str, found.files)))
     return 0
-
-
-def _case_list(path: str | None) -> list[str] | None:
-    if path is None:
-        return None
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise NnsslError(f"--cases {path} cannot be read: {error}") from error
-    names = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not names:
-        raise NnsslError(f"--cases {path} names no case.")
-    return names
 
 
 if __name__ == "__main__":

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl.errors import NnsslError, did_you_mean
+from nnssl.heads import image
 
 POOLINGS = ("gap", "grid", "flat")
-_ADAPTIVE: dict[int, Callable[..., Tensor]] = {
-    1: F.adaptive_avg_pool1d,
-    2: F.adaptive_avg_pool2d,
-    3: F.adaptive_avg_pool3d,
-}
 
 
 def pool(features: Tensor, kind: str = "grid", *, grid: int = 2, channels_last: bool = False) -> Tensor:
@@ -45,9 +38,4 @@ def pool(features: Tensor, kind: str = "grid", *, grid: int = 2, channels_last: 
         return x
     if channels_last:
         x = x.movedim(-1, 1)
-    if kind == "gap":
-        return x.flatten(2).mean(dim=2)
-    if kind == "grid":
-        cells = [min(grid, n) for n in x.shape[2:]]
-        x = _ADAPTIVE[x.ndim - 2](x, cells)
-    return x.flatten(1)
+    return image.pool(x, "flatten" if kind == "flat" else kind, grid)

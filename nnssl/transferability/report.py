@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnssl.files import write_atomic
+from nnssl.files import write_atomic, write_csv
 from nnssl.transferability.checkpoints import Run
 from nnssl.transferability.downstream import TISRow
 from nnssl.transferability.indicator import summarise
 from nnssl.transferability.verdict import Baseline
+from nnssl.words import aligned
 
 TIE = 1e-3
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))]) for r in rows)
 
 
 def _number(value: float, digits: int = 4) -> str:
@@ -45,7 +40,7 @@ def robustness_table(runs: Sequence[Run], baseline: Baseline) -> str:
                 mark += f" (only {m.encoder_percent:.0f} % of the encoder is from this file)"
             cells = [_number(v) for v in (r.loss, r.score, r.positive, r.negative, r.bottleneck)]
             rows.append((m.path.name, m.trained, *cells, f"{z:+.1f}" if math.isfinite(z) else "-", mark.strip()))
-        out.append(f"\nRun {run.name} ({run.method})\n{_table(rows)}")
+        out.append(f"\nRun {run.name} ({run.method})\n{aligned(rows)}")
         if best is not None and math.isfinite(run.lead) and run.lead < TIE:
             out.append(f"The runner-up is within {run.lead:.1e} of the lowest: take them as equal.")
     return "\n".join(out)
@@ -66,15 +61,9 @@ def tis_table(rows: Sequence[TISRow]) -> str:
     note = f"\nUndefined in up to {left_out} of {len(rows)} setups, which a mean leaves out." if left_out else ""
     return (
         "TIS: Dice of the chosen checkpoint over that of the best one. It is compressive: read it beside its baselines.\n"
-        + _table(table)
+        + aligned(table)
         + note
     )
-
-
-def _write(path: Path, rows: Sequence[Sequence[object]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_atomic(path, lambda file: file.write(text.getvalue().encode("utf-8")))
 
 
 def write_robustness_csv(path: Path, runs: Sequence[Run], baseline: Baseline) -> None:
@@ -91,7 +80,7 @@ def write_robustness_csv(path: Path, runs: Sequence[Run], baseline: Baseline) ->
             rows.append([run.name, run.method, str(m.path), epoch, step, *values, *r.margins.values()])
     blank = [""] * (len(rows[0]) - 6)
     rows += [["random initialisation", "", str(i), 0, 0, loss, *blank] for i, loss in enumerate(baseline.losses)]
-    _write(path, rows)
+    write_csv(path, rows)
 
 
 def write_tis_csv(path: Path, rows: Sequence[TISRow]) -> None:
@@ -103,7 +92,7 @@ def write_tis_csv(path: Path, rows: Sequence[TISRow]) -> None:
     table[0] += ["spearman", "checkpoints"]
     for r in rows:
         table.append([r.run, r.setup, r.selected, r.best, *r.scores.values(), r.spearman, r.checkpoints])
-    _write(path, table)
+    write_csv(path, table)
 
 
 def plot_runs(path: Path, runs: Sequence[Run], baseline: Baseline) -> None:

@@ -141,7 +141,7 @@ class CropDataset(Dataset[Sample]):
         self.counters = counters
         self.move, self.trim = request.move, request.trim
         if (self.move is not None or self.trim) and request.sampling != "jitter":
-            raise ValueError(f"with sampling={request.sampling} all of the read size is read")
+            raise ValueError(f"windows with sampling={request.sampling} are read whole")
         self._reader = CaseReader(form, bodies=bodies)
         self._step: tuple[int, np.ndarray] | None = None
         self._moves: tuple[int, np.ndarray, np.ndarray] | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import logging
 import os
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 from nnunetv2.configuration import default_num_processes
 
 from nnssl.errors import NnsslError
-from nnssl.files import write_atomic
+from nnssl.files import write_csv
 from nnssl.plans import dataset_id
 from nnssl.pretrain.images.choice import Channels, choose_channels
 from nnssl.pretrain.images.convert import LEAST_SPACING, LINKS, Converter, Result
@@ -239,10 +238,8 @@ def _fatal(result: Result, target: Dataset) -> str:
 
 
 def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
     try:
-        write_atomic(path, lambda file: file.write(text.getvalue().encode("utf-8", "backslashreplace")))
+        write_csv(path, rows)
     except OSError as error:
         raise NnsslError(f"{path} cannot be written: {error.strerror}.") from error
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnssl.case_lists import read_case_list
 from nnssl.errors import NnsslError, did_you_mean, raise_problems
 from nnssl.files import read_text
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
 from nnssl.plans.labels import ALL, folds_of
 from nnssl.preprocessed import LABELS, PROPERTIES, case_names
-from nnssl.pretrain.prepare.selection import read_case_list
 from nnssl.properties import read_properties
 from nnssl.weights import case_hash
 from nnssl.words import counted

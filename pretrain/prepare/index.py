@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import glob
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nnssl.files import write_atomic
+from nnssl.files import write_csv
 from nnssl.journal import append_line, read_lines
 from nnssl.pretrain.data.case_set import BadCase
 from nnssl.pretrain.prepare.raw import Stamp
@@ -95,9 +93,5 @@ def write_report(path: Path, bad: Sequence[BadCase]) -> Path | None:
     if not bad:
         path.unlink(missing_ok=True)
         return None
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(["case", "file", "reason"])
-    table.writerows([b.case, b.file, b.reason] for b in bad)
-    write_atomic(path, lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")))
+    write_csv(path, [("case", "file", "reason"), *((b.case, b.file, b.reason) for b in bad)])
     return path

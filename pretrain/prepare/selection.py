@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from nnssl.case_lists import read_case_list
 from nnssl.errors import NnsslError, did_you_mean
-from nnssl.files import read_text, same_text
+from nnssl.files import same_text
 from nnssl.words import counted
 
 LISTED = 10
 """Names that an error spells out."""
-
-
-def read_case_list(path: Path, option: str) -> list[str]:
-    """Case names of a text file (one a line, lines that start with ``#`` are comments) or of a JSON list.
-
-    Raises:
-        NnsslError: the file cannot be read or holds no name.
-    """
-    try:
-        text = read_text(path)
-        names = json.loads(text) if text.lstrip().startswith(("[", "{")) else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise NnsslError(f"{option} {path} cannot be read: {error}") from error
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise NnsslError(f"{option} {path}: expected one case name per line, or a JSON list of names.")
-    names = [n.strip() for n in names if n.strip() and not n.lstrip().startswith("#")]
-    if not names:
-        raise NnsslError(f"{option} {path} names no case.")
-    return list(dict.fromkeys(names))
 
 
 def _find(names: Iterable[str], known: Mapping[str, set[str]], path: Path, option: str) -> dict[str, set[str]]:

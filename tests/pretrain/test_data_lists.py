@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnssl.case_lists import read_case_list
 from nnssl.errors import NnsslError
 from nnssl.plans import load_plan
 from nnssl.plans.description import check_description
@@ -17,7 +18,7 @@ from nnssl.plans.labels import choose_validating
 from nnssl.pretrain.prepare.fingerprint import FigureWorker
 from nnssl.pretrain.prepare.planning import planned
 from nnssl.pretrain.prepare.raw import RawCase, describe, list_unplanned
-from nnssl.pretrain.prepare.selection import read_case_list, select
+from nnssl.pretrain.prepare.selection import select
 from nnssl.pretrain.prepare.worker import CaseWorker, Task
 
 NAME = "Müller Jörg"

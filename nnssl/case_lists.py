@@ -1,0 +1,49 @@
+"""Lists of cases that a person wrote: one reader for every option that takes one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from nnssl.errors import NnsslError, did_you_mean
+from nnssl.files import read_text, same_text
+
+
+def read_case_list(path: Path, option: str) -> list[str]:
+    """Case names of a text file (one a line, lines that start with ``#`` are comments) or of a JSON list, each once.
+
+    Args:
+        path: the file.
+        option: what named it; begins the messages.
+
+    Raises:
+        NnsslError: the file cannot be read or holds no name.
+    """
+    try:
+        text = read_text(path)
+        names = json.loads(text) if text.lstrip().startswith(("[", "{")) else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise NnsslError(f"{option} {path} cannot be read: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise NnsslError(f"{option} {path}: expected one case name per line, or a JSON list of names.")
+    names = [n.strip() for n in names if n.strip() and not n.lstrip().startswith("#")]
+    if not names:
+        raise NnsslError(f"{option} {path} names no case.")
+    return list(dict.fromkeys(names))
+
+
+def read_known_cases(path: Path, option: str, known: Collection[str]) -> list[str]:
+    """The same, as ``known`` spells them: letters with accents may be written in either of their forms.
+
+    Raises:
+        NnsslError: also where a name is no case of ``known``.
+    """
+    forms = {same_text(case): case for case in known}
+    named = read_case_list(path, option)
+    unknown = [case for case in named if case not in known and same_text(case) not in forms]
+    if unknown:
+        raise NnsslError(
+            f"{option} {path} names '{unknown[0]}', which is no preprocessed case.{did_you_mean(unknown[0], known)}"
+        )
+    return [case if case in known else forms[same_text(case)] for case in named]
