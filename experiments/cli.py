@@ -178,7 +178,7 @@ def _line(what: str, labels: str, ends: Sequence[str], jobs: Sequence[str], pend
 
 
 def _report(folder: Path, experiment: Experiment, published: Path | None, *, last: bool) -> None:
-    """Write the report; while jobs run, a fault in it is told and does not stop them."""
+    """Write the report; while jobs run, a fault in it gives a warning and does not stop them."""
     from nnssl.experiments import report
 
     try:

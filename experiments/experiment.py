@@ -148,7 +148,7 @@ class Experiment:
         published: a CSV of published figures to put beside ours.
         notes: sentences for the report.
         file: the file itself.
-        datasets: number or name -> what it is and where to get it, told where it is missing.
+        datasets: number or name -> what it is and where to get it, named where it is missing.
     """
 
     name: str

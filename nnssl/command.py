@@ -30,7 +30,7 @@ _USER_ERRNO = {
 """Of disks, file systems and limits: the message names what it is about."""
 
 LOST = 75
-"""Exit status of a process of a run that ended because another one had: the first to end has told why."""
+"""Exit status of a process of a run that ended because another one had: the first to end has said why."""
 
 
 class Stopped(KeyboardInterrupt):

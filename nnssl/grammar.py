@@ -251,7 +251,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse a command line in one line, without the usage of forty options."""
-        if message.startswith("the following arguments are required"):  # a slip of the keyboard is told first
+        if message.startswith("the following arguments are required"):  # a slip of the keyboard is named first
             slips = [w for w in self._typed if w.startswith("--") and len(w) > 2]
             slips = [w for w in slips if w.split("=")[0] not in self._option_string_actions]
             message = f"unrecognized arguments: {' '.join(slips)}" if slips else message

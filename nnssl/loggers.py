@@ -40,7 +40,7 @@ class Logger(Protocol):
         """Numbers at a step: optimiser steps done in pretraining, epochs in fine-tuning."""
 
     def summary(self, values: Mapping[str, float | str]) -> None:
-        """What is told once, at the end."""
+        """What is logged once, at the end."""
 
     def close(self, finished: bool) -> None:
         """Write what is left; ``finished`` is False for a run that was ended early. May be called twice."""
@@ -179,7 +179,7 @@ LOGGERS: dict[str, Callable[[Path, str, str | None], Any]] = {c.name: c for c in
 
 
 class Guarded:
-    """A logger whose failures are told once and end no run.
+    """A logger whose failures give one warning and end no run.
 
     Args:
         inner: what is guarded.

@@ -217,7 +217,7 @@ def _weights(given: dict[str, float] | None, saved: dict[str, Any] | None) -> di
 
 
 def _accepted(saved: dict[str, Any] | None, asked: RunOptions) -> dict[str, Any]:
-    """What the user has accepted and chosen at the first start, which a continued run need not be told again."""
+    """What the user has accepted and chosen at the first start, which a continued run keeps."""
     given = {k: getattr(asked, k) for k in ("allow_mismatch", "skip_bad", "cases", "exclude")}
     before = _before(saved)
     now = {k: os.path.abspath(v) if v and not isinstance(v, bool) else v for k, v in given.items()}

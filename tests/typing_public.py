@@ -47,7 +47,7 @@ class Objective(Method):
     def crops(cls, plan, stats, config, size=None) -> CropRequest:  # type: ignore[no-untyped-def]
         return CropRequest(size=(16, 16, 16), read_size=(16, 16, 16))
 
-    def views(self, crops: Crops, draws: object) -> Batch:
+    def views(self, crops: Crops, rng: object) -> Batch:
         return {"image": crops.data}
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ class FineTuningLogger:
         inner: where they go.
 
     Attributes:
-        finished: whether the training has come to its end; told when the process ends.
+        finished: whether the training has come to its end; logged when the process ends.
     """
 
     def __init__(self, inner: Logger) -> None:
@@ -42,7 +42,7 @@ class FineTuningLogger:
             self.inner.log({f"finetuning/{key}": number}, step)
 
     def log_summary(self, key: str, value: Any) -> None:
-        """A number that is told once, such as the Dice of the final validation."""
+        """A number that is logged once, such as the Dice of the final validation."""
         number = _number(value)
         if number is not None:
             self.inner.summary({key: number})

@@ -177,7 +177,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
             each.finished = True
 
     def _settings(self) -> dict[str, Any]:
-        """What loggers are told of the training."""
+        """What loggers get of the training."""
         plans = self.plans_manager
         settings = {"trainer": type(self).__name__, "dataset": plans.dataset_name, "plans_name": plans.plans_name}
         settings |= {

@@ -57,7 +57,7 @@ def variant_of(args: argparse.Namespace, arm: str, seed: int) -> str:
     schedule, figures = PLANS[kind]
     name = f"{args.name}-{kind}-n{Path(str(args.labels)).stem.rstrip('%')}-s{seed}"
     base = load_plan(args.d, args.c, args.p)
-    told = {
+    asked = {
         "schedule": schedule,
         "figures": figures,
         "labels": args.labels,
@@ -69,7 +69,7 @@ def variant_of(args: argparse.Namespace, arm: str, seed: int) -> str:
     try:
         load_plan(args.d, args.c, plans)
     except NnsslError:
-        write_variant(base, name, **told, **lengths)
+        write_variant(base, name, **asked, **lengths)
     return plans
 
 

@@ -34,7 +34,7 @@ class Measured:
         epoch: epochs (or what ``unit`` says) trained; None where neither file nor name tells.
         encoder_percent: share of the encoder's parameters that the file filled.
         result: the measurement.
-        unit: ``"epochs"``; ``"steps"`` where the file tells these only; ``"in order"`` where neither is told.
+        unit: ``"epochs"``; ``"steps"`` where the file has these only; ``"in order"`` where it has neither.
     """
 
     path: Path

@@ -93,7 +93,7 @@ def _modality(channels: Sequence[str]) -> str:
 
 
 def differences(checkpoint: Checkpoint, plan: Plan) -> list[str]:
-    """One line for each thing besides the network in which pretraining and plan differ; empty where nothing does or is told."""
+    """One line for each thing besides the network in which pretraining and plan differ; empty where nothing does or is known."""
     before, lines = trained_on(checkpoint), []
     here = [plan.channel_names[i] for i in sorted(plan.channel_names)]
     there = before.get("channels")

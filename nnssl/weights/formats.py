@@ -1,4 +1,4 @@
-"""From any format that is read to any that is written. Weights are never changed, only their names and what is told about them.
+"""From any format that is read to any that is written. Weights are never changed, only their names and what is said about them.
 
 ==============  ========================================================================================================
 ``nnssl``       this package's checkpoint, see docs/checkpoints.md
@@ -237,7 +237,7 @@ def one_name_each(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def torch_equal(a: Tensor, b: Tensor) -> bool:
-    """Equal shape and values; the same memory is told without looking at them."""
+    """Equal shape and values; the same memory is recognised without looking at them."""
     return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or bool((a == b).all()))
 
 

@@ -33,7 +33,7 @@ def is_transformer(weights: Mapping[str, Any]) -> bool:
 
 
 def describe(weights: Mapping[str, Any]) -> str:
-    """Class and depth, told from the names: ``"PlainConvUNet with 6 stages"``, ``"Primus with 12 blocks"``."""
+    """Class and depth, from the names: ``"PlainConvUNet with 6 stages"``, ``"Primus with 12 blocks"``."""
     if is_transformer(weights):
         skips = any(n.startswith("down_projection.proj_to_tokens.") for n in weights)
         deep = "PrimusV3" if skips else "PrimusV2" if "down_projection.final_proj.weight" in weights else "Primus"

@@ -107,7 +107,7 @@ class Checkpoint:
 
     @property
     def verdict(self) -> tuple[bool, str] | None:
-        """Whether the pretraining learnt, by its own judgement at its end, and the sentence for it; None where not told."""
+        """Whether the pretraining learnt, by its own judgement at its end, and the sentence for it; None where unknown."""
         verdict = self.nnssl.get("verdict")
         return (
             (bool(verdict["learnt"]), str(verdict.get("sentence", "")))
@@ -117,7 +117,7 @@ class Checkpoint:
 
     @property
     def transfer(self) -> dict[str, Any]:
-        """``{"parts": str, "why": str}``: which of them segmentation gets by default; empty where not told."""
+        """``{"parts": str, "why": str}``: which of them segmentation gets by default; empty where unknown."""
         return self.nnssl.get("transfer") or {}
 
 
@@ -209,7 +209,7 @@ def _safetensors(path: Path, map_location: str | torch.device) -> dict[str, Any]
         own = {key: json.loads(metadata[key]) for key in ENTRIES if key in metadata}
         return (
             {"network_weights": tensors, **own} if own else tensors
-        )  # of others: told as such where it is looked through
+        )  # of others: named as such where it is looked through
     except (SafetensorError, ValueError) as error:
         size = path.stat().st_size
         raise NnsslError(f"{path} is damaged or no safetensors file ({size} bytes): {error}") from error

@@ -44,7 +44,7 @@ class Matched:
 
 
 def _grid(recorded: Sequence[int] | None, tokens: int) -> tuple[int, ...] | None:
-    """Tokens per axis: as told where that many there are, else a cube."""
+    """Tokens per axis: as recorded where that many there are, else a cube."""
     if recorded is not None and math.prod(recorded) == tokens:
         return tuple(int(n) for n in recorded)
     side = round(tokens ** (1 / 3))

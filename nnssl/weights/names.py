@@ -63,7 +63,7 @@ def own_name(name: str) -> tuple[str, str] | None:
 def looks_like(names: Iterable[str]) -> str | None:
     """The network outside of nnU-Net that the names look like, or None."""
     names = list(names)
-    return next((told for pattern, told in _KNOWN if any(re.search(pattern, name) for name in names)), None)
+    return next((network for pattern, network in _KNOWN if any(re.search(pattern, name) for name in names)), None)
 
 
 # ---- nnU-Net v1 --------------------------------------------------------------------------------------------------

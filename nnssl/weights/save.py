@@ -143,7 +143,7 @@ def build_payload(
         citations: papers to cite.
         versions: package versions; those installed by default.
         transfer: ``{"parts": one of nnssl.plans.parts.CHOICES, "why": ...}``: which of the parts segmentation networks get by
-            default, and the reason; all of them where it is not told.
+            default, and the reason; all of them where it is not given.
         training: the engine's own state for an exact resume, kept under ``nnssl_training``.
         extra: more plain values for the ``nnssl`` entry, for example ``robustness`` or ``epoch``.
 

@@ -75,7 +75,7 @@ class OpenCase:
         array: the lazy array, ``(C, Z, Y, X)``.
         info: what is known of it.
         masked: see :class:`CaseFormat`.
-        mask: the lazy body mask, ``(1, Z, Y, X)``; None where body is told by the intensities.
+        mask: the lazy body mask, ``(1, Z, Y, X)``; None where a threshold on the intensities has to do.
     """
 
     ref: CaseRef

@@ -152,7 +152,7 @@ def launch(arguments: list[str], processes: int, restarts: int = 0) -> int:
         restarts: times that all processes are started again, from the last checkpoint, after one was killed or failed.
 
     Returns:
-        The exit status; each process has told its own error.
+        The exit status; each process has reported its own error.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -169,7 +169,7 @@ def launch(arguments: list[str], processes: int, restarts: int = 0) -> int:
         max_restarts=restarts,
         **{k: v for k, v in patience.items() if k in {f.name for f in fields(LaunchConfig)}},
     )
-    # what torch would tell of its processes, with tracebacks, is told below in one sentence, or by the processes themselves
+    # what torch would print of its processes, with tracebacks, is said below in one sentence, or by the processes themselves
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -181,7 +181,7 @@ def launch(arguments: list[str], processes: int, restarts: int = 0) -> int:
             elastic_launch(config, sys.executable)("-m", "nnssl.pretrain.cli", *arguments)
     except ChildFailedError as error:
         return _told(error.failures)
-    except SignalException as error:  # the processes have saved and told so
+    except SignalException as error:  # the processes have saved and said so
         return 128 + int(signals[0] if signals else error.sigval)
     finally:
         del os.environ[LAUNCHER]

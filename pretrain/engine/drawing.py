@@ -1,4 +1,4 @@
-"""When a run draws its curves and pictures; what cannot be drawn or written is told, no more."""
+"""When a run draws its curves and pictures; what cannot be drawn or written gives a warning, no more."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def choose_loggers(given: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def run_settings(spec: RunSpec) -> dict[str, Any]:
-    """What loggers are told of a run: numbers, and names of the method, the plan and the datasets; no case and no path."""
+    """What loggers get of a run: numbers, and names of the method, the plan and the datasets; no case and no path."""
     keys = ("method", "dataset", "plans_name", "configuration", "epochs", "iterations", "batch_size", "seed")
     settings = {k: spec.identity[k] for k in keys}
     settings |= {"sources": " ".join(spec.identity["sources"]), "crop": size_text(spec.request.size)}

@@ -19,7 +19,7 @@ SITES = 1024
 """Most sites of a map that are looked at; the same random ones each time."""
 
 CLEARLY = 0.25
-"""Rise of the share, on noise and on crops, that is told as a warning."""
+"""Rise of the share, on noise and on crops, that gives a warning."""
 
 
 def noise_like(images: Tensor, seed: int) -> Tensor:

@@ -58,7 +58,7 @@ def choose_channels(
         patterns: of ``--channels``.
 
     Raises:
-        NnsslError: the names contradict each other, or are told nowhere.
+        NnsslError: the names contradict each other, or stand nowhere.
     """
     if patterns and modality:
         raise NnsslError("--channels names the channels; leave out --modality.")

@@ -76,7 +76,7 @@ def _present(file: str, link: Path) -> None:
 
 
 def _nameless(data: Any) -> None:
-    """Take out what is told of the patient."""
+    """Take out what identifies the patient."""
     for tag in [t for t in data.keys() if t.group == 0x0010]:  # noqa: SIM118
         del data[tag]
 
@@ -102,7 +102,7 @@ def _copies(files: Sequence[str], folder: Path) -> Path:
 
 
 def _split(file: str, volumes: Sequence[Sequence[int]], folder: Path) -> list[Path]:
-    """Files with the frames of one volume each: which frames those are is told by their places, not by a vendor's indices."""
+    """Files with the frames of one volume each: which frames those are follows from their places, not from a vendor's indices."""
     import pydicom
     from pydicom.encaps import encapsulate, generate_frames
 

@@ -58,7 +58,7 @@ class Header:
         position: three numbers in mm, or none.
         order: acquisition, time point and number of the instance: tells slices at one place apart.
         frames: of a multi-frame file.
-        n_frames: of a multi-frame file, also where nothing is told of each.
+        n_frames: of a multi-frame file, also where nothing is said of each.
         voxels_at: where the voxels begin in the file.
     """
 

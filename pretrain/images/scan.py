@@ -82,7 +82,7 @@ def _belongs_to_header(path: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def dataset_channels(folder: str) -> tuple[str, ...] | None:
-    """Channel names of the nnU-Net dataset that a folder of images is of; () where they are not told, None for other folders."""
+    """Channel names of the nnU-Net dataset that a folder of images is of; () where they are unknown, None for other folders."""
     parent = Path(folder).absolute().parent
     if Path(folder).name not in ("imagesTr", "imagesTs", "imagesVal"):
         return None

@@ -94,7 +94,7 @@ class Method(nn.Module, ABC):
         """
 
     @abstractmethod
-    def views(self, crops: Crops, rng: StepRNG) -> Batch:
+    def views(self, crops: Crops, rng: StepRNG, /) -> Batch:
         """Make the batch, on the device of ``crops`` and from ``rng`` only. Called without gradients."""
 
     @abstractmethod

@@ -294,7 +294,7 @@ def check_header(path: str, limits: tuple[float, float] = SPACING, *, nnunet: bo
 
 
 def check_same_size(files: Sequence[str]) -> None:
-    """Whether the channels of a case have one size, told by their headers.
+    """Whether the channels of a case have one size, by their headers.
 
     Raises:
         ValueError: they differ; it tells which and both sizes.

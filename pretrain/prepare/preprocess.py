@@ -80,7 +80,7 @@ def _remove_abandoned(parent: Path) -> None:
 
 @contextmanager
 def temporary_folder(folder: Path, variable: str = "nnUNet_preprocessed") -> Iterator[Path]:
-    """A folder of this process beside ``folder``, removed in the end; makes ``folder`` too. ``variable`` is told in errors."""
+    """A folder of this process beside ``folder``, removed in the end; makes ``folder`` too. ``variable`` is named in errors."""
     parent = beside(folder, "tmp")
     mine = parent / f"{socket.gethostname()}-{os.getpid()}"
     try:

@@ -1,4 +1,4 @@
-"""Shapes of cases after preprocessing, told without opening them."""
+"""Shapes of cases after preprocessing, without opening them."""
 
 from __future__ import annotations
 

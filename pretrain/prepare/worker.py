@@ -172,7 +172,7 @@ class CaseWorker:
             return Result(Entry(task.case.name, task.case.stamps, bad=reason, bad_file=file or task.case.files[0]))
         except MemoryError:
             return self._fatal(task, state, "memory", "out of memory")
-        except Exception as error:  # readers raise anything on broken files; each case has to be told by its name
+        except Exception as error:  # readers raise anything on broken files; each case has to be named
             reason = _reason(error, printed.getvalue())
             if state.saving:
                 full = shutil.disk_usage(self.folder).free < 2 * state.nbytes
