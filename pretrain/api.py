@@ -275,15 +275,15 @@ def _execute(
         _tell(spec, outcome)
         for each in spec.loggers if outcome.finished else ():
             each.summary({"learnt": float(outcome.learnt), "verdict": outcome.sentence})
+        final = folder.final if outcome.finished else None
+        judged = (outcome.finished, outcome.learnt, outcome.sentence)
+        return RunResult(path, final, *judged, outcome.last, outcome.signal)
     finally:
         for each in spec.loggers:
             each.close(outcome is not None and outcome.finished)
         if handler is not None:
             log.removeHandler(handler)
             handler.close()
-    final = folder.final if outcome.finished else None
-    last, stopped = outcome.last, outcome.signal
-    return RunResult(path, final, outcome.finished, outcome.learnt, outcome.sentence, last, stopped)
 
 
 def _introduce(spec: RunSpec, sources: list[str]) -> None:

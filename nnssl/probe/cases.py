@@ -121,7 +121,8 @@ def read_case(plan: Plan, classes: Classes, name: str) -> Case:
     """
     folder = preprocessed_folder() / plan.dataset_name / plan.data_identifier
     try:
-        image, seg, *_ = infer_dataset_class(str(folder))(str(folder), [name]).load_case(name)
+        opened: Any = infer_dataset_class(str(folder))(str(folder), [name]).load_case(name)
+        image, seg = opened[:2]
         labels = np.asarray(seg[0] if isinstance(seg, np.ndarray) else seg[:][0]).astype(np.int16)
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError, TypeError) as error:
         raise NnsslError(

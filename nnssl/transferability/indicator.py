@@ -145,4 +145,4 @@ def rank_correlation(losses: Curve, quality: Curve) -> float:
         return math.nan
     from scipy.stats import spearmanr  # takes a second to import
 
-    return float(spearmanr(x, y).statistic)
+    return float(spearmanr(x, y)[0])

@@ -57,7 +57,7 @@ def choose_families(modality: str, exclude: Sequence[str] = ()) -> tuple[str, ..
 def intensity_range(x: Tensor) -> Tensor:
     """0.5th and 99.5th percentile of each sample and channel: ``(N, C, *size)`` -> ``(N, C, 2)``."""
     flat = x.flatten(2).double().numpy()
-    return torch.from_numpy(np.stack(np.percentile(flat, (0.5, 99.5), axis=2), axis=-1)).to(x.dtype)
+    return torch.from_numpy(np.stack(list(np.percentile(flat, (0.5, 99.5), axis=2)), axis=-1)).to(x.dtype)
 
 
 def photometric_view(

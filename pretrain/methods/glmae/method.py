@@ -327,7 +327,7 @@ class GLMAE(MAE):
         return f"local views found {per_cent(terms['retrieval'])} ({per_cent(terms['retrieval_chance'])} by chance)"
 
     def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
-        """Learnt: hidden voxels better than guessed, in both kinds of views; consistency is reported, and must not have collapsed."""
+        """Learnt: hidden voxels better than guessed, in both kinds of views. Consistency must not have collapsed."""
         kinds = [k for k in ("local", "global") if f"{k}_inpainting" in last]
         if not kinds:
             return super().verdict(first, last)
