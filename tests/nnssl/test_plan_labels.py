@@ -78,8 +78,12 @@ def test_a_file_names_cases_and_each_fold_leaves_its_validation_cases_out(tmp_pa
     with pytest.raises(NnsslError, match=r"names 'case_0l1', which is no preprocessed case\. Did you mean 'case_0"):
         choose_cases(FOLDS, file)
     file.write_text("\n")
-    with pytest.raises(NnsslError, match="names no case to train on"):
+    with pytest.raises(NnsslError, match=r"--labels .*cases.txt names no case\."):
         choose_cases(FOLDS, file)
+    for text in ("# two of them\ncase_006\ncase_001\n", '["case_006", "case_001"]'):  # as every list of cases
+        for encoding in ("utf-8-sig", "utf-16"):
+            file.write_text(text, encoding=encoding)
+            assert choose_cases(FOLDS, str(file))["0"] == ["case_006", "case_001"]
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ class Toy(Method):
         size = tuple(2 * s if size == plan.total_stride else s for s in size)
         return CropRequest(size=size, read_size=size, batch_size=4, min_batch=2)
 
-    def views(self, crops, draws):
-        noise = 0.1 * draws.noise(*crops.data.shape[1:])
+    def views(self, crops, rng):
+        noise = 0.1 * rng.noise(*crops.data.shape[1:])
         return {"x": crops.data + noise, "y": crops.data.mean(dim=tuple(range(1, crops.data.ndim)))}
 
     def loss(self, batch):
