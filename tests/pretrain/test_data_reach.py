@@ -204,7 +204,7 @@ def test_trimmed_windows_are_the_part_in_the_image(size, refs):
 def test_only_windows_around_roaming_crops_are_read_in_part(refs):
     for part in ({"trim": True}, {"move": moving((8, 8, 8))}):
         with pytest.raises(ValueError, match="read whole"):
-            CropDataset(refs, FORM, CropRequest((8, 8, 8), (8, 8, 8), place="inside", **part), seed=0, batch_size=2)
+            CropDataset(refs, FORM, CropRequest((8, 8, 8), (8, 8, 8), sampling="inside", **part), seed=0, batch_size=2)
 
 
 # ---- a case once -----------------------------------------------------------------------------------------------------------
