@@ -190,8 +190,8 @@ def test_nothing_visible_and_wrong_patches(make):
 
 def test_the_decoder_draws_different_things_at_hidden_places():
     torch.manual_seed(0)
-    decoder = TokenDecoder(24, 2, (4, 4, 8), (2, 3, 4), heads=2).eval()
-    tokens, visible = torch.randn(2, 24, 2, 3, 4), torch.rand(2, 1, 2, 3, 4) < 0.4
+    decoder = TokenDecoder(36, 2, (4, 4, 8), (2, 3, 4), heads=2).eval()
+    tokens, visible = torch.randn(2, 36, 2, 3, 4), torch.rand(2, 1, 2, 3, 4) < 0.4
     with torch.no_grad():
         image = decoder(tokens, visible)
         assert image.shape == (2, 2, 8, 12, 32)
@@ -205,7 +205,7 @@ def test_the_decoder_draws_different_things_at_hidden_places():
 def test_first_weights_of_the_decoder():
     """What stands for hidden tokens as in the masked autoencoder; convolutions as nnU-Net's, by He's rule, without bias."""
     decoder = TokenDecoder(240, 2, (4, 4, 8), (2, 3, 4), heads=2)
-    assert len(decoder.eva.blocks) == 2
+    assert len(decoder.eva.blocks) == 2 and decoder.mask_token.shape == (1, 240, 1, 1, 1)
     assert float(decoder.mask_token.detach().std()) == pytest.approx(0.02, rel=0.15)
     layers = [m for m in decoder.image.modules() if isinstance(m, torch.nn.ConvTranspose3d)]
     for layer in layers:

@@ -125,6 +125,7 @@ def test_patches_lie_around_voxels_of_the_classes_within_the_image(monkeypatch):
     maps = []
     for place in ((4, 0, 3), (0, 5, 6), (2, 3, 1)):
         label = -np.arange(5 * 6 * 7, dtype=np.int16).reshape(5, 6, 7) % 5 - 5  # what is negative is no class
+        label[3, 5, :] = 0  # nor is background
         label[place] = 1
         maps.append(label)
     asked = cuts_of(monkeypatch, maps, (3, 4, 2))
