@@ -199,7 +199,7 @@ def _sites(
         top = logits.detach().amax(-1, keepdim=True)
         total = torch.where(allowed, (logits - top).exp(), 0.0).sum(-1)
         log_total = torch.where(total > 0, total, 1.0).log() + top.squeeze(-1)
-        anchor = keep2 & (n_pos > 0)
         each = log_total - torch.where(chosen, logits, 0.0).sum(-1) / n_pos.clamp(min=1)
-        mean = torch.where(anchor, each, 0.0 * each).sum(-1) / anchor.sum(-1).clamp(min=1)
+        # Each sample that is left has its other view as a positive.
+        mean = torch.where(keep2, each, 0.0 * each).sum(-1) / keep2.sum(-1).clamp(min=1)
         return temperature / base_temperature * mean, keep.sum(-1)

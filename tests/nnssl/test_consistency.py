@@ -99,6 +99,17 @@ def test_health_tells_collapse_from_plateau():
     assert torch.equal(health.mean, before)
 
 
+def test_the_mean_target_is_that_of_all_steps_at_first_then_of_the_last_ones():
+    """1/2 and 1/3 of the second and the third step; after a thousand steps one counts for 0.02."""
+    health, here, there = Health(2), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    shares = [(health(x), health.mean.tolist()[1])[1] for x in (here, there, there, here)]
+    assert shares == pytest.approx([0, 1 / 2, 2 / 3, 1 / 2]) and health.count == 4
+    health.mean.copy_(here[0]), health.count.fill_(1000)
+    health(there)
+    assert health.mean.tolist() == pytest.approx([0.98, 0.02])
+    assert Centre(2).momentum == 0.99
+
+
 def test_running_standardisation():
     norm = RunningStandardisation(3, momentum=0.9)
     scale, shift = torch.tensor([0.01, 1.0, 100.0]), torch.tensor([50.0, 0.0, -3.0])

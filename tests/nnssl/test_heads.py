@@ -116,6 +116,9 @@ def test_layers_of_the_projectors():
     assert [m.out_features for m in voxel_projector(7, 3) if isinstance(m, linear)] == [7, 7, 3]
     assert [m.out_features for m in DinoHead(7, 5, hidden=6, bottleneck=4).mlp if isinstance(m, linear)] == [6, 6, 4]
     assert mlp(7)[0].out_features == 128 and mlp(7)[-1].out_features == 128
+    for kind, dim in ((nn.Conv2d, 2), (nn.Conv3d, 3)):
+        one = restoration_head(8, 3, dim=dim)
+        assert type(one) is kind and (one.in_channels, one.out_channels, one.kernel_size) == (8, 3, (1,) * dim)
     two = restoration_head(8, 3, dim=3, layers=2)
     assert layers(two) == [nn.InstanceNorm3d, relu, nn.Conv3d, nn.InstanceNorm3d, relu, nn.Conv3d]
     assert (two[2].out_channels, two[2].kernel_size, two[2].padding) == (4, (3, 3, 3), (1, 1, 1))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nnssl.losses import channel_std, middle_slice, off_diagonal_cosine, pair_similarity, place_share, principal_colours
+from nnssl.losses.diagnostics import resemblance
 
 
 def test_off_diagonal_cosine():
@@ -70,6 +71,13 @@ def test_cosines_against_double_loops():
     assert float(other) == pytest.approx(
         mean([cosine(a[i], d[j]) for i in used for j in used if not positives[i, j]]), abs=1e-5
     )
+
+
+@pytest.mark.parametrize("size", [(2, 3, 4), (5, 2)])
+def test_resemblance_is_the_cosine_at_each_place(size):
+    vectors, maps = torch.randn(3, 6), 2 * torch.randn(3, 6, *size)
+    expected = torch.cosine_similarity(vectors.view(3, 6, *[1] * len(size)), maps, dim=1)
+    torch.testing.assert_close(resemblance(vectors, maps), expected, atol=1e-5, rtol=0)
 
 
 def test_channel_std_by_hand():

@@ -331,3 +331,17 @@ def test_the_place_in_the_crop_does_not_help_among_shifted_sites():
     alike, _ = site_contrast(place, place)
     shifted, collapse = site_contrast(place[..., 1:], place[..., :-1])  # site i lies at place i + 1 and at place i
     assert float(alike) < 0.01 and float(shifted) > 2 * float(collapse)
+
+
+def test_temperatures_are_the_papers_unless_told_otherwise():
+    """0.1, and 0.07 below the scale."""
+    a, d = torch.randn(2, 3, 4, 2, 3).unbind(0)
+    own, paper = torch.eye(3, dtype=torch.bool), {"temperature": 0.1, "base_temperature": 0.07}
+    for mine, told in (
+        (supcon(a[..., 0, 0], d[..., 0, 0], own), supcon(a[..., 0, 0], d[..., 0, 0], own, **paper)),
+        (dense_supcon(a, d, own)[0], dense_supcon(a, d, own, **paper)[0]),
+        (dense_supcon(a, d, own)[1], dense_supcon(a, d, own, **paper)[1]),
+        (site_contrast(a, d)[0], site_contrast(a, d, **paper)[0]),
+        (site_contrast(a, d)[1], site_contrast(a, d, **paper)[1]),
+    ):
+        assert torch.equal(mine, told) and mine > 0

@@ -188,7 +188,12 @@ def test_nothing_visible_and_wrong_patches(make):
         forward_features(network, torch.zeros(1, 1, 12, 8, 16))
 
 
-def test_the_decoder_draws_different_things_at_hidden_places():
+class _Same(torch.nn.Module):
+    def forward(self, x):
+        return (x,)
+
+
+def test_the_decoder_draws_different_things_at_hidden_places(monkeypatch):
     torch.manual_seed(0)
     decoder = TokenDecoder(36, 2, (4, 4, 8), (2, 3, 4), heads=2).eval()
     tokens, visible = torch.randn(2, 36, 2, 3, 4), torch.rand(2, 1, 2, 3, 4) < 0.4
@@ -200,6 +205,9 @@ def test_the_decoder_draws_different_things_at_hidden_places():
         assert (torch.cdist(hidden, hidden) + torch.eye(len(hidden)) > 1e-3).all()
         garbage = torch.where(visible, tokens, torch.nan)
         assert torch.equal(decoder(garbage, visible), image)
+        monkeypatch.setattr(decoder, "eva", _Same())  # without the blocks each token stays at its place
+        expected = decoder.image(torch.where(visible, tokens, decoder.mask_token))
+        assert torch.equal(decoder(tokens, visible), expected)
 
 
 def test_first_weights_of_the_decoder():

@@ -215,6 +215,20 @@ def test_it_learns_and_says_so(make):
     assert OTHER not in shown.columns and OTHER not in shown.tags and SECOND in shown.tags, "no other case to resemble"
 
 
+def test_what_counts_as_learnt(make):
+    """The criterion fell, as many crops as before find their other view, and views are nearer than other cases."""
+    first = {"robustness": 1.0, "nearest": 0.5, "distance_same": 0.3, "distance_other": 0.5}
+    last = {"robustness": 0.9, "nearest": 0.5, "distance_same": 0.3, "distance_other": 0.5}
+    method = make()
+    assert method.verdict(first, last)[0]
+    for change in ({"robustness": 1.0}, {"nearest": 0.49}, {"distance_same": 0.5}):
+        learnt, sentence = method.verdict(first, {**last, **change})
+        assert not learnt and "did not learn" in sentence
+    alone = {"distance_other": 0.0}  # only where both are 0 is there a single case
+    for before, after, one in (({}, {}, False), (alone, {}, False), ({}, alone, False), (alone, alone, True)):
+        assert ("cannot be judged" in method.verdict({**first, **before}, {**last, **after})[1]) == one
+
+
 def test_mistakes(make):
     cls = get_method("robust")
     plan = make().plan
