@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nnssl.config import config_dict
 from nnssl.errors import NnsslError
+from nnssl.networks.padding import own_padding
 from nnssl.networks.primus import PrimusEncoder, is_primus
 from nnssl.networks.state import unwrap
 from nnssl.transferability.distances import degenerate
@@ -111,6 +112,8 @@ class RobustnessResult:
 def untouched(network: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients and without autocast; every module's mode and the random state come back after it.
 
+    Convolutions pad with zeros, as where the network is fine-tuned, whatever they do while pretraining.
+
     The random states restored are torch's on the CPU and on the network's device. Gradients are not written. On a GPU,
     convolutions run in full float32 and deterministically: runner-up epochs often differ by less than 1e-3.
     """
@@ -120,6 +123,7 @@ def untouched(network: nn.Module) -> Iterator[None]:
     try:
         network.eval()
         with (
+            own_padding(network),
             torch.random.fork_rng(devices=devices),
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),

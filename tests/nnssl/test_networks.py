@@ -10,7 +10,9 @@ from nnssl.networks import (
     encoder_channels,
     forward_features,
     full_state_dict,
+    own_padding,
     partial_decode,
+    set_padding,
     unwrap,
 )
 from nnssl.plans import Plan
@@ -162,3 +164,40 @@ def test_batchnorm_statistics_are_part_of_the_state(tiny_plans, tiny_dataset_jso
     canonical = canonical_state_dict(network)
     assert "encoder.stages.0.0.convs.0.norm.running_mean" in canonical
     assert len(canonical) == len(list(network.parameters())) + len(list(network.buffers()))
+
+
+@pytest.mark.parametrize("mode", ["replicate", "circular"])
+def test_with_repeated_voxels_an_image_without_content_shows_no_place(plan, mode):
+    """Of a constant image each voxel's features are alike, where zeros at the border tell how far away it is."""
+    network = build_network(plan).eval()
+    for m in network.modules():  # InstanceNorm would amplify the rounding of what is constant
+        if isinstance(m, nn.modules.instancenorm._InstanceNorm):
+            m.eps = 1.0
+    x, names = torch.ones_like(_input(plan)), list(network.state_dict())
+
+    def spread():
+        with torch.no_grad():
+            return [float(f.flatten(2).std(2).max()) for f in forward_features(network, x, 0).skips]
+
+    with_zeros = spread()
+    set_padding(network, mode)
+    assert max(spread()) < 1e-6 and min(with_zeros[:-1]) > 1e-3, (spread(), with_zeros)
+    with own_padding(network):
+        assert spread() == with_zeros
+    assert max(spread()) < 1e-6 and list(network.state_dict()) == names
+    set_padding(network, "zeros")
+    assert spread() == with_zeros
+    with pytest.raises(ValueError, match="zeros, replicate, circular"):
+        set_padding(network, "mirror")
+
+
+def test_circular_padding_makes_features_follow_a_shift_by_the_total_stride(tiny_plans, tiny_dataset_json):
+    plan = Plan.from_dicts(tiny_plans(), "3d_fullres", tiny_dataset_json())
+    network, stride = build_network(plan).eval(), plan.total_stride
+    set_padding(network, "circular")
+    x, axes = torch.randn(1, plan.n_channels, *[4 * s for s in stride]), (2, 3, 4)
+    with torch.no_grad():
+        at, moved = (forward_features(network, v).levels for v in (x, x.roll(stride, axes)))
+    for low, high in zip(at, moved, strict=True):
+        shift = [s * n // v for s, n, v in zip(stride, low.shape[2:], x.shape[2:])]
+        torch.testing.assert_close(high, low.roll(shift, axes), atol=1e-4, rtol=1e-4)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nnssl.errors import NnsslError
+from nnssl.networks import set_padding
 from nnssl.transferability import (
     Baseline,
     RobustnessConfig,
@@ -343,3 +344,13 @@ def test_monitor_slows_down_where_the_budget_is_exceeded():
     assert m.calibrate(epoch_seconds=10.0)  # 3 % of 1000 s pay for 30 measurements, 5 of them random initialisations
     assert 5 <= m.schedule.every <= 6 and m.schedule.evaluations + 5 <= 30
     assert m.calibrate(epoch_seconds=1e-3) and m.schedule.due(100)
+
+
+def test_measured_with_the_padding_of_fine_tuning(evaluator):
+    """Whatever a pretraining pads with, the numbers are those of the network as nnU-Net builds it from the file."""
+    torch.manual_seed(0)
+    network = Net(dropout=0.0)
+    expected = evaluator.evaluate(network).metrics()
+    set_padding(network, "replicate")
+    assert evaluator.evaluate(network).metrics() == expected
+    assert {m.padding_mode for m in network.modules() if isinstance(m, nn.Conv3d)} == {"replicate"}

@@ -11,9 +11,9 @@ from torch import nn
 from nnssl import losses
 from nnssl.config import describe_options, make_config
 from nnssl.errors import NnsslError
-from nnssl.networks import build_network, forward_features, full_state_dict
+from nnssl.networks import build_network, forward_features, full_state_dict, own_padding
 from nnssl.plans import Plan
-from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.geometry import cells
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 from nnssl.pretrain.methods.macl import MACL, MACLConfig
@@ -50,7 +50,7 @@ def make(tiny_plans, tiny_dataset_json):
 
 
 def crops_for(method, b=4, channels=1, data=None):
-    window = method.request.window
+    window = method.request.read_size
     data = torch.randn(b, channels, *window) if data is None else data
     along = torch.linspace(0.1, 0.9, b, dtype=torch.float64)
     position = torch.stack([along.flip(0), torch.full_like(along, 0.5), along], 1)
@@ -64,7 +64,7 @@ def crops_for(method, b=4, channels=1, data=None):
 def batch_for(method, **kwargs):
     crops = crops_for(method, **kwargs)
     with torch.no_grad():
-        return method.views(crops, Draws(0, 0, len(crops)))
+        return method.views(crops, StepRNG(0, 0, len(crops)))
 
 
 def learning(module):
@@ -182,12 +182,12 @@ def test_both_branches_train_one_encoder(make):  # T14
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_still_views_are_the_crop_itself(make, dim, align_corners):  # T15
     method = make(dim, mirror=True, align_corners=align_corners, rotation=90.0, offset=0)
-    window, size = method.request.window, method.request.size
+    window, size = method.request.read_size, method.request.size
     axes = torch.meshgrid(*[torch.arange(float(n)) for n in window], indexing="ij")
     data = sum(100**i * a for i, a in enumerate(axes)).expand(4, 1, *window).clone()
     crops = crops_for(method, data=data)
     before = crops.data.clone()
-    batch = method.views(crops, Draws(0, 0, 4))
+    batch = method.views(crops, StepRNG(0, 0, 4))
     start = [(w - n) // 2 for w, n in zip(window, size)]
     inner = data[(..., *[slice(s, s + n) for s, n in zip(start, size)])]
     assert torch.equal(crops.data, before)
@@ -204,13 +204,13 @@ def test_still_views_are_the_crop_itself(make, dim, align_corners):  # T15
 @pytest.mark.parametrize("dim", [2, 3])
 def test_still_views_lie_where_their_cells_say(make, dim):
     """Each branch's crop is the window's own voxels at its offset, so that their maps meet on the grid."""
-    method = make(dim, median=(60, 72, 64))
+    method = make(dim, median=(60, 72, 64), offset=1)
     grid, size = method.offsets, method.request.size
-    assert grid.most == (1,) * dim and all(w >= v for w, v in zip(method.request.window, grid.voxels))
-    window = method.request.window
+    assert grid.most == (1,) * dim and all(w >= v for w, v in zip(method.request.read_size, grid.voxels))
+    window = method.request.read_size
     axes = torch.meshgrid(*[torch.arange(float(n)) for n in window], indexing="ij")
     data = sum(100**i * a for i, a in enumerate(axes)).expand(8, 1, *window).clone()
-    batch = method.views(crops_for(method, b=8, data=data), Draws(0, 0, 8))
+    batch = method.views(crops_for(method, b=8, data=data), StepRNG(0, 0, 8))
     edge = [(w - v) // 2 for w, v in zip(window, grid.voxels)]
     for i in range(8):
         for key, first in (("i_aux", "aux_cell"), ("i_dominant", "dominant_cell")):
@@ -222,26 +222,37 @@ def test_still_views_lie_where_their_cells_say(make, dim):
 
 
 def test_offsets_are_legal_and_can_be_switched_off(make):
-    for options in ({"offset": 0}, {"dense_weight": 0.0, "equivariance_weight": 0.0}):
+    for options in ({}, {"offset": 1, "dense_weight": 0.0, "equivariance_weight": 0.0}):
         method = make(median=(60, 72, 64), **options)
         assert not method.offsets.active and "aux_cell" not in batch_for(method)
     assert make(median=(60, 72, 64), offset=5).offsets.most == (3, 5, 3), "crops share a cell on each axis"
-    assert make(size=(16, 32, 16), median=(18, 36, 60)).offsets.most == (0, 1, 1), "within the median image"
+    assert make(size=(16, 32, 16), median=(18, 36, 60), offset=1).offsets.most == (0, 1, 1), "within the median image"
     still = {"rotation": 0.0, "min_scale": 1.0, "shift": 0.0}
-    request = make(median=(60, 72, 64), **still).request
-    assert [w - n for w, n in zip(request.window, request.size)] == [4, 4, 4], "a cell of four voxels, and no more"
-    assert make(median=(60, 72, 64), offset=0, **still).request.window == request.size
+    request = make(median=(60, 72, 64), offset=1, **still).request
+    assert [w - n for w, n in zip(request.read_size, request.size)] == [4, 4, 4], "a cell of four voxels, and no more"
+    assert make(median=(60, 72, 64), **still).request.read_size == request.size
     with pytest.raises(NnsslError, match="offset=0"):
         make(align_corners=True, offset=1)
     for preset in MACL.presets.values():
-        assert preset["offset"] == 0 and preset["sites"] == "crops", "as published"
+        assert preset["offset"] == 0 and preset["sites"] == "crops" and preset["padding"] == "zeros", "as published"
+
+
+@pytest.mark.parametrize("padding", ["replicate", "circular", "zeros"])
+def test_what_the_convolutions_see_beyond_the_border(make, padding):
+    """Also where a bottleneck is one cell wide, at which reflection is impossible; the projectors see no border."""
+    method = make(padding=padding, size=(16, 32, 16))
+    modes = {m.padding_mode for m in method.network.modules() if isinstance(m, torch.nn.Conv3d)}
+    assert modes == {padding}
+    method(batch_for(method))["total"].backward()
+    assert learning(method.network)
+    assert make().config.padding == "replicate"
 
 
 def test_dense_contrast_of_shifted_crops_looks_at_equal_voxels(make):
     """Maps that are the image itself: the loss is least where they are laid by their own cells."""
-    method = make(median=(60, 72, 64), dense_positives="self")
-    data = torch.randn(4, 1, *method.request.window)
-    batch = method.views(crops_for(method, data=data), Draws(0, 0, 4))
+    method = make(median=(60, 72, 64), dense_positives="self", offset=1, sites="both")
+    data = torch.randn(4, 1, *method.request.read_size)
+    batch = method.views(crops_for(method, data=data), StepRNG(0, 0, 4))
     stride, scale = method.branches.dense_stride, 2
     maps = [losses.shrink(batch["i_aux"], stride), losses.shrink(batch["i_dominant"], [s // scale for s in stride])]
     maps = [torch.cat([m, torch.ones_like(m), m.sign()], 1) for m in maps]
@@ -272,18 +283,18 @@ def test_variance_views_are_mirrored_only_where_it_is_asked_for(make, mirror):
 def test_views_depend_on_the_draws_only(make):
     method = make(jitter=True)
     crops = crops_for(method)
-    one, same, other = (method.views(crops, Draws(0, s, 4)) for s in (1, 1, 2))
+    one, same, other = (method.views(crops, StepRNG(0, s, 4)) for s in (1, 1, 2))
     assert all(torch.equal(one[k], same[k]) for k in one)
     assert not torch.equal(one["v_aux"], other["v_aux"])
     assert not torch.equal(one["i_aux"], other["i_aux"])  # jittered
-    half = method.views(crops_for(method, b=2, data=crops.data[2:]), Draws(0, 1, 4, 2, 2))
+    half = method.views(crops_for(method, b=2, data=crops.data[2:]), StepRNG(0, 1, 4, 2, 2))
     assert torch.allclose(half["v_aux"], one["v_aux"][2:])
 
 
 def test_labels_are_the_crops_own(make):  # T16
     method = make(rotation=180.0, mirror=True, shift=0.5)
     crops = crops_for(method)
-    batch = method.views(crops, Draws(0, 0, 4))
+    batch = method.views(crops, StepRNG(0, 0, 4))
     assert torch.equal(batch["position"], crops.position) and batch["position"].dtype == torch.float64
     terms = method(batch)
     assert terms["n_positives"] == 1 and terms["n_negatives"] == 6
@@ -345,7 +356,7 @@ def test_degenerate_crops_stay_finite(make, what, pooling):  # T17
         crops.body[:] = False
     elif what == "nan position":
         crops.position[1] = float("nan")
-    terms = method(method.views(crops, Draws(0, 0, 4)))
+    terms = method(method.views(crops, StepRNG(0, 0, 4)))
     terms["total"].backward()
     assert all(torch.isfinite(torch.as_tensor(v)).all() for v in terms.values()), terms
     largest = torch.stack([p.grad.abs().max() for p in method.parameters() if p.grad is not None])
@@ -358,7 +369,7 @@ def test_empty_sites_are_masked(make):
     method = make(offset=0)
     crops = crops_for(method)
     crops.body[0, :, : crops.body.shape[2] // 2] = False
-    batch = method.views(crops, Draws(0, 0, 4))
+    batch = method.views(crops, StepRNG(0, 0, 4))
     n = method.request.size[0] // method.branches.dense_stride[0]
     assert not batch["sites"][0, : n // 2].any() and batch["sites"][0, n // 2 :].all() and batch["sites"][1:].all()
     dense = method(batch)["dense"]
@@ -389,7 +400,7 @@ def test_weights_fit_the_stock_network(make):  # T19
     step.step()
     fresh = build_network(method.plan)
     fresh.load_state_dict(full_state_dict(method.network))
-    with torch.no_grad():
+    with torch.no_grad(), own_padding(method.network):
         ours, theirs = (forward_features(n, batch["i_aux"], 1) for n in (method.network, fresh))
     assert all(torch.equal(a, b) for a, b in zip(ours.skips + ours.levels, theirs.skips + theirs.levels))
 
@@ -426,7 +437,7 @@ def test_the_crop_of_the_examples_in_the_design(tiny_plans, tiny_dataset_json):
     request = choose(*hippocampus)
     assert request.size == (16, 32, 16) and request.batch_size >= 8
     assert "16x32x16" in request.explanation and "36x50x36" in request.explanation
-    assert all(w >= n and (w - n) % 2 == 0 for w, n in zip(request.window, request.size))
+    assert all(w >= n and (w - n) % 2 == 0 for w, n in zip(request.read_size, request.size))
     atrium = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2)), (40, 80, 96), (44, 71, 95)
     assert choose(*atrium).size == (24, 32, 64)
     assert choose(*hippocampus, decoder_blocks=2, down=1).size == (16, 32, 16)
@@ -449,15 +460,19 @@ def test_pictures(make, dim):
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_cross_and_frame_show_one_place_in_both_views(make, dim):
-    method = make(dim, jitter=False)
+    method = make(dim, jitter=False, offset=1)
     crops = crops_for(method, b=6)
     window = crops.data.shape[2:]
     ramp = sum(100.0**-i * torch.arange(n).view([n if a == i else 1 for a in range(dim)]) for i, n in enumerate(window))
     crops.data[:] = ramp
     with torch.no_grad():
-        batch = method.views(crops, Draws(3, 0, len(crops)))
+        batch = method.views(crops, StepRNG(3, 0, len(crops)))
         picture = method.pictures(batch)
     assert (batch["aux_cell"] != batch["dominant_cell"]).any()
+    assert picture.boxes and "yellow frame" in picture.note
+    still = make(dim, jitter=False)
+    plain = still.pictures(batch_for(still))
+    assert not plain.boxes and plain.points and "frame" not in plain.note, "both views show the same crop"
     for row in range(4):
         (y, x), (v, u) = picture.points[FINE][row], picture.points[COARSE][row]
         fine, coarse = (picture.columns[c][row] for c in (FINE, COARSE))
@@ -489,9 +504,9 @@ def test_learnt_begins_one_per_cent_below_collapse_and_one_hundredth_apart(make)
 
 def test_jitter_darkens_each_view_by_a_factor_of_its_own(make):
     """Of a constant image only brightness is seen: 0.2 to 1 of its height above the case's low percentile, -2."""
-    method = make(jitter=True, size=(16, 16, 16), rotation=0.0)
-    crops = crops_for(method, b=64, data=torch.full((64, 1, *method.request.window), 2.0))
-    batch = method.views(crops, Draws(0, 0, 64))
+    method = make(jitter=True, size=(16, 16, 16), rotation=0.0, padding="zeros")
+    crops = crops_for(method, b=64, data=torch.full((64, 1, *method.request.read_size), 2.0))
+    batch = method.views(crops, StepRNG(0, 0, 64))
     factors = [(batch[k].flatten(1) + 2) / 4 for k in ("i_aux", "i_dominant")]
     for factor in factors:
         assert torch.allclose(factor, factor[:, :1].expand_as(factor), atol=1e-4)

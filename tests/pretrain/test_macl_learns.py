@@ -5,7 +5,7 @@ import torch
 
 from nnssl.networks import build_network
 from nnssl.plans import Plan
-from nnssl.pretrain.augment import Draws
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.methods import Crops, SourceStats
 from nnssl.pretrain.methods.macl import MACL, MACLConfig
 
@@ -36,13 +36,14 @@ def sample(volumes, window, size, generator):
 def test_learns_positions(tiny_plans, tiny_dataset_json):
     median = (48, 30, 28)
     plan = Plan.from_dicts(tiny_plans(median_shape=median), "3d_fullres", tiny_dataset_json())
-    config = MACLConfig()
+    config = MACLConfig(padding="zeros", offset=1, sites="both")  # under InstanceNorm the border alone tells the level
     request = MACL.crops(plan, SourceStats(median, 8), config)
     method = MACL(build_network(plan), plan, request, config)
     generator = torch.Generator().manual_seed(3)
     volumes = [volume(generator, median) for _ in range(8)]
     held_out = [
-        method.views(sample(volumes[6:], request.window, request.size, generator), Draws(1, i, B)) for i in range(4)
+        method.views(sample(volumes[6:], request.read_size, request.size, generator), StepRNG(1, i, B))
+        for i in range(4)
     ]
 
     def evaluate():
@@ -54,7 +55,7 @@ def test_learns_positions(tiny_plans, tiny_dataset_json):
     assert first["off_diagonal_cos"] < 0.9
     rates = [g["lr"] for g in optimiser.param_groups]
     for step in range(STEPS):
-        batch = method.views(sample(volumes[:6], request.window, request.size, generator), Draws(0, step, B))
+        batch = method.views(sample(volumes[:6], request.read_size, request.size, generator), StepRNG(0, step, B))
         for group, lr in zip(optimiser.param_groups, rates):
             group["lr"] = lr * method.lr_factor(step, STEPS)
         optimiser.zero_grad()

@@ -88,7 +88,8 @@ VOCO_V1 = VOCO | {
 }
 MACL = {
     **{"decoder_blocks": 2, "pooling": "gap", "batch_standardise": False, "align_corners": True, "negatives": "local"},
-    **{"offset": 0, "sites": "crops", "dense_positives": "position_axial", "rotation": 180.0, "min_scale": 0.7},
+    **{"padding": "zeros", "offset": 0, "sites": "crops", "dense_positives": "position_axial"},
+    **{"rotation": 180.0, "min_scale": 0.7},
     **{"max_scale": 1.3, "mirror": True, "optimiser": "sgd", "weight_decay": 1e-5, "warmup": 0.0},
 }
 CPU = {"n_voxels": 128, "crop_voxels": 16384}

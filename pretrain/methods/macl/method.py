@@ -23,10 +23,10 @@ from nnssl.config import option
 from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads import POOLINGS, ImageHead, norm_of, pixel_projector
-from nnssl.networks import decoder_channels, encoder_channels, forward_features
+from nnssl.networks import PADDINGS, decoder_channels, encoder_channels, forward_features, set_padding
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
-from nnssl.pretrain.augment import Draws, central_crop, random_affine, random_jitter
+from nnssl.pretrain.augment import StepRNG, central_crop, random_affine, random_jitter
 from nnssl.pretrain.augment.offsets import OffsetGrid
 from nnssl.pretrain.augment.pairs import cut
 from nnssl.pretrain.methods.base import Method
@@ -36,6 +36,7 @@ from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Pictur
 
 _AXES = ("right-left", "anterior-posterior", "inferior-superior")  # of Crops.position
 _SITES = ("crops", "places", "both")
+_GRAIN = 0.01  # SD, of z-scored images
 _DENSE = ("position_all_axes", "position_axial", "self")
 
 
@@ -48,11 +49,16 @@ class MACLConfig:
     threshold: float = option(0.1, "crops nearer than this share of the image are positives", low=0.0, high=1.0)
     position_axis: str = option("inferior-superior", "patient axis of the image-level positions", choices=_AXES)
     dense_positives: str = option("position_all_axes", "which other crops are positives at a site", choices=_DENSE)
+    padding: str = option(
+        "replicate",
+        "of the convolutions while pretraining; zeros tell a network the place in the crop",
+        choices=PADDINGS,
+    )
     offset: int = option(
-        1, "bottleneck cells that the branches' still crops are shifted by at most; 0: one crop", low=0, high=8
+        0, "bottleneck cells that the branches' still crops are shifted by at most; 0: one crop", low=0, high=8
     )
     sites: str = option(
-        "both", "L_d compares a site with other crops' at its place, with other sites, or both", choices=_SITES
+        "crops", "L_d compares a site with other crops' at its place, with other sites, or both", choices=_SITES
     )
     contrast: str = option("all", "compare all vectors, or only across the branches", choices=("all", "cross"))
     negatives: str = option("global", "contrast over all GPUs, or on each alone", choices=("global", "local"))
@@ -79,7 +85,7 @@ class MACLConfig:
 
 
 _PUBLISHED: dict[str, Any] = {
-    "offset": 0, "sites": "crops",
+    "padding": "zeros", "offset": 0, "sites": "crops",
     "decoder_blocks": 2, "pooling": "gap", "batch_standardise": False, "align_corners": True, "negatives": "local",
     "dense_positives": "position_axial", "rotation": 180.0, "min_scale": 0.7, "max_scale": 1.3, "mirror": True,
     "optimiser": "sgd", "lr": 0.01, "weight_decay": 1e-5, "warmup": 0.0,
@@ -109,8 +115,9 @@ class MACL(Method):
         if c.dense_weight > 0:
             norm = norm_of(network, plan.dim)
             self.pixel_aux = pixel_projector(encoder[branches.aux_stage], decoded, dim=plan.dim, norm=norm)
-        most = _most_offset(plan, config, request.size, request.window)
+        most = _most_offset(plan, config, request.size, request.read_size)
         self.offsets = OffsetGrid(most, plan.total_stride, branches.shrink, tuple(request.size))
+        set_padding(network, c.padding)
         self.branches, self.rotation = branches, geometry.rotation_degrees(plan.spacing, c.rotation)
 
     @classmethod
@@ -131,28 +138,32 @@ class MACL(Method):
             why += " Crops cannot differ in position: only a crop's own views are positives."
         rotation = geometry.rotation_degrees(plan.spacing, config.rotation)
         views = {"rotation": rotation, "min_scale": config.min_scale, "shift": config.shift}
-        window = geometry.window_for(size, plan.spacing, **views, median=median if volume else None)
+        read_size = geometry.read_size_for(size, plan.spacing, **views, median=median if volume else None)
         if config.dense_weight + config.equivariance_weight > 0 and config.offset > 0:
             most = _most_offset(plan, config, size, median)
-            window = tuple(max(w, n + 2 * -(-m * s // 2)) for w, n, m, s in zip(window, size, most, plan.total_stride))
+            read_size = tuple(
+                max(w, n + 2 * -(-m * s // 2)) for w, n, m, s in zip(read_size, size, most, plan.total_stride)
+            )
             why += (
                 f" The branches' still crops are shifted against each other by up to {geometry.size_text(most)} cells."
             )
-        return CropRequest(size=size, window=window, batch_size=8, min_batch=8, explanation=why)
+        return CropRequest(size=size, read_size=read_size, batch_size=8, min_batch=8, explanation=why)
 
-    def views(self, crops: Crops, draws: Draws) -> Batch:
+    def views(self, crops: Crops, rng: StepRNG) -> Batch:
         """Invariance pair (no geometric change) and variance pair, each full and shrunk; see :meth:`loss` for shapes."""
         c, size, data = self.config, self.request.size, [crops.data, crops.data]
         if c.jitter:  # factors near 0 leave no image: not the authors' U(0, 1)
             ranges = {"brightness": (0.2, 1.0), "contrast": (0.8, 1.2), "sigma": (1.0, 3.0)}
-            data = [random_jitter(d, crops.intensity, draws, **ranges) for d in data]
+            data = [random_jitter(d, crops.intensity, rng, **ranges) for d in data]
         grid, still = self.offsets, [central_crop(d, self.offsets.voxels) for d in data]
-        first = grid.draw(draws) if grid.active else None
+        first = grid.draw(rng) if grid.active else None
         if first is not None:
             still = [cut(d, f * torch.tensor(grid.stride, device=f.device), size) for d, f in zip(still, first[::-1])]
         spatial = {"rotation": self.rotation, "scale": (c.min_scale, c.max_scale), "shift": c.shift}
         spatial |= {"mirror_axes": tuple(range(len(size))) if c.mirror else ()}
-        moved = [random_affine(d, draws, size, self.plan.spacing, **spatial).data for d in data]
+        moved = [random_affine(d, rng, size, self.plan.spacing, **spatial).data for d in data]
+        if c.padding != "zeros":
+            still, moved = ([_with_grain(v, rng) for v in pair] for pair in (still, moved))
         body = central_crop(crops.body, grid.voxels).to(crops.data.dtype)
         room = [c * s - v for c, s, v in zip(grid.cells, grid.stride, grid.voxels)]
         sites = (
@@ -321,6 +332,16 @@ class MACL(Method):
             f"{last['image']:.3g}, {'' if below else 'not '}clearly below the {last['image_collapse']:.3g} of equal vectors, "
             f"and crops at one position are {'' if alike else 'not '}more alike (cosine {pos:.2f}) than others ({neg:.2f})."
         )
+
+
+def _with_grain(view: Tensor, rng: StepRNG) -> Tensor:
+    """``(B, C, *size)``; faint noise in views without content: without zeros at the border they are constant in all layers.
+
+    InstanceNorm would then divide rounding errors by the root of its eps in each of them, and gradients explode.
+    """
+    flat = view.flatten(1).float().std(1) < _GRAIN
+    noise = _GRAIN * rng.noise(*view.shape[1:]).to(view.dtype)
+    return torch.where(flat.view(-1, *[1] * (view.ndim - 1)), view + noise, view)
 
 
 def _most_offset(plan: Plan, config: MACLConfig, size: Sequence[int], room: Sequence[int]) -> tuple[int, ...]:

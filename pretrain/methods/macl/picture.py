@@ -1,4 +1,4 @@
-"""What MACL compares: the same place seen in two shifted crops, one of them coarser, and a pair that is turned and scaled."""
+"""What MACL compares: the same place seen in two crops, one of them coarser, and a pair that is turned and scaled."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor
 from nnssl.losses.diagnostics import middle_slice, principal_colours, resemblance
 from nnssl.pretrain.types import Picture
 
-FINE, COARSE = "view 1: a crop in full detail", "view 2: shifted and coarser"
+FINE, COARSE = "view 1: a crop in full detail", "view 2: coarser"
 ALIKE = "view 2: bright where it resembles the cross of view 1"
 COLOURS, COARSE_COLOURS = "view 1: descriptions as colours", "view 2: descriptions as colours"
 TURNED, TURNED_COARSE = "the crop once more, turned and scaled", "and again, turned otherwise, coarser"
 
 NOTE = "How to read it: each row is a slice of another crop of the held-out images. "
+FRAME_NOTE = "View 2 is shifted; the yellow frame is the part that both views show. "
 CROSS_NOTE = (
-    "The yellow frame is the part that both views show, the cross one and the same place. Learnt: in the third column the bright "
+    "The cross is one and the same place. Learnt: in the third column the bright "
     "spot sits on the cross and is small. Nothing learnt: it is bright everywhere, or in the same spot of every row. Equal "
     "colours are equal descriptions by the network: they should follow the tissue, not the position in the crop. "
 )
@@ -48,11 +49,13 @@ def pair_picture(
     low, high = torch.maximum(first, second), torch.minimum(first, second) + torch.tensor(size)
     place = (low + high) // 2
     at = [place - first, place - second]
-    boxes = {c: _boxes(low - s, high - s) for c, s in ((FINE, first), (COARSE, second))}
+    shifted = bool((first != second).any())
+    boxes = {c: _boxes(low - s, high - s) for c, s in ((FINE, first), (COARSE, second))} if shifted else {}
     crosses = [a[:, -2:].numpy() for a in at]
     points = {FINE: crosses[0], COARSE: crosses[1]}
     columns = {c: _slices(v, size, a)[:, 0].numpy() for c, v, a in zip((FINE, COARSE), views, at)}
-    scales, tags, note = {}, {}, NOTE + TURNED_NOTE
+    scales, tags, start_note = {}, {}, NOTE + (FRAME_NOTE if shifted else "")
+    note = start_note + TURNED_NOTE
     if maps:
         found = [_slices(m, size, a) for m, a in zip(maps, at)]
         rows = list(range(len(place)))
@@ -64,7 +67,7 @@ def pair_picture(
         points |= {ALIKE: crosses[1], COLOURS: crosses[0], COARSE_COLOURS: crosses[1]}
         scales = {ALIKE: "similarity (cosine)"}
         tags = {ALIKE: [f"brightest {mm:.0f} mm from the cross" for mm in _distances(alike, at[1], spacing)]}
-        note = NOTE + CROSS_NOTE + TURNED_NOTE
+        note = start_note + CROSS_NOTE + TURNED_NOTE
     for caption, image in zip((TURNED, TURNED_COARSE), moved):
         columns[caption] = middle_slice(image, size).squeeze(-1).cpu().numpy()
     title = "The same place, seen twice: the network should describe it alike"
