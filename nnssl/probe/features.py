@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from nnssl.networks import forward_features, is_primus
 from nnssl.plans import Plan
+from nnssl.preprocessed import read_box
 from nnssl.probe.cases import Case, Classes
 from nnssl.probe.linear import Linear, Samples
-from nnssl.probe.windows import Window, read_window, tile
+from nnssl.probe.windows import Window, tile
 
 ENCODER = "encoder"
 
@@ -93,7 +94,7 @@ class Extractor:
             if not len(mine):
                 continue
             points = torch.from_numpy(voxels[mine] - np.array(window.start)).to(self.device)
-            maps = self.maps(read_window(case.image, window))
+            maps = self.maps(read_box(case.image, window.start, window.size))
             found = torch.cat([_at(m, points, window.size) for m in maps], dim=1).cpu()
             out = found.new_zeros(len(voxels), found.shape[1]) if out is None else out
             out[torch.from_numpy(mine)] = found
@@ -108,7 +109,7 @@ class Extractor:
         bias = torch.cat([layer.bias for layer in layers]).to(self.device)
         edges = [0, *itertools.accumulate(len(layer.bias) for layer in layers)]
         for window in self.windows(case):
-            maps = self.maps(read_window(case.image, window))
+            maps = self.maps(read_box(case.image, window.start, window.size))
             logits = bias[:, None, None, None].expand(-1, *window.size).clone()
             at = 0
             for found in maps:

@@ -7,8 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from nnssl.plans import Plan
 
 SLICES = 16
@@ -79,13 +77,3 @@ def tile(plan: Plan, shape: Sequence[int], step: float = 0.75) -> list[Window]:
         Window(tuple(a[0] for a in found), tuple(a[1] for a in found), tuple((a[2], a[3]) for a in found))
         for found in itertools.product(*axes)
     ]
-
-
-def read_window(image: object, window: Window) -> np.ndarray:
-    """``(C, *size)`` float32 of an image ``(C, Z, Y, X)`` on disk or in memory; 0 outside of it, as nnU-Net pads."""
-    shape = image.shape[1:]  # type: ignore[attr-defined]
-    inside = [(max(0, s), min(n, s + w)) for s, w, n in zip(window.start, window.size, shape)]
-    place = (slice(None), *(slice(a, b) for a, b in inside))
-    found = np.asarray(image[place], dtype=np.float32)  # type: ignore[index]
-    pad = [(a - s, s + w - b) for s, w, (a, b) in zip(window.start, window.size, inside)]
-    return np.pad(found, [(0, 0), *pad])

@@ -48,10 +48,10 @@ def preset(name: str) -> tuple[str, dict[str, Any]] | None:
 
 def architecture_of(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
     """Class name and arguments of a checkpoint's U-Net, as the file or else its tensors tell; None of another network."""
-    return told_architecture(checkpoint) or inferred(checkpoint.weights)
+    return recorded_architecture(checkpoint) or inferred(checkpoint.weights)
 
 
-def told_architecture(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
+def recorded_architecture(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
     """Class name and arguments of a checkpoint's U-Net; None where the file does not tell, or it is another network."""
     plan = plan_of(checkpoint)
     if plan is not None:

@@ -81,7 +81,7 @@ def convert(
         _check_whole(weights, checkpoint)
         content: dict[str, Any] = {"network_weights": weights}
     else:
-        content = {"network_weights": weights, **_told(checkpoint, plan, weights, parts)}
+        content = {"network_weights": weights, **_metadata(checkpoint, plan, weights, parts)}
         _check_promised(content, checkpoint)
     if form == "upstream":
         content.pop("nnssl", None)
@@ -118,7 +118,7 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return complete
 
 
-def _told(checkpoint: Checkpoint, plan: Plan | None, weights: Mapping[str, Tensor], parts: str) -> dict[str, Any]:
+def _metadata(checkpoint: Checkpoint, plan: Plan | None, weights: Mapping[str, Tensor], parts: str) -> dict[str, Any]:
     """Everything but the weights: adaptation plan, citations, and this package's own entry."""
     adaptation = checkpoint.adaptation_plan
     if adaptation is None and plan is not None:

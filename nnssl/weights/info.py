@@ -13,7 +13,7 @@ import numpy as np
 from nnssl.errors import NnsslError
 from nnssl.files import sha256_of
 from nnssl.results import FINAL, LATEST
-from nnssl.weights.architecture import inferred, told_architecture
+from nnssl.weights.architecture import inferred, recorded_architecture
 from nnssl.weights.compare import second_stage, trained_on
 from nnssl.weights.continuing import has_state, how_to_continue
 from nnssl.weights.formats import one_name_each
@@ -141,7 +141,7 @@ def _network(checkpoint: Checkpoint) -> dict[str, Any]:
         return {"kind": kind, "parameters": sum(t.numel() for t in once.values()), "names": len(weights)}
     architecture = None
     with suppress(NnsslError):  # a plan of nnU-Net's for another network: the weights still say enough
-        architecture = told_architecture(checkpoint) or (
+        architecture = recorded_architecture(checkpoint) or (
             inferred(once) if "decoder.transpconvs.0.weight" in once else None
         )
     sizes = {part: sum(t.numel() for n, t in once.items() if part_of(n) == part) for part in part_names(once)}

@@ -157,7 +157,7 @@ def _other_network(states: list[tuple[tuple[str, ...], dict[str, Tensor]]], path
     )
 
 
-def _told_prefix(content: Mapping[str, Any]) -> str | None:
+def _recorded_prefix(content: Mapping[str, Any]) -> str | None:
     """What a file of MIC-DKFZ's nnssl says to stand before nnU-Net's names."""
     plan = content.get("nnssl_adaptation_plan")
     key = str((plan or {}).get("key_to_encoder") or "") if isinstance(plan, Mapping) else ""
@@ -198,7 +198,7 @@ def find_weights_in(content: Any, path: Path, key: str | None = None, prefix: st
     if is_version_1(weights):
         return Found(from_version_1(weights), entry, [*remarks, "names of nnU-Net v1 translated"])
     groups = _by_prefix(weights)
-    chosen = _choose_prefix(groups, prefix, key, _told_prefix(content), path)
+    chosen = _choose_prefix(groups, prefix, key, _recorded_prefix(content), path)
     alone = any(n.startswith(chosen) and f"encoder.{n.removeprefix(chosen)}" in groups[chosen] for n in weights)
     if not chosen and not alone:
         return Found(weights, entry, remarks)

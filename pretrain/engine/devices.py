@@ -180,7 +180,7 @@ def launch(arguments: list[str], processes: int, restarts: int = 0) -> int:
         with _passed_on(signals):
             elastic_launch(config, sys.executable)("-m", "nnssl.pretrain.cli", *arguments)
     except ChildFailedError as error:
-        return _told(error.failures)
+        return _exit_status(error.failures)
     except SignalException as error:  # the processes have saved and said so
         return 128 + int(signals[0] if signals else error.sigval)
     finally:
@@ -215,7 +215,7 @@ def _passed_on(received: list[int]) -> Iterator[None]:
             signal.signal(known, handler)
 
 
-def _told(failures: dict[int, Any]) -> int:
+def _exit_status(failures: dict[int, Any]) -> int:
     """The exit status of a launch of which processes failed, after a sentence on one that was killed."""
     codes = {index: int(failure.exitcode) for index, failure in sorted(failures.items())}
     after = (-signal.SIGTERM, LOST)  # ended because another had

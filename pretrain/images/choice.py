@@ -124,7 +124,7 @@ def _several(items: Sequence[Item], patterns: dict[str, str], wanted: Sequence[s
 def _one(items: Sequence[Item], asked: str | None) -> Channels:
     """One channel: those images that are not known to be of another modality."""
     if asked is None:
-        asked = _told(items)
+        asked = _agreed_modality(items)
     wanted = modality_of(asked)
     kept, rejected = [], []
     for item in items:
@@ -136,7 +136,7 @@ def _one(items: Sequence[Item], asked: str | None) -> Channels:
     return Channels((asked,), kept, None, rejected)
 
 
-def _told(items: Sequence[Item]) -> str:
+def _agreed_modality(items: Sequence[Item]) -> str:
     """The modality that the files tell, where they agree."""
     names = Counter(item.modality for item in items)
     counts = Counter(modality_of(item.modality) or item.modality for item in items)

@@ -13,6 +13,7 @@ from torch.nn import functional
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network
 from nnssl.plans import Plan, derive, load_plan
+from nnssl.preprocessed import read_box
 from nnssl.probe import Case, Classes, Difference, Extractor, Fold, Linear, Row, Samples, choose_folds, fit, probe
 from nnssl.probe import linear as linear_module
 from nnssl.probe.cli import main
@@ -20,7 +21,7 @@ from nnssl.probe.features import draw_voxels, stages_of
 from nnssl.probe.measure import dice_of
 from nnssl.probe.sources import name_checkpoints
 from nnssl.probe.verdict import choose_sentence, compare, sentence
-from nnssl.probe.windows import read_window, tile
+from nnssl.probe.windows import tile
 from nnssl.weights import build_payload, save, write_variant
 
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ def test_each_voxel_belongs_to_one_piece(plan_of, shape, configuration, step):
     image = np.arange(math.prod(shape), dtype=np.float32).reshape(1, *shape)
     for window in windows:
         count[window.box] += 1
-        piece = read_window(image, window)
+        piece = read_box(image, window.start, window.size)
         assert piece.shape == (1, *window.size)
         assert np.array_equal(piece[(slice(None), *window.inner)], image[(slice(None), *window.box)])
         inside = window.size[-plan.dim :]
@@ -98,7 +99,7 @@ def test_features_and_predictions_agree_with_interpolated_maps(plan_of, configur
     assert found.shape == (40, stages_of(plan, 2).columns)
     whole = np.zeros((found.shape[1], *case.labels.shape), np.float32)
     for window in extractor.windows(case):
-        maps = extractor.maps(read_window(case.image, window))
+        maps = extractor.maps(read_box(case.image, window.start, window.size))
         if plan.dim == 3:
             up = [functional.interpolate(m[None], size=window.size, mode="trilinear")[0] for m in maps]
         else:  # slice by slice
