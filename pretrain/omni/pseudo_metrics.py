@@ -171,7 +171,7 @@ class PseudoMetricsHook(Hook):
         log.info("Pseudo-labels of %s as volumes: %s", counted(len(rows), "case"), folder)
 
     def panel(self) -> Callable[[Any], None] | None:
-        """StepRNG the Dice over epochs."""
+        """Draws the Dice over epochs."""
         return self._draw if self._data is not None else None
 
     def _draw(self, axis: Any) -> None:

@@ -109,6 +109,19 @@ def test_first_stage_is_ssl_plus_segmentation_exactly(tiny_plans, tiny_dataset_j
     assert float(terms["semi"]) == 0
 
 
+def test_what_is_only_logged_holds_no_graph(tiny_plans, tiny_dataset_json):
+    method = build(tiny_plans, tiny_dataset_json)
+    terms = method(batch_of(method))
+    assert terms["total"].requires_grad
+    own = ("ssl", "seg", "seg_dice", "seg_ce", "semi", "semi_dice", "semi_ce", "confident", "foreground", "stage")
+    assert not any(terms[name].requires_grad for name in own)
+
+
+def test_labels_are_of_all_classes_unless_said_otherwise():
+    cls = make_omni(get_method("robust"), OmniConfig())
+    assert cls.omni_varied is False and cls.omni_largest == ()
+
+
 def _levels(network, x):
     from nnssl.networks import forward_features
 

@@ -1,16 +1,22 @@
 """Counting agreement, and choosing which cases are written as volumes."""
 
+import contextlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from nnssl.plans import Plan
 from nnssl.pretrain.data.case_set import CaseRef
+from nnssl.pretrain.omni import pseudo_metrics
 from nnssl.pretrain.omni.cases import LabelledCase
+from nnssl.pretrain.omni.config import OmniConfig
 from nnssl.pretrain.omni.pictures import LABELS, PSEUDO, dice_tags, omni_columns
-from nnssl.pretrain.omni.pseudo_metrics import Counts, _counted, _masks
+from nnssl.pretrain.omni.pseudo_metrics import Counts, PseudoMetricsHook, _counted, _masks, _mean
 from nnssl.pretrain.omni.volumes import _dice, choose_volumes
+from nnssl.weights import label_set
 
 
 def test_dice_is_over_all_patches_and_leaves_out_what_is_nowhere():
@@ -74,3 +80,140 @@ def test_pictures_show_the_slice_with_most_labels(size):
     assert dice_tags(label, label) == ["Dice 1.00"] * 2 and dice_tags(label, 0 * label) == ["Dice 0.00"] * 2
     assert dice_tags(0 * label, 0 * label) == ["nothing labelled"] * 2
     assert 0 <= columns[LABELS].min() <= columns[LABELS].max() <= 1
+
+
+def hook_of(monkeypatch, tmp_path, held_out=("a",), train=(), **options):
+    """The watcher with measurements that are given, and what it writes down."""
+    cases = SimpleNamespace(
+        folder=tmp_path,
+        held_out=[LabelledCase(n) for n in held_out],
+        train=[LabelledCase(f"t{i}", annotated=a) for i, a in enumerate(train)],
+        dataset="Dataset501_T",
+        why="all",
+    )
+    auxiliary = SimpleNamespace(cases=cases, labelled_dataset=lambda found, held_out, batch: [c.name for c in found])
+    hook, events, written = PseudoMetricsHook(OmniConfig(**options), auxiliary), [], []
+    monkeypatch.setattr(
+        pseudo_metrics, "class_locations", lambda folder, name: {1: [0]} if name != "empty" else {1: []}
+    )
+    numbers = {"dice": 0.5, "student_dice": 0.4, "confident": 0.25}
+    monkeypatch.setattr(hook, "_measure", lambda engine, epoch: {**numbers, "at": epoch})
+    monkeypatch.setattr(hook, "_write", lambda engine, epoch: written.append(epoch))
+    log = SimpleNamespace(event=lambda kind, **row: events.append((kind, row)))
+    return hook, SimpleNamespace(step=0, log=log, spec=SimpleNamespace(seed=0)), events, written
+
+
+@pytest.mark.parametrize(
+    ("held_out", "step", "measured"), [(("a",), 0, True), (("a",), 5, False), ((), 0, False), (("empty",), 0, False)]
+)
+def test_the_untrained_network_is_measured_where_there_are_labels_to_compare_with(
+    monkeypatch, tmp_path, held_out, step, measured
+):
+    hook, engine, events, _ = hook_of(monkeypatch, tmp_path, held_out)
+    engine.step = step
+    hook.start(engine)
+    written = [(kind, row["epoch"], row["step"], row["at"], row["dice"]) for kind, row in events]
+    assert written == [("pseudo", 0, 0, 0, 0.5)] * measured
+    assert (hook.panel() is not None) == (held_out == ("a",))
+    row = {"epoch": 1}
+    hook.after_epoch(engine, row)
+    assert ("pseudo/dice" in row) == (held_out == ("a",))
+
+
+class Painter(nn.Module):
+    """A method whose averaged network finds what the image says, surely where that is given, and whose network finds nothing."""
+
+    omni_ignore = 9
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.teacher, self.modes = nn.Identity(), nn.Identity(), []
+
+    def omni_network(self):
+        return self.teacher
+
+    def omni_logits(self, x, network=None):
+        self.modes.append(self.training)
+        found = torch.cat([(x[:, :1] == k).float() for k in range(3)], 1)
+        return 0 * found if network is self.network else found * x[:, 1:]
+
+    def omni_labels(self, logits):
+        return logits.argmax(1, keepdim=True)
+
+    def omni_confidence(self, logits):
+        return logits.softmax(1).amax(1, keepdim=True)
+
+
+def test_what_is_measured_of_held_out_cases_by_hand(tmp_path, tiny_plans, tiny_dataset_json):
+    """Two patches of four voxels: one ignored, and in the second only the liver annotated."""
+    plan = Plan.from_dicts(tiny_plans(), "3d_fullres", tiny_dataset_json())
+    hook = PseudoMetricsHook(OmniConfig(threshold=0.6), SimpleNamespace(plan=plan))
+    patches = []
+    for found, surely, label, annotated in (
+        ([1, 1, 2, 0], 5.0, [1, 2, 2, 9], None),  # liver: one right, one wrong; spleen: one right, one missed
+        ([2, 2, 1, 1], 0.1, [2, 0, 1, 1], (1,)),  # liver: two right
+    ):
+        image = np.array([found, [surely] * 4], dtype=np.float32).reshape(2, 1, 2, 2)
+        case = SimpleNamespace(annotated=annotated)
+        patches.append(SimpleNamespace(data=image, label=np.array(label).reshape(1, 1, 2, 2), case=case))
+
+    class Data:
+        batch = 2
+
+        def __getitem__(self, index):
+            return patches[index[1]]
+
+    hook._data, method = Data(), Painter()
+    engine = SimpleNamespace(
+        method=method,
+        spec=SimpleNamespace(device=torch.device("cpu")),
+        stepper=SimpleNamespace(autocast=contextlib.nullcontext),
+    )
+    numbers = hook._measure(engine, 3)
+    liver, spleen = 2 * 3 / (2 * 3 + 1), 2 / 3
+    assert numbers["dice_liver"] == pytest.approx(liver) and numbers["dice_spleen"] == pytest.approx(spleen)
+    assert numbers["dice"] == pytest.approx((liver + spleen) / 2) and numbers["student_dice"] == 0
+    assert numbers["confident"] == 0.5 and hook.trace == [{"epoch": 3, **numbers}]
+    assert method.modes == [False] * 4 and method.training, "measured as at inference, then trained on"
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.6])
+def test_an_epochs_line_has_the_share_above_the_threshold_where_there_is_one(monkeypatch, tmp_path, caplog, threshold):
+    hook, engine, _, written = hook_of(monkeypatch, tmp_path, threshold=threshold, volumes_every=2)
+    hook.start(engine)
+    with caplog.at_level("INFO"):
+        for epoch in (1, 2, 3, 4):
+            hook.after_epoch(engine, {"epoch": epoch})
+    assert written == [2, 4] and "Dice 0.500 with held-out labels (network itself 0.400)" in caplog.text
+    assert ("25 % of the voxels above the threshold" in caplog.text) == (threshold > 0)
+
+
+def test_the_panel_has_the_dice_of_both_networks_and_of_each_class(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    hook, *_ = hook_of(monkeypatch, tmp_path)
+    early = {"dice": 0.1, "student_dice": 0.2}
+    hook.trace = [
+        {"epoch": 0, **early},
+        {"epoch": 1, **early, "dice_liver": 0.3},
+        {"epoch": 2, **early, "dice_liver": 0.4, "dice_spleen": 0.6},
+    ]
+    axis = Figure().subplots()
+    hook._draw(axis)
+    lines = {line.get_label(): line.get_xydata()[-1].tolist() for line in axis.get_lines()}
+    means = {"averaged network, mean": [2, 0.1], "network itself, mean": [2, 0.2]}
+    assert lines == {**means, "liver": [2, 0.4], "spleen": [2, 0.6]} and axis.get_ylim() == (0, 1)
+
+
+def test_a_checkpoint_names_every_class_that_any_case_has_labels_of(
+    monkeypatch, tmp_path, tiny_plans, tiny_dataset_json
+):
+    hook, *_ = hook_of(monkeypatch, tmp_path, train=[(1,), (2,)])
+    hook.auxiliary.plan = Plan.from_dicts(tiny_plans(), "3d_fullres", tiny_dataset_json())
+    assert hook.checkpoint_info()["heads"] == label_set(tiny_dataset_json(), {"liver", "spleen"})
+    hook.auxiliary.cases.train = [LabelledCase("t", annotated=(2,))]
+    assert hook.checkpoint_info()["heads"] == label_set(tiny_dataset_json(), {"spleen"})
+
+
+def test_mean_of_the_classes():
+    assert _mean({"a": 0.5, "b": 1.0, "c": 0.0}) == 0.5 and _mean({}) == 0.0

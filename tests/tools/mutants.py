@@ -76,22 +76,24 @@ def choose(args: argparse.Namespace) -> list[tuple[str, object]]:
     """``(file relative to the checkout, Mutation)`` of all paths, without those known to be equivalent."""
     from mutations import mutations
 
-    alike = equivalent()
+    alike, met, seen = equivalent(), set(), set()
     chosen = []
     for path in args.paths:
         files = sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
-        found = [
-            (name, m)
-            for f in files
-            if "extension" not in f.parts
-            for name, text in [(str(f.relative_to(ROOT)), f.read_text())]
-            for m in mutations(text)
-            if not alike & {f"{name}:{m.label}", f"{name}:{m.label} @ {text.splitlines()[m.line - 1].strip()}"}
-            and fnmatch.fnmatch(f"{name}:{m.label}", args.match)
-        ]
+        found = []
+        for file in (f for f in files if "extension" not in f.parts):
+            name, text = str(file.relative_to(ROOT)), file.read_text()
+            seen.add(name)
+            for m in mutations(text):
+                labels = {f"{name}:{m.label}", f"{name}:{m.label} @ {text.splitlines()[m.line - 1].strip()}"}
+                met |= alike & labels
+                if not alike & labels and fnmatch.fnmatch(f"{name}:{m.label}", args.match):
+                    found.append((name, m))
         if args.sample and len(found) > args.sample:
             found = sorted(random.Random(args.seed).sample(found, args.sample), key=lambda x: (x[0], x[1].line))
         chosen += found
+    for line in sorted(a for a in alike - met if a.partition(":")[0] in seen):
+        print(f"equivalent.txt names what is no mutation: {line}", file=sys.stderr)
     return chosen
 
 
