@@ -311,9 +311,9 @@ def test_gamma_keeps_what_lies_outside_of_the_range_and_noise_is_small(make):
     x = torch.tensor([-0.2, 0.0, 0.25, 1.0, 1.3]).view(1, 1, 5, 1, 1).expand(2, 1, 5, 2, 2)
     unit = torch.tensor([0.0, 1.0]).expand(2, 1, 2)
     still = {"blur": 0.0, "jitter": 0.0}
-    bent = make(noise=0.0, gamma=0.3, **still)._alter(x, unit, Fixed(0, 0, 2))
+    bent = make(noise=0.0, gamma=0.3, **still)._augment(x, unit, Fixed(0, 0, 2))
     expected = torch.tensor([-0.2, 0.0, 0.25 ** math.exp(0.15), 1.0, 1.3])
     torch.testing.assert_close(bent[0, 0, :, 0, 0], expected, atol=1e-5, rtol=0)
     flat = torch.zeros(2, 1, 16, 20, 18)
-    noisy = make(noise=0.1, gamma=0.0, **still)._alter(flat, unit, Fixed(0, 0, 2))
+    noisy = make(noise=0.1, gamma=0.0, **still)._augment(flat, unit, Fixed(0, 0, 2))
     assert float(noisy.std()) == pytest.approx(0.075, rel=0.03)
