@@ -34,7 +34,7 @@ def parts_for(metadata: Mapping[str, Any], schedule: str | None = None) -> str:
 
     Args:
         metadata: ``plans["nnssl"]``, empty where there is none.
-        schedule: the schedule that is followed; by default the one that ``told`` names.
+        schedule: the schedule that is followed; by default the one that ``metadata`` names.
 
     Raises:
         NnsslError: an unknown word.

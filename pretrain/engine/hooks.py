@@ -35,7 +35,7 @@ class Hook:
         """Take back what :meth:`state_dict` gave."""
 
     def panel(self) -> Callable[[Any], None] | None:
-        """StepRNG into a matplotlib axis of ``progress.png``; None: nothing to draw."""
+        """Draws into a matplotlib axis of ``progress.png``; None: nothing to draw."""
         return None
 
     def checkpoint_info(self) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def test_forks_differ_and_are_repeated():
 
 
 class Fixed(StepRNG):
-    """StepRNG of which each number lies at three quarters of its range, and of whose chances ``on`` alone comes true.
+    """Random numbers of which each number lies at three quarters of its range, and of whose chances ``on`` alone comes true.
 
     Chances of one half are told by ``below`` and are not counted: they choose channels and sides.
     """
@@ -195,7 +195,7 @@ def test_each_strong_change_alone():
 
 
 class _Only(StepRNG):
-    """StepRNG of which one chance alone comes true."""
+    """Random numbers of which one chance alone comes true."""
 
     def __init__(self, on, total):
         super().__init__(0, 0, total)
