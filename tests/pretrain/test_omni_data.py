@@ -173,6 +173,15 @@ def test_the_last_samples_are_around_a_labelled_voxel(target):
     assert all((only[step, 0].label[inner] == 2).any() for step in range(12))
 
 
+def test_a_voxel_lies_in_the_middle_of_the_inner_crop_unless_the_image_ends(target):
+    """Inner crops of 4, 6 and 8 voxels in windows of 8, 7 and 10; the last axis is shorter than the crop."""
+    data = make()
+    data.size, data.read_size = (4, 6, 8), (8, 7, 10)
+    for voxel, first in (((10, 12, 2), (6, 9, -3)), ((10, 29, 2), (6, 24, -3)), ((1, 2, 2), (-2, 0, -3))):
+        data._voxel = lambda *_, at=voxel: np.array(at)
+        assert data._start(data.cases[0], (20, 30, 5), np.random.default_rng(0), True).tolist() == list(first)
+
+
 def test_with_an_ignore_label_patches_are_drawn_where_something_is_annotated(target):
     info = json.loads((target / "dataset.json").read_text())
     info["labels"]["ignore"] = 3

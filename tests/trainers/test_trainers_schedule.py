@@ -1,9 +1,12 @@
 """The learning rate as a pure function of the epoch, with values worked out by hand, and the figures of a plan."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nnssl.errors import NnsslError
+from nnssl.trainers.learning_rates import draw_below
 from nnssl.trainers.schedule import EpochSchedule, FineTuningConfig, warmup_poly
 
 FAMILY, NAME = "warmup_poly", "nnUNetTrainerPretrained"
@@ -121,3 +124,14 @@ def test_a_loaded_optimizer_changes_nothing():
     for schedule in (straight, resumed):
         schedule.step(9)
     assert first.param_groups[0]["lr"] == second.param_groups[0]["lr"] == 1e-3 * (11 / 16) ** 0.9
+
+
+def test_a_panel_is_drawn_below_a_figure_that_stays_as_it_was(tmp_path):
+    before = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 640, 3), dtype=np.uint8))
+    before.save(tmp_path / "progress.png")
+    draw_below(tmp_path / "progress.png", lambda ax: ax.axhspan(0, 1, color="black"))
+    after = np.asarray(Image.open(tmp_path / "progress.png"))
+    assert np.array_equal(after[:30], np.asarray(before)) and after.shape[1:] == (640, 3)
+    below = after[30:]
+    assert len(below) == 1400 and (below[0] == 255).all() and (below[700, 320] == 0).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["progress.png"]
