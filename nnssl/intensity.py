@@ -173,7 +173,7 @@ def low_resolution(x: Tensor, scale: Tensor) -> Tensor:
         coarse = (scale * n).round().clamp(1, n)[:, None]
         place = (torch.arange(n, device=x.device) + 0.5) * (coarse / n) - 0.5
         place = place.clamp_min(0)
-        first = place.floor().minimum(coarse - 1)
+        first = place.floor()
         share = place - first  # behind the last coarse voxel both values are the same
         shape = [1] * x.ndim
         shape[0], shape[axis] = len(x), n

@@ -278,3 +278,6 @@ def test_whether_a_view_looks_inside_of_the_image_by_hand():
     )  # of 21: places 6.25 to 13.25 of the lower 20
     assert not _looks_inside(affine, (8,), (21,), odd)
     assert _looks_inside(affine, (8,), (21,), ImageBox(odd.low, odd.high + 1, odd.lowest))
+    for shift, low, high in ((0.95, 5, 14), (1.05, 6, 15)):  # of 19: places 5.95 to 12.95, and 6.05 to 13.05
+        box = ImageBox(torch.tensor([[low]]), torch.tensor([[high]]), torch.zeros(1, 1))
+        assert _looks_inside(Affine(torch.eye(1)[None], torch.tensor([[shift]])), (8,), (19,), box)
