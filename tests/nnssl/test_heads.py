@@ -81,7 +81,7 @@ def test_pixel_projector(dim, norm):
     x = torch.randn(2, 4, *SHAPES[dim])
     assert head(x).shape == (2, 6, *SHAPES[dim])
     norms = [m for m in head.modules() if isinstance(m, norm)]
-    assert norms and all(m.affine and m.eps == 1e-5 for m in norms)
+    assert len(norms) == 2 and all(m.affine and m.eps == 1e-5 for m in norms)
     assert norm_of(nn.Identity(), dim) is getattr(nn, f"InstanceNorm{dim}d")
 
 
