@@ -199,6 +199,13 @@ def test_strong_changes_have_the_stated_probabilities_and_sizes():
     assert float(made.mean()) == pytest.approx(float(x.mean()), abs=1e-4)
     assert float(made.std()) == pytest.approx(float(x.std()), abs=1e-4)
     assert torch.equal(made.flatten().argsort(), x.flatten().argsort()) and not torch.allclose(made, x, atol=1e-2)
+    ramp = torch.linspace(0, 1, 65).view(1, 5, 13, 1)
+    curve = gamma(image=ramp.clone())["image"].flatten().double()
+    quarter, half = (float((curve[i] - curve[0]) / (curve[64] - curve[0])) for i in (16, 32))
+    exponent = np.log(half) / np.log(0.5)
+    assert quarter == pytest.approx(0.25**exponent, abs=1e-4) and abs(exponent - 1) > 0.02, (
+        "u^gamma, not 1 - (1 - u)^gamma"
+    )
 
 
 def test_labelled_patches_change_strongly_too_or_as_nnunets(build):
