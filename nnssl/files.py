@@ -110,11 +110,20 @@ def write_json(path: str | os.PathLike[str], content: Any, *, overwrite: bool = 
     write_atomic(path, lambda file: file.write(text.encode("utf-8")), overwrite=overwrite)
 
 
-def write_csv(path: str | os.PathLike[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table atomically, the names of its columns first; names that are no UTF-8 are written as they are."""
+def write_csv(
+    path: str | os.PathLike[str], rows: Iterable[Sequence[object]], *, errors: str = "surrogateescape"
+) -> None:
+    """Write a table atomically, the names of its columns first.
+
+    Args:
+        path: of the table.
+        rows: of the same length each.
+        errors: what becomes of names that are no UTF-8: by default they are written as they are, so that the table names the
+            file; ``"backslashreplace"`` keeps the table text that any program reads.
+    """
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    write_atomic(path, lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")))
+    write_atomic(path, lambda file: file.write(text.getvalue().encode("utf-8", errors)))
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

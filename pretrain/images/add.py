@@ -239,7 +239,7 @@ def _fatal(result: Result, target: Dataset) -> str:
 
 def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
     try:
-        write_csv(path, rows)
+        write_csv(path, rows, errors="backslashreplace")
     except OSError as error:
         raise NnsslError(f"{path} cannot be written: {error.strerror}.") from error
 

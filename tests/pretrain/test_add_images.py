@@ -601,7 +601,7 @@ def test_datasets_that_cannot_take_images(place, tiny_raw_dataset):
 def test_nothing_usable_makes_no_dataset(place):
     (place.export / "a.txt").write_text("x")
     with pytest.raises(
-        NnsslError, match=r"(?s)Nothing that can be added was found; why is told in .*csv.*1 file is not used"
+        NnsslError, match=r"(?s)Nothing that can be added was found; why stands in .*csv.*1 file is not used"
     ):
         place.add()
     assert not place.dataset.exists()
