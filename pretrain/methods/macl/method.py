@@ -163,7 +163,8 @@ class MACL(Method):
         spatial |= {"mirror_axes": tuple(range(len(size))) if c.mirror else ()}
         moved = [random_affine(d, rng, size, self.plan.spacing, **spatial).data for d in data]
         if c.padding != "zeros":
-            still, moved = ([_with_grain(v, rng) for v in pair] for pair in (still, moved))
+            grain = _GRAIN * rng.noise(*still[0].shape[1:])
+            still, moved = ([_with_grain(v, grain) for v in pair] for pair in (still, moved))
         body = central_crop(crops.body, grid.voxels).to(crops.data.dtype)
         room = [c * s - v for c, s, v in zip(grid.cells, grid.stride, grid.voxels)]
         sites = (
@@ -334,14 +335,13 @@ class MACL(Method):
         )
 
 
-def _with_grain(view: Tensor, rng: StepRNG) -> Tensor:
-    """``(B, C, *size)``; faint noise in views without content: without zeros at the border they are constant in all layers.
+def _with_grain(view: Tensor, grain: Tensor) -> Tensor:
+    """``(B, C, *size)`` each; faint noise in views without content: without zeros at the border these are constant in all layers.
 
     InstanceNorm would then divide rounding errors by the root of its eps in each of them, and gradients explode.
     """
     flat = view.flatten(1).float().std(1) < _GRAIN
-    noise = _GRAIN * rng.noise(*view.shape[1:]).to(view.dtype)
-    return torch.where(flat.view(-1, *[1] * (view.ndim - 1)), view + noise, view)
+    return torch.where(flat.view(-1, *[1] * (view.ndim - 1)), view + grain.to(view.dtype), view)
 
 
 def _most_offset(plan: Plan, config: MACLConfig, size: Sequence[int], room: Sequence[int]) -> tuple[int, ...]:

@@ -54,8 +54,7 @@ def pair_picture(
     crosses = [a[:, -2:].numpy() for a in at]
     points = {FINE: crosses[0], COARSE: crosses[1]}
     columns = {c: _slices(v, size, a)[:, 0].numpy() for c, v, a in zip((FINE, COARSE), views, at)}
-    scales, tags, start_note = {}, {}, NOTE + (FRAME_NOTE if shifted else "")
-    note = start_note + TURNED_NOTE
+    scales, tags, notes = {}, {}, [NOTE, FRAME_NOTE if shifted else ""]
     if maps:
         found = [_slices(m, size, a) for m, a in zip(maps, at)]
         rows = list(range(len(place)))
@@ -67,11 +66,11 @@ def pair_picture(
         points |= {ALIKE: crosses[1], COLOURS: crosses[0], COARSE_COLOURS: crosses[1]}
         scales = {ALIKE: "similarity (cosine)"}
         tags = {ALIKE: [f"brightest {mm:.0f} mm from the cross" for mm in _distances(alike, at[1], spacing)]}
-        note = start_note + CROSS_NOTE + TURNED_NOTE
+        notes.append(CROSS_NOTE)
     for caption, image in zip((TURNED, TURNED_COARSE), moved):
         columns[caption] = middle_slice(image, size).squeeze(-1).cpu().numpy()
     title = "The same place, seen twice: the network should describe it alike"
-    return Picture(columns, title, note, scales, boxes=boxes, points=points, tags=tags)
+    return Picture(columns, title, "".join([*notes, TURNED_NOTE]), scales, boxes=boxes, points=points, tags=tags)
 
 
 def _boxes(low: Tensor, high: Tensor) -> np.ndarray:
