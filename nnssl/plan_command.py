@@ -84,7 +84,7 @@ def parser() -> CommandParser:
         length,
         "options",
         type=pair("warmup=0.1"),
-        help="figures of the schedule, for example -o peak_lr=3e-4 warmup=0.1",
+        help="options of the schedule, for example -o peak_lr=3e-4 warmup=0.1",
     )
     cases = p.group("which cases")
     p.share(

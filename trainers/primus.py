@@ -21,7 +21,7 @@ from nnssl.trainers.pretrained import nnUNetTrainerPretrained
 class nnUNetTrainerPretrainedPrimus(nnUNetTrainerPretrained):
     """Fine-tunes a Primus; weights are found as in :class:`~nnssl.trainers.pretrained.nnUNetTrainerPretrained`.
 
-    It follows whatever schedule the plan names (but the linear probe): one trainer for all of them.
+    It follows whatever schedule the plan names (but mean teacher and linear probe): one trainer for all of them.
     """
 
     primus: ClassVar[bool] = True

@@ -260,7 +260,7 @@ def check_options(options: Mapping[str, Any], schedule: str) -> dict[str, Any]:
     read, problems = problems_of(FineTuningConfig, {k: v for k, v in options.items() if k in known})
     unknown = [k for k in options if k not in known]
     others = [
-        f"'{k}' is no figure of the schedule {name}.{did_you_mean(k, known)} It has: {', '.join(known)}"
+        f"'{k}' is no option of the schedule {name}.{did_you_mean(k, known)} It has: {', '.join(known)}"
         for k in unknown
     ]
     raise_problems([*others, *problems], "option -o")

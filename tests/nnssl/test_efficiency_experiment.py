@@ -78,7 +78,7 @@ def test_settings_share_the_rest_of_the_file(tmp_path):
             r"unknown option 'mask_rato'. Did you mean 'mask_ratio'\?",
         ),
         ("training: {schedule: warmup-pol}", "no schedule 'warmup-pol'. Did you mean 'warmup-poly'"),
-        ("training: {figures: {peak: 1}}", "'peak' is no figure of the schedule"),
+        ("training: {figures: {peak: 1}}", "'peak' is no option of the schedule"),
         ("training: {epochs: few}", "training: 'epochs' must be a whole number of at least 0, or auto, not 'few'"),
         ("training: {epochs: -1}", "training: 'epochs' must be a whole number of at least 0, or auto, not -1"),
         ("training: 20", "training: keys such as 'schedule: ...' are wanted, not 20"),

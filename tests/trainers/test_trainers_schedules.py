@@ -462,7 +462,7 @@ def test_the_variant_names_the_backbone_and_the_trainer(dataset, pretraining, bu
     assert told["schedule"] == "sawtooth" and told["epochs"] == 5 and told["checkpoint"]
     assert not {"frozen", "optimizer", "backbone"} & set(told), "figures of the other schedule have left"
     for wrong, text in (
-        ("-o warmup=0.1", "'warmup' is no figure of the schedule freeze-unfreeze"),
+        ("-o warmup=0.1", "'warmup' is no option of the schedule freeze-unfreeze"),
         ("-o frozen=2", "'frozen' must be a number in [0, 1), not '2'"),
     ):
         assert main(["-d", "901", "--schedule", "freeze-unfreeze", "--name", "y", *wrong.split()]) == 1
