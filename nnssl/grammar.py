@@ -1,7 +1,7 @@
 """The grammar of all commands: what an option is called, what it means, and how its help reads.
 
 An option of several commands is stated once, in :data:`SHARED`, in nnU-Net's own spelling where nnU-Net has it. A renamed one
-goes on working and tells its new name. Imports nothing heavy, so that ``--help`` and ``--version`` are there at once.
+goes on working and names the new one. Imports nothing heavy, so that ``--help`` and ``--version`` are there at once.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ SHARED: dict[str, Flag] = {
     "output": flag("--output", metavar="FOLDER", help="folder that results are written to"),
     "name": flag("--name", metavar="NAME", help="name of what is made"),
     "seed": flag("--seed", metavar="N", type=int, default=0, help="of all that is random (default: 0)"),
-    "dry_run": flag("--dry-run", action="store_true", help="only tell what would be done, and how long it takes"),
+    "dry_run": flag("--dry-run", action="store_true", help="only print what would be done, and how long it takes"),
     "cases": flag("--cases", metavar="FILE", help="text file of the cases to use, one a line"),
     "labels": flag("--labels", metavar="N|P%|FILE", help="labelled cases: a number, a share, or a file"),
     "epochs": flag("--epochs", metavar="N", type=int, help="epochs"),
@@ -89,7 +89,7 @@ SHARED: dict[str, Flag] = {
         nargs="+",
         action="extend",
         type=pair("channels=repeat"),
-        help="let the weights come from another network: channels=repeat|first|skip, kernels=average|centre, depth=match",
+        help="allow weights of another network: channels=repeat|first|skip, kernels=average|centre, depth=match",
     ),
     "coverage": flag(
         "--coverage",
@@ -98,7 +98,7 @@ SHARED: dict[str, Flag] = {
         help="with --adapt: least share of the encoder's parameters that must be filled (default: 0.5)",
     ),
     "key": flag("--key", metavar="ENTRY", help="entry of the file that holds the weights, such as teacher"),
-    "prefix": flag("--prefix", metavar="TEXT", help="what stands before nnU-Net's names in a file of others"),
+    "prefix": flag("--prefix", metavar="TEXT", help="prefix of nnU-Net's names in a file of others"),
     "trust": flag(
         "--trust",
         action="store_true",
@@ -188,9 +188,9 @@ class CommandParser(argparse.ArgumentParser):
             "-v",
             "--verbose",
             action="store_true",
-            help="tell more: details, warnings of other packages, and where an error comes from",
+            help="print more: details, warnings of other packages, and where an error comes from",
         )
-        loud.add_argument("-q", "--quiet", action="store_true", help="tell only results, warnings and errors")
+        loud.add_argument("-q", "--quiet", action="store_true", help="print only results, warnings and errors")
         self._groups = [general]
         self._typed: list[str] = []
 

@@ -72,7 +72,7 @@ class RunOptions:
     )
     _: KW_ONLY
     method: str = given(
-        "macl", WHAT, "-m", metavar="METHOD", help="objective; --list names them. Or the file of one's own: ./simclr.py"
+        "macl", WHAT, "-m", metavar="METHOD", help="objective; --list names them. Or a file of your own: ./simclr.py"
     )
     target: int | str | None = given(
         None,
@@ -125,8 +125,10 @@ class RunOptions:
         help="epochs (default: 200); more of them lengthen a finished run with --c",
     )
     iterations: int | None = given(None, LENGTH, help="optimiser steps of an epoch (default: 250)")
-    seed: int | None = given(None, LENGTH, default=None, help="of initialisation, sampling and views (default: 0)")
-    name: str | None = given(None, LENGTH, help="tells this run from others that would share its folder")
+    seed: int | None = given(
+        None, LENGTH, default=None, help="random seed of initialisation, sampling and views (default: 0)"
+    )
+    name: str | None = given(None, LENGTH, help="part of the folder's name: distinguishes runs that would share one")
     continue_run: bool | Literal["auto"] = field(
         default=False,
         metadata={
@@ -134,15 +136,15 @@ class RunOptions:
             "it. ``'auto'``: resume this very run where it has a checkpoint, else start it"
         },
     )
-    dry_run: bool = given(False, LENGTH, help="only tell crop, batch, memory and time")
+    dry_run: bool = given(False, LENGTH, help="print crop, batch, memory and time, and end")
     robustness_every: int | None = given(
         None,
         LENGTH,
         "--robustness-every",
         metavar="K",
         type=int,
-        help="epochs between two measurements of robustness (how far the encoder tells two altered copies of a case from other "
-        "cases), 0: none (default: so many that they take 3 % of the time)",
+        help="epochs between two measurements of robustness (whether two altered copies of a case are closer to each other than "
+        "to other cases), 0: none (default: so many that they take 3 % of the time)",
     )
     stop: str | None = given(
         None,
@@ -173,13 +175,13 @@ class RunOptions:
         None,
         START,
         read=dict,
-        help="let them come from another network: channels=repeat|first|skip, kernels=average|centre, depth=match",
+        help="allow weights of another network: channels=repeat|first|skip, kernels=average|centre, depth=match",
     )
     coverage: float | None = given(
         None, START, help="with --adapt: least share of the encoder's parameters that must be filled (default: 0.5)"
     )
     key: str | None = given(None, START, help="entry of the file that holds the weights, such as teacher")
-    prefix: str | None = given(None, START, help="what stands before nnU-Net's names in a file of others")
+    prefix: str | None = given(None, START, help="prefix of nnU-Net's names in a file of others")
     labelled: int | str | None = given(
         None,
         LABELLED,

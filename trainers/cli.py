@@ -49,10 +49,10 @@ def parser() -> CommandParser:
     p = CommandParser(
         "nnssl_trainers",
         "[--export]",
-        "List the trainers for nnUNetv2_train, tell whether nnU-Net finds them, and print the line to type where it does not.",
+        "List the trainers for nnUNetv2_train, say whether nnU-Net finds them, and print the line to type where it does not.",
         'eval "$(nnssl_trainers --export)"',
     )
-    p.group("how").add_argument("--export", action="store_true", help="print the line to type alone")
+    p.group("how").add_argument("--export", action="store_true", help="print only the line to export")
     return p
 
 

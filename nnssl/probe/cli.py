@@ -50,7 +50,7 @@ def parser() -> CommandParser:
     )
     how = p.group("how")
     p.share(how, "device", "random_inits")
-    p.share(how, "seed", help="of labelled cases, voxels and random weights (default: 0)")
+    p.share(how, "seed", help="random seed of labelled cases, voxels and random weights (default: 0)")
     how.add_argument(
         "--step",
         type=float,

@@ -46,7 +46,7 @@ def parser() -> CommandParser:
     what.add_argument(
         "--dice",
         metavar="CSV",
-        help="columns checkpoint, dice[, setup]: tells how well robustness ranks the checkpoints, beside simple guesses",
+        help="columns checkpoint, dice[, setup]: shows how well robustness ranks the checkpoints, beside simple guesses",
     )
     how = p.group("how")
     p.share(how, "device")
@@ -57,14 +57,14 @@ def parser() -> CommandParser:
         "--distance",
         default=default.distance,
         choices=DISTANCES,
-        help=f"of two embeddings (default: {default.distance})",
+        help=f"distance of two embeddings (default: {default.distance})",
     )
     how.add_argument(
         "--margin",
         type=float,
         default=default.margin,
         metavar="M",
-        help=f"by which other cases should be farther than the same case (default: {default.margin:g})",
+        help=f"by how much farther other cases should be than the same case (default: {default.margin:g})",
     )
     how.add_argument(
         "--level",
@@ -77,7 +77,7 @@ def parser() -> CommandParser:
         "--pooling",
         default=default.pooling,
         choices=POOLINGS,
-        help=f"of a stage's features (default: {default.pooling})",
+        help=f"pooling of a stage's features (default: {default.pooling})",
     )
     how.add_argument(
         "--grid",
@@ -92,7 +92,7 @@ def parser() -> CommandParser:
         choices=NEGATIVES,
         help=f"what counts as other cases (default: {default.negatives})",
     )
-    p.share(how, "seed", help="of crops, views and initialisations (default: 0)")
+    p.share(how, "seed", help="random seed of crops, views and initialisations (default: 0)")
     p.share(how, "output", help="folder for CSV and PNG (default: transferability_<Dataset> here)")
     p.renamed("-o", "--output")
     p.renamed("--device", "-device")

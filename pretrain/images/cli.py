@@ -19,15 +19,15 @@ def parser() -> CommandParser:
         "adds what is new. DICOM needs dcm2niix and pydicom: pip install 'nnssl[dicom]' (or dcm2niix pydicom).",
         "nnssl_add_images /data/export -d 500 --name PelvisScans, then: nnssl_pretrain -d 500 -t 501 -m macl",
     )
-    p.add_argument("folders", nargs="+", metavar="FOLDER", help="looked through with all that is below")
+    p.add_argument("folders", nargs="+", metavar="FOLDER", help="folder to search, with all its subfolders")
     made = p.group("the dataset")
-    p.share(made, "dataset", required=True, help="number of the dataset, such as 500; or name of one that is there")
+    p.share(made, "dataset", required=True, help="number of the dataset, such as 500; or name of one that exists")
     p.share(made, "name", help="name of a new dataset: Dataset500_NAME with the cases NAME_0001, ...")
     p.share(made, "target", help="dataset that will be fine-tuned: its channel names are taken")
     made.add_argument(
         "--modality",
         metavar="NAME",
-        help="CT, MR or another name of the channel (default: what -t, the dataset, DICOM or the files' names tell)",
+        help="CT, MR or another name of the channel (default: what -t, the dataset, DICOM or the files' names say)",
     )
     made.add_argument(
         "--channels",
@@ -44,13 +44,15 @@ def parser() -> CommandParser:
         default="reject",
         help="images of several volumes: leave out (default), make a case of each, or take the first",
     )
-    used.add_argument("--least-slices", type=int, default=8, metavar="N", help="fewer are no volume (default: 8)")
+    used.add_argument(
+        "--least-slices", type=int, default=8, metavar="N", help="images of fewer slices are left out (default: 8)"
+    )
     used.add_argument(
         "--least-spacing",
         type=float,
         default=0.04,
         metavar="MM",
-        help="smaller voxel sizes are taken for a damaged header (default: 0.04; micro-CT: 0.001)",
+        help="images of smaller voxels are left out, as of a damaged header (default: 0.04; micro-CT: 0.001)",
     )
     used.add_argument(
         "--keep",

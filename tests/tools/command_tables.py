@@ -1,6 +1,6 @@
 """``make tables``: writes the tables of docs/commands.md from the commands' own parsers.
 
-Between ``<!-- table: NAME -->`` and ``<!-- end -->`` stands what is made: ``matrix``, all options by all commands, or the options
+Between ``<!-- table: NAME -->`` and ``<!-- end -->`` stands what is made: ``matrix``, the options of several commands by command, or the options
 of the command NAME. A test compares the page with the parsers.
 """
 
@@ -37,7 +37,7 @@ def spelling(action: argparse.Action) -> str:
 
 
 def matrix() -> str:
-    """Options by commands; those of several commands first."""
+    """The options that several commands have, by command."""
     commands = parsers()
     rows: dict[str, set[str]] = {}
     for command, parser in commands.items():
@@ -45,10 +45,9 @@ def matrix() -> str:
             rows.setdefault(spelling(action), set()).add(command)
     several = [name for name, where in rows.items() if len(where) > 1]
     several.sort(key=lambda name: (-len(rows[name]), name.lower()))
-    single = [name for name in rows if name not in several]
     head = "| option | " + " | ".join(c.removeprefix("nnssl_") for c in commands) + " |"
     lines = [head, "|---|" + ":-:|" * len(commands)]
-    for name in [*several, *single]:
+    for name in several:
         lines.append(f"| {name} | " + " | ".join("x" if c in rows[name] else "" for c in commands) + " |")
     return "\n".join(lines)
 
