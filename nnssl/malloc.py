@@ -2,7 +2,7 @@
 
 glibc returns large blocks to the system as soon as they are freed. A training step frees and allocates the same activations over
 and over: with features 16 to 128 and 2 crops of 96^3 that is two million page faults and a third of the step's CPU time.
-Measurements: docs/performance.md.
+Measurements: docs/performance-changes.md.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         """As nnU-Net; also remembers the random weights, to notice ``-pretrained_weights`` later."""
         super().initialize()
         if self.device.type == "cpu" and len(self.configuration_manager.patch_size) == 3:
-            # a quarter less time a step with 8 to 64 features, the same with 16 to 128 (docs/performance.md)
+            # a quarter less time a step with 8 to 64 features, the same with 16 to 128 (docs/performance-changes.md)
             self.network.to(memory_format=torch.channels_last_3d)
         self._digests = digests(self.network)
 
