@@ -172,3 +172,10 @@ def test_deviations_have_a_table(name):
     titles = re.findall(r"^## ((?:Where it differs|Differs from).*)$", page(name), re.MULTILINE)
     assert len(titles) == 1
     assert section(page(name), titles[0]).count("\n|") >= 7
+
+
+def test_the_table_of_parts_names_each_method_s_default():
+    rows = section((PAGES / "README.md").read_text(encoding="utf-8"), "Which parts segmentation gets").splitlines()
+    cells = [[c.strip() for c in row.strip("|").split("|")] for row in rows if row.startswith("|")]
+    told = {name: row[2].split(",")[0] for row in cells for name in row[0].split(", ") if name in METHODS}
+    assert told == {name: get_method(name).default_transfer for name in METHODS}
