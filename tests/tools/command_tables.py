@@ -1,7 +1,7 @@
 """``make tables``: writes the tables of docs/commands.md from the commands' own parsers.
 
-Between ``<!-- table: NAME -->`` and ``<!-- end -->`` stands what is made: ``matrix``, the options of several commands by command, or the options
-of the command NAME. A test compares the page with the parsers.
+Between ``<!-- table: NAME -->`` and ``<!-- end -->`` stands what is made: ``matrix``, the options that several commands have, by
+command, or the options of the command NAME. A test compares the page with the parsers.
 """
 
 from __future__ import annotations
