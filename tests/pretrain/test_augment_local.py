@@ -7,10 +7,16 @@ from scipy.ndimage import label
 
 from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.methods.hdense.local import (
+    SHUFFLE_SHARE,
+    _block,
     _look_up,
+    _look_up_at_once,
+    _look_up_chosen,
+    _on_grid,
     _order,
     _paint_at_once,
     _paint_blocks,
+    _read_at_once,
     _sources,
     _write_in_order,
     genesis_transforms,
@@ -39,6 +45,10 @@ def _ids(size, batch=1, channels=1):
         ((24, 32, 24), (2, 2, 2)),
         ((4, 32, 24), (1, 2, 2)),
         ((64, 80), (3, 4)),
+        ((39, 39), (2, 2)),
+        ((40, 39), (2, 1)),
+        ((8, 7, 9), (2, 1, 2)),
+        ((7, 7, 7), (2, 2, 2)),
         ((4, 4, 1), (2, 2, 1)),
     ],
 )
@@ -89,10 +99,19 @@ def test_the_last_voxel_can_move_and_the_permutation_can_be_shared():
 
 def test_published_coverage_on_the_published_crop():
     u = _ids((128, 128, 32))
-    assert (pixel_shuffle(u, StepRNG(0, 0, 1), p=1.0, blocks=5000) != u).float().mean() == pytest.approx(
-        0.285, abs=0.01
-    )
-    assert (pixel_shuffle(u, StepRNG(0, 0, 1), p=1.0) != u).float().mean() == pytest.approx(0.285, abs=0.01)
+    out = pixel_shuffle(u, StepRNG(0, 0, 1), p=1.0, blocks=5000)
+    assert (out != u).float().mean() == pytest.approx(0.285, abs=0.01)
+    assert torch.equal(pixel_shuffle(u, StepRNG(0, 0, 1), p=1.0), out)  # 5000 by itself
+    assert pytest.approx(0.34332, abs=1e-5) == SHUFFLE_SHARE
+
+
+def test_the_smallest_crops_get_one_block():
+    """0.34 of four voxels are less than one block of four; of 48 voxels they are eight blocks of two."""
+    for size, blocks in (((2, 2), 1), ((8, 6), 8)):
+        u = _ids(size, 20)
+        assert torch.equal(
+            pixel_shuffle(u, StepRNG(0, 0, 20), p=1.0), pixel_shuffle(u, StepRNG(0, 0, 20), p=1.0, blocks=blocks)
+        )
 
 
 def test_both_ways_to_shuffle_agree():
@@ -105,11 +124,16 @@ def test_both_ways_to_shuffle_agree():
     assert int(index[0][target[0, -1]]) == int(source[0, -1])
     image = torch.rand(4, 3, 5, 10)
     kept = image.clone()
-    assert torch.equal(
-        _write_in_order(image, target, source, chosen),
-        image.flatten(2).gather(2, index[:, None].expand(-1, 3, -1)).view_as(image),
-    )
+    written = _write_in_order(image, target, source, chosen)
+    assert torch.equal(written, image.flatten(2).gather(2, index[:, None].expand(-1, 3, -1)).view_as(image))
+    assert torch.equal(_read_at_once(image, target, source, chosen), written)
     assert torch.equal(image, kept)
+
+
+def test_the_last_of_several_writes_counts_and_a_single_one_too():
+    target, source = torch.tensor([[3, 1, 1]]), torch.tensor([[0, 2, 4]])
+    assert _sources(target, source, torch.tensor([True]), 5).tolist() == [[0, 4, 2, 0, 4]]
+    assert _sources(target, source, torch.tensor([False]), 5).tolist() == [[0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("inside", [1, 2, 8, 64, 65, 300])
@@ -142,6 +166,84 @@ def test_intensities_are_looked_up_between_the_values_of_the_table():
     _look_up(mapped, table)
     expected = np.interp(u.clamp(0, 1).double().numpy(), np.linspace(0, 1, 2048), table.double().numpy())
     np.testing.assert_allclose(mapped.numpy(), expected, atol=1e-4 * float(table.max()))
+
+
+def test_both_ways_to_map_intensities_agree():
+    """All channels at once, as on a GPU, and one after the other: each by its own table, and only where it is chosen."""
+    table = torch.rand(3, 2, 2048).cumsum(2)
+    table = (table - table[..., :1]) / (table[..., -1:] - table[..., :1])
+    chosen = torch.tensor([[True, False], [True, True], [False, True]])
+    u = torch.rand(3, 2, 5, 6, 7) * 1.2 - 0.1
+    u[:, :, 0, 0, 0], u[:, :, 0, 0, 1] = 0.0, 1.0
+    kept = u.clone()
+    by_one, at_once = _look_up_chosen(u, table, chosen), _look_up_at_once(u, table, chosen)
+    torch.testing.assert_close(by_one, at_once, atol=1e-5, rtol=0)
+    assert (
+        torch.equal(u, kept) and torch.equal(by_one[~chosen], u[~chosen]) and torch.equal(at_once[~chosen], u[~chosen])
+    )
+    for out in (by_one, at_once):
+        assert (out[chosen][:, 0, 0, 0] == 0).all() and (out[chosen][:, 0, 0, 1] == 1).all()
+        for i, c in torch.nonzero(chosen).tolist():
+            places = u[i, c].clamp(0, 1).double().numpy()
+            expected = np.interp(places, np.linspace(0, 1, 2048), table[i, c].double().numpy())
+            np.testing.assert_allclose(out[i, c].numpy(), expected, atol=1e-5)
+
+
+def test_a_curve_is_read_at_even_places_of_its_first_axis():
+    """By hand: between (0.2, 0.6) and (0.9, 0.7) the curve rises by a seventh of the way."""
+    x, y = torch.tensor([0.0, 0.1, 0.2, 0.9, 1.0]), torch.tensor([0.0, 0.4, 0.6, 0.7, 1.0])
+    expected = torch.tensor([0.0, 0.6 + 0.05 / 7, 0.6 + 0.3 / 7, 0.6 + 0.55 / 7, 1.0])
+    torch.testing.assert_close(_on_grid(x.expand(2, 3, 5), y.expand(2, 3, 5)), expected.expand(2, 3, 5))
+    steep, end = torch.tensor([0.0, 0.5, 0.5, 1.0, 1.0]), torch.tensor([0.0, 0.2, 0.8, 1.0, 1.0])
+    expected = torch.tensor([[[0.0, 0.1, 0.8, 0.9, 1.0]]])  # neither a step nor a curve that ends early divides by 0
+    torch.testing.assert_close(_on_grid(steep.view(1, 1, 5), end.view(1, 1, 5)), expected)
+
+
+def test_defaults_are_the_published_numbers():
+    u = torch.rand(60, 2, 8, 12, 10)
+
+    def rng():
+        return StepRNG(4, 0, 60)
+
+    shuffled = pixel_shuffle(u, rng(), p=0.8, blocks=0, independent=True)
+    assert torch.equal(pixel_shuffle(u, rng()), shuffled)
+    assert torch.equal(monotone_intensity(u, rng()), monotone_intensity(u, rng(), p=0.9))
+    assert torch.equal(inpaint(u, rng()), inpaint(u, rng(), most=30, again=0.95))
+    published = {"shuffle_p": 0.8, "shuffle_blocks": 0, "independent": True}
+    published |= {"nonlinear_p": 0.9, "inpaint_max": 30, "inpaint_p": 0.95}
+    assert torch.equal(genesis_transforms(u, rng()), genesis_transforms(u, rng(), **published))
+
+
+def test_each_option_reaches_its_step():
+    u, off = torch.rand(8, 1, 8, 12, 10), {"shuffle_p": 0.0, "nonlinear_p": 0.0, "inpaint_p": 0.0}
+    shuffled = genesis_transforms(u, StepRNG(0, 0, 8), **{**off, "shuffle_p": 1.0})
+    assert torch.isin(shuffled, u).all() and not torch.equal(shuffled, u)
+    fewer = genesis_transforms(u, StepRNG(0, 0, 8), **{**off, "shuffle_p": 1.0, "shuffle_blocks": 1})
+    assert 0 < (fewer != u).flatten(1).sum(1).max() <= math.prod(shuffle_block(u.shape[2:]))
+    mapped = genesis_transforms(u, StepRNG(0, 0, 8), **{**off, "nonlinear_p": 1.0})
+    for a, b in zip(u.flatten(1), mapped.flatten(1)):
+        assert (b[a.argsort()].diff() >= 0).all() and not torch.equal(a, b)
+    painted = genesis_transforms(u, StepRNG(0, 0, 8), **{**off, "inpaint_p": 1.0, "inpaint_max": 1})
+    boxes = (painted != u).flatten(1).sum(1)
+    assert (boxes > 0).all() and (boxes <= math.prod(inpaint_size_range(s)[1] for s in u.shape[2:])).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "extents", "starts"),
+    [
+        (30, (3, 5), ((3, 24), (3, 22))),  # a tenth to under a fifth, three voxels from each border
+        (100, (10, 19), ((3, 87), (3, 78))),
+        (8, (1, 1), ((3, 4), (3, 4))),
+        (6, (1, 1), ((2, 3), (2, 3))),  # three voxels do not fit
+        (1, (1, 1), ((0, 0), (0, 0))),
+    ],
+)
+def test_a_painted_block_by_hand(size, extents, starts):
+    """Its smallest and largest extent, and for both its first and last place."""
+    least, most = torch.tensor(0.0), torch.tensor(1 - 2**-24)
+    for share, extent, (first, last) in zip((least, most), extents, starts):
+        assert [int(v) for v in _block(size, share, least)] == [first, extent]
+        assert [int(v) for v in _block(size, share, most)] == [last, extent]
 
 
 def test_probability_zero_is_the_identity():

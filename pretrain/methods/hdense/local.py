@@ -101,10 +101,8 @@ def pixel_shuffle(u: Tensor, rng: StepRNG, *, p: float = 0.8, blocks: int = 0, i
     first = (start * weight).sum(2)  # (B, n)
     target = (first[:, :, None] + offset).flatten(1)
     source = (first[:, :, None] + offset[order]).flatten(1)
-    if u.device.type == "cpu":
-        return _write_in_order(u, target, source, chosen)
-    index = _sources(target, source, chosen, math.prod(size))
-    return u.flatten(2).gather(2, index[:, None].expand(-1, u.shape[1], -1)).view_as(u)
+    move = _write_in_order if u.device.type == "cpu" else _read_at_once
+    return move(u, target, source, chosen)
 
 
 def _order(keys: Tensor) -> Tensor:
@@ -113,7 +111,7 @@ def _order(keys: Tensor) -> Tensor:
     On a CPU a key and its place are one whole number, which NumPy sorts five times as fast as torch argsorts.
     """
     if keys.device.type != "cpu":
-        return keys.argsort(1)
+        return keys.argsort()
     places, bits = torch.arange(keys.shape[1]), keys.shape[1].bit_length()
     packed = ((keys * 2**24).long() << bits) | places  # torch draws multiples of 2^-24
     packed.numpy().sort(axis=1)
@@ -130,6 +128,12 @@ def _sources(target: Tensor, source: Tensor, chosen: Tensor, voxels: int) -> Ten
     winner = torch.full_like(own, -1).scatter_reduce(1, target, rank, "amax")
     moved = (winner >= 0) & chosen[:, None]
     return torch.where(moved, source.gather(1, winner.clamp_min(0)), own)
+
+
+def _read_at_once(u: Tensor, target: Tensor, source: Tensor, chosen: Tensor) -> Tensor:
+    """As :func:`_write_in_order`, without a loop that a device would wait in."""
+    index = _sources(target, source, chosen, math.prod(u.shape[2:]))
+    return u.flatten(2).gather(2, index[:, None].expand(-1, u.shape[1], -1)).view_as(u)
 
 
 def _write_in_order(u: Tensor, target: Tensor, source: Tensor, chosen: Tensor) -> Tensor:
@@ -157,13 +161,22 @@ def monotone_intensity(u: Tensor, rng: StepRNG, *, p: float = 0.9) -> Tensor:
     t = torch.linspace(0, 1, SAMPLES, device=u.device)
     basis = torch.stack([3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2])  # (point, T)
     curve = torch.einsum("bcpk,pt->bckt", control, basis) + t**3
-    x, y = curve.cummax(3).values.clamp(0, 1).unbind(2)  # rounding must not make it fall
-    table = _on_grid(x, y)
-    if u.device.type == "cpu":
-        out = u.clone(memory_format=torch.contiguous_format)
-        for i, c in torch.nonzero(chosen).tolist():
-            _look_up(out[i, c].view(-1), table[i, c])
-        return out
+    # Rounding must not make it fall.
+    x, y = curve.cummax(3).values.clamp(0, 1).unbind(2)
+    look_up = _look_up_chosen if u.device.type == "cpu" else _look_up_at_once
+    return look_up(u, _on_grid(x, y), chosen)
+
+
+def _look_up_chosen(u: Tensor, table: Tensor, chosen: Tensor) -> Tensor:
+    """Map the chosen channels ``(B, C)`` of ``(B, C, *size)`` by tables ``(B, C, SAMPLES)``, see :func:`_look_up`."""
+    out = u.clone(memory_format=torch.contiguous_format)
+    for i, c in torch.nonzero(chosen).tolist():
+        _look_up(out[i, c].view(-1), table[i, c])
+    return out
+
+
+def _look_up_at_once(u: Tensor, table: Tensor, chosen: Tensor) -> Tensor:
+    """As :func:`_look_up_chosen`, without a loop that a device would wait in."""
     place = u.flatten(2).clamp(0, 1) * (SAMPLES - 1)
     i = place.long().clamp_max(SAMPLES - 2)
     below, above = table.gather(2, i), table[..., 1:].gather(2, i)

@@ -169,11 +169,11 @@ class HDense(Method):
         pairs = draw_pairs(crops.body, self.request.size, rng, low=low, high=high, **options)
         bounds = unit_range(self.plan, crops.intensity)
         clean = [rescale_intensity(cut(crops.data, s, self.request.size), bounds).clamp(0, 1) for s in pairs.start]
-        seen = torch.cat([self.corrupt(u, rng) for u in clean])
+        seen, bounds = torch.cat([self.corrupt(u, rng) for u in clean]), bounds.repeat(2, 1, 1)
         return {
-            "input": restore_intensity(seen, bounds.repeat(2, 1, 1)),
+            "input": restore_intensity(seen, bounds),
             "target": torch.cat(clean),
-            "bounds": bounds.repeat(2, 1, 1),
+            "bounds": bounds,
             "voxels": pairs.voxels,
             "valid": pairs.valid,
             "anchor": pairs.anchor - pairs.start,
@@ -369,7 +369,7 @@ CROSS_NOTE = (
     "crops colour the same tissue alike (equal colours: equal descriptions by the network)."
 )
 
-_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+_LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
 def _slices(x: Tensor, anchor: Tensor) -> Tensor:
