@@ -107,7 +107,7 @@ class Side:
 
         ours = self._loader(edge)
         options = {"seed": 0, "batch_size": 2, "steps": crops, "num_workers": 1}
-        return worker_memory(make_loader(ours.pool, self.plan, ours.method.request, **options), crops, 2)
+        return worker_memory(make_loader(ours.case_set, self.plan, ours.method.request, **options), crops, 2)
 
 
 def first_step(settings: dict[str, Any], done: Callable[[], None]) -> None:

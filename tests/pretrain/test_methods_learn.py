@@ -27,7 +27,7 @@ RUNS = {
     "macl with zero padding": (200, 8, {"padding": "zeros"}),
     "voco": (120, 4, {"lr": 3e-3, "proj_dim": 128, "random_crops": 6, "mirror": 0.0, "rot90": 0.0, "intensity": 0.0}),
     "robust": (80, 8, {"lr": 3e-3}),
-    "hdense": (100, 4, {"lr": 3e-3, "n_voxels": 64, "pairs_per_volume": 1}),
+    "hdense": (150, 4, {"lr": 3e-3, "n_voxels": 64, "pairs_per_volume": 1}),
 }
 
 
