@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from nnssl.intensity import gaussian_blur
 from nnssl.losses.overlap import base_crops, overlap_labels
 from nnssl.pretrain.augment.rng import StepRNG
-from nnssl.pretrain.methods.voco.cells import augment_intensity, draw_offsets, flip_and_turn, inside_image, usable_cells
+from nnssl.pretrain.methods.voco.cells import (
+    augment_crops,
+    augment_intensity,
+    draw_offsets,
+    flip_and_turn,
+    inside_image,
+    noise_to_all,
+    noise_to_chosen,
+    usable_cells,
+)
 
 ISOTROPIC = (1.0, 1.0, 1.0)
 
@@ -81,6 +90,21 @@ def test_noise_is_a_small_share_of_the_range():
     noisy = augment_intensity(x, bounds, Fixed(3, 2), ISOTROPIC, p=0.5)
     assert float(noisy.std()) == pytest.approx(6 * 0.75 * 0.05, rel=0.03)
     assert len(noisy.flatten(2).std(2).unique()) == 6  # each crop its own
+
+
+def test_noise_is_the_same_on_a_cpu_and_on_a_gpu_where_all_crops_get_it():
+    """Crops of 2 x 4 x 4 x 4 voxels, so that single fields are the parts of the one of a volume; and none without its chance."""
+    x, sd = torch.randn(2, 3, 2, 4, 4, 4), torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    every = torch.ones(2, 3, dtype=torch.bool)
+    one, all_ = (f(x.clone(), every, sd, StepRNG(0, 0, 2)) for f in (noise_to_chosen, noise_to_all))
+    torch.testing.assert_close(one, all_)
+    assert all_.shape == x.shape and not torch.equal(all_, x)
+    some = torch.tensor([[False, True, False], [True, False, True]])
+    for f in (noise_to_chosen, noise_to_all):
+        noisy = f(x.clone(), some, sd, StepRNG(0, 0, 2))
+        assert torch.equal((noisy != x).flatten(2).any(2), some)
+        left = [float((noisy - x)[b, k].std() / sd[b, k]) for b, k in some.nonzero().tolist()]
+        assert left == pytest.approx([1, 1, 1], abs=0.25)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -166,3 +190,23 @@ def test_random_crops_lie_at_the_first_place_that_fits():
                 later += fits[0] > 0
     assert later > 20 and not found[0].any() and found[usable.all(1)].all()
     assert base_crops(torch.zeros(1, 1, 12, 12), grid).shape == (1, 6, 1, 4, 6)
+
+
+def test_crops_that_nothing_changes_are_themselves_and_changed_ones_leave_what_was_given():
+    x = crops()
+    kept = x.clone()
+    off = {"mirror": 0.0, "rot90": 0.0, "intensity": 0.0}
+    assert augment_crops(x, UNIT, StepRNG(0, 0, 2), ISOTROPIC, **off).data_ptr() == x.data_ptr()
+    assert torch.equal(augment_crops(x, UNIT, StepRNG(0, 0, 2), ISOTROPIC, **off), kept)
+    for name in off:
+        changed = augment_crops(x, UNIT, StepRNG(0, 0, 2), ISOTROPIC, **{**off, name: 1.0})
+        assert torch.equal(x, kept) and (name == "rot90" or not torch.equal(changed, kept))  # no plane of equal axes
+
+
+def test_a_cell_of_little_contrast_counts():
+    """Spread of 1e-5, in units of the image: that is no constant, which is left with a spread of rounding."""
+    base = torch.full((1, 1, 4, 4), 0.5)
+    base[:, :, 0, 0] += 1e-5
+    base[:, :, 2, 2] += 1e-7
+    everything = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    assert usable_cells(base, everything, everything, (2, 2)).tolist() == [[True, False, False, False]]

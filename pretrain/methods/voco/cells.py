@@ -171,10 +171,26 @@ def augment_intensity(x: Tensor, bounds: Tensor, rng: StepRNG, spacing: Sequence
         u = where_chosen(u, coarse.flatten(), lambda rows: resample(u[rows], half), own=True)
 
     noisy, sd = rng.chance(p, k), rng.uniform(0.0, 0.05, k)  # of the range, that is up to 0.2 standard deviations
-    if u.device.type == "cpu":  # a field for those crops that get noise
-        for volume, on, strength, g in zip(u.view(shape), noisy, sd, rng.generators()):
-            for i in torch.nonzero(on)[:, 0].tolist():
-                volume[i].add_(torch.randn(shape[2:], generator=g), alpha=float(strength[i]))
-    else:
-        u = add_noise(u, torch.where(noisy, sd, 0.0).flatten(), rng.noise(*shape[1:]).flatten(0, 1))
+    add = noise_to_chosen if u.device.type == "cpu" else noise_to_all
+    u = add(u.view(shape), noisy, sd, rng).flatten(0, 1)
     return restore_intensity(u, bounds.repeat_interleave(k, 0)).view(shape)
+
+
+def noise_to_chosen(x: Tensor, chosen: Tensor, sd: Tensor, rng: StepRNG) -> Tensor:
+    """Add a field to those crops that get noise, in place: on a CPU the others cost nothing.
+
+    Args:
+        x: ``(B, K, C, *size)``.
+        chosen, sd: ``(B, K)``, bool and standard deviation.
+        rng: random numbers of this step.
+    """
+    for volume, on, strength, g in zip(x, chosen, sd, rng.generators()):
+        for i in torch.nonzero(on)[:, 0].tolist():
+            volume[i].add_(torch.randn(x.shape[2:], generator=g), alpha=float(strength[i]))
+    return x
+
+
+def noise_to_all(x: Tensor, chosen: Tensor, sd: Tensor, rng: StepRNG) -> Tensor:
+    """As :func:`noise_to_chosen`, with a field for every crop: a GPU would have to wait to know which get one."""
+    strength = torch.where(chosen, sd, 0.0).flatten()
+    return add_noise(x.flatten(0, 1), strength, rng.noise(*x.shape[1:]).flatten(0, 1)).view(x.shape)

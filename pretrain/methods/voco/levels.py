@@ -60,7 +60,7 @@ def chance_levels(
         negative = s * s if negatives == "square" else -math.log(max(1 - s, 0.0) + EPS)
         return positive + some_zero * negative
 
-    best, step = 0.5, 0.5
+    best = step = 0.5
     for _ in range(4):
         places = np.clip(np.linspace(best - step, best + step, 41), 0, 1)
         best, step = float(places[np.argmin([loss(float(s)) for s in places])]), step / 20

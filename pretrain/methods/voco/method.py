@@ -298,7 +298,7 @@ class VoCo(Method):
     ) -> dict[str, Tensor]:
         """Numbers for the log; ``cosine``, ``overlap``, ``valid`` ``(B, S, n)``, ``q`` ``(B, n, D)``, ``base`` ``(B, n)``."""
         crops, cells = valid.any(2), base.sum(1).clamp_min(1)
-        guess = cosine.masked_fill(~valid, -2).argmax(2, keepdim=True)
+        guess = cosine.masked_fill(~valid, -torch.inf).argmax(2, keepdim=True)
         hit = overlap.gather(2, guess)[..., 0] >= overlap.amax(2) - 1e-6
         n, positive = crops.sum().clamp_min(1), valid & (overlap > 0)
         learnt = torch.where(crops.any(), 1 - intra / self.levels.constant, 0.0)

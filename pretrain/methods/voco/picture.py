@@ -51,7 +51,7 @@ def overlap_picture(batch: dict[str, Any], predicted: Tensor, size: Sequence[int
             weight = 0.7 * m.numpy()[..., None]
             tinted = np.clip((1 - weight) * image + weight * np.asarray(_HEAT), 0, 1)
             heat[key].append(_frame(_lines(tinted, size[-2:]), at, size[-2:], _CROP))
-        best = int(predicted[i, 0].masked_fill(~batch["base"][i], -2).argmax())
+        best = int(predicted[i, 0].masked_fill(~batch["base"][i], -torch.inf).argmax())
         hit = bool(batch["overlap"][i, 0, best] >= batch["overlap"][i, 0].max() - 1e-6)
         right.append(f"most similar cell (any depth): {'the right one' if hit else 'a wrong one'}")
     columns = {CELLS: np.stack(slices), **{k: np.stack(v) for k, v in heat.items()}}
