@@ -42,10 +42,10 @@ def masked_panel(target: Tensor, prediction: Tensor, mask: Tensor, valid: Tensor
     """
     guess = inpaint(target, valid & ~mask)
     images = [target, torch.where(mask, prediction, target), torch.where(mask, guess, target)]
-    slices = [_slice(x[:, :1].float())[:, 0] for x in images]
+    slices = [_slice(x)[:, 0].float() for x in images]
     low, high = (slices[0].flatten(1).quantile(q, 1).view(-1, 1, 1) for q in (0.005, 0.995))
     shown = [((x - low) / (high - low).clamp_min(1e-6)).clamp(0, 1) for x in slices]
-    hidden, counted = _slice(mask[:, :1])[:, 0], _slice(valid)[:, 0]
+    hidden, counted = _slice(mask)[:, 0], _slice(valid)[:, 0]
     region = hidden & counted
     errors = [torch.where(region, (x - shown[0]).abs(), 0.0) for x in shown[1:]]
     columns = {

@@ -9,6 +9,7 @@ from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.methods.glmae.resized_crop import (
     _box_sums,
     _first_enough,
+    _first_enough_at_once,
     box_share,
     copy_box,
     resized_crop,
@@ -112,8 +113,10 @@ def test_the_first_box_with_enough_is_found_without_looking_at_all(least):
     stop = start + torch.tensor([3, 4, 2])
     share = _box_sums(body, start, stop) / 24
     expected = torch.where((share >= least).any(1), (share >= least).int().argmax(1), share.argmax(1))
-    found = _first_enough(body, start, stop, torch.full((40,), 24.0), least)
-    assert torch.equal(share[range(40), found], share[range(40), expected])
+    found, at_once = (
+        f(body, start, stop, torch.full((40,), 24.0), least) for f in (_first_enough, _first_enough_at_once)
+    )
+    assert torch.equal(share[range(40), found], share[range(40), expected]) and torch.equal(at_once, expected)
     assert least > 1 or torch.equal(found, expected)
 
 
@@ -186,3 +189,11 @@ def test_the_first_place_with_enough_body_or_the_one_with_most(least):
         later += expected > 0
         assert least < 0.99 or (not enough and body[i].any())
     assert (later > 10) == (least > 0)
+
+
+def test_a_quarter_of_body_is_enough_and_ten_places_are_tried():
+    body = (torch.rand(60, 1, 12, 10) < 0.25).float()
+    image, extent = image_of((0, 0), (12, 10), 60), torch.tensor([[5.0, 4.0]]).expand(60, 2)
+    start = sample_boxes(body, image, extent, StepRNG(0, 0, 60))
+    assert torch.equal(start, sample_boxes(body, image, extent, StepRNG(0, 0, 60), least=0.25, tries=10))
+    assert not torch.equal(start, sample_boxes(body, image, extent, StepRNG(0, 0, 60), least=0.375))

@@ -47,18 +47,21 @@ def sample_boxes(
     places = torch.minimum(places, last.clamp_min(0)[:, None])  # (B, tries, dim)
     size = torch.minimum(extent.round(), window)[:, None]
     start, stop = places.long(), (places + size).minimum(window).long()
-    if body.device.type == "cpu":  # asking a device after each of them would hold it up
-        best = _first_enough(body[:, 0], start, stop, size.prod(-1)[:, 0], least)
-    else:
-        found = _box_sums(body[:, 0], start, stop) / size.prod(-1)
-        best = torch.where((found >= least).any(1), (found >= least).int().argmax(1), found.argmax(1))
+    first_enough = _first_enough if body.device.type == "cpu" else _first_enough_at_once
+    best = first_enough(body[:, 0], start, stop, size.prod(-1)[:, 0], least)
     return places[torch.arange(len(places), device=places.device), best]
 
 
 def _first_enough(body: Tensor, start: Tensor, stop: Tensor, volume: Tensor, least: float) -> Tensor:
     """The first of each sample's boxes in which the share of body is enough, else the one with most: ``(B,)`` int64.
 
-    As :func:`_box_sums` tells it, but no box is looked at once one is enough, which the first one mostly is.
+    No box is looked at once one is enough, which the first one mostly is.
+
+    Args:
+        body: ``(B, *window)`` zeros and ones.
+        start, stop: ``(B, n, dim)`` int64, first voxel and the one behind the last.
+        volume: ``(B,)``, voxels of each box.
+        least: share that is enough.
     """
     best = []
     for image, whole, lows, highs in zip(body, volume, start.tolist(), stop.tolist()):
@@ -69,6 +72,13 @@ def _first_enough(body: Tensor, start: Tensor, stop: Tensor, volume: Tensor, lea
                 break
         best.append(len(shares) - 1 if shares[-1] >= least else int(torch.stack(shares).argmax()))
     return torch.tensor(best)
+
+
+def _first_enough_at_once(body: Tensor, start: Tensor, stop: Tensor, volume: Tensor, least: float) -> Tensor:
+    """As :func:`_first_enough`, of all boxes: asking a device after each of them would hold it up."""
+    share = _box_sums(body, start, stop) / volume[:, None]
+    enough = share >= least
+    return torch.where(enough.any(1), enough.int().argmax(1), share.argmax(1))
 
 
 def _box_sums(body: Tensor, start: Tensor, stop: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class SelfDistillation(nn.Module):
 
     seen: Tensor
 
-    def __init__(self, encoder: nn.Module, width: int, config: Any, *, maximum: bool = True) -> None:
+    def __init__(self, encoder: nn.Module, width: int, config: Any, *, maximum: bool) -> None:
         super().__init__()
         self.config, self.maximum = config, maximum
         self.prototypes = config.prototypes if config.consistency == "ce" else 0

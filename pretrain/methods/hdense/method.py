@@ -288,7 +288,7 @@ class HDense(Method):
         images = {REAL: batch["target"][pick], SEEN: rescale_intensity(x, batch["bounds"][pick])}
         if self.config.restoration_weight > 0:
             images[RESTORED] = self.restored(levels[0], x.shape[2:])
-        shown = {k: _slices(v[:, :1], anchor)[:, 0].clamp(0, 1) for k, v in images.items()}
+        shown = {k: _slices(v, anchor)[:, 0].clamp(0, 1) for k, v in images.items()}
         columns = {k: v[:rows].float().cpu().numpy() for k, v in shown.items()}
         note = NOTE + (RESTORED_NOTE if RESTORED in columns else "")
         if self.config.contrast_weight == 0:
