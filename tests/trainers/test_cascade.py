@@ -48,7 +48,8 @@ def test_the_second_stage_takes_the_image_channels_weights(cascade, pretraining)
     file = pretraining()
     refused = trainer(nnUNetTrainerPretrained, cascade)
     with pytest.raises(
-        NnsslError, match=r"(?s)second stage of a cascade.*nnssl_plan -d 901 -c 3d_cascade_fullres.*Macl"
+        NnsslError,
+        match=r"(?s)second stage of a cascade.*nnssl_plan -d 901 -c 3d_cascade_fullres.*Macl.*-tr \w+Scratch$",
     ):
         refused.on_train_start()
     command = (

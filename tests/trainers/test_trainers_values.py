@@ -1,0 +1,160 @@
+"""Trainers by hand values: skipped steps, the pool's changes of several channels, its processes, and what is drawn and told."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from nnssl.networks import canonical_state_dict
+from nnssl.plans.figures import FineTuningConfig
+from nnssl.trainers import learning_rates, mean_teacher, nnUNetTrainerMeanTeacher
+from nnssl.trainers.pool import split_transforms, strong_changes
+from nnssl.trainers.pseudo_label_trace import draw_trace, trace_lines, trace_row
+from nnssl.trainers.schedule import LearningRates
+
+
+def test_what_follows_a_step_is_left_out_where_it_was_skipped(build):
+    """A gradient that is not finite halves the scale and changes nothing; a scale that stays or grows tells of a step."""
+    trainer, followed = build(), []
+    trainer.initialize()
+    trainer.after_step = lambda: followed.append(1)
+    trainer.grad_scaler = torch.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    found = []
+    for factor in (1.0, torch.inf, 1.0, 1.0, 1.0):
+        before = {n: t.clone() for n, t in canonical_state_dict(trainer.network).items()}
+        trainer.batch_loss = lambda batch, f=factor: f * sum(p.square().sum() for p in trainer.network.parameters())
+        trainer._optimise({}, [])
+        moved = any(not torch.equal(before[n], t) for n, t in canonical_state_dict(trainer.network).items())
+        found.append((moved, len(followed), trainer.grad_scaler.get_scale()))
+    assert found == [(True, 1, 8.0), (False, 1, 4.0), (True, 2, 4.0), (True, 3, 8.0), (True, 4, 8.0)]
+
+
+def test_on_a_cpu_the_network_lies_as_its_convolutions_are_quickest(build):
+    trainer = build()
+    trainer.initialize()
+    weights = [p for p in trainer.network.parameters() if p.ndim == 5]
+    assert weights and all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in weights)
+
+
+# ---- the pool --------------------------------------------------------------------------------------------------------
+
+
+def test_each_channel_changes_by_itself():
+    """Noise, factor, shift and gamma of two channels that are alike are two."""
+    torch.manual_seed(0)
+    x = torch.linspace(0.1, 1, 60).view(1, 3, 4, 5).repeat(2, 1, 1, 1)
+    for change in strong_changes(4.0):
+        apart = [not torch.equal(*change(image=x.clone())["image"]) for _ in range(5)]
+        assert all(apart), change.transform
+    noise = strong_changes(4.0)[0]
+    sizes = [noise(image=torch.zeros(2, 24, 24, 24))["image"].flatten(1).std(1) for _ in range(5)]
+    assert max(abs(float(a / b) - 1) for a, b in sizes) > 0.2, "its size, too, is each channel's own"
+
+
+@pytest.mark.parametrize(
+    ("intensities", "first", "count"), [("nnunet", "GaussianNoise", 7), ("strong", "GaussianNoise", 4)]
+)
+def test_the_students_changes_are_nnunets_or_strong_ones(build, intensities, first, count):
+    """Cut from nnU-Net's own augmentation: its seven, blur and low resolution among them, or four others in their place."""
+    trainer = build(nnUNetTrainerMeanTeacher)
+    trainer.figures = replace(trainer.figures, intensities="nnunet", shift=0.0)
+    config, manager = trainer.configuration_manager, trainer.label_manager
+    rotation, dummy, _, mirror = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    scales = trainer._get_deep_supervision_scales()
+    transforms = trainer.get_training_transforms(
+        config.patch_size, rotation, scales, mirror, dummy, foreground_labels=manager.foreground_labels
+    )
+    views, _ = split_transforms(transforms, 2.0, intensities)
+    kinds = [type(t.transform).__name__ for t in views.intensity]
+    assert len(kinds) == count and kinds[0].startswith(first)
+    assert ("GaussianBlurTransform" in kinds) is (intensities == "nnunet")
+    assert views.intensity[0].transform.noise_variance == pytest.approx((0, 0.2 if intensities == "nnunet" else 0.6))
+
+
+@pytest.mark.parametrize(("allowed", "processes", "cached"), [(0, 0, 0), (1, 1, 3), (5, 2, 3), (12, 6, 3), (16, 8, 4)])
+def test_the_pool_gets_half_of_the_processes(build, monkeypatch, allowed, processes, cached):
+    """Each with its own seed, and as many batches waiting as nnU-Net's validation has."""
+    trainer, told = build(nnUNetTrainerMeanTeacher), []
+    trainer.figures, trainer.batch_size = FineTuningConfig(strength=1.0), 2
+    trainer.pool = type("Pool", (), {"cases": []})()
+    monkeypatch.setattr(mean_teacher, "UnlabelledLoader", lambda *a: a)
+    monkeypatch.setattr(mean_teacher, "get_allowed_n_proc_DA", lambda: allowed)
+    monkeypatch.setattr(mean_teacher, "SingleThreadedAugmenter", lambda loader, _: told.append((0, 0, 0)))
+    monkeypatch.setattr(
+        mean_teacher,
+        "NonDetMultiThreadedAugmenter",
+        lambda loader, _, n, num_cached, seeds, **how: told.append((n, num_cached, len(set(seeds)), how["pin_memory"])),
+    )
+    trainer._load_pool()
+    assert told == [(processes, cached, processes, False)] if allowed else told == [(0, 0, 0)]
+
+
+# ---- what a person sees ----------------------------------------------------------------------------------------------
+
+
+def test_an_epochs_row_by_hand():
+    """Overlap twice 2 of 6 voxels, 3 of 4 voxels of the pool, 1 of 5 of the labelled patches."""
+    row = trace_row(3, torch.tensor([4.0, 6, 3, 1, 4, 5], dtype=torch.float64))
+    assert row == {"epoch": 3, "agreement": 4 / 6, "foreground": 0.75, "labelled_foreground": 0.2}
+    (line,) = trace_lines(row)
+    assert "by Dice 0.667; foreground 75.00 % of the pool, 20.00 % of the labelled patches" in line
+    nothing = trace_row(0, torch.tensor([0.0, 0, 0, 0, 4, 0], dtype=torch.float64))
+    assert nothing == {"epoch": 0, "agreement": 1.0, "foreground": 0, "labelled_foreground": 0}
+
+
+@pytest.mark.parametrize(("foreground", "collapsed"), [(0.05, False), (0.0499, True)])
+def test_pseudo_labels_with_less_than_a_tenth_of_the_labels_have_collapsed(foreground, collapsed):
+    lines = trace_lines({"agreement": 1.0, "foreground": foreground, "labelled_foreground": 0.5})
+    assert any("collapsed" in line for line in lines) is collapsed
+
+
+def test_the_panel_has_the_dice_and_both_shares_in_percent():
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    ax = figure.subplots()
+    trace = [{"epoch": e, "agreement": 0.25 * e, "foreground": 0.02 * e, "labelled_foreground": 0.03} for e in (1, 2)]
+    draw_trace(trace, ax)
+    left, right = figure.axes
+    (dice,) = left.get_lines()
+    assert dice.get_xydata().tolist() == [[1, 0.25], [2, 0.5]] and left.get_ylim() == (0, 1)
+    assert [line.get_ydata().tolist() for line in right.get_lines()] == [[2, 4], [3, 3]]
+    assert [line.get_linestyle() for line in right.get_lines()] == ["-", "--"] and right.get_ylim()[0] == 0
+    assert (left.get_xlabel(), left.get_ylabel()) == ("epoch", "Dice between them") and "%" in right.get_ylabel()
+
+
+def drawn(rates, epochs):
+    """``{label: (solid line, dashed line)}``"""
+    from matplotlib.figure import Figure
+
+    ax = Figure().subplots()
+    learning_rates._draw(rates, epochs, ax)
+    *lines, now = ax.get_lines()
+    assert ax.get_ylabel() == "learning rate of each part" and ax.get_xlabel().startswith("epoch (of ")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [line.get_label() for line in lines[::2]]
+    assert now.get_xdata()[0] == epochs
+    return {a.get_label(): (a.get_xydata(), b.get_xydata()) for a, b in zip(lines[::2], lines[1::2])}
+
+
+def test_rates_are_drawn_step_by_step_up_to_the_end():
+    """Of 40 steps each; done is solid, what comes is dashed and goes on from there; the last rate lasts until the end."""
+    figures = FineTuningConfig(epochs=4, iterations=10, peak_lr=1e-3, frozen=0.375, ramp=0.1)
+    rates = LearningRates("freeze_unfreeze", figures, ("seg_layers", "encoder stage 0"), ("encoder stage 0",))
+    lines = drawn(rates, 1)
+    assert list(lines) == ["seg_layers", "encoder stage 0"]
+    solid, dashed = lines["encoder stage 0"]
+    np.testing.assert_allclose(solid[:, 0], np.arange(11) / 10)
+    np.testing.assert_allclose(dashed[:, 0], np.arange(10, 41) / 10)
+    np.testing.assert_allclose(dashed[:, 1], [rates.at(s, "encoder stage 0") for s in (*range(10, 40), 39)])
+    frozen = LearningRates("encoder_frozen", figures, ("seg_layers", "encoder stage 0"))
+    assert list(drawn(frozen, 4)) == ["seg_layers", "encoder stage 0 (frozen)"]
+
+
+def test_a_long_training_is_drawn_at_fewer_steps_and_at_each_epoch():
+    """5001 steps: each second one, and the first of each epoch, also where that is an odd one."""
+    rates = LearningRates("warmup_poly", FineTuningConfig(epochs=3, iterations=1667, warmup=0.0), ("all",))
+    ((solid, dashed),) = drawn(rates, 2).values()
+    x = np.concatenate([solid[:-1, 0], dashed[:, 0]]) * 1667
+    np.testing.assert_allclose(x, sorted({*range(0, 5001, 2), 1667, 3334}) + [5001])
+    assert solid[-1, 0] == dashed[0, 0] == 2
