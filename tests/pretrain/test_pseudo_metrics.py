@@ -217,3 +217,52 @@ def test_a_checkpoint_names_every_class_that_any_case_has_labels_of(
 
 def test_mean_of_the_classes():
     assert _mean({"a": 0.5, "b": 1.0, "c": 0.0}) == 0.5 and _mean({}) == 0.0
+
+
+def test_of_many_held_out_cases_64_are_compared_on_and_those_with_any_label(monkeypatch, tmp_path):
+    hook, engine, *_ = hook_of(monkeypatch, tmp_path, held_out=[f"c{i:02d}" for i in range(70)])
+    hook.start(engine)
+    assert len(set(hook._data)) == len(hook._data) == 64
+    hook, engine, *_ = hook_of(monkeypatch, tmp_path, held_out=["a", "b", "empty"])
+    shown = {"a": {1: [0], 2: []}, "b": {1: [0], 2: [0]}, "empty": {1: [], 2: []}}
+    monkeypatch.setattr(pseudo_metrics, "class_locations", lambda folder, name: shown[name])
+    hook.start(engine)
+    assert hook._data == ["a", "b"], "one class of two is enough"
+    hook, engine, *_ = hook_of(monkeypatch, tmp_path, held_out=["a"], agreement=0)
+    hook.start(engine)
+    assert hook._data is None
+
+
+def test_the_last_sentence_has_the_first_the_last_and_the_best(monkeypatch, tmp_path):
+    hook, engine, _, written = hook_of(monkeypatch, tmp_path)
+    engine.step, engine.spec.iterations = 7, 2
+    assert hook.finish(engine) is None
+    hook.trace = [{"epoch": e, "dice": d} for e, d in enumerate((0.1, 0.5, 0.3))]
+    told = "Pseudo-labels agree with held-out labels by Dice 0.300 (0.100 at epoch 0, most 0.500 at epoch 1)."
+    assert hook.finish(engine) == told and written == [3, 3]
+    again, *_ = hook_of(monkeypatch, tmp_path)
+    again.load_state_dict(hook.state_dict())
+    assert again.trace == hook.trace and again.trace[0] is not hook.trace[0]
+
+
+@pytest.mark.parametrize(("volumes", "rank"), [(2, 0), (0, 0), (2, 1)])
+def test_volumes_are_written_once_an_epoch_by_one_process(monkeypatch, tmp_path, volumes, rank):
+    hook, asked, events = PseudoMetricsHook(OmniConfig(volumes=volumes), "loaders"), [], []
+    monkeypatch.setattr(pseudo_metrics, "rank", lambda: rank)
+    monkeypatch.setattr(
+        pseudo_metrics, "write_volumes", lambda engine, *told: (asked.append(told), [{"case": "a"}, {"case": "b"}])[1]
+    )
+    log = SimpleNamespace(event=lambda kind, **row: events.append((kind, row)))
+    engine = SimpleNamespace(log=log, spec=SimpleNamespace(folder=SimpleNamespace(path=tmp_path)))
+    for epoch in (3, 3, 4):
+        hook._write(engine, epoch)
+    folders = [tmp_path / "pseudo_labels" / f"epoch_000{epoch}" for epoch in (3, 4)]
+    due = volumes > 0 and rank == 0
+    assert asked == [("loaders", 2, folder) for folder in folders] * due
+    assert events == [("volume", {"epoch": e, "case": c}) for e in (3, 4) for c in "ab"] * due
+
+
+def test_a_share_of_one_voxel_and_of_none():
+    one, none = (Counts(["a"], torch.device("cpu")) for _ in range(2))
+    one.add_share(torch.tensor(1), 1)
+    assert (one.share(), none.share()) == (1.0, 0.0)
