@@ -188,6 +188,16 @@ def test_gradients_of_both_halves_are_compared_every_fifty_steps(make, make_batc
     assert method(other)["gradient_ratio"].item() != ratio
 
 
+def test_where_nothing_is_hidden_all_numbers_are_finite(make, make_batch):
+    """There is no reconstruction then, nor a gradient of it that the consistency's could be compared with."""
+    method, batch = make(), make_batch(make())
+    for view in batch.values():
+        view["mask"][:] = False
+    terms = method(batch)
+    assert terms["global_reconstruction"] == terms["local_reconstruction"] == 0
+    assert all(torch.isfinite(v) for v in terms.values()) and terms["gradient_ratio"] > 1e6
+
+
 @pytest.mark.parametrize(("ramp", "step", "weight"), [(0.5, 2, 0.4), (0.5, 5, 1.0), (0.05, 1, 1.0), (0.0, 1, 1.0)])
 def test_ramp(make, ramp, step, weight):
     """Of ten steps; a ramp of less than a step is over after the first."""

@@ -22,13 +22,14 @@ from nnssl.pretrain.methods.macl.picture import (
     pair_picture,
 )
 
+ISO, FLAT = ((1, 1, 1), (2, 2, 2), (2, 2, 2)), ((1, 1, 1), (1, 2, 2), (1, 2, 2))
+
 
 @pytest.fixture
 def make(tiny_plans, tiny_dataset_json):
-    """``make(dim, size, median, **options) -> MACL`` on patches of 16x32x16."""
+    """``make(dim, size, median, patch, strides, **options) -> MACL`` on patches of 16x32x16."""
 
-    def build(dim=3, *, size=None, median=(28, 36, 26), patch=(16, 32, 16), **options):
-        strides = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
+    def build(dim=3, *, size=None, median=(28, 36, 26), patch=(16, 32, 16), strides=ISO, **options):
         plans = tiny_plans(dim, strides=strides, features=(4, 6, 8), patch=patch, median_shape=median)
         plan = Plan.from_dicts(plans, "3d_fullres" if dim == 3 else "2d", tiny_dataset_json())
         config = MACLConfig(**options)
@@ -121,6 +122,25 @@ def test_the_decoder_is_pretrained_where_a_term_runs_through_it(make):
 
     assert stages() == stages(dense_weight=0.0) == stages(image_weight=0.0) == stages(image_source="encoder") == [0]
     assert stages(dense_weight=0.0, image_source="encoder") == stages(dense_weight=0.0, image_weight=0.0) == []
+
+
+def test_crops_as_large_as_the_image_are_not_shifted(make):
+    """Also on an axis that the network leaves as it is, where a cell is one voxel."""
+    method = make(size=(4, 16, 16), patch=(4, 32, 32), median=(4, 24, 60), strides=FLAT, offset=3)
+    assert method.plan.total_stride == (1, 4, 4) and method.offsets.most == (0, 2, 3)
+    assert make(patch=(4, 32, 32), size=(4, 16, 16), median=(6, 24, 60), strides=FLAT, offset=3).offsets.most == (
+        2,
+        2,
+        3,
+    )
+
+
+def test_the_decoder_is_not_run_where_no_term_needs_it(make):
+    for options, times in (({}, 2), ({"dense_weight": 0.0}, 1), ({"dense_weight": 0.0, "image_weight": 0.0}, 0)):
+        method, ran = make(**options), []
+        method.network.decoder.stages[0].register_forward_hook(lambda *a, ran=ran: ran.append(1))
+        method(batch_of(method))
+        assert len(ran) == times
 
 
 # ---------------------------------------------------------------------------------------------- views
@@ -245,6 +265,21 @@ def test_picture_by_hand(dim):
     assert "yellow frame" not in still.note and "The cross" not in still.note
     moved = pair_picture(views[:1] * 2, [start[0], start[1]], maps[:1] * 2, views, spacing=(1.0,) * dim)
     np.testing.assert_allclose(moved.columns[COLOURS], moved.columns[COARSE_COLOURS])  # found together
+
+
+def test_the_picture_is_of_what_the_dense_contrast_compares(make):
+    method = make(2)
+    batch = batch_of(method)
+    with torch.no_grad():
+        picture = method.pictures(batch)
+        fine, coarse = method.dense_maps(batch["i_aux"], batch["i_dominant"])[0]
+        plain = make(2, dense_weight=0.0)
+        assert ALIKE not in plain.pictures(batch_of(plain)).columns
+    for row in range(4):
+        y, x = picture.points[FINE][row] // 4
+        for v, u in ((0, 0), (9, 3), (31, 15)):
+            cosine = torch.cosine_similarity(fine[row, :, y, x], coarse[row, :, v // 4, u // 4], dim=0)
+            assert picture.columns[ALIKE][row, v, u] == pytest.approx(float(cosine), abs=2e-3)
 
 
 def test_curves_compare_with_equal_vectors(make):

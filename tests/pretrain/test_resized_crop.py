@@ -197,3 +197,13 @@ def test_a_quarter_of_body_is_enough_and_ten_places_are_tried():
     start = sample_boxes(body, image, extent, StepRNG(0, 0, 60))
     assert torch.equal(start, sample_boxes(body, image, extent, StepRNG(0, 0, 60), least=0.25, tries=10))
     assert not torch.equal(start, sample_boxes(body, image, extent, StepRNG(0, 0, 60), least=0.375))
+
+
+def test_sums_and_averages_stay_exact_under_autocast():
+    """Half precision has no 1,989, and would round what a voxel shows."""
+    body, x = torch.ones(2, 13, 17, 11), torch.randn(2, 1, 13, 17, 11)
+    start, stop = torch.zeros(2, 1, 3).long(), torch.tensor([[[8, 13, 11]], [[13, 17, 9]]])
+    view = resized_crop(x, *box([1, 0, 2], [9, 15, 6], 2), (4, 5, 6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert _box_sums(body, start, stop).tolist() == [[1144.0], [1989.0]]
+        assert torch.equal(resized_crop(x, *box([1, 0, 2], [9, 15, 6], 2), (4, 5, 6)), view)

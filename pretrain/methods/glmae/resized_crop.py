@@ -70,7 +70,7 @@ def _first_enough(body: Tensor, start: Tensor, stop: Tensor, volume: Tensor, lea
             shares.append(image[tuple(slice(a, b) for a, b in zip(low, high))].sum() / whole)
             if shares[-1] >= least:
                 break
-        best.append(len(shares) - 1 if shares[-1] >= least else int(torch.stack(shares).argmax()))
+        best.append(int(torch.stack(shares).argmax()))  # what is enough is more than all before it
     return torch.tensor(best)
 
 

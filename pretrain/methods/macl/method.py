@@ -293,8 +293,8 @@ class MACL(Method):
         maps: tuple[Tensor, ...] = ()
         if self.config.dense_weight > 0:
             maps = self.dense_maps(batch["i_aux"][rows], batch["i_dominant"][rows])[0]
-        views = [batch[k][rows, :1] for k in ("i_aux", "i_dominant")]
-        moved = [batch[k][rows, :1] for k in ("v_aux", "v_dominant")]
+        views = [batch[k][rows] for k in ("i_aux", "i_dominant")]
+        moved = [batch[k][rows] for k in ("v_aux", "v_dominant")]
         start = [f * torch.tensor(self.plan.total_stride) for f in firsts]
         return pair_picture(views, start, maps, moved, spacing=self.plan.spacing)
 

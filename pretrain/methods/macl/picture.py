@@ -38,7 +38,7 @@ def pair_picture(
     """Draw both views in the slice through the middle of what both show.
 
     Args:
-        views: ``(B, 1, *size)`` the fine view, ``(B, 1, *s)`` the coarse one of as large a part.
+        views: ``(B, C, *size)`` the fine view, ``(B, C, *s)`` the coarse one of as large a part; the first channel is shown.
         start: ``(B, dim)`` first voxel of each in the common window.
         maps: features of both, ``(B, C, *m)`` of the fine and ``(B, C, *n)`` of the coarse view; none: not drawn.
         moved: the turned pair, as ``views``.
@@ -68,7 +68,7 @@ def pair_picture(
         tags = {ALIKE: [f"brightest {mm:.0f} mm from the cross" for mm in _distances(alike, at[1], spacing)]}
         notes.append(CROSS_NOTE)
     for caption, image in zip((TURNED, TURNED_COARSE), moved):
-        columns[caption] = middle_slice(image, size).squeeze(-1).cpu().numpy()
+        columns[caption] = middle_slice(image, size)[..., 0].cpu().numpy()
     title = "The same place, seen twice: the network should describe it alike"
     return Picture(columns, title, "".join([*notes, TURNED_NOTE]), scales, boxes=boxes, points=points, tags=tags)
 
