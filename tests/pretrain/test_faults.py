@@ -263,7 +263,9 @@ def test_a_loader_process_killed_during_the_run(target):
     straight = go(name="straight", **options)
 
     def kill(engine):
-        for process in multiprocessing.active_children():
+        children = multiprocessing.active_children()
+        assert children, "the loader's process had ended before it was killed"
+        for process in children:
             os.kill(process.pid, signal.SIGKILL)
 
     with pytest.raises(NnsslError, match=r"A loader process was killed \(SIGKILL\).*lower -o workers"):
