@@ -44,6 +44,12 @@ def trainer(cls, folder, configuration="3d_cascade_fullres", plans="nnUNetPlans"
     return made
 
 
+def test_a_pretraining_that_is_not_finished_is_no_source_of_the_second_stage(cascade, pretraining):
+    pretraining(finished=False)
+    with pytest.raises(NnsslError, match=r"(?s)second stage of a cascade.*--checkpoint FILE.*There is none yet"):
+        trainer(nnUNetTrainerPretrained, cascade).on_train_start()
+
+
 def test_the_second_stage_takes_the_image_channels_weights(cascade, pretraining):
     file = pretraining()
     refused = trainer(nnUNetTrainerPretrained, cascade)

@@ -87,6 +87,18 @@ def test_zero_epochs_are_refused_where_something_would_stay_random(
         start(build(nnUNetTrainerPretrainedScratch, plans="nnUNetPlans_asis"))
 
 
+def test_zero_epochs_are_refused_where_given_weights_leave_heads_random(pretraining, build, start):
+    """nnU-Net's own ``-pretrained_weights`` never fills the heads."""
+    from nnunetv2.run.run_training import maybe_load_checkpoint
+
+    given = pretraining(name="other")
+    _zero_epochs((0, 1), True, pretraining)
+    trainer = build(plans="nnUNetPlans_asis")
+    maybe_load_checkpoint(trainer, False, False, str(given))
+    with pytest.raises(NnsslError, match=r"0 epochs.*-pretrained_weights has left \d+ tensors random"):
+        start(trainer)
+
+
 def test_zero_epochs_are_for_the_default_schedule_alone(dataset):
     with pytest.raises(
         NnsslError, match=r"0 epochs keep the weights as they are: for the schedule 'warmup-poly' alone"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nnssl import checkpoint
+from nnssl.trainers import nnUNetTrainerPretrained
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,22 @@ def test_trainer_warns_where_it_validates_on_labels_that_were_learnt(
     log = Path(trainer.log_file).read_text()
     assert ("has learnt from the labels of 1 of this fold's validation cases, first case_000" in log) is (count == 1)
     assert ("-o omni.fold=0" in log) is (count == 1)
+
+
+def test_a_training_on_all_cases_validates_on_what_it_learns_itself(dataset, pretraining, start):
+    """Fold ``all``: nnU-Net validates on the training cases, so that labels of the pretraining are nothing to warn of."""
+    file = pretraining()
+    content = torch.load(file, weights_only=True)
+    cases = [
+        checkpoint.case_hash(c)
+        for split in json.loads((dataset / "splits_final.json").read_text())
+        for c in split["val"]
+    ]
+    content["nnssl"]["omni"] = {"labelled": dataset.name, "case_hashes": cases}
+    checkpoint.save(file, content)
+    plans = json.loads((dataset / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    info = json.loads((dataset / "dataset.json").read_text())
+    trainer = start(nnUNetTrainerPretrained(plans, "3d_fullres", "all", info, torch.device("cpu")))
+    folder = Path(trainer.output_folder)
+    assert folder.name == "fold_all" and json.loads((folder / "transfer_report.json").read_text())["labels_seen"] == 0
+    assert "has learnt from the labels" not in Path(trainer.log_file).read_text()

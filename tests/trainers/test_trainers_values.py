@@ -1,14 +1,17 @@
 """Trainers by hand values: skipped steps, the pool's changes of several channels, its processes, and what is drawn and told."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnssl.errors import NnsslError
 from nnssl.networks import canonical_state_dict
 from nnssl.plans.figures import FineTuningConfig
-from nnssl.trainers import learning_rates, mean_teacher, nnUNetTrainerMeanTeacher
+from nnssl.trainers import learning_rates, mean_teacher, nnUNetTrainerMeanTeacher, refusals, stepwise
 from nnssl.trainers.pool import split_transforms, strong_changes
 from nnssl.trainers.pseudo_label_trace import draw_trace, trace_lines, trace_row
 from nnssl.trainers.schedule import LearningRates
@@ -158,3 +161,52 @@ def test_a_long_training_is_drawn_at_fewer_steps_and_at_each_epoch():
     x = np.concatenate([solid[:-1, 0], dashed[:, 0]]) * 1667
     np.testing.assert_allclose(x, sorted({*range(0, 5001, 2), 1667, 3334}) + [5001])
     assert solid[-1, 0] == dashed[0, 0] == 2
+
+
+def test_several_patches_get_a_pseudo_label_each(build):
+    """One by one as together, and background outside of the image."""
+    trainer = build(nnUNetTrainerMeanTeacher)
+    trainer.initialize()
+    trainer._make_teacher()
+    seen, outside = torch.randn(3, 1, 16, 16, 16), torch.zeros(3, 1, 16, 16, 16)
+    outside[1, :, :4] = -1
+    made = trainer.pseudo_labels(seen, outside)
+    each = torch.cat([trainer.pseudo_labels(seen[i : i + 1], outside[i : i + 1]) for i in range(3)])
+    assert made.shape == (3, 1, 16, 16, 16) and float((made == each).float().mean()) > 0.999
+    assert not made[1, :, :4].any() and made[0].any() and not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize(("rank", "told", "drawn"), [(0, True, ["rates", "trace"]), (1, True, []), (0, False, [])])
+def test_one_process_draws_the_rates_and_the_pool_after_each_epoch(build, monkeypatch, rank, told, drawn):
+    trainer, found = build(nnUNetTrainerMeanTeacher), []
+    trainer.initialize()
+    monkeypatch.setattr(nnUNetTrainer, "on_epoch_end", lambda self: None)
+    monkeypatch.setattr(stepwise, "draw_rates", lambda rates, epoch, path: found.append(("rates", path.name)))
+    monkeypatch.setattr(mean_teacher, "draw_below", lambda path, draw: found.append(("trace", path.name)))
+    trainer.local_rank = rank
+    trainer.rates, trainer.trace = ([{"epoch": 0}], [{"epoch": 0}]) if told else ([], [])
+    trainer.on_epoch_end()
+    assert found == [(name, "progress.png") for name in drawn]
+
+
+def test_a_training_of_4000_steps_is_drawn_at_each_second_one():
+    rates = LearningRates("warmup_poly", FineTuningConfig(epochs=2, iterations=2000, warmup=0.0), ("all",))
+    ((solid, _),) = drawn(rates, 2).values()
+    np.testing.assert_allclose(2000 * solid[:-2, 0], np.arange(0, 4000, 2))
+
+
+def test_refusals_are_told_briefly_and_every_other_error_as_ever(monkeypatch, capsys):
+    """Asked for twice it is done once; with the variable set the traceback comes back."""
+    before = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: before.append(error[0]))
+    monkeypatch.delenv(refusals.VARIABLE, raising=False)
+    refusals.tell_refusals_briefly()
+    hook = sys.excepthook
+    refusals.tell_refusals_briefly()
+    assert sys.excepthook is hook
+    hook(NnsslError, NnsslError("no weights"), None)
+    assert capsys.readouterr().err == "\nError: no weights\n" and not before
+    hook(ValueError, ValueError("other"), None)
+    monkeypatch.setenv(refusals.VARIABLE, "1")
+    hook(NnsslError, NnsslError("no weights"), None)
+    assert before == [ValueError, NnsslError] and capsys.readouterr().err == ""
