@@ -114,8 +114,10 @@ def test_a_window_is_said_to_exceed_the_image_where_it_does():
 @pytest.mark.parametrize(("thickness", "size"), [(3.0, (16, 128, 128)), (3.1, (28, 128, 128))])
 def test_an_axis_is_thick_above_three_times_the_finest_spacing(thickness, size):
     """Then the cell is as thick as the patch; else about half of it, 14 voxels, to the next multiple of 4."""
-    found = choose_grid((28, 256, 256), (30, 512, 512), (4, 64, 64), (thickness, 1, 1))
-    assert (found.size, found.grid) == (size, (1, 3, 3))
+    for scale in (1, 2, 0.25):
+        spacing = (scale * thickness, scale, scale)
+        found = choose_grid((28, 256, 256), (30, 512, 512), (4, 64, 64), spacing)
+        assert (found.size, found.grid) == (size, (1, 3, 3))
 
 
 @pytest.mark.parametrize(("width", "grid"), [(45, (3, 1, 3)), (46, (1, 3, 3))])
