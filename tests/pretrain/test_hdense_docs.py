@@ -14,7 +14,9 @@ PAGE = (Path(__file__).parents[2] / "docs" / "methods" / "hdense.md").read_text(
 def test_presets_and_options_exist():
     cls = get_method("hdense")
     names = {f.name for f in fields(cls.Config)}
-    assert set(re.findall(r"preset=(\w+)", PAGE)) == set(cls.presets)
+    table = PAGE.split("| `-o preset=` |")[1].split("\n\n")[0]
+    listed = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
+    assert listed | set(re.findall(r"preset=(\w+)", PAGE)) == {*cls.presets, *get_method("vox2vec").presets}
     assert {name for preset in cls.presets.values() for name in preset} <= names
     flags = [row.split("|")[5] for row in PAGE.splitlines() if row.startswith("|") and row.count("|") == 6]
     named = {flag for cell in flags for flag in re.findall(r"`(\w+)`", cell)}

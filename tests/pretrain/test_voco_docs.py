@@ -14,7 +14,9 @@ PAGE = (Path(__file__).parents[2] / "docs" / "methods" / "voco.md").read_text(en
 def test_presets_and_options_exist():
     cls = get_method("voco")
     names = {f.name for f in fields(cls.Config)}
-    assert set(re.findall(r"preset=(\w+)", PAGE)) == set(cls.presets)
+    sentence = PAGE.split("Presets (`-o preset=...`): ")[1].split(". ")[0]
+    assert set(re.findall(r"`(\w+)`", sentence)) == set(cls.presets)
+    assert set(re.findall(r"preset=(\w+)", PAGE)) <= set(cls.presets)
     flags = [row.split("|")[6] for row in PAGE.splitlines() if row.startswith("|") and row.count("|") == 7]
     named = {flag for cell in flags for flag in re.findall(r"`(\w+)`", cell)}
     assert len(named) >= 15 and named <= names
