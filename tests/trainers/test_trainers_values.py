@@ -2,17 +2,21 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl.errors import NnsslError
 from nnssl.networks import canonical_state_dict
 from nnssl.plans.figures import FineTuningConfig
 from nnssl.trainers import learning_rates, mean_teacher, nnUNetTrainerMeanTeacher, refusals, stepwise
-from nnssl.trainers.pool import split_transforms, strong_changes
+from nnssl.trainers.pool import split_transforms, strong_changes, with_strong_changes
+from nnssl.trainers.pretrained import check_network
 from nnssl.trainers.pseudo_label_trace import draw_trace, trace_lines, trace_row
 from nnssl.trainers.schedule import LearningRates
 
@@ -73,6 +77,13 @@ def test_the_students_changes_are_nnunets_or_strong_ones(build, intensities, fir
     assert len(kinds) == count and kinds[0].startswith(first)
     assert ("GaussianBlurTransform" in kinds) is (intensities == "nnunet")
     assert views.intensity[0].transform.noise_variance == pytest.approx((0, 0.2 if intensities == "nnunet" else 0.6))
+
+
+def test_strong_changes_come_before_what_moves_where_nothing_changes_intensities():
+    """Mirroring is moved behind them: what lies outside of the image would change with the rest."""
+    mirror = MirrorTransform((0, 1, 2))
+    made = with_strong_changes(ComposeTransforms([mirror]))
+    assert len(made.transforms) == 5 and made.transforms[-1] is mirror
 
 
 @pytest.mark.parametrize(("allowed", "processes", "cached"), [(0, 0, 0), (1, 1, 3), (5, 2, 3), (12, 6, 3), (16, 8, 4)])
@@ -210,3 +221,37 @@ def test_refusals_are_told_briefly_and_every_other_error_as_ever(monkeypatch, ca
     monkeypatch.setenv(refusals.VARIABLE, "1")
     hook(NnsslError, NnsslError("no weights"), None)
     assert before == [ValueError, NnsslError] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("configuration", ["3d_fullres", "3d_b9", "3d_b9_again"])
+def test_a_configuration_has_the_network_of_the_one_that_it_inherits_from(configuration):
+    """A Primus is refused for a trainer of U-Nets, and accepted for its own, however deep it is named."""
+    primus = {"architecture": {"network_class_name": "x.y.Primus"}}
+    inherited = {"3d_b9": {"inherits_from": "3d_fullres"}, "3d_b9_again": {"inherits_from": "3d_b9"}}
+    plans = {"plans_name": "nnUNetPlans", "configurations": {"3d_fullres": primus, **inherited}}
+    check_network(nnUNetTrainerMeanTeacher, plans, configuration, primus=True)
+    with pytest.raises(NnsslError, match="nnUNetTrainerPretrainedPrimus"):
+        check_network(nnUNetTrainerMeanTeacher, plans, configuration, primus=False)
+
+
+def test_rates_are_logged_where_what_is_frozen_changes_and_nowhere_else(monkeypatch):
+    """Three steps: frozen, frozen, trained. A rate of exactly 1 is no other than 0.5."""
+    held, lines, rates = [], [], {"encoder": 0.0, "heads": 1.0}
+    monkeypatch.setattr(stepwise, "hold_statistics", lambda network, frozen: held.append(list(frozen)))
+
+    def to(step):
+        rates["encoder"] = 0.0 if step < 12 else 0.5
+
+    schedule = SimpleNamespace(now=lambda: dict(rates), set=to, frozen=lambda: ["w"] if rates["encoder"] == 0 else [])
+    trainer = SimpleNamespace(
+        current_epoch=2,
+        num_iterations_per_epoch=5,
+        _iteration=0,
+        network=None,
+        rates=[{}],
+        print_to_log_file=lines.append,
+    )
+    found = [stepwise.StepwiseTrainer._set_rates(trainer, schedule) for _ in range(3)]
+    assert found == [["w"], ["w"], []] and held == [[]]
+    assert len(lines) == 1 and lines[0].startswith("nnssl: step 3 of the epoch: ")
+    assert trainer.rates[-1]["last"] == {"encoder": 0.5, "heads": 1.0}
