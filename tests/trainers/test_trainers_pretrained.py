@@ -174,11 +174,24 @@ def test_pretrained_weights_on_the_command_line_win(pretraining, tmp_path, build
     start(trainer)
     weights = {n for n in canonical_state_dict(trainer.network) if not is_constant(n) and ".seg_layers." not in n}
     assert weights <= same(trainer.network, given)
-    assert re.search(rf"-pretrained_weights has set {len(weights)} of \d+ tensors, 9\d", log_of(trainer))
+    log = log_of(trainer)
+    assert re.search(
+        rf"-pretrained_weights has set {len(weights)} of \d+ tensors, 9\d.*; no pretraining is searched\.", log
+    )
     assert (
         json.loads(Path(trainer.output_folder, "transfer_report.json").read_text())["source"] == "-pretrained_weights"
     )
     assert trainer.provenance["weights"] == "-pretrained_weights"
+
+
+def test_given_weights_of_every_tensor_need_no_training_and_the_plans_own_file_is_not_used(build):
+    trainer = build()
+    trainer.initialize()
+    names = list(canonical_state_dict(trainer.network))
+    trainer.provenance, trainer.num_epochs = {}, 0
+    trainer._report_given(names, "own.pth")
+    text = f"has set {len(names)} of {len(names)} tensors, 100.0 % of all parameters; the plan's own file own.pth is not used."
+    assert text in log_of(trainer)
 
 
 def test_the_file_that_the_plan_names(dataset, pretraining, build, start):

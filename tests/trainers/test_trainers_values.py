@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -79,10 +80,11 @@ def test_the_students_changes_are_nnunets_or_strong_ones(build, intensities, fir
     assert views.intensity[0].transform.noise_variance == pytest.approx((0, 0.2 if intensities == "nnunet" else 0.6))
 
 
-def test_strong_changes_come_before_what_moves_where_nothing_changes_intensities():
-    """Mirroring is moved behind them: what lies outside of the image would change with the rest."""
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_strong_changes_come_where_the_first_change_of_intensities_was(count):
+    """Before mirroring and all that follows, however many there were."""
     mirror = MirrorTransform((0, 1, 2))
-    made = with_strong_changes(ComposeTransforms([mirror]))
+    made = with_strong_changes(ComposeTransforms([*(GaussianBlurTransform() for _ in range(count)), mirror]))
     assert len(made.transforms) == 5 and made.transforms[-1] is mirror
 
 
@@ -232,6 +234,9 @@ def test_a_configuration_has_the_network_of_the_one_that_it_inherits_from(config
     check_network(nnUNetTrainerMeanTeacher, plans, configuration, primus=True)
     with pytest.raises(NnsslError, match="nnUNetTrainerPretrainedPrimus"):
         check_network(nnUNetTrainerMeanTeacher, plans, configuration, primus=False)
+    own = {"inherits_from": configuration, "architecture": {"network_class_name": "x.y.PlainConvUNet"}}
+    plans["configurations"]["own"] = own
+    check_network(nnUNetTrainerMeanTeacher, plans, "own", primus=False)
 
 
 def test_rates_are_logged_where_what_is_frozen_changes_and_nowhere_else(monkeypatch):
