@@ -6,7 +6,6 @@ Sizes, spacings and shapes are in nnU-Net's axis order (z, y, x), sizes in voxel
 from __future__ import annotations
 
 import json
-import locale
 import os
 import pickle
 import random
@@ -85,14 +84,6 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         (name, text.encode("utf-8", "backslashreplace").decode("utf-8")) for name, text in report.sections
     ]
     return report
-
-
-@pytest.fixture(autouse=True)
-def locale_kept() -> Generator[None]:
-    """GDCM leaves the C locale behind when it writes DICOM, in which the UTF-8 output of a child process cannot be read."""
-    before = locale.setlocale(locale.LC_ALL)
-    yield
-    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture(autouse=True)

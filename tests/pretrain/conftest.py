@@ -1,5 +1,7 @@
 """What the tests of masked reconstruction share: smooth random crops, batches of views of them, and gradients by name."""
 
+import locale
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,14 @@ from nnssl.plans import Plan
 from nnssl.plans.variants import derive
 from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.methods import Crops
+
+
+@pytest.fixture(autouse=True)
+def locale_kept():
+    """GDCM leaves the C locale behind when it writes DICOM, in which the UTF-8 output of a child process cannot be read."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 def _crops(method, n=3, seed=0, start=0):

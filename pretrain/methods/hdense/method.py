@@ -169,7 +169,8 @@ class HDense(Method):
         pairs = draw_pairs(crops.body, self.request.size, rng, low=low, high=high, **options)
         bounds = unit_range(self.plan, crops.intensity)
         clean = [rescale_intensity(cut(crops.data, s, self.request.size), bounds).clamp(0, 1) for s in pairs.start]
-        seen, bounds = torch.cat([self.corrupt(u, rng) for u in clean]), bounds.repeat(2, 1, 1)
+        seen = torch.cat([self.corrupt(u, rng) for u in clean])
+        bounds = bounds.repeat(2, 1, 1)
         return {
             "input": restore_intensity(seen, bounds),
             "target": torch.cat(clean),
