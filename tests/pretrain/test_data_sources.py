@@ -595,13 +595,26 @@ def test_processes_give_the_same(target, tiny_raw_dataset, nnunet_env):
         assert a.name == b.name and np.array_equal(x, y)
 
 
-@pytest.fixture
-def forked(monkeypatch):
-    """The library spawns; a forked process need not import torch again, but may not use blosc2's threads."""
+def processes_by(method, monkeypatch):
+    """The library spawns its processes; ``method`` starts them sooner, since torch need not be imported by each."""
     from nnssl.pretrain.prepare import processes
 
-    context = processes.multiprocessing.get_context("fork")
-    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda method: context)
+    context = processes.multiprocessing.get_context(method)
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda _: context)
+    return processes
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Of this process: for tasks without blosc2, which crashes in the fork of a process that has used its threads."""
+    return processes_by("fork", monkeypatch)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Of a process that has imported what it takes, and done nothing with it."""
+    processes = processes_by("forkserver", monkeypatch)
+    processes.multiprocessing.get_context("forkserver").set_forkserver_preload(["nnssl.pretrain.prepare.worker"])
     return processes
 
 
@@ -631,22 +644,22 @@ def test_stopping_early_ends_the_processes(forked):
 
 
 def test_an_image_whose_process_is_killed_is_named_and_can_be_skipped(
-    target, tiny_raw_dataset, monkeypatch, forked, caplog
+    target, tiny_raw_dataset, monkeypatch, served, caplog
 ):
     """As the kernel kills what takes too much memory: the others are done, and the one is bad."""
     plan = target()
     tiny_raw_dataset(902, "Free", 9, labelled=False, **RAW)
-    submit = forked.ProcessPoolExecutor.submit
+    submit = served.ProcessPoolExecutor.submit
 
     def kill_one(self, do, task):
         return submit(self, os._exit, 9) if task.case.name == "case_004" else submit(self, do, task)
 
-    monkeypatch.setattr(forked.ProcessPoolExecutor, "submit", kill_one)
+    monkeypatch.setattr(served.ProcessPoolExecutor, "submit", kill_one)
     with pytest.raises(NnsslError, match=r"1 of 9 images.*\n.*case_004.*does not fit into this machine's memory"):
         prepare_sources(plan, ["Dataset902_Free"], n_processes=2)
     assert "one by one" in caplog.text and "-np" not in caplog.text
     assert len(prepare_sources(plan, ["Dataset902_Free"], n_processes=2, skip_bad=True).cases) == 8
-    monkeypatch.setattr(forked.ProcessPoolExecutor, "submit", submit)
+    monkeypatch.setattr(served.ProcessPoolExecutor, "submit", submit)
     assert len(prepare(plan, "Dataset902_Free").cases) == 9
 
 
