@@ -24,7 +24,7 @@ from nnssl.preprocessed import IMAGE, LABELS, PROPERTIES, complete
 from nnssl.pretrain.data.case_set import BadCase
 from nnssl.pretrain.data.folders import beside, own_folder
 from nnssl.pretrain.prepare.index import Entry, Index
-from nnssl.pretrain.prepare.processes import run_tasks
+from nnssl.pretrain.prepare.processes import KILLED, run_tasks
 from nnssl.pretrain.prepare.raw import RawCase
 from nnssl.pretrain.prepare.worker import CaseWorker, Result, Task
 
@@ -197,10 +197,9 @@ def try_plans(plan: Plan) -> None:
         ) from error
 
 
-def _killed(task: Task) -> Result:
-    reason = (
-        "its process was killed, though it worked alone: most likely the image does not fit into this machine's memory"
-    )
+def _killed(task: Task, how: str) -> Result:
+    cause = "the image does not fit into this machine's memory" if how == KILLED else "the file is damaged"
+    reason = f"its process {how}, though it worked alone: most likely {cause}"
     return Result(Entry(task.case.name, task.case.stamps, bad=reason, bad_file=task.case.files[0]))
 
 

@@ -26,6 +26,8 @@ log = logging.getLogger("nnssl")
 IN_FLIGHT = 3
 """Jobs handed out per process: few, so that 100,000 cases are not queued at once."""
 
+KILLED = "was killed"
+
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -62,7 +64,7 @@ def run_tasks(
     n_processes: int,
     description: str,
     *,
-    killed: Callable[[J], R] | None = None,
+    killed: Callable[[J, str], R] | None = None,
 ) -> Generator[R, None, None]:
     """Do all tasks and yield results as they come, with a progress bar.
 
@@ -71,13 +73,14 @@ def run_tasks(
         tasks: in any order.
         n_processes: spawned processes; 0 and 1 work in this process.
         description: of the progress bar.
-        killed: the result of a task whose process was killed even when it was the only one; None raises.
+        killed: the result of a task whose process ended even when it was the only one, from the task and from how it ended
+            ("was killed", "crashed (SIGSEGV)"); None raises.
 
-    Where a process is killed (most often because memory ran out), what was at work is done again, one task at a time, and the
-    rest goes on with half as many processes.
+    Where a process ends (most often killed, because memory ran out), what was at work is done again, one task at a time, and
+    the rest goes on with half as many processes.
 
     Raises:
-        NnsslError: no processes can be started, or a task's process was killed though it was the only one.
+        NnsslError: no processes can be started, or a task's process ended though it was the only one.
     """
     with tqdm(total=len(tasks), desc=description, disable=None if tasks else True, dynamic_ncols=True) as bar:
         if min(n_processes, len(tasks)) <= 1:
@@ -89,37 +92,54 @@ def run_tasks(
             yield result
 
 
-def _in_processes(worker: Callable[[J], R], tasks: Sequence[J], n: int, killed: Callable[[J], R] | None) -> Iterator[R]:
+def _in_processes(
+    worker: Callable[[J], R], tasks: Sequence[J], n: int, killed: Callable[[J, str], R] | None
+) -> Iterator[R]:
     waiting = iter(tasks)
     while True:
         broken: list[J] = []
-        yield from _pool(worker, waiting, n, broken)
+        how = yield from _pool(worker, waiting, n, broken)
         if not broken:
             return
         n = max(1, n // 2)
         log.warning(
-            "A process was killed, most likely because memory ran out. What was at work is done again, one by one; then the rest "
-            "with %s.",
+            "A process %s. What was at work is done again, one by one; then the rest with %s.",
+            f"{how}, most likely because memory ran out" if how == KILLED else how,
             counted(n, "process", "processes"),
         )
         while broken:
             todo = iter(broken)
             lost: list[J] = []
-            yield from _pool(worker, todo, 1, lost)
+            how = yield from _pool(worker, todo, 1, lost)
             if lost:  # a single process works in order: the first of them is to blame
                 first = min(lost, key=lambda task: next(i for i, known in enumerate(broken) if known is task))
                 if killed is None:
                     raise NnsslError(
-                        "A process was killed though it was the only one, most likely because memory ran out. What is done is "
-                        "kept: make memory free and start again."
+                        f"A process {how} though it was the only one. What is done is kept"
+                        + (": most likely memory ran out; make some free and start again." if how == KILLED else ".")
                     )
-                yield killed(first)
+                yield killed(first, how)
                 lost = [task for task in lost if task is not first]
             broken = [*lost, *todo]
 
 
-def _pool(worker: Callable[[J], R], waiting: Iterator[J], n: int, broken: list[J]) -> Iterator[R]:
-    """Do tasks in ``n`` processes until all are done or one of the processes is killed; ``broken`` gets those at work then."""
+def _how(processes: Sequence[Any]) -> str:
+    """How the first of these processes ended that did not because the pool ended it."""
+    for code in (process.exitcode for process in processes):
+        if code == -getattr(signal, "SIGKILL", 9):
+            return KILLED
+        if code and code != -signal.SIGTERM:
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit status {code}"
+            return f"crashed ({name})"
+    return KILLED
+
+
+def _pool(worker: Callable[[J], R], waiting: Iterator[J], n: int, broken: list[J]) -> Generator[R, None, str]:
+    """Do tasks in ``n`` processes until all are done or a process ends: ``broken`` gets those at work then.
+
+    Returns:
+        how the process ended; "" where all are done.
+    """
     try:
         executor = ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), _start, (worker,))
     except OSError as error:  # locks of processes live in shared memory
@@ -150,9 +170,11 @@ def _pool(worker: Callable[[J], R], waiting: Iterator[J], n: int, broken: list[J
                     yield result
             if broken:
                 broken += running.values()
+                processes = list((getattr(executor, "_processes", None) or {}).values())
                 executor.shutdown()
-                return
+                return _how(processes)
         executor.shutdown()
+        return ""
     except BaseException:
         _end(executor)
         raise

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import shutil
+import signal
 import sys
 import time
 
@@ -643,24 +644,44 @@ def test_stopping_early_ends_the_processes(forked):
             os.kill(process.pid, 0)
 
 
-def test_an_image_whose_process_is_killed_is_named_and_can_be_skipped(
-    target, tiny_raw_dataset, monkeypatch, served, caplog
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (
+            signal.SIGKILL,
+            "its process was killed, though it worked alone: most likely the image does not fit into this",
+        ),
+        (signal.SIGSEGV, r"its process crashed \(SIGSEGV\), though it worked alone: most likely the file is damaged"),
+    ],
+)
+def test_an_image_whose_process_ends_is_named_and_can_be_skipped(
+    target, tiny_raw_dataset, monkeypatch, served, caplog, number, told
 ):
-    """As the kernel kills what takes too much memory: the others are done, and the one is bad."""
+    """As the kernel kills what takes too much memory, or a reader crashes: the others are done, and the one is bad."""
     plan = target()
     tiny_raw_dataset(902, "Free", 9, labelled=False, **RAW)
     submit = served.ProcessPoolExecutor.submit
 
-    def kill_one(self, do, task):
-        return submit(self, os._exit, 9) if task.case.name == "case_004" else submit(self, do, task)
+    def end_one(self, do, task):
+        return submit(self, signal.raise_signal, number) if task.case.name == "case_004" else submit(self, do, task)
 
-    monkeypatch.setattr(served.ProcessPoolExecutor, "submit", kill_one)
-    with pytest.raises(NnsslError, match=r"1 of 9 images.*\n.*case_004.*does not fit into this machine's memory"):
+    monkeypatch.setattr(served.ProcessPoolExecutor, "submit", end_one)
+    with pytest.raises(NnsslError, match=rf"1 of 9 images.*\n.*case_004.*{told}"):
         prepare_sources(plan, ["Dataset902_Free"], n_processes=2)
     assert "one by one" in caplog.text and "-np" not in caplog.text
+    assert ("memory ran out" in caplog.text) == (number == signal.SIGKILL)
     assert len(prepare_sources(plan, ["Dataset902_Free"], n_processes=2, skip_bad=True).cases) == 8
     monkeypatch.setattr(served.ProcessPoolExecutor, "submit", submit)
     assert len(prepare(plan, "Dataset902_Free").cases) == 9
+
+
+def test_without_a_result_for_it_the_task_whose_process_ends_stops_all(served):
+    with pytest.raises(NnsslError, match=r"^A process was killed though .* most likely memory ran out; make some free"):
+        list(served.run_tasks(signal.raise_signal, [0, signal.SIGKILL, 0], 2, ""))
+    with pytest.raises(
+        NnsslError, match=r"^A process crashed \(SIGABRT\) though it was the only one\. What is done is kept\.$"
+    ):
+        list(served.run_tasks(signal.raise_signal, [0, signal.SIGABRT, 0], 2, ""))
 
 
 def test_small_blocks_are_written(target, tiny_raw_dataset):
