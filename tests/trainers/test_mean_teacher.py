@@ -608,6 +608,43 @@ def test_classes_that_are_one_piece_are_found_in_the_labelled_cases(few, build, 
         assert trainer._one_piece_classes(["a", "b"]) == want
 
 
+@pytest.mark.parametrize(
+    ("choice", "told"),
+    [
+        ("auto", "1, 2 (all labelled cases show it as one piece)"),
+        ("always", "1, 2 (as the plan asks)"),
+        ("never", "none"),
+    ],
+)
+def test_the_log_says_why_the_largest_component_is_kept(few, build, choice, told):
+    trainer = build(nnUNetTrainerMeanTeacher, few())
+    trainer.initialize()
+    trainer.before_loading()
+    object.__setattr__(trainer.figures, "largest", choice)
+    trainer._largest = [] if choice == "never" else [1, 2]
+    assert f"  largest component kept of: {told}\n" in trainer._introduction(1)
+
+
+def test_with_all_cases_only_those_that_the_plan_names_validate_and_are_kept_out_of_the_pool(
+    few, build, dataset, tmp_path
+):
+    """Of five cases one is labelled and one validates; without such a list the four others are the pool."""
+    cases = cases_of(dataset)
+    for named, left in (([], 4), (cases[-1:], 3)):
+        listed = tmp_path / "validate.txt"
+        listed.write_text("\n".join(named))
+        plans = few(
+            f"few{left}", labels=1, fold="all", schedule="mean-teacher", **({"validate": listed} if named else {})
+        )
+        trainer = build(nnUNetTrainerMeanTeacher, plans)
+        trainer.fold = "all"
+        trainer.initialize()
+        trainer.before_loading()
+        (labelled,) = trainer.do_split()[0]
+        pool = {case.name for case in trainer.pool.cases}
+        assert pool == {*cases} - {labelled, *named} and len(pool) == left
+
+
 # --------------------------------------------------------------------------------------------- controls and refusals
 
 

@@ -108,6 +108,8 @@ def test_it_probes_the_pretrained_network(dataset, pretraining, build, start):
     assert CLASS not in (dataset / "nnUNetPlans.json").read_text()
     log = Path(trainer.log_file).read_text()
     assert "predicts only where nnssl is installed" in log and "nnUNetv2_export_model_to_zip" in log
+    trainer.on_train_end()  # said last too, where a person looks for what to do next
+    assert Path(trainer.log_file).read_text().count("predicts only where nnssl is installed") == 2
 
 
 def test_continued(dataset, pretraining, build, start):
