@@ -306,6 +306,19 @@ def test_frozen_parts_are_bit_identical_until_they_are_thawed(schedule, dataset,
     assert SCHEDULES[schedule][0] == type(trainer).__name__
 
 
+@pytest.mark.parametrize("schedule", sorted(NEW))
+def test_what_never_learns_needs_no_gradient(schedule, dataset, pretraining, build, start):
+    """And what is frozen for a time does: DDP is told once which parameters there are."""
+    pretraining()
+    trainer = start(build(NEW[schedule], variant(dataset, "x", epochs=3, schedule=schedule)))
+    encoder = {"encoder stage 0", "encoder stage 1", "encoder stage 2"}
+    never = {"encoder_frozen": encoder, "head_only": {*encoder, "decoder stage 0", "decoder stage 1"}}.get(
+        schedule, set()
+    )
+    for group in trainer.optimizer.param_groups:
+        assert {p.requires_grad for p in group["params"]} == {group["name"] not in never}
+
+
 def test_parts_that_did_not_come_pretrained_are_not_frozen(dataset, pretraining, build, start):
     pretraining(decoder_stages=(0,))
     plans = variant(dataset, "x", epochs=3, schedule="freeze_unfreeze")
