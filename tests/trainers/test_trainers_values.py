@@ -126,7 +126,7 @@ def test_pseudo_labels_with_less_than_a_tenth_of_the_labels_have_collapsed(foreg
 
 
 def legible(ax, grid):
-    """Sizes of nnU-Net's own panels (seaborn's 12 and 11 points at 2.5, lines of 4): all panels are one picture, 30 inches wide."""
+    """Sizes of nnU-Net's own panels (seaborn's 12 and 11 points at 2.5): all are one picture, 30 inches wide."""
     for label in (ax.xaxis.label, ax.yaxis.label):
         assert not label.get_text() or label.get_fontsize() == 30
     for axis in (ax.xaxis, ax.yaxis):
