@@ -319,6 +319,20 @@ def test_what_never_learns_needs_no_gradient(schedule, dataset, pretraining, bui
         assert {p.requires_grad for p in group["params"]} == {group["name"] not in never}
 
 
+def test_frozen_batch_normalisations_keep_their_statistics_in_each_epoch(dataset, pretraining, build, start):
+    """nnU-Net puts the whole network into training mode at each epoch's start."""
+    file = dataset / "nnUNetPlans.json"
+    file.write_text(file.read_text().replace("instancenorm.InstanceNorm3d", "batchnorm.BatchNorm3d"))
+    pretraining()
+    trainer = start(build(NEW["sawtooth"], variant(dataset, "x", epochs=3, iterations=1, schedule="sawtooth")))
+    for held in (True, False):
+        trainer.on_train_epoch_start()
+        norms = {name: m.training for name, m in trainer.network.named_modules() if isinstance(m, torch.nn.BatchNorm3d)}
+        assert {on for name, on in norms.items() if name.startswith("encoder")} == {not held}
+        assert {on for name, on in norms.items() if name.startswith("decoder.stages")} == {True}
+        trainer.current_epoch += 1
+
+
 def test_parts_that_did_not_come_pretrained_are_not_frozen(dataset, pretraining, build, start):
     pretraining(decoder_stages=(0,))
     plans = variant(dataset, "x", epochs=3, schedule="freeze_unfreeze")
@@ -512,14 +526,17 @@ def test_frozen_gradients_do_not_count_in_the_norm(dataset, pretraining, build, 
     assert all(with_gradient <= heads and norm == 12 for with_gradient, norm in seen) and len(seen) == 2
 
 
+def planned(schedule, dataset):
+    """Steps of our own with a schedule, nnU-Net's without."""
+    if schedule is None:
+        return trainers.nnUNetTrainerPretrained, "nnUNetPlans"
+    return NEW[schedule], variant(dataset, "x", schedule=schedule)
+
+
 @pytest.mark.parametrize("schedule", [None, "sawtooth"])
 def test_on_a_cpu_in_bfloat16_where_told(schedule, dataset, pretraining, build, start, monkeypatch):
     pretraining()
-    cls, plans = (
-        (NEW[schedule], variant(dataset, "x", schedule=schedule))
-        if schedule
-        else (trainers.nnUNetTrainerPretrained, "nnUNetPlans")
-    )
+    cls, plans = planned(schedule, dataset)
     losses, seen = {}, {}
     for told in ("0", "1"):
         monkeypatch.setenv("nnssl_cpu_bf16", told)
@@ -539,9 +556,13 @@ def test_on_a_cpu_in_bfloat16_where_told(schedule, dataset, pretraining, build, 
     np.testing.assert_allclose(losses["1"][:3], losses["0"][:3], atol=0.02)
 
 
-def test_on_a_cpu_in_float32_where_bfloat16_would_be_wrong(dataset, pretraining, build, start, monkeypatch, capsys):
+@pytest.mark.parametrize("schedule", [None, "sawtooth"])
+def test_on_a_cpu_in_float32_where_bfloat16_would_be_wrong(
+    schedule, dataset, pretraining, build, start, monkeypatch, capsys
+):
     """torch 2.14 spoils the weights' gradient of maps that are two voxels deep; here of the deepest maps."""
     pretraining()
+    cls, plans = planned(schedule, dataset)
     deepest = {}
 
     def forward(self, x):
@@ -556,7 +577,7 @@ def test_on_a_cpu_in_float32_where_bfloat16_would_be_wrong(dataset, pretraining,
     for told in ("0", "1"):
         monkeypatch.setenv("nnssl_cpu_bf16", told)
         torch.manual_seed(0)
-        trainer = start(build(trainers.nnUNetTrainerPretrained, "nnUNetPlans"))
+        trainer = start(build(cls, plans))
         strides = np.prod(trainer.configuration_manager.pool_op_kernel_sizes, axis=0)
         deepest["size"] = tuple(int(n) for n in np.array(trainer.configuration_manager.patch_size) // strides)
         trainer.on_train_epoch_start()
