@@ -390,6 +390,21 @@ def test_a_continued_training_keeps_teacher_stage_and_step(few, build, dataset):
     assert all(torch.allclose(new[k], m * before[k] + (1 - m) * net[k], atol=1e-6) for k in new)
 
 
+def test_without_the_teacher_of_a_continued_training_it_starts_again_and_says_so(few, build):
+    plans = few(schedule="mean-teacher", epochs=4, iterations=2)
+    trainer = started(build, plans)
+    for _ in range(3):
+        run_epoch(trainer)
+    content = {TEACHER: {k: v for k, v in trainer.extra_content(False)[TEACHER].items() if k != "teacher"}}
+    again = started(build, plans)
+    again.current_epoch = 3
+    again.take_extra_content(content)
+    again.optimizer.state["kept"] = {}
+    again.on_train_epoch_start()
+    assert "WARNING: the checkpoint held no teacher; it starts again as the network" in Path(again.log_file).read_text()
+    assert "kept" in again.optimizer.state and same(state(again.teacher.module), state(again.network))
+
+
 def test_a_continued_training_keeps_the_changes_that_it_began_with(few, build):
     """Of a version whose patches were changed by nnU-Net and not moved, and whose checkpoints do not name these figures."""
     plans = few(schedule="mean-teacher", epochs=4, iterations=2)

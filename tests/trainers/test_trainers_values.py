@@ -100,10 +100,11 @@ def test_the_pool_gets_half_of_the_processes(build, monkeypatch, allowed, proces
     monkeypatch.setattr(
         mean_teacher,
         "NonDetMultiThreadedAugmenter",
-        lambda loader, _, n, num_cached, seeds, **how: told.append((n, num_cached, len(set(seeds)), how["pin_memory"])),
+        lambda loader, _, n, num_cached, seeds, **how: told.append((n, num_cached, len(set(seeds)), how)),
     )
     trainer._load_pool()
-    assert told == [(processes, cached, processes, False)] if allowed else told == [(0, 0, 0)]
+    as_nnunets = {"pin_memory": False, "wait_time": 0.002}
+    assert told == [(processes, cached, processes, as_nnunets)] if allowed else told == [(0, 0, 0)]
 
 
 # ---- what a person sees ----------------------------------------------------------------------------------------------
@@ -189,6 +190,13 @@ def test_a_long_training_is_drawn_at_fewer_steps_and_at_each_epoch():
     x = np.concatenate([solid[:-1, 0], dashed[:, 0]]) * 1667
     np.testing.assert_allclose(x, sorted({*range(0, 5001, 2), 1667, 3334}) + [5001])
     assert solid[-1, 0] == dashed[0, 0] == 2
+
+
+def test_nnunets_own_length_is_drawn_from_left_to_right():
+    rates = LearningRates("warmup_poly", FineTuningConfig(), ("all",))
+    ((solid, dashed),) = drawn(rates, 400).values()
+    x = np.concatenate([solid[:-1, 0], dashed[:, 0]])
+    assert len(x) > 1000 and np.all(np.diff(x) > 0) and x[-1] == 1000
 
 
 def test_several_patches_get_a_pseudo_label_each(build):
