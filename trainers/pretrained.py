@@ -8,6 +8,7 @@ under the name of nnU-Net's trainer, so that any nnU-Net predicts with them. Oth
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -330,11 +331,27 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
     def take_extra_content(self, content: dict[str, Any]) -> None:
         """Take back :meth:`extra_content` from a loaded checkpoint."""
 
+    def _keep_optimizer(self, begun: Mapping[str, Any]) -> None:
+        """Continue with the optimiser that the training began with where the plan names none: defaults go by the length."""
+        named = self.plans_manager.plans.get("nnssl") or {}
+        optimizer = begun.get("optimizer", self.figures.optimizer)
+        if optimizer == self.figures.optimizer or named.get("optimizer") is not None:
+            return
+        peak = self.figures.peak_lr if named.get("peak_lr") is not None else begun["peak_lr"]
+        self.figures = replace(self.figures, optimizer=optimizer, peak_lr=peak)
+        self.initial_lr = peak
+        if self.was_initialized:
+            self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        self.print_to_log_file(
+            f"nnssl: this training keeps what it began with: {optimizer}, largest learning rate {peak:g}"
+        )
+
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """As nnU-Net; the provenance and the learning rates so far come along."""
         content = filename_or_checkpoint
         if not isinstance(content, dict):  # nnU-Net itself would run whatever the file asks for
             content = read_file(Path(content))
+        self._keep_optimizer(content.get(PROVENANCE, {}))
         with plain_loading():
             super().load_checkpoint(filename_or_checkpoint)
         self.provenance = content.get(PROVENANCE, {})

@@ -52,7 +52,8 @@ _PRIMUS = {"optimizer": "adamw", "peak_lr": 1e-4}
 SHORT_RUN, SHORT_PEAK_LR = 25_000, 1e-2
 """Below so many optimiser steps nnU-Net's SGD gets its own learning rate as peak, unless the plan names one."""
 ADAM_PEAK_LR = 2e-3
-"""Adam's with two stages: runs of less than :data:`SHORT_RUN` steps are trained with it, longer ones with nnU-Net's SGD."""
+"""Adam's, with which runs shorter than :data:`SHORT_RUN` are trained in ``mean_teacher`` and ``warmup_poly`` unless the plan says
+otherwise (``docs/fine-tuning.md`` has the figures); longer ones have nnU-Net's SGD."""
 
 VERY_FEW = 2
 """Up to so many labelled cases the student's changes have twice the strength (``docs/fine-tuning.md`` has the figures)."""
@@ -72,11 +73,12 @@ class FineTuningConfig:
         epochs: epochs of training; 0, in ``warmup_poly`` alone, keeps the weights as they are, in nnU-Net's form.
         iterations: optimiser steps per epoch.
         val_iterations: validation batches per epoch.
-        peak_lr: largest learning rate, reached at the end of the warm-up. Where the plan does not name one, 1e-2 for SGD in runs
-            of less than :data:`SHORT_RUN` steps: 1e-3 leaves them half trained (``docs/fine-tuning.md`` has the figures).
+        peak_lr: largest learning rate, reached at the end of the warm-up. Where the plan does not name one, in runs of less than
+            :data:`SHORT_RUN` steps 1e-2 for SGD, since 1e-3 leaves them half trained (``docs/fine-tuning.md`` has the figures).
         warmup: share of the epochs in [0, 1) over which the learning rate rises.
         optimizer: ``"sgd"`` (nnU-Net's: momentum 0.99, nesterov, weight decay 3e-5), ``"adam"`` (no weight decay) or ``"adamw"``
-            (betas 0.9 and 0.98, and the weight decay of the trainer: 0.05 for Primus).
+            (betas 0.9 and 0.98, and the weight decay of the trainer: 0.05 for Primus). ``mean_teacher`` and ``warmup_poly`` whose
+            plan names neither this nor a rate have Adam with :data:`ADAM_PEAK_LR` in runs of less than :data:`SHORT_RUN` steps.
         layer_decay: factor in (0, 1] on the learning rate per stage away from the heads.
         frozen: share of the steps in [0, 1) that the backbone is frozen for.
         ramp: share of the steps in (0, 1) over which the backbone's learning rate then rises, exponentially.
@@ -187,8 +189,11 @@ class FineTuningConfig:
             ]
         raise_problems([*problems, *wrong], where)
         figures = cls(**read)
-        if schedule == MEAN_TEACHER and "optimizer" not in values and figures.steps < SHORT_RUN:
-            figures = replace(figures, optimizer="adam")
+        if "optimizer" not in values and figures.steps < SHORT_RUN:
+            if schedule == MEAN_TEACHER:
+                figures = replace(figures, optimizer="adam")
+            elif schedule == DEFAULT_SCHEDULE and "peak_lr" not in values:  # a rate that is named is one of SGD's
+                return replace(figures, optimizer="adam", peak_lr=ADAM_PEAK_LR)
         if "peak_lr" not in values:
             figures = replace(figures, peak_lr=_peak(schedule, figures))
         return figures

@@ -57,7 +57,7 @@ def test_trains_from_the_only_pretraining_and_resumes_without_it(dataset, pretra
         nnUNetTrainer.on_epoch_end(trainer),
     )
     trainer.run_training()
-    assert seen == pytest.approx([0.5e-2, 1e-2])
+    assert seen == pytest.approx([1e-3, 2e-3])
     folder = Path(trainer.output_folder)
     final = torch.load(folder / "checkpoint_final.pth", weights_only=True)
     assert final["trainer_name"] == "nnUNetTrainer" and final["current_epoch"] == 2
@@ -84,8 +84,36 @@ def test_trains_from_the_only_pretraining_and_resumes_without_it(dataset, pretra
     assert again.current_epoch == 2 and again.provenance == provenance
     again.run_training()
     lrs = again.logger.get_value("lrs", step=None)
-    assert lrs == pytest.approx([0.5e-2, 1e-2, 1e-2 * (2 / 3) ** 0.9, 1e-2 * (1 / 3) ** 0.9])
+    assert lrs == pytest.approx([1e-3, 2e-3, 2e-3 * (2 / 3) ** 0.9, 2e-3 * (1 / 3) ** 0.9])
     assert torch.load(folder / "checkpoint_final.pth", weights_only=True)["nnssl_finetuning"] == provenance
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_a_training_keeps_the_optimiser_that_it_began_with(pretraining, build, start, dataset, built):
+    """Of a version whose short runs had SGD: its momentum is no state of Adam's."""
+    pretraining()
+    path = dataset / "nnUNetPlans.json"
+    plans = path.read_text()
+    path.write_text(plans.replace('"nnssl": {', '"nnssl": {"optimizer": "sgd", '))
+    trainer = start(build())
+    batch = {"data": torch.randn(2, 1, 16, 16, 16), "target": [torch.zeros(2, 1, *[16 // 2**i] * 3) for i in range(2)]}
+    trainer.train_step(batch)
+    file = str(Path(trainer.output_folder) / "checkpoint_latest.pth")
+    trainer.save_checkpoint(file)
+    path.write_text(plans)
+    again = build(resume=True)
+    assert again.figures.optimizer == "adam"
+    if built:
+        again.initialize()
+    again.load_checkpoint(file)
+    assert type(again.optimizer) is torch.optim.SGD and again.optimizer is again.lr_scheduler.optimizer
+    again.lr_scheduler.step(1)
+    assert again.optimizer.param_groups[0]["lr"] == again.initial_lr == again.figures.peak_lr == 1e-2
+    states = [each.optimizer.state_dict()["state"] for each in (trainer, again)]
+    assert states[0] and all(
+        torch.equal(states[1][k]["momentum_buffer"], v["momentum_buffer"]) for k, v in states[0].items()
+    )
+    assert "keeps what it began with: sgd, largest learning rate 0.01" in log_of(again)
 
 
 def test_stock_nnunet_predicts_with_the_checkpoint(pretraining, build, start):
@@ -275,7 +303,7 @@ def test_scratch_has_the_same_schedule_and_random_weights(pretraining, tmp_path,
         groups = zip(scratch.optimizer.param_groups, pretrained.optimizer.param_groups, strict=True)
         for a, b in groups:
             assert {k: a[k] for k in a if k != "params"} == {k: b[k] for k in b if k != "params"}
-    assert a["nesterov"] and (a["momentum"], a["weight_decay"]) == (0.99, 3e-5)
+    assert all(type(trainer.optimizer) is torch.optim.Adam for trainer in (scratch, pretrained))
 
     given = build(nnUNetTrainerPretrainedScratch)
     maybe_load_checkpoint(given, False, False, str(file))

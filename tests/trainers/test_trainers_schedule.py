@@ -23,13 +23,30 @@ def test_defaults_are_nnunets_lengths():
     assert FineTuningConfig().warmup_epochs == 50
 
 
-def test_short_runs_get_nnunets_own_learning_rate():
-    assert figures(epochs=100, iterations=250).peak_lr == 1e-3
-    assert figures(epochs=100, iterations=249).peak_lr == 1e-2
-    assert figures(epochs=10, peak_lr=2e-3).peak_lr == 2e-3, "what the plan names wins"
-    assert figures(epochs=10, optimizer="adam").peak_lr == 1e-3, "the rule is for SGD"
-    other = {"plans_name": "x", "nnssl": {"epochs": 10, "schedule": "freeze_unfreeze"}}
-    assert FineTuningConfig.from_plans(other, "freeze_unfreeze", NAME).peak_lr == 3e-4
+def test_short_runs_have_adam_unless_the_plan_says_otherwise():
+    def chosen(**named):
+        figures_ = figures(iterations=250, **named)
+        return figures_.optimizer, figures_.peak_lr
+
+    assert chosen(epochs=100) == ("sgd", 1e-3) and chosen(epochs=99) == ("adam", 2e-3)
+    assert chosen(epochs=99, optimizer="sgd") == ("sgd", 1e-2), "nnU-Net's own rate"
+    assert chosen(epochs=99, peak_lr=5e-3) == ("sgd", 5e-3), "a rate that is named is SGD's"
+    assert chosen(epochs=99, optimizer="adam") == ("adam", 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "trainer", "want"),
+    [
+        ("sawtooth", NAME, ("sgd", 1e-2)),
+        ("freeze_unfreeze", NAME, ("adam", 3e-4)),
+        ("mean_teacher", NAME, ("adam", 2e-3)),
+        (FAMILY, "nnUNetTrainerPretrainedPrimus", ("adamw", 1e-4)),
+    ],
+)
+def test_short_runs_of_other_schedules_and_networks(schedule, trainer, want):
+    other = {"plans_name": "x", "nnssl": {"epochs": 10, "schedule": schedule}}
+    made = FineTuningConfig.from_plans(other, schedule, trainer)
+    assert (made.optimizer, made.peak_lr) == want
 
 
 def test_figures_come_from_the_plan():

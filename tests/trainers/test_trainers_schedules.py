@@ -404,7 +404,7 @@ def test_pretrained_weights_of_the_command_line_are_the_backbone(dataset, pretra
 
 def test_layer_decay_in_training(dataset, pretraining, build, start):
     pretraining()
-    plans = variant(dataset, "x", layer_decay=0.5, warmup=0.0)
+    plans = variant(dataset, "x", layer_decay=0.5, warmup=0.0, optimizer="sgd")
     trainer = start(build(plans=plans))
     rates = [g["lr"] for g in trainer.optimizer.param_groups]
     assert rates == pytest.approx([1e-2 * 0.5**i for i in range(6)])
