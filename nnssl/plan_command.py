@@ -16,6 +16,7 @@ from nnssl.grammar import CommandParser, pair, whole_numbers
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import dataset_id, resolve_dataset
 from nnssl.plans.figures import DEFAULT_SCHEDULE, MEAN_TEACHER, SCHEDULES, TEACHER, FineTuningConfig, spelt, trainer_for
+from nnssl.plans.labels import fold_to_type
 from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
 from nnssl.plans.variants import Changes, Variant, list_variants
@@ -102,7 +103,8 @@ def parser() -> CommandParser:
         "--unlabelled",
         nargs="+",
         metavar="DATASET",
-        help="with the schedule mean-teacher: datasets whose images are learnt from without labels, preprocessed for these plans "
+        help="with the schedule mean-teacher, which it sets: datasets whose images are learnt from without labels, preprocessed "
+        "for these plans "
         "(default: what --labels leaves out, and the images that the checkpoint was pretrained on)",
     )
     cases.add_argument(
@@ -151,7 +153,7 @@ def _summary(plan: Plan) -> str:
 def _next(plan: Plan) -> list[str]:
     """What to type with this plan: the training alone where it finds weights, else what comes before it."""
     number, schedule = dataset_id(plan.dataset_name), plan.nnssl.get("schedule") or DEFAULT_SCHEDULE
-    train = f"nnUNetv2_train {number} {plan.configuration} 0 -p {plan.plans_name} -tr {{}}"
+    train = f"nnUNetv2_train {number} {plan.configuration} {fold_to_type(plan)} -p {plan.plans_name} -tr {{}}"
     trainer = trainer_for(schedule, plan.is_primus)
     finds = bool(plan.nnssl.get("checkpoint"))
     with suppress(NnsslError):  # nnUNet_results may not be set yet
@@ -201,7 +203,8 @@ def _lengthen(args: argparse.Namespace) -> None:
     trainer = trainer_for(plan.nnssl.get("schedule") or DEFAULT_SCHEDULE, plan.is_primus)
     log.info(
         f"{path}: {old} -> {new} epochs. A training goes on after its last epoch, at the learning rate that one of "
-        f"{new} epochs has there.\nNext: nnUNetv2_train {dataset_id(plan.dataset_name)} {plan.configuration} 0 -p {args.plans} "
+        f"{new} epochs has there.\nNext: nnUNetv2_train {dataset_id(plan.dataset_name)} {plan.configuration} "
+        f"{fold_to_type(plan)} -p {args.plans} "
         f"-tr {trainer} --c"
     )
 

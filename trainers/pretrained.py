@@ -34,7 +34,7 @@ from nnssl.plans.figures import (
     FineTuningConfig,
     trainer_for,
 )
-from nnssl.plans.labels import folds_of, restrict
+from nnssl.plans.labels import ALL, FOLDS, SPLITS, folds_of, restrict
 from nnssl.plans.parts import parts_for
 from nnssl.plans.primus import CLASSES
 from nnssl.threads import keep_to_threads
@@ -44,6 +44,7 @@ from nnssl.trainers.loggers import FineTuningLogger, add_loggers
 from nnssl.trainers.stepwise import StepwiseTrainer
 from nnssl.trainers.weights import find_weights
 from nnssl.weights.load import plain_loading, read_file
+from nnssl.words import counted
 
 __all__ = ["check_network", "nnUNetTrainerPretrained", "nnUNetTrainerPretrainedScratch"]
 
@@ -140,7 +141,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         chosen = metadata.get("train_cases")
         if not chosen:
             return super().do_split()
-        if self.fold == "all" or Path(self.preprocessed_dataset_folder_base, "splits_final.json").is_file():
+        if self.fold == ALL or Path(self.preprocessed_dataset_folder_base, SPLITS).is_file():
             train, val = super().do_split()
         else:
             folds = folds_of(self.plan())
@@ -162,6 +163,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         if not self.was_initialized:
             self.initialize()
         try:
+            self._refuse_fold_of_too_few()
             if self.current_epoch == 0:
                 self._start_weights()
             self.before_loading()
@@ -170,6 +172,19 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
             self.print_to_log_file(f"nnssl: {error}", also_print_to_console=False)
             raise
         super().on_train_start()
+
+    def _refuse_fold_of_too_few(self) -> None:
+        """nnU-Net's own error for a fold of fewer than five cases is scikit-learn's, and comes after the weights were loaded."""
+        planned = (self.plans_manager.plans.get("nnssl") or {}).get("train_cases")
+        if self.fold == ALL or planned or Path(self.preprocessed_dataset_folder_base, SPLITS).is_file():
+            return
+        cases = len(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
+        if cases < FOLDS:
+            raise NnsslError(
+                f"{self.plans_manager.dataset_name} has {counted(cases, 'labelled case')}, too few for nnU-Net's {FOLDS} folds. "
+                f"Type {ALL} in place of the fold {self.fold}. (With a plan of nnssl_plan --labels a fold works too: each case "
+                "is left out once.)"
+            )
 
     def on_train_end(self) -> None:
         """As nnU-Net; loggers hear that the training has come to its end."""

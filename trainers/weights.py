@@ -121,10 +121,10 @@ def _none(plan: Plan) -> str:
         text += [f"  - {_describe(run)}" for run in others]
         source = next((s for run in others for s in run.sources), others[0].dataset_name)
         text.append(
-            f"To learn from {source} for these plans, type: nnssl_pretrain -d {_number(source)} -t {number} {options}"
+            f"To learn from {source} for these plans, type: nnssl_pretrain -d {_number(source)} -t {number} {options} -m mae"
         )
     else:
-        text.append(f"Type: nnssl_pretrain -d {number} {options}   (from other images: -d SOURCE -t {number})")
+        text.append(f"Type: nnssl_pretrain -d {number} {options} -m mae   (from other images: -d SOURCE -t {number})")
     text.append(f"To train without pretraining: -tr {PRIMUS[1] if plan.is_primus else SCRATCH}")
     return "\n".join(text)
 
@@ -143,7 +143,7 @@ def _second_stage(plan: Plan) -> str:
         text += ["There are:", *(f"  - {_describe(run)}" for run in fitting)]
     else:
         number = dataset_id(plan.dataset_name)
-        text.append(f"There is none yet. Type: nnssl_pretrain -d {number} -c 3d_fullres -p {plan.plans_name} -m METHOD")
+        text.append(f"There is none yet. Type: nnssl_pretrain -d {number} -c 3d_fullres -p {plan.plans_name} -m mae")
     text.append(f"To train without pretraining: -tr {PRIMUS[1] if plan.is_primus else SCRATCH}")
     return "\n".join(text)
 

@@ -16,6 +16,7 @@ from nnssl.plans.plan import Plan
 ALL = "all"
 """nnU-Net's name for the fold that holds every case."""
 FOLDS = 5
+SPLITS = "splits_final.json"
 SEED = 12345
 
 Split = tuple[list[str], list[str]]
@@ -36,6 +37,28 @@ def small_split(cases: Sequence[str]) -> list[Split]:
     return [([c for c in ordered if c != out], [out]) for out in ordered] if len(ordered) > 1 else []
 
 
+def fold_to_type(plan: Plan) -> str:
+    """The fold of a command that is suggested: ``"0"``, or ``"all"`` where nnU-Net cannot split so few preprocessed cases."""
+    chosen, folder = plan.nnssl.get("train_cases"), preprocessed_folder() / plan.dataset_name
+    if chosen:
+        return "0" if "0" in chosen else ALL
+    if (folder / SPLITS).is_file():
+        return "0"
+    return ALL if 0 < len(_preprocessed_cases(folder / plan.data_identifier)) < FOLDS else "0"
+
+
+def _preprocessed_cases(data: Path) -> list[str]:
+    """The cases in a folder of preprocessed data, sorted; none where there is no such folder or nnU-Net cannot read it."""
+    if not data.is_dir():
+        return []
+    try:
+        from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+        return sorted(str(case) for case in infer_dataset_class(str(data)).get_identifiers(str(data)))
+    except AssertionError:  # nnU-Net's, for a folder without cases or with files of several kinds
+        return []
+
+
 def folds_of(plan: Plan) -> dict[str, Split]:
     """The (training, validation) cases of each fold as nnU-Net will have them, and those of ``"all"``.
 
@@ -52,15 +75,10 @@ def folds_of(plan: Plan) -> dict[str, Split]:
             f"{data} does not exist: the cases are chosen from the preprocessed ones. "
             f"Type: nnUNetv2_preprocess -d {dataset_id(plan.dataset_name)} -plans_name {plan.base_plans} -c {plan.configuration}"
         )
-    try:
-        from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-
-        cases = sorted(str(case) for case in infer_dataset_class(str(data)).get_identifiers(str(data)))
-    except AssertionError:  # nnU-Net's, for a folder without cases or with files of several kinds
-        cases = []
+    cases = _preprocessed_cases(data)
     if not cases:
         raise NnsslError(f"{data} holds no preprocessed cases that nnU-Net can read.")
-    file = folder / "splits_final.json"
+    file = folder / SPLITS
     if file.is_file():
         splits = _read_splits(file)
     elif len(cases) >= FOLDS:
@@ -105,11 +123,11 @@ def choose_cases(folds: Mapping[str, Split], labels: str | int, seed: int = 0) -
     if text.lstrip("+-").isdecimal():
         number = int(text)
         few = {f: len(tr) for f, (tr, _) in folds.items() if len(tr) < number}
-        if number < 1 or few:
+        if number < 1:
+            raise NnsslError(f"--labels {number}: at least 1.")
+        if few:
             held = ", ".join(f"fold {f}: {n}" for f, n in few.items())
-            raise NnsslError(
-                f"--labels {number}: at least 1{f', and there are fewer training cases ({held})' if few else ''}."
-            )
+            raise NnsslError(f"--labels {number}: there are fewer training cases ({held}).")
         return {f: case_order(tr, seed)[:number] for f, (tr, _) in folds.items()}
     return _from_file(Path(text), folds)
 

@@ -339,7 +339,7 @@ def load_plan(
         raw = set_folders().get("nnUNet_raw")
         unlabelled = raw is not None and (raw / name / "imagesTr").is_dir() and not (raw / name / "labelsTr").is_dir()
         advice = (
-            f"It has no labels: nnssl_pretrain -d {number} -m METHOD plans it from its images, or takes a target's plans with -t"
+            f"It has no labels: nnssl_pretrain -d {number} -m mae plans it from its images, or takes a target's plans with -t"
             if unlabelled
             else f"Type: nnUNetv2_plan_and_preprocess -d {number}"
         )

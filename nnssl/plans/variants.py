@@ -196,10 +196,15 @@ def _set_schedule(metadata: dict[str, Any], asked: Changes) -> None:
     """Put schedule and figures into the entry for the trainer; the figures of another schedule leave."""
     before = metadata.get("schedule") or DEFAULT_SCHEDULE
     schedule = before if asked.schedule is None else schedule_name(asked.schedule)
+    learns_from_pool = asked.unlabelled or asked.transductive
+    if learns_from_pool and asked.schedule is None and not metadata.get("schedule"):
+        schedule = MEAN_TEACHER  # no other learns from these images; its control follows it too
     if schedule != before:
         for key in {*(key for used in USED.values() for key in used), "backbone"}:
             metadata.pop(key, None)
-    if asked.schedule is not None or asked.figures:  # a plan that asks for none can be trained with any trainer
+    if (
+        asked.schedule is not None or asked.figures or learns_from_pool
+    ):  # a plan that asks for none can be trained with any trainer
         metadata["schedule"] = schedule
     metadata.update(check_options(asked.figures or {}, schedule))
 
@@ -222,7 +227,7 @@ def _set_weights(metadata: dict[str, Any], asked: Changes) -> None:
 
 def _set_pool(metadata: dict[str, Any], asked: Changes) -> None:
     """Put the images without labels into the entry for the trainer; only one schedule learns from any."""
-    if (asked.unlabelled or asked.transductive) and metadata.get("schedule", MEAN_TEACHER) != MEAN_TEACHER:
+    if (asked.unlabelled or asked.transductive) and metadata["schedule"] != MEAN_TEACHER:
         raise NnsslError(
             f"--unlabelled and --transductive are for the schedule mean-teacher, not {metadata['schedule'].replace('_', '-')}; "
             "add --schedule mean-teacher."

@@ -67,7 +67,7 @@ def discover(plan: Plan) -> list[tuple[str, Path]]:
     others = "".join(f"\n  - {run.method}: {run.checkpoint}" for run in elsewhere)
     raise NnsslError(
         f"No finished pretraining fits plans '{plan.plans_name}' ({plan.configuration}) of {plan.dataset_name}. Name files: "
-        f"nnssl_probe -d {number} {options} FILE ..., or make one: nnssl_pretrain -d {number} {options} -m METHOD"
+        f"nnssl_probe -d {number} {options} FILE ..., or make one: nnssl_pretrain -d {number} {options} -m mae"
         + (
             f"\nThose made for other datasets' plans can be named where their network is the same:{others}"
             if others

@@ -26,6 +26,8 @@ def check_fits(
     Raises:
         NnsslError: the file cannot be read, holds another network, or does not fit the plan's (says why).
     """
+    if not Path(path).exists():
+        raise NnsslError(f"--checkpoint: There is no checkpoint {path}.")
     network = build_network(plan)
     try:
         return apply(network, load(path, key=key, prefix=prefix), plan)

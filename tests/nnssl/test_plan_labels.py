@@ -9,7 +9,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnssl.errors import NnsslError
 from nnssl.plan_command import main
 from nnssl.plans import load_plan
-from nnssl.plans.labels import case_order, choose_cases, folds_of, restrict, small_split
+from nnssl.plans.labels import case_order, choose_cases, fold_to_type, folds_of, restrict, small_split
 from nnssl.weights import write_variant
 
 CASES = [f"case_{i:03}" for i in range(25)]
@@ -89,7 +89,7 @@ def test_a_file_names_cases_and_each_fold_leaves_its_validation_cases_out(tmp_pa
 @pytest.mark.parametrize(
     ("labels", "text"),
     [
-        (21, r"--labels 21: at least 1, and there are fewer training cases \(fold 0: 20, fold 1: 20"),
+        (21, r"--labels 21: there are fewer training cases \(fold 0: 20, fold 1: 20"),
         (0, "--labels 0: at least 1"),
         ("-3", "--labels -3: at least 1"),
         ("0%", "above 0 %"),
@@ -115,6 +115,28 @@ def test_folds_are_those_that_nnunet_will_have(dataset):
     assert [folds[str(i)] for i in range(5)] == [(list(s["train"]), list(s["val"])) for s in theirs]
     assert folds["all"] == (CASES, CASES)
     assert not (folder / "splits_final.json").exists()
+
+
+def test_the_fold_to_type_is_one_that_nnunet_can_train(dataset):
+    folder = dataset(4)
+    assert fold_to_type(load_plan(901)) == "all"
+    few = write_variant(load_plan(901), "few", labels=2).stem
+    assert fold_to_type(load_plan(901, plans_name=few)) == "0", "the trainer leaves each case out once"
+    own = folder / "splits_final.json"
+    own.write_text("[]")
+    assert fold_to_type(load_plan(901)) == "0", "the user's own folds"
+    own.unlink()
+    data = folder / load_plan(901).data_identifier
+    (data / "case_9.b2nd").touch()
+    assert fold_to_type(load_plan(901)) == "0", "nnU-Net splits five"
+    data.rename(data.with_name("elsewhere"))
+    assert fold_to_type(load_plan(901)) == "0", "not preprocessed yet"
+
+
+def test_the_fold_to_type_of_a_plan_for_all_cases(dataset, tmp_path):
+    dataset(1)
+    one = write_variant(load_plan(901), "one", labels=1).stem
+    assert fold_to_type(load_plan(901, plans_name=one)) == "all", "a single case has no folds"
 
 
 def test_folds_of_the_users_own_split(dataset):

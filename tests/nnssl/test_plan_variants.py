@@ -335,7 +335,7 @@ def test_command_refuses_without_traceback(folder, capsys):
         ("-d 4 -c 3d_lowres --name x --epochs 6", "They have: 2d, 3d_fullres"),
         ("-d 4 --name a__b --epochs 6", "'a__b' cannot be used"),
         ("-d 4 --name x --patch 16,31,24", "axis y has 31 voxels"),
-        ("-d 4 --name x --checkpoint absent.pth", "There is no checkpoint absent.pth"),
+        ("-d 4 --name x --checkpoint absent.pth", "Error: --checkpoint: There is no checkpoint absent.pth."),
         ("-d 4 --name x", "Nothing to change"),
         ("-d 4 --epochs 5", "--name is missing"),
     ]:

@@ -234,6 +234,18 @@ def test_a_run_that_learnt_says_so_in_its_file(dataset):
 # ---- what to type next -------------------------------------------------------------------------------------------
 
 
+def test_the_next_line_names_a_fold_that_so_few_cases_have(tiny_preprocessed, caplog):
+    caplog.set_level(logging.INFO, "nnssl")
+    folder = tiny_preprocessed(901, "Tiny", 4, plan_options={"features": (4, 8, 8), "patch": (16, 16, 16)})
+    (folder / "splits_final.json").unlink()
+    go(epochs=1, iterations=1)
+    assert "Next: nnUNetv2_train 901 3d_fullres all -tr nnUNetTrainerPretrained\n" in caplog.text
+    assert plan_main(["-d", "901", "--name", "a", "--epochs", "5"]) == 0
+    assert "Next: nnUNetv2_train 901 3d_fullres all -p nnUNetPlans_a -tr nnUNetTrainerPretrained" in caplog.text
+    assert plan_main(["-d", "901", "-p", "nnUNetPlans_a", "--lengthen", "6"]) == 0
+    assert "Next: nnUNetv2_train 901 3d_fullres all -p nnUNetPlans_a -tr nnUNetTrainerPretrained --c" in caplog.text
+
+
 def test_the_next_line_works_where_several_fit(dataset, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "nnssl")
     go()

@@ -118,6 +118,16 @@ def test_plans_name_the_pool(dataset):
         write_variant(load_plan(901), "other", schedule="sawtooth", unlabelled=[901])
 
 
+@pytest.mark.parametrize("asked", [{"unlabelled": [901]}, {"transductive": True}])
+def test_a_plan_that_names_the_pool_has_the_schedule_that_learns_from_it(dataset, asked):
+    """Otherwise it would be trained by a trainer without a pool, and its control would follow another schedule."""
+    path = write_variant(load_plan(901), "pool", **asked)
+    assert json.loads(path.read_text())["nnssl"]["schedule"] == "mean_teacher"
+    write_variant(load_plan(901), "saw", schedule="sawtooth")
+    with pytest.raises(NnsslError, match="for the schedule mean-teacher, not sawtooth"):
+        write_variant(load_plan(901, plans_name="nnUNetPlans_saw"), "pool", **asked)
+
+
 # --------------------------------------------------------------------------------------------- what is seen
 
 

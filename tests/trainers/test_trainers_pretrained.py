@@ -258,6 +258,24 @@ def test_several_pretrainings_are_listed_with_the_command(pretraining, build, st
     assert trainer.dataloader_train is None
 
 
+def test_a_fold_of_fewer_than_five_cases_is_refused_before_anything_is_loaded(tiny_preprocessed, build, start):
+    folder = tiny_preprocessed(902, "Few", 4)
+    own_folds = (folder / "splits_final.json").rename(folder / "elsewhere")
+    trainer = build(folder=folder)
+    with pytest.raises(
+        NnsslError, match=r"Dataset902_Few has 4 labelled cases, too few .*Type all in place of the fold 0\."
+    ):
+        start(trainer)
+    assert "Type all in place" in log_of(trainer)
+    trainer.fold = "all"
+    with pytest.raises(NnsslError, match="No finished pretraining"):
+        start(trainer)
+    trainer.fold = 0
+    own_folds.rename(folder / "splits_final.json")
+    with pytest.raises(NnsslError, match="No finished pretraining"):
+        start(trainer)
+
+
 def test_without_a_pretraining_it_says_what_to_type(dataset, pretraining, tiny_preprocessed, build, start):
     with pytest.raises(NnsslError, match="Type: nnssl_pretrain -d 901 -c 3d_fullres -p nnUNetPlans "):
         start(build())
@@ -269,7 +287,7 @@ def test_without_a_pretraining_it_says_what_to_type(dataset, pretraining, tiny_p
     with pytest.raises(NnsslError, match="another network of this dataset:\n.*__nnUNetPlans_small__"):
         start(build())
     other = tiny_preprocessed(id=902, name="Other")
-    with pytest.raises(NnsslError, match="-d 901 -t 902 -c 3d_fullres -p nnUNetPlans\n") as error:
+    with pytest.raises(NnsslError, match="-d 901 -t 902 -c 3d_fullres -p nnUNetPlans -m mae\n") as error:
         start(build(folder=other))
     assert "other datasets" in str(error.value) and "nnUNetTrainerPretrainedScratch" in str(error.value)
 
