@@ -29,9 +29,10 @@ def need_datasets(experiment: Experiment) -> None:
         if dataset in known or (dataset.isdecimal() and str(int(dataset)) in numbers):
             continue
         where = experiment.datasets.get(dataset)
-        uses = [f"for {', '.join(dict.fromkeys(itself))}"] if itself else []
+        uses = [f"for {', '.join(dict.fromkeys(itself))}"] if set(itself) - {dataset} else []
         uses += [f"to pretrain on for {', '.join(dict.fromkeys(before))}"] if before else []
-        problems.append(f"{dataset}{': ' + where if where else ''} ({'; '.join(uses)})")
+        told = f" ({'; '.join(uses)})" if uses else ""
+        problems.append(f"{dataset}{': ' + where if where else ''}{told}")
     if not problems:
         return
     if not set_folders():

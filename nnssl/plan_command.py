@@ -19,6 +19,7 @@ from nnssl.plans.figures import DEFAULT_SCHEDULE, MEAN_TEACHER, SCHEDULES, TEACH
 from nnssl.plans.labels import fold_to_type
 from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
+from nnssl.plans.unlabelled import list_cases, preprocessing
 from nnssl.plans.variants import Changes, Variant, list_variants
 from nnssl.results import find_pretrainings
 from nnssl.streams import show
@@ -158,14 +159,17 @@ def _next(plan: Plan) -> list[str]:
     finds = bool(plan.nnssl.get("checkpoint"))
     with suppress(NnsslError):  # nnUNet_results may not be set yet
         finds = finds or any(run.finished for run in find_pretrainings(plan))
+    missing = [source for source in plan.nnssl.get("unlabelled") or () if not list_cases(plan, source)]
+    first = [f"First, for the images without labels: {preprocessing(plan, missing)}"] if missing else []
     if finds:
-        return [f"Next: {train.format(trainer)}"]
+        return [*first, f"Next: {train.format(trainer)}"]
     where = f" -c {plan.configuration}" if plan.configuration != "3d_fullres" else ""
     sources = " ".join(str(dataset_id(name)) for name in plan.nnssl.get("unlabelled") or ())
     sources = f"{sources} -t {number}" if sources else str(number)
     pretrain = f"nnssl_pretrain -d {sources} -m mae -p {plan.plans_name}{where}"
     if schedule == MEAN_TEACHER and not plan.is_primus:
         return [
+            *first,
             f"Next, from random weights: {train.format(TEACHER)}",
             f"Or from pretrained ones: {pretrain}, and then -tr {trainer}",
         ]

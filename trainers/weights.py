@@ -9,7 +9,7 @@ from nnssl.errors import NnsslError
 from nnssl.files import sha256_of
 from nnssl.paths import decode_path
 from nnssl.plans import Plan, dataset_id
-from nnssl.plans.figures import PRIMUS, SCRATCH
+from nnssl.plans.figures import MEAN_TEACHER, PRIMUS, SCRATCH, TEACHER
 from nnssl.results import PretrainingRun, find_pretrainings, find_pretrainings_elsewhere, list_pretrainings
 
 
@@ -124,8 +124,11 @@ def _none(plan: Plan) -> str:
             f"To learn from {source} for these plans, type: nnssl_pretrain -d {_number(source)} -t {number} {options} -m mae"
         )
     else:
-        text.append(f"Type: nnssl_pretrain -d {number} {options} -m mae   (from other images: -d SOURCE -t {number})")
-    text.append(f"To train without pretraining: -tr {PRIMUS[1] if plan.is_primus else SCRATCH}")
+        pool = " ".join(str(dataset_id(source)) for source in plan.nnssl.get("unlabelled") or ())
+        sources = f"{pool} -t {number}" if pool else number
+        text.append(f"Type: nnssl_pretrain -d {sources} {options} -m mae   (from other images: -d SOURCE -t {number})")
+    without = TEACHER if plan.nnssl.get("schedule") == MEAN_TEACHER else SCRATCH
+    text.append(f"To train without pretraining: -tr {PRIMUS[1] if plan.is_primus else without}")
     return "\n".join(text)
 
 

@@ -65,16 +65,23 @@ def list_cases(plan: Plan, source: str) -> list[CaseRef]:
     return [CaseRef(name, folder, source) for name in preprocessed.list_cases(folder)]
 
 
+def preprocessing(plan: Plan, sources: Iterable[str]) -> str:
+    """The command that preprocesses the images of datasets for a plan."""
+    numbers = " ".join(str(dataset_id(source)) for source in sources)
+    return (
+        f"nnssl_pretrain -d {numbers} -t {dataset_id(plan.dataset_name)} -c {plan.configuration} -p {plan.plans_name} "
+        "-m mae --preprocess-only"
+    )
+
+
 def _named(plan: Plan, sources: Iterable[str]) -> tuple[list[CaseRef], list[str]]:
     cases, why = [], []
     for source in sources:
         found = list_cases(plan, source)
         if not found:
-            number, target = dataset_id(source), dataset_id(plan.dataset_name)
             raise NnsslError(
                 f"Plans '{plan.plans_name}' name {source} as images without labels, and it is not preprocessed for them "
-                f"({source_folder(plan, source)} holds no case). Type: nnssl_pretrain -d {number} -t {target} "
-                f"-c {plan.configuration} -p {plan.plans_name} -m mae --preprocess-only"
+                f"({source_folder(plan, source)} holds no case). Type: {preprocessing(plan, [source])}"
             )
         cases += found
         why.append(f"{len(found)} of {source}, named by the plans")

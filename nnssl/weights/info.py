@@ -100,7 +100,9 @@ def _file_of(path: str | os.PathLike[str]) -> Path:
         return given
     found = [given / name for name in (FINAL, LATEST) if (given / name).is_file()]
     if not found:
-        raise NnsslError(f"{given} is a folder without {FINAL} or {LATEST}. Name the file itself.")
+        folds = [fold for fold in sorted(given.glob("fold_*")) if (fold / FINAL).is_file() or (fold / LATEST).is_file()]
+        instead = f"Name a fold of this training: {folds[0]}" if folds else "Name the file itself."
+        raise NnsslError(f"{given} is a folder without {FINAL} or {LATEST}. {instead}")
     return found[0]
 
 

@@ -397,7 +397,14 @@ def test_info_of_weights_that_lie_alone(ours, tmp_path):
     (run / "checkpoint_latest.pth").unlink()
     assert describe(run)["how_to_continue"].endswith(f"nnssl_pretrain ... --init {run / 'checkpoint_final.pth'}")
     (run / "checkpoint_final.pth").unlink()
-    with pytest.raises(NnsslError, match="folder without checkpoint_final.pth or checkpoint_latest.pth"):
+    with pytest.raises(
+        NnsslError, match=r"folder without checkpoint_final.pth or checkpoint_latest.pth. Name the file itself\."
+    ):
+        describe(run)
+    (run / "fold_2").mkdir()  # the folder of a fine-tuning
+    (run / "fold_2" / "checkpoint_latest.pth").touch()
+    (run / "fold_0").mkdir()
+    with pytest.raises(NnsslError, match=f"Name a fold of this training: {run / 'fold_2'}"):
         describe(run)
 
 

@@ -649,6 +649,9 @@ def test_all_missing_datasets_are_named_at_once_with_where_they_come_from(lab, t
     text = str(error.value)
     assert "\n  27: ACDC, from its organisers (for ACDC)" in text and "\n  9 (for Spleen)" in text
     assert "\n  301 (to pretrain on for ACDC, Spleen, here)" in text and text.endswith("or leave out what needs it.")
+    file.write_text("dataset: 27\nmethods: [scratch]\nlabels: [1]\n")  # a setting without a name of its own
+    with pytest.raises(NnsslError, match=r"a dataset is not there: 27\.\n"):
+        cli.run_experiment(file, out=tmp_path / "out", device="cpu", dry_run=True)
 
 
 def test_each_end_of_a_job_tells_what_is_left(lab, caplog):

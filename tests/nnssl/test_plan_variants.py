@@ -11,6 +11,7 @@ from nnssl.networks import build_network, canonical_state_dict
 from nnssl.paths import decode_path
 from nnssl.plan_command import main
 from nnssl.plans import Changes, Plan, check_name, derive, list_variants, load_plan
+from nnssl.plans.unlabelled import prepared_folder
 from nnssl.weights import build_payload, save, write_variant
 
 STRIDES = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2))
@@ -317,6 +318,23 @@ def test_command_says_what_a_mean_teacher_can_start_from(folder, capsys):
         "Or from pretrained ones: nnssl_pretrain -d 4 -m mae -p nnUNetPlans_few -c 2d, and then "
         "-tr nnUNetTrainerPretrainedMeanTeacher\n"
     )
+
+
+def test_command_says_what_comes_before_a_pool_that_is_not_preprocessed(folder, capsys):
+    (folder.with_name("Dataset500_Scans")).mkdir()
+    first = (
+        "First, for the images without labels: "
+        "nnssl_pretrain -d 500 -t 4 -c 3d_fullres -p nnUNetPlans_few -m mae --preprocess-only\nNext, from random weights: "
+    )
+    assert main(["-d", "4", "--name", "few", "--unlabelled", "500"]) == 0
+    assert first in capsys.readouterr().out
+    plan = load_plan(4, plans_name="nnUNetPlans_few")
+    there = prepared_folder(plan, "Dataset500_Scans")
+    there.mkdir()
+    (there / "scan.b2nd").touch()
+    (there / "scan.pkl").touch()
+    assert main(["-d", "4", "--name", "few2", "--unlabelled", "500"]) == 0
+    assert "First" not in capsys.readouterr().out
 
 
 def test_command_2d(folder):

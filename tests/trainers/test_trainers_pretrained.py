@@ -276,6 +276,19 @@ def test_a_fold_of_fewer_than_five_cases_is_refused_before_anything_is_loaded(ti
         start(trainer)
 
 
+def test_without_a_pretraining_a_mean_teacher_is_told_its_own_images_and_trainer(
+    dataset, tiny_preprocessed, build, start
+):
+    from nnssl.trainers import nnUNetTrainerPretrainedMeanTeacher
+
+    tiny_preprocessed(id=902, name="Other")
+    path = write_variant(load_plan(901), "few", unlabelled=[902])
+    with pytest.raises(NnsslError) as error:
+        start(build(nnUNetTrainerPretrainedMeanTeacher, plans=path.stem))
+    assert "Type: nnssl_pretrain -d 902 -t 901 -c 3d_fullres -p nnUNetPlans_few -m mae " in str(error.value)
+    assert "To train without pretraining: -tr nnUNetTrainerMeanTeacher" in str(error.value)
+
+
 def test_without_a_pretraining_it_says_what_to_type(dataset, pretraining, tiny_preprocessed, build, start):
     with pytest.raises(NnsslError, match="Type: nnssl_pretrain -d 901 -c 3d_fullres -p nnUNetPlans "):
         start(build())
