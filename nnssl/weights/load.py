@@ -25,6 +25,9 @@ from nnssl.weights.wrappers import OtherNetwork, find_weights_in
 ENTRIES = ("nnssl", "nnssl_adaptation_plan", "citations", "trainer_name")
 """What a safetensors file holds besides tensors, as JSON."""
 
+SCHEMA = 2
+"""Of our own entry. Files of schema 1 lack ``transfer`` and the run's ``identity``; both are read."""
+
 UNTOLD = "unknown"
 """The method of files of others that name no trainer."""
 _UNREADABLE = (
@@ -232,6 +235,12 @@ def read_content(
             path, {**content, "network_weights": error.tensors}, [str(error).removeprefix(f"{path} holds ")]
         )
     rest = {k: v for k, v in content.items() if k not in found.entry[:1]} if found.entry else {}
+    own = rest.get("nnssl")
+    schema = own.get("schema") if isinstance(own, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise NnsslError(
+            f"{path} is of a newer nnssl (schema {schema}); this version reads up to {SCHEMA}: update nnssl."
+        )
     return Checkpoint(path, {**rest, "network_weights": found.weights}, found.remarks)
 
 

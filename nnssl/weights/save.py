@@ -19,8 +19,8 @@ from nnssl.files import write_atomic
 from nnssl.networks import full_state_dict
 from nnssl.plans import Plan
 from nnssl.weights.adaptation_plan import adaptation_plan, citation_entries
+from nnssl.weights.load import SCHEMA
 
-SCHEMA = 1
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
 _PACKAGES = ("nnssl", "nnunetv2", "torch", "dynamic-network-architectures", "numpy")
 

@@ -57,7 +57,7 @@ def test_round_trip_with_weights_only(plan, tmp_path):
     assert checkpoint.training["step"] == 3
     assert torch.equal(checkpoint.training["rng"], torch.get_rng_state())
     about = checkpoint.nnssl
-    assert about["schema"] == 1
+    assert about["schema"] == 2
     assert about["config"] == {"lr": 1e-3, "levels": (0, 1), "preset": "nnunet"}
     assert about["plan"]["architecture_hash"] == plan.architecture_hash
     assert (about["patch_size"], about["plan"]["patch_size"]) == ([8, 16, 8], [16, 24, 16])
@@ -176,6 +176,16 @@ def test_kill_during_a_save_leaves_the_old_file_whole(tmp_path):
     save(tmp_path / "c.pth", {"network_weights": {STEM: torch.full((1,), 2.0)}})
     assert os.listdir(tmp_path) == ["c.pth"]
     assert load(tmp_path / "c.pth").weights[STEM].item() == 2
+
+
+def test_schemas_up_to_ours_are_read(tmp_path):
+    path = tmp_path / "schema.pth"
+    for schema in (1, 2):
+        save(path, {"network_weights": {STEM: torch.ones(1)}, "nnssl": {"schema": schema}})
+        assert load(path).nnssl["schema"] == schema
+    save(path, {"network_weights": {STEM: torch.ones(1)}, "nnssl": {"schema": 3}})
+    with pytest.raises(NnsslError, match=r"of a newer nnssl \(schema 3\); this version reads up to 2: update"):
+        load(path)
 
 
 @pytest.fixture
