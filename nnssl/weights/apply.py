@@ -29,7 +29,7 @@ from nnssl.weights.layout import (
 )
 from nnssl.weights.load import Checkpoint, load, read_content
 from nnssl.weights.matching import count, match
-from nnssl.weights.parts import HEADS, part_names, part_of, wanted_parts
+from nnssl.weights.parts import HEADS, decoder_stages, part_names, part_of, wanted_parts
 from nnssl.weights.refusals import check_bridgeable, check_coverage, check_promise
 from nnssl.weights.report import TransferReport
 
@@ -44,7 +44,7 @@ def _held_parts(checkpoint: Checkpoint, names: list[str]) -> dict[str, Any]:
     if checkpoint.pretrained_parts is not None:
         return checkpoint.pretrained_parts
     if checkpoint.origin in ("nnU-Net", "others"):
-        stages = [int(p.rsplit(" ", 1)[1]) for p in part_names(names) if p.startswith("decoder stage ")]
+        stages = decoder_stages(names)
         return {"encoder": True, "decoder_stages": stages}
     return {"encoder": True, "decoder_stages": []}
 

@@ -29,7 +29,7 @@ from nnssl.weights.adaptation_plan import adaptation_plan
 from nnssl.weights.architecture import architecture_of, complete_aliases, plan_of
 from nnssl.weights.layout import is_transformer
 from nnssl.weights.load import ENTRIES, Checkpoint, load
-from nnssl.weights.parts import HEADS, UP, part_names, part_of, wanted_parts
+from nnssl.weights.parts import HEADS, UP, decoder_stages, part_of, wanted_parts
 from nnssl.weights.save import SCHEMA, describe_plan, package_versions, plain, save
 
 log = logging.getLogger("nnssl")
@@ -153,7 +153,7 @@ def _describe(
 ) -> dict[str, Any]:
     """An entry of ours for a file that has none; only what the file itself says."""
     whole = parts == "all" or (parts == "promised" and checkpoint.origin in ("nnU-Net", "others"))
-    stages = [int(p.rsplit(" ", 1)[1]) for p in part_names(weights) if p.startswith("decoder stage ")] if whole else []
+    stages = decoder_stages(weights) if whole else []
     entry: dict[str, Any] = {
         "schema": SCHEMA,
         "method": checkpoint.method,

@@ -37,11 +37,16 @@ def part_of(name: str) -> str:
     return decoder_stage(int(stage.group(1))) if stage else OTHER
 
 
+def decoder_stages(names: Iterable[str]) -> list[int]:
+    """The decoder stages that the given tensor names are of, from the lowest resolution on."""
+    return sorted({int(stage.group(1)) for stage in map(_STAGE.match, names) if stage})
+
+
 def part_names(names: Iterable[str]) -> list[str]:
     """The parts of the given tensor names, in the order of computation, heads last."""
+    names = list(names)
     found = {part_of(name) for name in names}
-    stages = sorted((p for p in found if p.startswith("decoder stage ")), key=lambda p: int(p.rsplit(" ", 1)[1]))
-    return [p for p in ("encoder", *stages, OTHER, UP, HEADS) if p in found]
+    return [p for p in ("encoder", *map(decoder_stage, decoder_stages(names)), OTHER, UP, HEADS) if p in found]
 
 
 def is_head(part: str) -> bool:
