@@ -15,7 +15,7 @@ from nnssl.experiments.scores import Key, Scores, label_order, parse_labels
 from nnssl.experiments.statistics import _nanmean
 from nnssl.experiments.summary import Row
 from nnssl.experiments.tables import baseline_of
-from nnssl.files import write_atomic
+from nnssl.pictures import new_figure, write_png
 
 log = logging.getLogger("nnssl")
 
@@ -186,10 +186,6 @@ def draw_case(
     Raises:
         ValueError: the sizes differ. RuntimeError: a file cannot be read.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     scan, spacing = _read(image)
@@ -204,13 +200,9 @@ def draw_case(
     pixel = [s for a, s in enumerate(spacing) if a != axis]
     box = _box(np.any([m > 0 for m in flat[1:]], axis=0), pixel)
     low, high = _window(flat[0], box)
-    figure, axes = plt.subplots(
-        1,
-        len(maps) + 1,
-        figsize=(2.5 * (len(maps) + 1), 2.85),
-        squeeze=False,
-        layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.06, wspace=0.02),
-    )
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.06, wspace=0.02)
+    figure = new_figure(2.5 * (len(maps) + 1), 2.85, layout=layout)
+    axes = figure.subplots(1, len(maps) + 1, squeeze=False)
     for panel, (title, shown) in zip(axes[0], [("reference", None), *zip([t for t, _ in maps], flat[2:])]):
         panel.imshow(
             flat[0][box], cmap="gray", vmin=low, vmax=high, aspect=pixel[0] / pixel[1], interpolation="bilinear"
@@ -228,9 +220,7 @@ def draw_case(
             panel.invert_yaxis()
         if towards:
             _mark(panel, towards[:axis] + towards[axis + 1 :], flipped=bool(axis))
-    drawn: dict[str, Any] = {"format": "png", "dpi": 110, "facecolor": "white", "metadata": {"Software": None}}
-    write_atomic(file, lambda out: figure.savefig(out, **drawn))
-    plt.close(figure)
+    write_png(file, figure, 110, facecolor="white", metadata={"Software": None})
     plane = PLANES[towards[axis]] if towards else f"axis {axis},"
     return f"{plane} slice {z + 1} of {scan.shape[axis]}"
 

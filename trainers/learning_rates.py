@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnssl.files import write_atomic
+from nnssl.pictures import new_figure
 from nnssl.trainers.schedule import LearningRates
 
 MOST_POINTS = 2000
@@ -58,25 +60,20 @@ def draw_below(path: Path, draw: Callable[[Any], None]) -> None:
         path: a PNG.
         draw: draws into matplotlib's axes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from PIL import Image
 
     above = Image.open(path).convert("RGB")
     dpi = 100
-    figure = Figure(figsize=(above.width / dpi, 14), dpi=dpi)
-    canvas = FigureCanvasAgg(figure)
-    ax = figure.subplots()
-    draw(ax)
+    figure = new_figure(above.width / dpi, 14, dpi=dpi)
+    draw(figure.subplots())
     figure.tight_layout()
+    canvas = figure.canvas
     canvas.draw()
     below = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
     whole = Image.new("RGB", (above.width, above.height + below.height), "white")
     whole.paste(above, (0, 0))
     whole.paste(below, (0, above.height))
-    temporary = path.with_name(f".{path.name}.tmp")
-    whole.save(temporary, format="png", compress_level=2)
-    temporary.replace(path)
+    write_atomic(path, lambda file: whole.save(file, format="png", compress_level=2))
 
 
 def _draw(rates: LearningRates, epochs: int, ax: Any) -> None:

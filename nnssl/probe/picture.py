@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
 import numpy as np
 
+from nnssl.pictures import new_figure, png
 from nnssl.probe.cases import Case
 from nnssl.probe.measure import best_slice
 from nnssl.probe.result import Probe
@@ -78,15 +78,12 @@ def _panel(panel: Any, found: Probe, case: Case, masks: np.ndarray) -> None:
 
 def draw(found: Probe) -> bytes:
     """The picture as PNG: a column each for random weights and every checkpoint, by layers on all encoder stages."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     cases, columns = choose_cases(found), list(found.slices)
     encoder: dict[str, Row] = {row.name: row for row in found.rows if row.n_decoder == 0}
     scored, names = found.setup.scored, found.setup.classes.names
-    figure = Figure(figsize=(max(6.0, 2.6 * len(columns)), 2.75 * len(cases) + 1.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(6.0, 2.6 * len(columns)), 2.75 * len(cases) + 1.0, layout="constrained")
     axes = figure.subplots(len(cases), len(columns), squeeze=False)
     for line, name in zip(axes, cases):
         for panel, column in zip(line, columns):
@@ -110,6 +107,4 @@ def draw(found: Probe) -> bytes:
         f"What a linear layer on the frozen encoder finds\n{shown}, each at the slice with the largest labelled area",
         fontsize=10.5,
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure, 110, metadata={"Software": None})

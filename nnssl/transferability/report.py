@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnssl.files import write_atomic, write_csv
+from nnssl.files import write_csv
+from nnssl.pictures import new_figure, write_png
 from nnssl.transferability.checkpoints import Run
 from nnssl.transferability.downstream import TISRow
 from nnssl.transferability.indicator import summarise
@@ -97,13 +97,9 @@ def write_tis_csv(path: Path, rows: Sequence[TISRow]) -> None:
 
 def plot_runs(path: Path, runs: Sequence[Run], baseline: Baseline) -> None:
     """One panel per run: loss over epochs, with the band of random initialisations (mean +- 2 SD). No shared axes, on purpose."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(3, len(runs))
     lines = math.ceil(len(runs) / columns)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * lines))
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.2 * columns, 3.6 * lines)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax, run in zip(axes, runs):
         if math.isfinite(baseline.mean):
@@ -122,6 +118,4 @@ def plot_runs(path: Path, runs: Sequence[Run], baseline: Baseline) -> None:
     for ax in axes[len(runs) :]:
         ax.axis("off")
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_atomic(path, lambda file: file.write(buffer.getvalue()))
+    write_png(path, figure, 110)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nnssl.files import write_atomic
+from nnssl.pictures import new_figure, write_png
 from nnssl.pretrain.engine.wrapping import wrapped
 from nnssl.pretrain.types import Picture
 
@@ -32,9 +32,6 @@ def save_picture(picture: Picture, path: Path, *, heading: str = "", aspect: flo
         heading: what run and epoch it is from, above the title.
         aspect: height of a pixel by its width, in mm / mm.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = {caption: np.asarray(images, dtype=np.float32) for caption, images in picture.columns.items()}
     rows = min(len(c) for c in columns.values())
     shape = next(iter(columns.values())).shape[1:3]
@@ -51,8 +48,7 @@ def save_picture(picture: Picture, path: Path, *, heading: str = "", aspect: flo
     below = 0.18 * len(bottom) + lower + (0.55 if picture.scales else 0.0) + 0.2
     space = 0.1 + lower
     height = above + below + rows * (tall + space)
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height, facecolor="white")
     grid = {"left": 0.15 / width, "right": 1 - 0.15 / width, "top": 1 - above / height, "bottom": below / height}
     spaces = {"wspace": 0.05, "hspace": space / tall}
     axes = figure.subplots(rows, len(columns), squeeze=False, gridspec_kw={**grid, **spaces})
@@ -67,7 +63,7 @@ def save_picture(picture: Picture, path: Path, *, heading: str = "", aspect: flo
         bold = {"fontsize": 12, "fontweight": "bold"} if k >= len(small) else {"color": "0.35"}
         figure.text(0.5, 1 - (0.17 + 0.2 * k) / height, line, ha="center", va="center", **bold)
     figure.text(0.15 / width, 0.08 / height, "\n".join(bottom), ha="left", va="bottom", fontsize=9.5)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
+    write_png(path, figure, DPI)
 
 
 def _caption(text: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnssl.files import write_atomic
+from nnssl.pictures import new_figure, write_png
 from nnssl.pretrain.engine.wrapping import wrapped
 from nnssl.pretrain.types import Curve, Level
 
@@ -60,9 +60,6 @@ def plot_progress(
         title: what run it is.
         sentence: what the method itself says of the run so far.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     start = {k if k in _WITHOUT_PREFIX else f"held_out/{k}": v for k, v in (first or {}).items()}
     rows: list[Mapping[str, Any]] = [{"epoch": 0, **start}] if first else []
     rows += history
@@ -74,8 +71,7 @@ def plot_progress(
     width = 5.2 * across
     above, below = wrapped(title, width - 0.4, 13, dpi=DPI, bold=True), wrapped(sentence, width - 0.4, 10.5, dpi=DPI)
     height = 4.0 * down + 0.25 * len(above) + 0.2 * len(below) + 0.3
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height, facecolor="white")
     axes = figure.subplots(down, across, squeeze=False).ravel()
     for ax, panel in zip(axes, drawn):
         panel(ax)
@@ -88,7 +84,7 @@ def plot_progress(
         figure.text(0.5, 1 - 0.1 / height, "\n".join(above), ha="center", va="top", fontsize=13, fontweight="bold")
     if below:
         figure.text(0.2 / width, 0.1 / height, "\n".join(below), ha="left", va="bottom", fontsize=10.5)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
+    write_png(path, figure, DPI)
 
 
 def plot_details(history: Rows, path: Path) -> None:
@@ -98,15 +94,12 @@ def plot_details(history: Rows, path: Path) -> None:
         history: epoch rows; ``train/x`` and ``held_out/x`` share a panel.
         path: the PNG.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     names = list(dict.fromkeys(_plain_name(k) for row in history for k, v in row.items() if _number(v)))
     names = [n for n in names if n not in ("epoch", "step")]
     across = 4
-    figure = Figure(figsize=(17, 2.9 * math.ceil(len(names) / across)), facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(17, 2.9 * math.ceil(len(names) / across), facecolor="white")
     axes = figure.subplots(math.ceil(len(names) / across), across, squeeze=False).ravel()
     for ax, name in zip(axes, names):
         for prefix, label, colour in (
@@ -124,7 +117,7 @@ def plot_details(history: Rows, path: Path) -> None:
     for ax in axes[len(names) :]:
         ax.axis("off")
     figure.tight_layout()
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=65))
+    write_png(path, figure, 65)
 
 
 def _plain_name(key: str) -> str:
