@@ -1,9 +1,9 @@
 """``nnUNetTrainerPretrained``: plain nnU-Net training from self-supervised weights, and its control without them.
 
 What differs from nnU-Net's own trainer: the weights at the start of epoch 0, the learning rate (warm-up to 1e-3, then poly;
-nnU-Net starts at 1e-2), the figures and training cases that ``plans["nnssl"]`` sets, and checkpoints that are written whole and
-under the name of nnU-Net's trainer, so that any nnU-Net predicts with them. Other schedules:
-:mod:`nnssl.trainers.other_schedules`.
+nnU-Net starts at 1e-2) and in short trainings the optimiser (Adam), the figures and training cases that ``plans["nnssl"]`` sets,
+and checkpoints that are written whole and under the name of nnU-Net's trainer, so that any nnU-Net predicts with them. Other
+schedules: :mod:`nnssl.trainers.other_schedules`.
 """
 
 from __future__ import annotations
