@@ -171,6 +171,8 @@ def _pool(worker: Callable[[J], R], waiting: Iterator[J], n: int, broken: list[J
             if broken:
                 broken += running.values()
                 processes = list((getattr(executor, "_processes", None) or {}).values())
+                for process in processes:  # one that started while the pool broke was not ended with the others
+                    process.terminate()
                 executor.shutdown()
                 return _how(processes)
         executor.shutdown()
