@@ -17,6 +17,7 @@ from nnssl.distributed import rank, world_size
 from nnssl.errors import NnsslError, UsageError
 from nnssl.files import write_json
 from nnssl.loggers import open_loggers
+from nnssl.options import as_function
 from nnssl.plans import Plan, resolve_dataset
 from nnssl.pretrain.data import CaseSet
 from nnssl.pretrain.data.weights import parse_sources, relative
@@ -32,7 +33,7 @@ from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.omni import FOLDER, prepare_omni, take_omni
 from nnssl.pretrain.onwards import finished_before, keep_first_end, next_lines, start_from, started_from
-from nnssl.pretrain.options import RunOptions, Sources, as_function, command_of
+from nnssl.pretrain.options import RunOptions, Sources, command_of
 from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
 from nnssl.pretrain.prepare.planning import planned
 from nnssl.pretrain.resolve import Choice, batch_size, identity, method_folder, resolve
@@ -157,6 +158,7 @@ def _pretrain(asked: RunOptions, said: MemoryHandler) -> RunResult:
 
 
 run = as_function(
+    "run",
     RunOptions,
     pretrain,
     "Pretrain the network of a dataset's plans on unlabelled images.",

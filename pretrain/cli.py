@@ -14,7 +14,8 @@ from typing import Any
 from nnssl.command import run_command
 from nnssl.errors import NnsslError, UsageError
 from nnssl.grammar import CommandParser
-from nnssl.pretrain.options import LENGTH, MACHINE, WHAT, add_options, from_args
+from nnssl.options import add_options, from_args
+from nnssl.pretrain.options import LENGTH, MACHINE, WHAT, RunOptions
 from nnssl.streams import show
 from nnssl.words import aligned
 
@@ -27,7 +28,7 @@ def parser() -> CommandParser:
         "Self-supervised pretraining of the network of a dataset's nnU-Net plans, on images without labels.",
         "nnssl_pretrain -d 500 -t 501 -m mae, then: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerPretrained",
     )
-    groups = add_options(p)
+    groups = add_options(p, RunOptions)
     groups[WHAT].add_argument("--list", action="store_true", help="list the objectives, or with -m all options of one")
     groups[LENGTH].add_argument(
         "--c",
@@ -92,7 +93,7 @@ def _body(args: argparse.Namespace, arguments: list[str]) -> int:
         )
     if args.num_gpus > 1 and "WORLD_SIZE" not in os.environ and not args.dry_run:
         return _several(args, arguments)
-    options = from_args(args, "auto" if args.auto_continue and not args.go_on else args.go_on)
+    options = from_args(RunOptions, args, continue_run="auto" if args.auto_continue and not args.go_on else args.go_on)
     from nnssl.pretrain.api import pretrain
 
     result = pretrain(options)

@@ -5,17 +5,17 @@ Imports nothing heavy, so that ``nnssl_pretrain --help`` is there at once.
 
 from __future__ import annotations
 
-import inspect
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, Field, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from nnssl.config import parse_assignments
-from nnssl.errors import NnsslError, did_you_mean
-from nnssl.grammar import SHARED, CommandParser
+from nnssl.errors import NnsslError
+from nnssl.grammar import SHARED
+from nnssl.options import asked, command_fields, given
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.hooks import Hook
@@ -23,31 +23,10 @@ if TYPE_CHECKING:
 Sources = int | str | Sequence[int | str] | Mapping[int | str, float]
 """A dataset, several, or several with weights; text may carry a weight, ``"500:8"``."""
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 WHAT, LENGTH, START = "what is learnt from what", "how long, and under which name", "weights to start from"
 PLANNING = "datasets that nnU-Net cannot plan, since they have no labels"
 MACHINE = "machine"
 LABELLED = "labels as well"
-GROUPS = (WHAT, LENGTH, MACHINE, START, LABELLED, PLANNING)
-
-
-def given(
-    value: Any, group: str, *names: str, help: str, read: Callable[[Any], Any] | None = None, **keywords: Any
-) -> Any:
-    """A field that is an option of the command.
-
-    Args:
-        value: default in Python, ``...`` for none; the command's is absence.
-        group: title in the help.
-        names: spellings; of :data:`nnssl.grammar.SHARED` where they are missing.
-        help: meaning, for both.
-        read: makes of the command's text what Python's users give.
-        keywords: of ``add_argument``.
-    """
-    meta = {"group": group, "names": names, "help": help, "read": read, "keywords": keywords}
-    return field(metadata=meta) if value is ... else field(default=value, metadata=meta)
 
 
 def _crop(text: str | Sequence[int]) -> tuple[int, ...]:
@@ -219,58 +198,13 @@ class RunOptions:
 
     def asked(self) -> dict[str, Any]:
         """What differs from the defaults, as JSON-ready values: for the run's record."""
-        out: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name not in ("hooks", "continue_run", "dry_run") and value != f.default:
-                out[f.name] = _plain(value)
-        return out
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def _of_command() -> list[Field]:
-    return [f for f in fields(RunOptions) if "group" in f.metadata]
-
-
-def add_options(parser: CommandParser) -> dict[str, Any]:
-    """Add all of :class:`RunOptions` to a parser; returns the groups by title."""
-    groups = {title: parser.group(title) for title in GROUPS}
-    for f in _of_command():
-        meta = f.metadata
-        keywords = {"help": meta["help"], **meta["keywords"]}
-        if meta["names"]:
-            groups[meta["group"]].add_argument(
-                *meta["names"], dest=f.name, **{**keywords, "help": keywords["help"].replace("%", "%%")}
-            )
-        else:
-            parser.share(groups[meta["group"]], f.name, **keywords)
-    return groups
-
-
-def from_args(args: Any, continue_run: bool | Literal["auto"]) -> RunOptions:
-    """The options of a parsed command line.
-
-    Raises:
-        NnsslError: a text that cannot be read.
-    """
-    values: dict[str, Any] = {}
-    for f in _of_command():
-        value, read = getattr(args, f.name), f.metadata["read"]
-        values[f.name] = value if value is None or read is None else read(value)
-    return RunOptions(**values, continue_run=continue_run)
+        return asked(self, without=("hooks", "continue_run", "dry_run"))
 
 
 def command_of(options: RunOptions) -> str:
     """The command line that asks for the same, with every option that differs from its default."""
     words = ["nnssl_pretrain"]
-    for f in _of_command():
+    for f in command_fields(options):
         value = getattr(options, f.name)
         if f.name != "method" and (value is None or value is False or value == f.default) or f.name == "dry_run":
             continue
@@ -295,31 +229,3 @@ def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ",".join(map(_text, value))
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def as_function(
-    cls: Callable[P, Any], body: Callable[[Any], R], summary: str, returns: str, raises: str
-) -> Callable[P, R]:
-    """A function with the fields of a dataclass as arguments; type checkers and ``help`` see each of them.
-
-    Args:
-        cls: the dataclass.
-        body: what is done with its instance.
-        summary, returns, raises: of the docstring; its arguments are the fields' own texts.
-    """
-
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(f"there is no argument '{name}'.{did_you_mean(name, known)}")
-        return body(cls(*args, **kwargs))
-
-    returned = inspect.signature(body).return_annotation
-    run.__signature__ = inspect.signature(cls).replace(return_annotation=returned)  # type: ignore[attr-defined]
-    run.__module__, run.__qualname__ = body.__module__, "run"
-    lines = [f"    {f.name}: {f.metadata['help']}." for f in fields(cls)]  # type: ignore[arg-type]
-    run.__doc__ = "\n".join(
-        [summary, "", "Args:", *lines, "", "Returns:", f"    {returns}", "", "Raises:", f"    {raises}"]
-    )
-    return run

@@ -284,8 +284,9 @@ def test_the_record_holds_the_command_that_repeats_the_run(dataset, monkeypatch,
     """Made from what was asked, whether from Python or typed; a continued run keeps it and adds its own."""
     import shlex
 
+    from nnssl.options import from_args
     from nnssl.pretrain.cli import parser
-    from nnssl.pretrain.options import RunOptions, command_of, from_args
+    from nnssl.pretrain.options import RunOptions, command_of
 
     monkeypatch.setenv("nnssl_malloc", "0")
     caplog.set_level(logging.INFO, logger="nnssl")
@@ -294,7 +295,7 @@ def test_the_record_holds_the_command_that_repeats_the_run(dataset, monkeypatch,
     result = run(901, **how, options=options, name="told")
     saved = json.loads((result.folder / "config.json").read_text())
     assert saved["environment"]["nnssl_malloc"] == "0" and saved["asked"]["options"] == options
-    again = from_args(parser().parse_args(shlex.split(saved["command"])[1:]), False)
+    again = from_args(RunOptions, parser().parse_args(shlex.split(saved["command"])[1:]), continue_run=False)
     assert {**vars(again), "options": None, "sources": None} == {
         **vars(RunOptions(901, **how, name="told")),
         "options": None,

@@ -1,0 +1,117 @@
+"""Options of a command stated once, as the fields of a dataclass: parser, docs, record and a Python function come from these.
+
+Imports nothing heavy, so that ``--help`` is there at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, ParamSpec, TypeVar
+
+from nnssl.errors import did_you_mean
+from nnssl.grammar import CommandParser
+
+P = ParamSpec("P")
+R = TypeVar("R")
+O = TypeVar("O")  # noqa: E741
+
+
+def given(
+    value: Any, group: str | None, *names: str, help: str, read: Callable[[Any], Any] | None = None, **keywords: Any
+) -> Any:
+    """A field that is an option of the command.
+
+    Args:
+        value: default, ``...`` for none; the command's may be another, in ``keywords`` or :data:`nnssl.grammar.SHARED`.
+        group: title in the help; None for an argument without a dash.
+        names: spellings; of :data:`nnssl.grammar.SHARED` where they are missing.
+        help: meaning, for both.
+        read: makes of the command's text what Python's users give.
+        keywords: of ``add_argument``.
+    """
+    meta = {"group": group, "names": names, "help": help, "read": read, "keywords": keywords}
+    return field(metadata=meta) if value is ... else field(default=value, metadata=meta)
+
+
+def command_fields(cls: Any) -> list[Field]:
+    """The fields that are options of the command."""
+    return [f for f in fields(cls) if "group" in f.metadata]
+
+
+def add_options(parser: CommandParser, cls: Any) -> dict[str | None, Any]:
+    """Add all options of a dataclass to a parser; returns the groups by title."""
+    groups: dict[str | None, Any] = {}
+    for f in command_fields(cls):
+        meta = f.metadata
+        title, names, keywords = meta["group"], meta["names"], {"help": meta["help"], **meta["keywords"]}
+        if title not in groups:
+            groups[title] = parser if title is None else parser.group(title)
+        if title is not None and not names:
+            parser.share(groups[title], f.name, **keywords)
+            continue
+        if f.default is not MISSING:
+            keywords.setdefault("default", f.default)
+        keywords["help"] = keywords["help"].replace("%", "%%")
+        if title is None:
+            parser.add_argument(f.name, **keywords)
+        else:
+            groups[title].add_argument(*names, dest=f.name, **keywords)
+    return groups
+
+
+def from_args(cls: Callable[..., O], args: Any, **others: Any) -> O:
+    """The options of a parsed command line, and fields that the command has no option of.
+
+    Raises:
+        NnsslError: a text that cannot be read.
+    """
+    values: dict[str, Any] = {}
+    for f in command_fields(cls):
+        value, read = getattr(args, f.name), f.metadata["read"]
+        values[f.name] = value if value is None or read is None else read(value)
+    return cls(**values, **others)
+
+
+def asked(options: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What differs from the defaults, as JSON-ready values: for a record."""
+    found = {f.name: (getattr(options, f.name), f.default) for f in fields(options) if f.name not in without}
+    return {name: _plain(value) for name, (value, default) in found.items() if value != default}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def as_function(
+    name: str, cls: Callable[P, Any], body: Callable[[Any], R], summary: str, returns: str, raises: str
+) -> Callable[P, R]:
+    """A function with the fields of a dataclass as arguments; type checkers and ``help`` see each of them.
+
+    Args:
+        name: of the function.
+        cls: the dataclass.
+        body: what is done with its instance.
+        summary, returns, raises: of the docstring; its arguments are the fields' own texts.
+    """
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        for argument in kwargs:
+            if argument not in known:
+                raise TypeError(f"there is no argument '{argument}'.{did_you_mean(argument, known)}")
+        return body(cls(*args, **kwargs))
+
+    returned = inspect.signature(body).return_annotation
+    run.__signature__ = inspect.signature(cls).replace(return_annotation=returned)  # type: ignore[attr-defined]
+    run.__module__, run.__name__, run.__qualname__ = body.__module__, name, name
+    lines = [f"    {f.name}: {f.metadata['help']}." for f in fields(cls)]  # type: ignore[arg-type]
+    run.__doc__ = "\n".join(
+        [summary, "", "Args:", *lines, "", "Returns:", f"    {returns}", "", "Raises:", f"    {raises}"]
+    )
+    return run
