@@ -29,7 +29,7 @@ def given(
         names: spellings; of :data:`nnssl.grammar.SHARED` where they are missing.
         help: meaning, for both.
         read: makes of the command's text what Python's users give.
-        keywords: of ``add_argument``.
+        keywords: of ``add_argument``; ``dest`` where the command knows the field under another name.
     """
     meta = {"group": group, "names": names, "help": help, "read": read, "keywords": keywords}
     return field(metadata=meta) if value is ... else field(default=value, metadata=meta)
@@ -38,6 +38,10 @@ def given(
 def command_fields(cls: Any) -> list[Field]:
     """The fields that are options of the command."""
     return [f for f in fields(cls) if "group" in f.metadata]
+
+
+def _dest(f: Field) -> str:
+    return f.metadata["keywords"].get("dest", f.name)
 
 
 def add_options(parser: CommandParser, cls: Any) -> dict[str | None, Any]:
@@ -49,7 +53,7 @@ def add_options(parser: CommandParser, cls: Any) -> dict[str | None, Any]:
         if title not in groups:
             groups[title] = parser if title is None else parser.group(title)
         if title is not None and not names:
-            parser.share(groups[title], f.name, **keywords)
+            parser.share(groups[title], _dest(f), **{k: v for k, v in keywords.items() if k != "dest"})
             continue
         if f.default is not MISSING:
             keywords.setdefault("default", f.default)
@@ -57,7 +61,7 @@ def add_options(parser: CommandParser, cls: Any) -> dict[str | None, Any]:
         if title is None:
             parser.add_argument(f.name, **keywords)
         else:
-            groups[title].add_argument(*names, dest=f.name, **keywords)
+            groups[title].add_argument(*names, **{**keywords, "dest": _dest(f)})
     return groups
 
 
@@ -69,7 +73,7 @@ def from_args(cls: Callable[..., O], args: Any, **others: Any) -> O:
     """
     values: dict[str, Any] = {}
     for f in command_fields(cls):
-        value, read = getattr(args, f.name), f.metadata["read"]
+        value, read = getattr(args, _dest(f)), f.metadata["read"]
         values[f.name] = value if value is None or read is None else read(value)
     return cls(**values, **others)
 

@@ -6,21 +6,20 @@ import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from typing import Any
 
 from nnssl.command import run_command
 from nnssl.errors import NnsslError, UsageError
 from nnssl.files import write_json
-from nnssl.grammar import CommandParser, pair, whole_numbers
+from nnssl.grammar import CommandParser
+from nnssl.options import add_options, asked, from_args
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import dataset_id, resolve_dataset
-from nnssl.plans.figures import DEFAULT_SCHEDULE, MEAN_TEACHER, SCHEDULES, TEACHER, FineTuningConfig, spelt, trainer_for
+from nnssl.plans.figures import DEFAULT_SCHEDULE, MEAN_TEACHER, TEACHER, FineTuningConfig, spelt, trainer_for
 from nnssl.plans.labels import fold_to_type
-from nnssl.plans.parts import CHOICES
 from nnssl.plans.plan import Plan, load_plan
 from nnssl.plans.unlabelled import list_cases, preprocessing
-from nnssl.plans.variants import Changes, Variant, list_variants
+from nnssl.plans.variants import LENGTH, WEIGHTS, Changes, Variant, list_variants
 from nnssl.results import find_pretrainings
 from nnssl.streams import show
 from nnssl.weights import write_variant
@@ -30,7 +29,7 @@ log = logging.getLogger("nnssl")
 
 
 def parser() -> CommandParser:
-    """The command's arguments."""
+    """The command's arguments: those of :class:`~nnssl.plans.Changes`, and what only a command line needs."""
     p = CommandParser(
         "nnssl_plan",
         "-d DATASET [-c CONFIGURATION] [-p PLANS] --name NAME [options]",
@@ -44,75 +43,13 @@ def parser() -> CommandParser:
     p.share(what, "plans", help="plans to derive from (default: nnUNetPlans)")
     p.share(what, "name", help="name of the variant: letters, digits, - and _")
     what.add_argument("--list", action="store_true", help="show the dataset's variants and end")
-    weights = p.group("pretrained weights")
-    weights.add_argument("--checkpoint", metavar="FILE", help="pretrained weights that the trainer takes")
-    weights.add_argument(
-        "--parts",
-        metavar="PARTS",
-        help=f"which pretrained parts the network gets: {', '.join(CHOICES)} (default: what the checkpoint's method found best, "
-        "which the transfer report names)",
-    )
-    p.share(weights, "key", "prefix", "adapt", "coverage")
-    network = p.group("network")
-    network.add_argument(
-        "--network",
-        metavar="primus-s",
-        help="a transformer in place of the U-Net: primus-s, -b, -m, -l as nnU-Net's Primus trainers build them (also primusv2-, "
-        "primusv3-), or primus:WIDTH,BLOCKS,HEADS",
-    )
-    network.add_argument(
-        "--features", type=whole_numbers, metavar="8,16,32", help="channels per stage; fewer stages cut the network"
-    )
-    network.add_argument(
-        "--patch", type=whole_numbers, metavar="32,40,32", help="training patch in voxels, one number per axis"
-    )
-    network.add_argument("--batch-size", type=int, metavar="N", help="training batch")
-    length = p.group("fine-tuning")
-    p.share(length, "epochs", help="epochs of the fine-tuning (default: nnU-Net's 1000); 0: the weights as they are")
-    length.add_argument(
+    groups = add_options(p, Changes)
+    p.share(groups[WEIGHTS], "key", "prefix")
+    groups[LENGTH].add_argument(
         "--lengthen",
         type=int,
         metavar="N",
         help="give the variant -p N epochs in all, more than it has, and end; nnUNetv2_train --c then goes on",
-    )
-    p.share(length, "iterations", help="training steps of an epoch (default: nnU-Net's 250)")
-    length.add_argument(
-        "--val-iterations", type=int, metavar="N", help="validation steps of an epoch (default: nnU-Net's 50)"
-    )
-    length.add_argument(
-        "--schedule", metavar="NAME", help=f"schedule of the learning rate: {', '.join(map(spelt, SCHEDULES))}"
-    )
-    p.share(
-        length,
-        "options",
-        type=pair("warmup=0.1"),
-        help="options of the schedule, for example -o peak_lr=3e-4 warmup=0.1",
-    )
-    cases = p.group("which cases")
-    p.share(
-        cases,
-        "labels",
-        help="train on a number of cases, a percentage of each fold's training cases, or the cases that a file names",
-    )
-    p.share(cases, "seed", default=None, help="which cases --labels takes (default: 0)")
-    cases.add_argument(
-        "--validate",
-        metavar="FILE",
-        help="with --labels: the cases that validate in fold all, one a line (default: all that are not trained on)",
-    )
-    cases.add_argument(
-        "--unlabelled",
-        nargs="+",
-        metavar="DATASET",
-        help="with the schedule mean-teacher, which it sets: datasets whose images are learnt from without labels, preprocessed "
-        "for these plans "
-        "(default: what --labels leaves out, and the images that the checkpoint was pretrained on)",
-    )
-    cases.add_argument(
-        "--transductive",
-        action="store_true",
-        default=None,
-        help="let these images include the fold's validation cases and known test images",
     )
     return p
 
@@ -213,6 +150,20 @@ def _lengthen(args: argparse.Namespace) -> None:
     )
 
 
+_NEEDS = (
+    (("key", "prefix"), "checkpoint", "--key and --prefix say where the weights lie in --checkpoint; name one."),
+    (("seed",), "labels", "--seed chooses the cases of --labels; without it there is nothing to choose."),
+    (("validate",), "labels", "--validate names validation cases beside those of --labels; give both."),
+    (("adapt", "coverage"), "checkpoint", "--adapt and --coverage say how --checkpoint is taken; name one."),
+    (
+        ("coverage",),
+        "adapt",
+        "--coverage counts where --adapt lets something differ; without it the whole promise is asked for.",
+    ),
+)
+"""Options, what they need beside them, and what is said where that is missing."""
+
+
 def _run(args: argparse.Namespace) -> None:
     if args.lengthen is not None:
         _lengthen(args)
@@ -227,31 +178,18 @@ def _run(args: argparse.Namespace) -> None:
     if not args.name:
         raise UsageError("--name is missing: the variant is written as <plans>_<name>.json.")
     plan = load_plan(args.dataset, args.configuration, args.plans, second_stage=True)
-    keys = ("labels", "validate", *(f.name for f in fields(Changes) if f.name not in ("checkpoint", "adapt")))
-    changes = {key: getattr(args, key) for key in keys if getattr(args, key, None) is not None}
-    changes |= {key: dict(pairs) for key, pairs in (("figures", args.options), ("adapt", args.adapt)) if pairs}
-    place = {key: getattr(args, key) for key in ("key", "prefix") if getattr(args, key) is not None}
-    if place:
-        if args.checkpoint is None:
-            raise UsageError("--key and --prefix say where the weights lie in --checkpoint; name one.")
-        changes["place"] = place
-    if args.seed is not None:
-        if args.labels is None:
-            raise UsageError("--seed chooses the cases of --labels; without it there is nothing to choose.")
-        changes["seed"] = args.seed
-    if args.validate is not None and args.labels is None:
-        raise UsageError("--validate names validation cases beside those of --labels; give both.")
-    if (args.adapt or args.coverage is not None) and args.checkpoint is None:
-        raise UsageError("--adapt and --coverage say how --checkpoint is taken; name one.")
-    if args.coverage is not None and not args.adapt:
-        raise UsageError(
-            "--coverage counts where --adapt lets something differ; without it the whole promise is asked for."
-        )
-    if not changes and args.checkpoint is None:
+    for names, needed, why in _NEEDS:
+        if any(getattr(args, name) is not None for name in names) and getattr(args, needed) is None:
+            raise UsageError(why)
+    changes = asked(from_args(Changes, args))
+    if not changes:
         raise UsageError(
             "Nothing to change: give --checkpoint, --network, --features, --patch, --epochs or another option (--help)."
         )
-    path = write_variant(plan, args.name, checkpoint=args.checkpoint, **changes)
+    place = {key: getattr(args, key) for key in ("key", "prefix") if getattr(args, key) is not None}
+    if place:
+        changes["place"] = place
+    path = write_variant(plan, args.name, **changes)
     log.info(f"Wrote {path}")
     log.info(_summary(load_plan(args.dataset, args.configuration, path.stem, second_stage=True)))
 

@@ -7,6 +7,7 @@ so that they cannot differ from what is installed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import os
 import re
@@ -121,17 +122,21 @@ def objectives_page() -> str:
     return "\n".join(parts) + "\n"
 
 
-def run_arguments() -> list[str]:
-    """The arguments of ``nnssl.pretrain.run``, which are made from a dataclass, as a table."""
-    from dataclasses import MISSING, fields
-
-    from nnssl.pretrain.options import RunOptions
-
-    parts = ["", "## Arguments of `nnssl.pretrain.run`", "", "| argument | default | meaning |", "|---|---|---|"]
-    for f in fields(RunOptions):
-        default = "" if f.default is MISSING else f"`{f.default!r}`"
+def arguments(title: str, module: str, name: str) -> list[str]:
+    """The fields of a dataclass whose texts are in their metadata, as a table."""
+    cls = getattr(importlib.import_module(module), name)
+    parts = ["", f"## {title}", "", "| argument | default | meaning |", "|---|---|---|"]
+    for f in dataclasses.fields(cls):
+        default = "" if f.default is dataclasses.MISSING else f"`{f.default!r}`"
         parts.append(f"| `{f.name}` | {default} | {_escaped(f.metadata.get('help', ''))} |")
     return parts
+
+
+TABLES = {
+    "pretrain": ("Arguments of `nnssl.pretrain.run`", "nnssl.pretrain.options", "RunOptions"),
+    "plans": ("Arguments of `nnssl.plans.Changes`", "nnssl.plans", "Changes"),
+}
+"""Page of the API -> title, module and dataclass of the table at its end."""
 
 
 def api_pages() -> dict[str, str]:
@@ -141,7 +146,7 @@ def api_pages() -> dict[str, str]:
         parts = [f"# {title}"]
         for module in modules:
             parts += ["", f"## `{module}`", "", f"::: {module}", "    options:", "      heading_level: 3"]
-        parts += run_arguments() if page == "pretrain" else []
+        parts += arguments(*TABLES[page]) if page in TABLES else []
         pages[f"reference/{page}.md"] = "\n".join(parts) + "\n"
     return pages
 

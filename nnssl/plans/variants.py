@@ -6,25 +6,30 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from nnssl.errors import NnsslError
 from nnssl.files import read_json
+from nnssl.grammar import SHARED, pair, whole_numbers
+from nnssl.options import given
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import resolve_dataset
 from nnssl.plans.figures import (
     DEFAULT_SCHEDULE,
     MEAN_TEACHER,
+    SCHEDULES,
     USED,
     FineTuningConfig,
     check_options,
     schedule_name,
+    spelt,
     trainer_for,
 )
-from nnssl.plans.parts import check_parts
+from nnssl.plans.labels import choose_cases, choose_validating, folds_of
+from nnssl.plans.parts import CHOICES, check_parts
 from nnssl.plans.plan import Plan, plans_in
 from nnssl.plans.primus import check_patch, parse_network
 
@@ -34,8 +39,11 @@ SCHEMA = 1
 # nnU-Net gives the lowest of its deep-supervision outputs no weight: with two stages that is the only one, and the loss is nan
 MIN_STAGES = 3
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9-])?")
-LENGTHS = ("epochs", "iterations", "val_iterations")
+_LEAST = {"epochs": 0, "iterations": 1, "val_iterations": 1, "batch_size": 1}
 _PER_STAGE = ("features_per_stage", "strides", "kernel_sizes", "n_conv_per_stage", "n_blocks_per_stage")
+
+WEIGHTS, NETWORK, LENGTH, CASES = "pretrained weights", "network", "fine-tuning", "which cases"
+"""Titles in the help of ``nnssl_plan``."""
 
 
 def check_name(name: str, what: str = "--name") -> str:
@@ -53,61 +61,116 @@ def check_name(name: str, what: str = "--name") -> str:
     return name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What a variant has that its base has not; None leaves a thing as it is.
+    """What a variant has that its base has not; None leaves a thing as it is. ``nnssl_plan`` has an option for most of them."""
 
-    Attributes:
-        network: a transformer in place of the plan's U-Net, see :func:`nnssl.plans.primus.parse_network`.
-        features: channels per encoder stage, at least three; fewer than the network has stages cuts the deepest off.
-        patch: training patch, one number per axis.
-        batch_size: training batch.
-        epochs, iterations, val_iterations: length of the fine-tuning, iterations per epoch; 0 epochs keep the weights.
-        checkpoint, sha256: the pretrained file in the form of :func:`nnssl.paths.encode_path`, and its hash.
-        schedule: of the learning rate, one of :data:`nnssl.plans.figures.SCHEDULES`; another one than the base's drops the base's
-            figures.
-        figures: of that schedule, see :class:`nnssl.plans.figures.FineTuningConfig`.
-        cases: ``train_cases`` (fold -> case names), and ``labels`` and ``seed`` that they came from.
-        adapt, coverage: what may be adapted where the weights come from another network, and the least share of the encoder that
-            must then be filled (:class:`nnssl.weights.Adaptation`).
-        unlabelled: datasets whose images ``mean_teacher`` learns from without labels, see :mod:`nnssl.plans.unlabelled`.
-        transductive: whether these may include the fold's validation cases and known test images.
-        parts: which of the pretrained parts the network gets, one of :data:`nnssl.plans.parts.CHOICES`.
-        place: where the weights lie in a file of others (``key``, ``prefix``), see :func:`nnssl.checkpoint.load`.
-        backbone: the parts that ``freeze_unfreeze`` freezes first.
-    """
-
-    network: str | None = None
-    features: Sequence[int] | None = None
-    patch: Sequence[int] | None = None
-    batch_size: int | None = None
-    epochs: int | None = None
-    iterations: int | None = None
-    val_iterations: int | None = None
-    checkpoint: str | None = None
-    sha256: str | None = None
-    schedule: str | None = None
-    figures: Mapping[str, Any] | None = None
-    cases: Mapping[str, Any] | None = None
-    adapt: Mapping[str, str] | None = None
-    coverage: float | None = None
-    unlabelled: Sequence[int | str] | None = None
-    transductive: bool | None = None
-    parts: str | None = None
-    place: Mapping[str, str] | None = None
-    backbone: Sequence[str] | None = None
-
-    def lengths(self) -> dict[str, int]:
-        """The lengths that are given. Raises :class:`NnsslError` for one, or a batch, that is too small."""
-        given = {}
-        for key in (*LENGTHS, "batch_size"):
-            value = getattr(self, key)
-            least = 0 if key == "epochs" else 1
-            if value is not None and value < least:
-                raise NnsslError(f"--{key.replace('_', '-')} {value}: at least {least}.")
-            if value is not None and key in LENGTHS:
-                given[key] = int(value)
-        return given
+    checkpoint: str | Path | None = given(
+        None, WEIGHTS, "--checkpoint", metavar="FILE", help="pretrained weights that the trainer takes"
+    )
+    parts: str | None = given(
+        None,
+        WEIGHTS,
+        "--parts",
+        metavar="PARTS",
+        help=f"which pretrained parts the network gets: {', '.join(CHOICES)} (default: what the checkpoint's method found best, "
+        "which the transfer report names)",
+    )
+    adapt: Mapping[str, str] | None = given(None, WEIGHTS, read=dict, help=SHARED["adapt"].keywords["help"])
+    coverage: float | None = given(None, WEIGHTS, help=SHARED["coverage"].keywords["help"])
+    network: str | None = given(
+        None,
+        NETWORK,
+        "--network",
+        metavar="primus-s",
+        help="a transformer in place of the U-Net: primus-s, -b, -m, -l as nnU-Net's Primus trainers build them (also primusv2-, "
+        "primusv3-), or primus:WIDTH,BLOCKS,HEADS",
+    )
+    features: Sequence[int] | None = given(
+        None,
+        NETWORK,
+        "--features",
+        type=whole_numbers,
+        metavar="8,16,32",
+        help="channels per stage; fewer stages cut the network",
+    )
+    patch: Sequence[int] | None = given(
+        None,
+        NETWORK,
+        "--patch",
+        type=whole_numbers,
+        metavar="32,40,32",
+        help="training patch in voxels, one number per axis",
+    )
+    batch_size: int | None = given(None, NETWORK, "--batch-size", type=int, metavar="N", help="training batch")
+    epochs: int | None = given(
+        None, LENGTH, help="epochs of the fine-tuning (default: nnU-Net's 1000); 0: the weights as they are"
+    )
+    iterations: int | None = given(None, LENGTH, help="training steps of an epoch (default: nnU-Net's 250)")
+    val_iterations: int | None = given(
+        None,
+        LENGTH,
+        "--val-iterations",
+        type=int,
+        metavar="N",
+        help="validation steps of an epoch (default: nnU-Net's 50)",
+    )
+    schedule: str | None = given(
+        None,
+        LENGTH,
+        "--schedule",
+        metavar="NAME",
+        help=f"schedule of the learning rate: {', '.join(map(spelt, SCHEDULES))}",
+    )
+    figures: Mapping[str, Any] | None = given(
+        None,
+        LENGTH,
+        dest="options",
+        type=pair("warmup=0.1"),
+        read=dict,
+        help="options of the schedule, for example -o peak_lr=3e-4 warmup=0.1",
+    )
+    labels: int | str | None = given(
+        None,
+        CASES,
+        help="train on a number of cases, a percentage of each fold's training cases, or the cases that a file names",
+    )
+    seed: int | None = given(None, CASES, default=None, help="which cases --labels takes (default: 0)")
+    validate: str | Path | None = given(
+        None,
+        CASES,
+        "--validate",
+        metavar="FILE",
+        help="with --labels: the cases that validate in fold all, one a line (default: all that are not trained on)",
+    )
+    unlabelled: Sequence[int | str] | None = given(
+        None,
+        CASES,
+        "--unlabelled",
+        nargs="+",
+        metavar="DATASET",
+        help="with the schedule mean-teacher, which it sets: datasets whose images are learnt from without labels, preprocessed "
+        "for these plans "
+        "(default: what --labels leaves out, and the images that the checkpoint was pretrained on)",
+    )
+    transductive: bool | None = given(
+        None,
+        CASES,
+        "--transductive",
+        action="store_true",
+        default=None,
+        help="let these images include the fold's validation cases and known test images",
+    )
+    sha256: str | None = field(default=None, metadata={"help": "hash of the checkpoint"})
+    place: Mapping[str, str] | None = field(
+        default=None, metadata={"help": "where the weights lie in a file of others: key, prefix"}
+    )
+    cases: Mapping[str, Any] | None = field(
+        default=None, metadata={"help": "train_cases (fold -> case names) and val_cases, in place of labels"}
+    )
+    backbone: Sequence[str] | None = field(
+        default=None, metadata={"help": "the parts that freeze_unfreeze freezes first"}
+    )
 
 
 def _truncate(plan: Plan, config: dict[str, Any], features: Sequence[int]) -> None:
@@ -193,45 +256,55 @@ def _change_configuration(plans: dict[str, Any], plan: Plan, asked: Changes) -> 
 
 
 def _set_schedule(metadata: dict[str, Any], asked: Changes) -> None:
-    """Put schedule and figures into the entry for the trainer; the figures of another schedule leave."""
+    """Put schedule, figures and lengths into the entry for the trainer; the figures of another schedule leave."""
     before = metadata.get("schedule") or DEFAULT_SCHEDULE
     schedule = before if asked.schedule is None else schedule_name(asked.schedule)
     learns_from_pool = asked.unlabelled or asked.transductive
     if learns_from_pool and asked.schedule is None and not metadata.get("schedule"):
         schedule = MEAN_TEACHER  # no other learns from these images; its control follows it too
+    if learns_from_pool and schedule != MEAN_TEACHER:
+        raise NnsslError(
+            f"--unlabelled and --transductive are for the schedule mean-teacher, not {spelt(schedule)}; "
+            "add --schedule mean-teacher."
+        )
     if schedule != before:
         for key in {*(key for used in USED.values() for key in used), "backbone"}:
             metadata.pop(key, None)
-    if (
-        asked.schedule is not None or asked.figures or learns_from_pool
-    ):  # a plan that asks for none can be trained with any trainer
-        metadata["schedule"] = schedule
+    if asked.schedule is not None or asked.figures or learns_from_pool:
+        metadata["schedule"] = schedule  # a plan that asks for none can be trained with any trainer
     metadata.update(check_options(asked.figures or {}, schedule))
+    for key, least in _LEAST.items():
+        value = getattr(asked, key)
+        if value is not None and value < least:
+            raise NnsslError(f"--{key.replace('_', '-')} {value}: at least {least}.")
+        if value is not None and key != "batch_size":
+            metadata[key] = int(value)
 
 
 def _set_weights(metadata: dict[str, Any], asked: Changes) -> None:
     """Put the checkpoint, and what is taken of it, into the entry for the trainer."""
     if asked.checkpoint is not None:
-        metadata.update(checkpoint=asked.checkpoint, sha256=asked.sha256)
         for key in ("adapt", "coverage", "parts", "place", "backbone"):  # said of the file named before
             metadata.pop(key, None)
-    if asked.adapt is not None:
-        metadata["adapt"] = dict(asked.adapt)
-    if asked.coverage is not None:
-        metadata["coverage"] = asked.coverage
-    if asked.place:
-        metadata["place"] = dict(asked.place)
+        metadata.update(checkpoint=str(asked.checkpoint), sha256=asked.sha256)
     if asked.parts is not None:
-        metadata["parts"] = check_parts(asked.parts)
+        check_parts(asked.parts)
+    for key in ("adapt", "coverage", "place", "parts"):
+        value = getattr(asked, key)
+        if value is not None:
+            metadata[key] = dict(value) if isinstance(value, Mapping) else value
+    if asked.backbone is not None and metadata.get("schedule") == "freeze_unfreeze":
+        metadata["backbone"] = list(asked.backbone)
 
 
-def _set_pool(metadata: dict[str, Any], asked: Changes) -> None:
-    """Put the images without labels into the entry for the trainer; only one schedule learns from any."""
-    if (asked.unlabelled or asked.transductive) and metadata["schedule"] != MEAN_TEACHER:
-        raise NnsslError(
-            f"--unlabelled and --transductive are for the schedule mean-teacher, not {metadata['schedule'].replace('_', '-')}; "
-            "add --schedule mean-teacher."
-        )
+def _set_cases(metadata: dict[str, Any], plan: Plan, asked: Changes) -> None:
+    """Put the cases with labels, and the datasets without, into the entry for the trainer."""
+    metadata.update(asked.cases or {})
+    if asked.labels is not None:
+        folds, seed = folds_of(plan), asked.seed or 0
+        metadata |= {"labels": str(asked.labels), "seed": seed, "train_cases": choose_cases(folds, asked.labels, seed)}
+        if asked.validate is not None:
+            metadata["val_cases"] = choose_validating(folds, Path(asked.validate))
     if asked.unlabelled:
         metadata["unlabelled"] = [resolve_dataset(source) for source in asked.unlabelled]
     if asked.transductive:
@@ -249,21 +322,16 @@ def derive(plan: Plan, name: str, changes: Changes | None = None, **others: Any)
 
     Raises:
         NnsslError: an illegal name, features that the network has no stages for, a patch that the strides or tokens do not
-            divide, a figure that the schedule does not have or that is out of range.
+            divide, a figure that the schedule does not have or that is out of range, labels that there are not.
     """
     asked = replace(changes or Changes(), **others)
-    lengths = asked.lengths()
     plans = deepcopy(plan.plans)
     plans["plans_name"] = f"{plan.plans_name}_{check_name(name)}"
-    _change_configuration(plans, plan, asked)
     metadata = {**plan.nnssl, "schema": SCHEMA, "base_plans": plan.base_plans, "configuration": plan.configuration}
     _set_schedule(metadata, asked)
-    metadata.update(lengths)
+    _change_configuration(plans, plan, asked)
     _set_weights(metadata, asked)
-    metadata.update(asked.cases or {})
-    _set_pool(metadata, asked)
-    if asked.backbone is not None and metadata.get("schedule") == "freeze_unfreeze":
-        metadata["backbone"] = list(asked.backbone)
+    _set_cases(metadata, plan, asked)
     plans["nnssl"] = metadata
     variant = Plan.from_dicts(plans, plan.configuration, plan.dataset_json, second_stage=True)
     schedule = metadata.get("schedule") or DEFAULT_SCHEDULE

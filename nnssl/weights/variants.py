@@ -9,7 +9,6 @@ from typing import Any
 from nnssl.errors import NnsslError
 from nnssl.files import write_json
 from nnssl.paths import preprocessed_folder
-from nnssl.plans.labels import choose_cases, choose_validating, folds_of
 from nnssl.plans.plan import Plan
 from nnssl.plans.variants import derive
 from nnssl.weights.imports import check_fits, import_checkpoint
@@ -22,9 +21,6 @@ def write_variant(
     name: str,
     *,
     checkpoint: str | Path | None = None,
-    labels: str | int | None = None,
-    seed: int = 0,
-    validate: str | Path | None = None,
     **changes: Any,
 ) -> Path:
     """Derive a variant, see :func:`nnssl.plans.derive`, and write it beside its base.
@@ -34,9 +30,6 @@ def write_variant(
         name: the variant's name.
         checkpoint: a checkpoint file. Outside nnU-Net's folders it is copied to
             ``nnUNet_results/<Dataset>/nnssl_imported/<sha256>_<name>.pth``.
-        labels: how many of each fold's training cases are trained on: a number, ``"25%"`` or a file of case names.
-        seed: which of them (:func:`nnssl.plans.labels.case_order`).
-        validate: a file of the cases that validate in fold ``all``, in place of all that are not trained on.
         changes: what it has besides, by the names of :class:`nnssl.plans.Changes`.
 
     Returns:
@@ -51,13 +44,6 @@ def write_variant(
     taken = NnsslError(f"{path} exists already and is left as it is. Choose another --name.")
     if path.exists():
         raise taken
-    if labels is not None:
-        folds = folds_of(plan)
-        chosen = choose_cases(folds, labels, seed)
-        changes["cases"] = {"labels": str(labels), "seed": int(seed), "train_cases": chosen}
-        if validate is not None:
-            changes["cases"]["val_cases"] = choose_validating(folds, Path(validate))
-        variant = derive(plan, name, **changes)
     if checkpoint is not None:
         report = check_fits(checkpoint, variant, **(changes.get("place") or {}))
         if report.adaptations or report.left_out:
