@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from nnssl.experiments.scores import Key, Scores, label_order
 from nnssl.experiments.statistics import seed_means
-from nnssl.experiments.summary import Curves, Row, mean_curve
+from nnssl.experiments.summary import curves_of, mean_curve
+from nnssl.experiments.tables import labels_text, means
 from nnssl.files import write_atomic
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the baseline is grey.
@@ -71,7 +73,7 @@ def save(figure: Any, stem: Path) -> list[Path]:
     return files
 
 
-def dice_over_labels(scores: Scores, rows: Sequence[Row], setting: str) -> Any | None:
+def dice_over_labels(scores: Scores, rows: pd.DataFrame, setting: str) -> Any | None:
     """Mean Dice of each method over the number of labels (log axis), a band of one deviation over seeds, and each seed as a dot.
 
     Returns:
@@ -79,22 +81,21 @@ def dice_over_labels(scores: Scores, rows: Sequence[Row], setting: str) -> Any |
     """
     import matplotlib.pyplot as plt
 
-    own = [r for r in rows if r.key.setting == setting and isinstance(r.key.labels, int) and r.values]
-    counts = sorted({int(r.key.labels) for r in own})
-    if not own:
+    own = means(rows[(rows["setting"] == setting) & rows["measured"]])
+    own = own[own["labels"].map(lambda n: isinstance(n, int)).astype(bool)]
+    counts = sorted(own["labels"].unique())
+    if own.empty:
         return None
     methods = scores.methods(setting)
     with plt.rc_context(STYLE):
         figure, (axis,) = _figure(6.4, 3.9)
-        for i, method in enumerate(m for m in methods if any(r.key.method == m for r in own)):
+        for i, (method, of) in enumerate(own.groupby("method", sort=False)):
             colour, marker = colour_of(method, methods)
-            of = {int(r.key.labels): r.dice for r in own if r.key.method == method}
-            x = np.array([n for n in counts if n in of], dtype=float)
-            mean, sd = np.array([of[int(n)] for n in x]).T * 100
+            x, mean, sd = (of[column].to_numpy(dtype=float) for column in ("labels", "dice", "dice_sd"))
             axis.plot(x, mean, color=colour, marker=marker, ms=5.5, lw=1.8, label=method, zorder=3 + (i > 0))
             axis.fill_between(x, mean - np.nan_to_num(sd), mean + np.nan_to_num(sd), color=colour, alpha=0.13, lw=0)
-            for n in x:
-                dots = 100 * seed_means(scores.arrays[Key(setting, method, int(n))]["dice"])
+            for n in of["labels"]:
+                dots = 100 * seed_means(scores.cells[Key(setting, method, n)]["dice"])
                 axis.scatter(
                     np.full(len(dots), n * 1.012 ** (i - len(methods) / 2)), dots, s=9, color=colour, alpha=0.55, lw=0
                 )
@@ -109,7 +110,7 @@ def dice_over_labels(scores: Scores, rows: Sequence[Row], setting: str) -> Any |
     return figure
 
 
-def training_curves(curves: Curves, setting: str, methods: Sequence[str]) -> Any | None:
+def training_curves(curves: pd.DataFrame, setting: str, methods: Sequence[str]) -> Any | None:
     """Pseudo Dice over epochs, one panel per number of labels: the mean over runs, and their range as a band.
 
     The runs are followed to the last epoch that all of them have reached.
@@ -120,24 +121,25 @@ def training_curves(curves: Curves, setting: str, methods: Sequence[str]) -> Any
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    counts = sorted({k.labels for k in curves if k.setting == setting}, key=label_order)
+    cells = curves.index.to_frame()
+    counts = sorted(set(cells["labels"][cells["setting"] == setting]), key=label_order)
     if not counts:
         return None
     with plt.rc_context(STYLE):
         figure, axes = _figure(max(6.4, 3.2 * min(len(counts), 4)), 3.3, len(counts))
         for axis, labels in zip(axes, counts):
-            for method in (m for m in methods if Key(setting, m, labels) in curves):
-                runs = 100 * curves[Key(setting, method, labels)]["pseudo_dice"]
+            for method in methods:
+                runs = 100 * curves_of(curves, Key(setting, method, labels))
                 mean = mean_curve(runs)
                 if not len(mean):
                     continue
                 colour, _ = colour_of(method, methods)
                 x = np.arange(1, len(mean) + 1)
                 axis.plot(x, mean, color=colour, lw=1.6, label=method, zorder=3, marker="o" if len(x) == 1 else None)
-                piece = runs[:, : len(mean)]
-                if len(piece) > 1:
-                    axis.fill_between(x, np.nanmin(piece, 0), np.nanmax(piece, 0), color=colour, alpha=0.12, lw=0)
-            axis.set_title(f"{labels} label{'s' * (labels != 1)}" if isinstance(labels, int) else str(labels))
+                if len(runs) > 1:
+                    piece = runs[mean.index]
+                    axis.fill_between(x, piece.min(), piece.max(), color=colour, alpha=0.12, lw=0)
+            axis.set_title(labels_text(labels))
             axis.set_xlabel("epoch")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes[0].set_ylabel("pseudo Dice, %")

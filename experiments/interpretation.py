@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
-from nnssl.experiments.scores import label_order
-from nnssl.experiments.summary import Gain, Row, verdict
-from nnssl.experiments.tables import NOTHING, baseline_of, labels_text, percent
+import pandas as pd
+
+from nnssl.experiments.summary import verdict
+from nnssl.experiments.tables import NOTHING, baseline_of, labels_text, means, plus_minus
 
 EXPLANATIONS = (
     "**Dice** is nnU-Net's: per label the mean over all test cases, then the mean over labels, then the mean over "
@@ -42,25 +43,26 @@ _SAID = {
 }
 
 
-def answers(rows: Sequence[Row]) -> list[str]:
+def answers(rows: pd.DataFrame) -> list[str]:
     """One sentence per number of labels of a setting: the baseline's Dice, and the methods' gains with their intervals, by
     verdict."""
     out, base = [], baseline_of(rows)
-    for labels in sorted({r.key.labels for r in rows}, key=label_order):
-        of = [r for r in rows if r.key.labels == labels]
-        scratch = [r for r in of if r.key.method == base and r.values]
-        compared = sorted((r for r in of if r.gain), key=lambda r: -r.dice[0])
-        head = f"**{labels_text(labels)}**" + (f", {base} {percent(scratch[0].dice[0])} % Dice: " if scratch else ": ")
-        parts = []
-        for kind, said in _SAID.items():
-            named = [f"`{r.key.method}` {_gain(r.gain)}" for r in compared if r.gain and verdict(r.gain) == kind]
-            parts += [f"{said.format(base=base)}: {', '.join(named)}"] if named else []
-        if parts or scratch:
+    for labels, of in means(rows).groupby("labels", sort=False):
+        scratch = of[(of["method"] == base) & of["measured"]]["dice"]
+        compared = of[of["cases"].notna()].sort_values("dice", ascending=False, kind="stable")
+        said: dict[str, list[str]] = {}
+        for r in compared.itertuples():
+            said.setdefault(verdict(r), []).append(f"`{r.method}` {_gain(r)}")
+        parts = [f"{text.format(base=base)}: {', '.join(said[kind])}" for kind, text in _SAID.items() if kind in said]
+        head = f"**{labels_text(labels)}**" + (
+            f", {base} {plus_minus(scratch.iloc[0])} % Dice: " if len(scratch) else ": "
+        )
+        if parts or len(scratch):
             out.append(head + ("; ".join(parts) or "nothing to compare yet") + ".")
     return out
 
 
-def _gain(gain: Gain) -> str:
-    if math.isnan(gain.mean):
+def _gain(row: Any) -> str:
+    if math.isnan(row.gain):
         return NOTHING
-    return f"{100 * gain.mean:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+    return f"{row.gain:+.1f} ({row.gain_low:+.1f} to {row.gain_high:+.1f})"

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from nnssl.experiments.scores import Key, Scores, label_order, parse_labels
-from nnssl.experiments.statistics import _nanmean
-from nnssl.experiments.summary import Row
-from nnssl.experiments.tables import baseline_of
+from nnssl.experiments.scores import CELL, Key, Scores, label_order, parse_labels
+from nnssl.experiments.tables import baseline_of, means
 from nnssl.pictures import new_figure, write_png
 
 log = logging.getLogger("nnssl")
@@ -45,36 +44,36 @@ class CasePicture:
     where: str = ""
 
 
-def pictured_cell(rows: Sequence[Row], setting: str) -> Key | None:
-    """The cell whose cases are shown: of the methods with the fewest labels the one with the highest Dice; ``scratch`` if
-    alone.
-
-    The fewest labels, since there the methods differ most.
-    """
-    own = [r for r in rows if r.key.setting == setting and not math.isnan(r.dice[0])]
-    ours = [r for r in own if r.key.method != baseline_of([r for r in rows if r.key.setting == setting])] or own
-    if not ours:
+def pictured_cell(rows: pd.DataFrame, setting: str) -> Key | None:
+    """The cell whose cases are shown: of the methods with the fewest labels, where they differ most, the one with the highest
+    Dice; ``scratch`` if alone."""
+    own = means(rows[rows["setting"] == setting])
+    measured = own[own["dice"].notna()]
+    ours = measured[measured["method"] != baseline_of(own)]
+    shown = measured if ours.empty else ours
+    if shown.empty:
         return None
-    least = min((r.key.labels for r in ours), key=label_order)
-    return max((r for r in ours if r.key.labels == least), key=lambda r: r.dice[0]).key
+    fewest = shown[shown["labels"] == min(shown["labels"], key=label_order)]
+    return Key(*fewest.loc[fewest["dice"].idxmax(), CELL])
 
 
-def _case_dice(scores: Scores, key: Key, seed: int) -> np.ndarray:
-    array = scores.arrays.get(key)
-    return _nanmean(array["dice"][seed], 1) if array else np.full(len(scores.cases[key.setting]), math.nan)
+def _case_dice(scores: Scores, key: Key, seed: str) -> pd.Series:
+    """Mean Dice over labels of each case of one seed; NaN where there is none."""
+    cases = scores.cases(key.setting)
+    if key not in scores.cells:
+        return pd.Series(math.nan, index=cases)
+    dice = scores.cells[key]["dice"]
+    return dice[dice.index.get_level_values("seed") == seed].groupby("case").mean().reindex(cases)
 
 
 def extreme_cases(scores: Scores, key: Key, seed: str, count: int = 3) -> list[tuple[str, str, float]]:
     """Best and worst cases of one seed: ``(rank, case, Dice)``, best first; a case is never shown twice. Equal ones go by
     name."""
-    dice = _case_dice(scores, key, scores.seeds[key.setting].index(seed))
-    order = sorted(
-        (i for i in range(len(dice)) if not math.isnan(dice[i])), key=lambda i: (-dice[i], scores.cases[key.setting][i])
-    )
-    worst = order[::-1][: min(count, len(order) // 2)]
-    best = order[: min(count, len(order) - len(worst))]
-    named = [(f"best {n + 1}", i) for n, i in enumerate(best)] + [(f"worst {n + 1}", i) for n, i in enumerate(worst)]
-    return [(rank, scores.cases[key.setting][i], float(dice[i])) for rank, i in named]
+    dice = _case_dice(scores, key, seed).dropna().sort_values(ascending=False, kind="stable")
+    worst = dice[::-1][: min(count, len(dice) // 2)]
+    best = dice[: min(count, len(dice) - len(worst))]
+    named = [("best", best), ("worst", worst)]
+    return [(f"{word} {n}", case, float(v)) for word, of in named for n, (case, v) in enumerate(of.items(), start=1)]
 
 
 def best_slice(reference: np.ndarray, prediction: np.ndarray) -> int:
@@ -258,7 +257,7 @@ def remove_overlays(out: Path) -> None:
 
 
 def write_overlays(
-    scores: Scores, rows: Sequence[Row], images: dict[str, Any], setting: str, out: Path
+    scores: Scores, rows: pd.DataFrame, images: dict[str, Any], setting: str, out: Path
 ) -> list[CasePicture]:
     """Draw the best and worst cases of a setting into ``out``; what cannot be drawn (a file that is gone) is left out with a
     warning.
@@ -275,18 +274,18 @@ def write_overlays(
     cases = images.get("cases") or {}
     cases = cases.get(setting, cases)
     drawn = []
-    for seed in scores.seeds[setting]:
+    for seed in scores.seeds(setting):
         chosen = extreme_cases(scores, key, seed)
         if any(_folder(images, key, seed, case) for _, case, _ in chosen):
             break
     else:
         return []
     base = scores.baseline(key)
-    scratch = _case_dice(scores, base, scores.seeds[setting].index(seed))
+    scratch = _case_dice(scores, base, seed)
     out.mkdir(parents=True, exist_ok=True)
     for rank, case, dice in chosen:
         own, theirs = _folder(images, key, seed, case), _folder(images, base, seed, case) if key != base else None
-        before = float(scratch[scores.cases[setting].index(case)]) if key != base else math.nan
+        before = float(scratch[case]) if key != base else math.nan
         known = cases.get(case) or {}
         if own is None or not known.get("image") or not known.get("reference"):
             log.warning("No picture of %s: its prediction, image or reference is not there.", case)
@@ -300,7 +299,7 @@ def write_overlays(
                 Path(known["image"]),
                 Path(known["reference"]),
                 panels,
-                _label_values(images, scores.label_names[setting]),
+                _label_values(images, scores.label_names(setting)),
                 file,
             )
         except (RuntimeError, ValueError, OSError) as error:

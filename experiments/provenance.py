@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from nnssl.experiments.summary import Row
-from nnssl.experiments.tables import Table
+import pandas as pd
+
+from nnssl.experiments.tables import Table, means
+from nnssl.words import counted
 
 FIRST = ("job", "method", "labels", "setting", "seed", "fold", "phase", "reason", "log")
 PACKAGES = ("nnssl", "nnunetv2", "torch", "scipy", "numpy")
 
 
-def lead(about: Mapping[str, Any], rows: Sequence[Row], failed: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+def lead(about: Mapping[str, Any], rows: pd.DataFrame, failed: pd.DataFrame) -> dict[str, Any]:
     """The lines below the title: when, how long, how much is there, what is wrong, and the notes of the file."""
     when = [str(about[k]) for k in ("started", "finished") if about.get(k)]
     facts = ["made " + " to ".join(when)] if when else []
     if about.get("minutes"):
         facts.append(_duration(float(about["minutes"])))
-    there = sum(bool(r.values) for r in rows)
-    facts.append(f"{there} of {len(rows)} combinations of method and number of labels measured")
+    cells = means(rows)
+    facts.append(f"{cells['measured'].sum()} of {len(cells)} combinations of method and number of labels measured")
     warnings = []
-    if there < len(rows) or any(r.done < r.wanted for r in rows):
+    if (cells["seeds"] < cells["seeds_wanted"]).any() or not cells["measured"].all():
         warnings.append(
             "This experiment is not finished: some combinations are missing or incomplete, and the statistics may change."
         )
-    if failed:
-        warnings.append(f"{len(failed)} job{'s' * (len(failed) != 1)} failed, see **Failed jobs**.")
+    if len(failed):
+        warnings.append(f"{counted(len(failed), 'job')} failed, see **Failed jobs**.")
     return {"facts": " · ".join(facts), "warnings": warnings, "notes": [str(n) for n in about.get("notes") or ()]}
 
 
@@ -36,13 +38,11 @@ def _duration(minutes: float) -> str:
     return f"{minutes / 60:.1f} hours of computing" if minutes >= 90 else f"{minutes:.0f} minutes of computing"
 
 
-def failures(rows: Sequence[Mapping[str, str]]) -> Table | None:
+def failures(failed: pd.DataFrame) -> Table | None:
     """The failed jobs; None where there are none."""
-    if not rows:
-        return None
-    columns = dict.fromkeys([*(c for c in FIRST if any(c in r for r in rows)), *(c for r in rows for c in r if c)])
-    used = [c for c in columns if any(r.get(c) for r in rows)]
-    return Table("Failed jobs", used, [[str(r.get(c) or "") for c in used] for r in rows], left=len(used))
+    used = failed.loc[:, (failed != "").any()]
+    columns = [*(c for c in FIRST if c in used), *(c for c in used if c not in FIRST)]
+    return Table("Failed jobs", used[columns], left=len(columns)) if len(failed) else None
 
 
 def _pairs(values: Mapping[str, Any]) -> dict[str, str]:

@@ -13,21 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from nnssl.experiments import curves as draw
 from nnssl.experiments import html, interpretation, provenance, tables
 from nnssl.experiments.overlay import COLOURS, CasePicture, remove_overlays, write_overlays
 from nnssl.experiments.published import (
+    COLUMNS,
     LEFT_OVER,
     PUBLISHED,
-    Published,
     left_over,
+    left_over_table,
     of_setting,
     published_notes,
     published_table,
     read_published,
 )
-from nnssl.experiments.scores import Scores, read_json_file, read_rows, read_scores
-from nnssl.experiments.summary import Curves, Row, read_curves, summarise
+from nnssl.experiments.scores import Scores, read_json_file, read_scores, read_table
+from nnssl.experiments.summary import read_curves, summarise
 from nnssl.experiments.tables import Table
 from nnssl.files import write_atomic
 
@@ -50,14 +53,14 @@ class _Data:
     folder: Path
     about: dict[str, Any]
     scores: Scores
-    rows: list[Row]
-    curves: Curves
-    published: list[Published]
+    rows: pd.DataFrame
+    curves: pd.DataFrame
+    published: pd.DataFrame
 
-    def of(self, setting: str) -> list[Row]:
-        return [r for r in self.rows if r.key.setting == setting]
+    def of(self, setting: str) -> pd.DataFrame:
+        return self.rows[self.rows["setting"] == setting]
 
-    def figures(self, setting: str) -> list[Published]:
+    def figures(self, setting: str) -> pd.DataFrame:
         return of_setting(self.published, setting, self.scores.settings)
 
     def suffix(self, setting: str) -> str:
@@ -87,20 +90,20 @@ def described(experiment: object) -> dict[str, Any]:
     return about
 
 
-def _read(folder: Path, experiment: object, published: str | Path | Sequence[Published] | None) -> _Data:
+def _read(folder: Path, experiment: object, published: str | Path | None) -> _Data:
     about = {**described(experiment), **read_json_file(folder / "experiment.json")}
     scores = read_scores(folder, about)
     only = scores.settings[0] if len(scores.settings) == 1 else ""
-    curves = read_curves(read_rows(folder / "runs.csv", ("method", "labels", "seed", "epoch")), only)
-    figures = read_published(published) if isinstance(published, (str, Path)) else list(published or ())
+    curves = read_curves(read_table(folder / "runs.csv", ("method", "labels", "seed", "epoch")), only)
+    figures = pd.DataFrame(columns=COLUMNS, dtype=object) if published is None else read_published(published)
     return _Data(folder, about, scores, summarise(scores, curves), curves, figures)
 
 
 def _tables(data: _Data, setting: str) -> list[Table]:
     rows = data.of(setting)
     found = [tables.dice_table(rows), tables.comparison_table(rows)]
-    for metric, title in (("surface_dice", "Surface Dice, %"), ("hd95", "HD95, mm (lower is better)")):
-        if any(r.values.get(metric, {}).get("mean", (float("nan"),))[0] >= 0 for r in rows):
+    for metric, title in (("surface_dice", "Surface Dice, %"), ("hd95_mm", "HD95, mm (lower is better)")):
+        if tables.means(rows)[metric].notna().any():
             found.append(tables.metric_table(rows, metric, title))
     found += [tables.label_table(rows), published_table(rows, data.figures(setting))]
     return [t for t in found if t is not None]
@@ -131,8 +134,8 @@ def _write_tables(data: _Data) -> None:
             latex.append(tables.tex(content, f"{setting + ': ' if setting else ''}{content.title}"))
         parts += [f"- {line}" for line in [*tables.notes(data.of(setting)), *published_notes(data.figures(setting))]]
     rest = left_over(data.published, data.scores.settings)
-    if rest is not None:
-        parts += [f"## {rest.title}", f"{len(rest.rows)} figures are listed in report.html, of: {_names_of(rest)}."]
+    if len(rest):
+        parts += [f"## {LEFT_OVER}", f"{len(rest)} figures are listed in report.html, of: {_names_of(rest)}."]
     parts += ["## How to read this", *(f"- {line}" for line in interpretation.EXPLANATIONS)]
     _write_text(data.folder / "table.md", _joined(parts))
     _write_text(data.folder / "table_body.tex", "\n\n".join(latex) + "\n")
@@ -140,14 +143,15 @@ def _write_tables(data: _Data) -> None:
     _write_text(data.folder / "table.csv", tables.csv_text(data.rows))
 
 
-def _names_of(rest: Table) -> str:
-    return ", ".join(dict.fromkeys(row[0] for row in rest.rows))
+def _names_of(rest: pd.DataFrame) -> str:
+    return ", ".join(rest["setting"].replace("", tables.NOTHING).unique())
 
 
-def _left_over(data: _Data, rest: Table) -> dict[str, Any]:
-    used = {id(p) for setting in data.scores.settings for p in data.figures(setting)}
-    noted = published_notes([p for p in data.published if id(p) not in used])[1:]
-    return {"title": f"{len(rest.rows)} figures of {_names_of(rest)}", "table": rest, "notes": noted}
+def _left_over(rest: pd.DataFrame) -> dict[str, Any] | None:
+    if rest.empty:
+        return None
+    title = f"{len(rest)} figures of {_names_of(rest)}"
+    return {"title": title, "table": left_over_table(rest), "notes": published_notes(rest)[1:]}
 
 
 def _joined(parts: Sequence[str]) -> str:
@@ -189,14 +193,14 @@ def _cases(data: _Data, setting: str, drawn: Sequence[CasePicture]) -> dict[str,
     figures = [
         html.Picture(
             c.file,
-            f"**{c.rank}**: {c.case}, Dice {tables.percent(c.dice)}"
-            + (f", {base} {tables.percent(c.scratch)}" if c.scratch == c.scratch else "")
+            f"**{c.rank}**: {c.case}, Dice {100 * c.dice:.1f}"
+            + (f", {base} {100 * c.scratch:.1f}" if c.scratch == c.scratch else "")
             + (f"; {c.where}" if c.where else ""),
             f"{c.rank}: {c.case}, contours of reference and predictions",
         )
         for c in drawn
     ]
-    legend = [(COLOURS[i % len(COLOURS)], n) for i, n in enumerate(data.scores.label_names[setting])]
+    legend = [(COLOURS[i % len(COLOURS)], n) for i, n in enumerate(data.scores.label_names(setting))]
     return {"lead": lead, "kind": "", "legend": legend, "figures": figures}
 
 
@@ -210,15 +214,13 @@ def _setting(data: _Data, setting: str) -> dict[str, Any]:
         "pictures": _pictures(data, setting),
     }
     drawn: list[CasePicture] = []
-    if data.about.get("pictures") is not False and rows:
+    if data.about.get("pictures") is not False:
         images = read_json_file(data.folder / "images.json")
         drawn = write_overlays(data.scores, data.rows, images, setting, data.folder / "overlays") if images else []
     return {**shown, "cases": _cases(data, setting, drawn)}
 
 
-def write(
-    folder: str | Path, experiment: object = None, published: str | Path | Sequence[Published] | None = None
-) -> Path:
+def write(folder: str | Path, experiment: object = None, published: str | Path | None = None) -> Path:
     """Write tables, pictures and ``report.html`` from whatever an experiment has measured so far.
 
     Args:
@@ -236,14 +238,14 @@ def write(
     data = _read(folder, experiment, published)
     _write_tables(data)
     remove_overlays(folder / "overlays")
-    failures = read_rows(folder / "failures.csv")
+    failures = read_table(folder / "failures.csv")
     rest = left_over(data.published, data.scores.settings)
     sections = [
         html.Section(f"setting-{i}", _heading(s), "setting", _setting(data, s))
         for i, s in enumerate(data.scores.settings)
     ]
     sections += [
-        html.Section("others", LEFT_OVER, "others", _left_over(data, rest) if rest else None),
+        html.Section("others", LEFT_OVER, "others", _left_over(rest)),
         html.Section("failures", "Failed jobs", "failures", provenance.failures(failures)),
         html.Section("reading", "How to read this", "reading", interpretation.EXPLANATIONS),
         html.Section("provenance", "How this was made", "provenance", provenance.made(data.about)),

@@ -22,27 +22,28 @@ Each file may be missing or be cut off; only a line that is there and makes no s
 from __future__ import annotations
 
 import csv
-import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from nnssl.errors import NnsslError, raise_problems
+from nnssl.files import read_json
 
 BASELINE = "scratch"
-METRICS = ("dice", "surface_dice", "hd95")
+METRICS = ["dice", "surface_dice", "hd95"]
+VOXELS = ["reference_voxels", "prediction_voxels"]
+CELL = ["setting", "method", "labels"]
 REQUIRED = ("method", "labels", "seed", "case", "label", "dice")
+NO_NUMBER = ("", "nan", "none", "–")
 
 Labels = int | str
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """One cell of the table: a method with a number of labelled cases in a setting."""
 
     setting: str
@@ -55,27 +56,16 @@ class Scores:
     """What an experiment has measured so far.
 
     Attributes:
-        arrays: per cell and metric ``(S, C, L)``: seeds, cases, labels of the cell's setting; means over folds; NaN where no
-            value.
-        present: per cell ``(S, C)``, whether the case was evaluated.
-        runs: per cell the (seed, fold) pairs that were evaluated.
+        lines: ``cases.csv``, of two lines for the same run, case and label the later one.
+        cells: of each measured cell the metrics by seed, case and label, means over folds; NaN where there is no value.
         expected: the (seed, fold) pairs of a finished cell, per setting.
         wanted: the cells that were asked for, or are there, in the order of the table: ``scratch`` first.
-        seeds, cases, label_names: the axes, per setting.
-        events: per cell: ``empty`` references without any voxel of a label, ``false_alarms`` (of these, those with a
-            prediction: Dice 0), ``missed`` (a reference, no prediction: Dice 0), ``hd95_undefined``. Counted over seeds,
-                folds, cases and labels.
     """
 
-    arrays: dict[Key, dict[str, np.ndarray]] = field(default_factory=dict)
-    present: dict[Key, np.ndarray] = field(default_factory=dict)
-    runs: dict[Key, set[tuple[str, str]]] = field(default_factory=dict)
+    lines: pd.DataFrame
+    cells: dict[Key, pd.DataFrame]
+    wanted: list[Key]
     expected: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
-    wanted: list[Key] = field(default_factory=list)
-    seeds: dict[str, list[str]] = field(default_factory=dict)
-    cases: dict[str, list[str]] = field(default_factory=dict)
-    label_names: dict[str, list[str]] = field(default_factory=dict)
-    events: dict[Key, dict[str, int]] = field(default_factory=dict)
 
     @property
     def settings(self) -> list[str]:
@@ -89,25 +79,37 @@ class Scores:
     def baseline(self, key: Key) -> Key:
         """The cell that a cell is compared with: ``scratch`` with the same labels; without scratch the first method of the
         setting."""
-        return Key(key.setting, self.methods(key.setting)[0], key.labels)
+        return key._replace(method=self.methods(key.setting)[0])
 
     def labels(self, setting: str) -> list[Labels]:
         """The numbers of labelled cases of a setting, ascending; what is no number comes last."""
         return sorted({key.labels for key in self.wanted if key.setting == setting}, key=label_order)
 
+    def _of(self, setting: str, column: str) -> list[str]:
+        return list(self.lines.loc[self.lines["setting"] == setting, column].unique())
+
+    def seeds(self, setting: str) -> list[str]:
+        """The seeds that are there, ascending."""
+        return sorted(self._of(setting, "seed"), key=lambda seed: label_order(parse_labels(seed)))
+
+    def cases(self, setting: str) -> list[str]:
+        """The evaluated cases."""
+        return sorted(self._of(setting, "case"))
+
+    def label_names(self, setting: str) -> list[str]:
+        """The names of the labels, in the order of the file."""
+        return self._of(setting, "label")
+
     def complete_seeds(self, key: Key) -> tuple[int, int]:
         """How many seeds of a cell have all their folds and cases, and how many were asked for."""
         expected = self.expected.get(key.setting, set())
+        own = self.lines[(self.lines[CELL] == list(key)).all(axis=1)]
+        runs = set(zip(own["seed"], own["fold"]))
+        cases = own.groupby("seed")["case"].nunique()
+        whole = set(cases.index[cases == len(self.cases(key.setting))])
         seeds = {seed for seed, _ in expected}
-        if key not in self.runs:
-            return 0, len(seeds)
-        whole = {s for s, row in zip(self.seeds[key.setting], self.present[key]) if row.all()}
-        done = [s for s in seeds if s in whole and {f for e, f in expected if e == s} <= _folds(self.runs[key], s)]
+        done = [s for s in seeds & whole if all(pair in runs for pair in expected if pair[0] == s)]
         return len(done), len(seeds)
-
-
-def _folds(runs: set[tuple[str, str]], seed: str) -> set[str]:
-    return {fold for s, fold in runs if s == seed}
 
 
 def label_order(labels: Labels) -> tuple[int, float, str]:
@@ -121,64 +123,65 @@ def parse_labels(text: object) -> Labels:
     return int(stripped) if stripped.isdecimal() else stripped
 
 
-def number(text: str | None) -> float:
-    """A field of a CSV; empty, ``nan``, ``None`` and infinite values are NaN. Raises ValueError for anything else."""
-    if text is None or text.strip().lower() in ("", "nan", "none", "–"):
-        return math.nan
-    value = float(text)
-    return value if math.isfinite(value) else math.nan
+def numbers(texts: pd.Series) -> tuple[pd.Series, pd.Series]:
+    """Fields of a CSV as numbers, and which of them are none; empty, ``nan``, ``None`` and infinite values are NaN."""
+    values = pd.to_numeric(texts, errors="coerce").astype(float)
+    wrong = values.isna() & ~texts.str.strip().str.lower().isin(NO_NUMBER)
+    return values.where(np.isfinite(values)), wrong
 
 
-def read_rows(file: Path, required: Iterable[str] = ()) -> list[dict[str, str]]:
-    """The lines of a CSV as dictionaries; none where there is no file. A last line that was cut off is left out.
+def read_table(file: Path, required: Iterable[str] = ()) -> pd.DataFrame:
+    """The lines of a CSV as text; no columns where there is no file. A last line that was cut off is left out.
 
     Raises:
         NnsslError: a column of ``required`` is missing.
     """
     if not file.is_file():
-        return []
+        return pd.DataFrame()
     with file.open(newline="", encoding="utf-8-sig") as handle:
         reader = csv.DictReader(handle)
         rows = list(reader)
-        columns = reader.fieldnames or []
+        columns = list(reader.fieldnames or [])
     missing = [c for c in required if c not in columns]
-    if missing and (columns or rows):
-        raise NnsslError(
-            f"{file} has no column {', '.join(missing)}; its first line is: {','.join(columns) or '(empty)'}."
-        )
-    return rows[:-1] if rows and None in rows[-1].values() else rows
+    if missing and columns:
+        raise NnsslError(f"{file} has no column {', '.join(missing)}; its first line is: {','.join(columns)}.")
+    if rows and None in rows[-1].values():
+        rows.pop()
+    return pd.DataFrame(rows, columns=columns, dtype=object).fillna("")
 
 
 def read_json_file(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no file. Raises :class:`NnsslError` where it is broken."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise NnsslError(f"{file} cannot be read: {error}") from error
-    return content if isinstance(content, dict) else {}
+    return read_json(file) if file.is_file() else {}
 
 
-def _checked(rows: list[dict[str, str]], file: Path) -> list[dict[str, Any]]:
-    out, problems = [], []
-    for line, row in enumerate(rows, start=2):
-        try:
-            values = {metric: number(row.get(metric)) for metric in METRICS}
-            voxels = {c: number(row.get(c)) for c in ("reference_voxels", "prediction_voxels")}
-        except ValueError as error:
-            problems.append(f"line {line}: {error}")
-            continue
-        wrong = [m for m in ("dice", "surface_dice") if not math.isnan(values[m]) and not 0 <= values[m] <= 1.000001]
-        if wrong or values["hd95"] < 0:
-            what = ", ".join(f"{m} = {row[m]}" for m in wrong or ["hd95"])
-            problems.append(f"line {line}: {what}; Dice is a share in 0..1, a distance is not negative")
-            continue
-        key = Key((row.get("setting") or "").strip(), row["method"].strip(), parse_labels(row["labels"]))
-        out.append({"key": key, "seed": row["seed"], "fold": row.get("fold") or "0", "case": row["case"],
-                    "label": row["label"], **values, **voxels})  # fmt: skip
-    raise_problems(problems[:20], str(file))
-    return out
+def cell_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of texts with all columns that tell cells and runs apart, numbers of labels as numbers."""
+    filled = table.reindex(columns=list(dict.fromkeys([*table, *CELL, "seed", "fold"])), fill_value="").astype(object)
+    labels = pd.Series([parse_labels(n) for n in filled["labels"]], filled.index, dtype=object)
+    names = {c: filled[c].str.strip() for c in ("setting", "method")}
+    return filled.assign(**names, labels=labels, fold=filled["fold"].replace("", "0"))
+
+
+def read_cases(file: Path) -> pd.DataFrame:
+    """``cases.csv`` with its numbers; of two lines for the same run, case and label the later one holds.
+
+    Raises:
+        NnsslError: a line makes no sense; it names file and line.
+    """
+    columns = [*CELL, "seed", "fold", "case", "label", *METRICS, *VOXELS]
+    table = cell_columns(read_table(file, REQUIRED)).reindex(columns=columns, fill_value="").astype(object)
+    problems: list[tuple[int, str]] = []
+    for column in (*METRICS, *VOXELS):
+        texts = table[column]
+        table[column], wrong = numbers(texts)
+        problems += [(i, f"could not convert {column} = '{texts[i]}' to a number") for i in table.index[wrong]]
+    for column, high in (("dice", 1.000001), ("surface_dice", 1.000001), ("hd95", np.inf)):
+        wrong = (table[column] < 0) | (table[column] > high)
+        said = "Dice is a share in 0..1, a distance is not negative"
+        problems += [(i, f"{column} = {table.loc[i, column]:g}; {said}") for i in table.index[wrong]]
+    raise_problems([f"line {i + 2}: {text}" for i, text in sorted(problems)[:20]], str(file))
+    return table.drop_duplicates(columns[:7], keep="last")
 
 
 def _names(items: object) -> list[str]:
@@ -188,8 +191,7 @@ def _names(items: object) -> list[str]:
 
 
 def settings_of(experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was asked for in each setting: methods, labels, seeds, folds; those of the experiment where it has none of its
-    own."""
+    """Methods, labels, seeds and folds asked for in each setting; the experiment's where a setting has none of its own."""
     listed = experiment.get("settings") or []
     own = {str(s.get("name", "")): s for s in listed if isinstance(s, dict)} or {name: {} for name in _names(listed)}
     for asked in experiment.get("asked") or ():
@@ -209,9 +211,9 @@ def _counts(asked: dict[str, Any], there: list[Key]) -> list[Labels]:
     return [n for n in counts if not there or isinstance(n, int) or n == "all"]
 
 
-def _wanted(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> list[Key]:
+def _wanted(lines: pd.DataFrame, experiment: dict[str, Any]) -> list[Key]:
     """All cells of the table: every method with every number of labels, where asked for or found."""
-    found = list(dict.fromkeys(row["key"] for row in rows))
+    found = [Key(*cell) for cell in lines[CELL].drop_duplicates().itertuples(index=False)]
     asked = settings_of(experiment)
     wanted = []
     for setting in dict.fromkeys([*asked, *(k.setting for k in found)]) or [""]:
@@ -223,43 +225,12 @@ def _wanted(rows: list[dict[str, Any]], experiment: dict[str, Any]) -> list[Key]
     return wanted
 
 
-def _expected(rows: list[dict[str, Any]], asked: dict[str, Any]) -> set[tuple[str, str]]:
-    seeds = _names(asked.get("seeds")) or sorted({r["seed"] for r in rows})
-    folds = sorted({r["fold"] for r in rows}) or ["0"]
-    if len(_names(asked.get("folds"))) > len(folds):
-        folds = _names(asked["folds"])
-    return {(s, f) for s in seeds for f in folds}
-
-
-def _fill(scores: Scores, setting: str, rows: list[dict[str, Any]]) -> None:
-    """The arrays of one setting; of two lines for the same run, case and label the later one holds."""
-    axes = [sorted({r["seed"] for r in rows}, key=_natural), sorted({r["case"] for r in rows}),
-            list(dict.fromkeys(r["label"] for r in rows))]  # fmt: skip
-    scores.seeds[setting], scores.cases[setting], scores.label_names[setting] = axes
-    if not rows:
-        return
-    shape = tuple(len(axis) for axis in axes)
-    latest = pd.DataFrame(rows).drop_duplicates(["key", "seed", "fold", "case", "label"], keep="last")
-    places = pd.MultiIndex.from_product(axes)
-    for key, own in latest.groupby("key", sort=False):
-        means = own.groupby(["seed", "case", "label"])[list(METRICS)].mean().reindex(places)
-        scores.arrays[key] = {metric: means[metric].to_numpy().reshape(shape) for metric in METRICS}
-        scores.present[key] = (
-            places.isin(pd.MultiIndex.from_frame(own[["seed", "case", "label"]])).reshape(shape).any(2)
-        )
-        scores.runs[key] = set(zip(own["seed"], own["fold"]))
-        empty, found = own["reference_voxels"] == 0, own["prediction_voxels"]
-        events = {
-            "empty": empty,
-            "false_alarms": empty & (found > 0),
-            "missed": (own["reference_voxels"] > 0) & (found == 0),
-            "hd95_undefined": own["hd95"].isna() & own["dice"].notna(),
-        }
-        scores.events[key] = {name: int(where.sum()) for name, where in events.items()}
-
-
-def _natural(text: str) -> tuple[int, str]:
-    return (int(text), "") if text.isdecimal() else (1 << 60, text)
+def _expected(lines: pd.DataFrame, asked: dict[str, Any]) -> set[tuple[str, str]]:
+    seeds = _names(asked.get("seeds")) or lines["seed"].unique()
+    folds, asked_folds = lines["fold"].unique(), _names(asked.get("folds"))
+    if len(asked_folds) > max(1, len(folds)):
+        folds = asked_folds
+    return {(s, f) for s in seeds for f in (folds if len(folds) else ["0"])}
 
 
 def read_scores(folder: Path, experiment: dict[str, Any]) -> Scores:
@@ -272,11 +243,12 @@ def read_scores(folder: Path, experiment: dict[str, Any]) -> Scores:
     Raises:
         NnsslError: a line of ``cases.csv`` makes no sense; it names file and line.
     """
-    file = folder / "cases.csv"
-    rows = _checked(read_rows(file, REQUIRED), file)
-    scores = Scores(wanted=_wanted(rows, experiment))
+    lines = read_cases(folder / "cases.csv")
+    means = lines.groupby([*CELL, "seed", "case", "label"], sort=False)[METRICS].mean()
+    cells = {Key(*key): cell.droplevel(CELL) for key, cell in means.groupby(level=CELL, sort=False)}
+    scores = Scores(lines, cells, _wanted(lines, experiment))
+    asked = settings_of(experiment)
     for setting in scores.settings:
-        own = [row for row in rows if row["key"].setting == setting]
-        _fill(scores, setting, own)
-        scores.expected[setting] = _expected(own, settings_of(experiment).get(setting, experiment))
+        own = lines[lines["setting"] == setting]
+        scores.expected[setting] = _expected(own, asked.get(setting, experiment))
     return scores

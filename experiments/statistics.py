@@ -1,9 +1,8 @@
-"""The statistics of a label-efficiency table, as pure functions of arrays; Dice values are fractions or percent as the caller
-likes.
+"""The statistics of a label-efficiency table, as pure functions; Dice values are fractions or percent as the caller likes.
 
-A score array has the shape ``(S, C, L)``: seeds, cases, labels; NaN where there is no value. Its mean is nnU-Net's, seed by
-seed: the mean over cases of each label without the NaN (a case whose reference and prediction are both empty has no Dice),
-then the mean over labels; and then the mean over seeds. What the numbers can and cannot say is in
+The scores of a cell are a series indexed by ``seed``, ``case`` and ``label``; NaN where there is no value. Their mean is
+nnU-Net's, seed by seed: the mean over cases of each label without the NaN (a case whose reference and prediction are both
+empty has no Dice), then the mean over labels; and then the mean over seeds. What the numbers can and cannot say is in
 docs/label-efficiency.md.
 
 Sources: Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13 (percentile interval); Wilcoxon 1945,
@@ -17,65 +16,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 RESAMPLES = 10_000
 LEVEL = 0.95
 
 
-def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
-    """``np.nanmean`` without a warning where there is nothing to average: NaN."""
-    count = np.sum(~np.isnan(values), axis=axis)
-    total = np.nansum(values, axis=axis)
-    return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
+def seed_means(scores: pd.Series) -> pd.Series:
+    """The mean of each seed: label by label over the cases, then over the labels. A label without any value is left out."""
+    return scores.groupby(["seed", "label"]).mean().groupby("seed").mean()
 
 
-def seed_means(scores: np.ndarray, label: int | None = None) -> np.ndarray:
-    """Mean of each seed, ``(S,)``.
-
-    Args:
-        scores: ``(S, C, L)``.
-        label: index of one label; None: the mean over labels of the means over cases. A label without any value is left out.
-    """
-    per_label = _nanmean(scores, 1)
-    return per_label[:, label] if label is not None else _nanmean(per_label, 1)
-
-
-def mean_and_sd(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1) of the values that are not NaN; the deviation of fewer than two is NaN."""
-    there = np.asarray(values, dtype=float)
-    there = there[~np.isnan(there)]
-    if there.size == 0:
-        return math.nan, math.nan
-    return float(there.mean()), float(there.std(ddof=1)) if there.size > 1 else math.nan
-
-
-def case_weights(cases: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each case is drawn in each bootstrap sample: ``(resamples, cases)``, rows sum to ``cases``.
+def case_weights(cases: Sequence[str], resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
+    """How often each case (column) is drawn in each bootstrap sample (row); rows sum to the number of cases.
 
     Cases are drawn, and every seed keeps its place: the same cases are drawn for all seeds and for both methods, since a case
     that is hard under one seed is hard under the others. To draw (seed, case) pairs as if they were independent would give
     intervals that are too narrow.
     """
-    generator = np.random.default_rng(seed)
-    return generator.multinomial(cases, np.full(cases, 1.0 / cases), size=resamples).astype(float)
+    share = np.full(len(cases), 1.0 / len(cases))
+    drawn = np.random.default_rng(seed).multinomial(len(cases), share, size=resamples)
+    return pd.DataFrame(drawn.astype(float), columns=list(cases))
 
 
-def weighted_mean(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The mean of a score array under each row of case weights.
+def weighted_mean(scores: pd.Series, weights: pd.DataFrame) -> np.ndarray:
+    """The mean of a cell in each bootstrap sample.
 
     Args:
-        scores: ``(S, C, L)``.
+        scores: of a cell.
         weights: ``(R, C)``, from :func:`case_weights`.
 
     Returns:
         ``(R,)``: per seed and label the weighted mean over cases, then the means over labels and over seeds.
     """
-    seeds, cases, labels = scores.shape
-    flat = scores.transpose(1, 0, 2).reshape(cases, seeds * labels)
-    there = ~np.isnan(flat)
-    total, count = weights @ np.where(there, flat, 0.0), weights @ there.astype(float)
-    per_label = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-    return _nanmean(_nanmean(per_label.reshape(-1, seeds, labels), 2), 1)
+    wide = scores.unstack(["seed", "label"]).reindex(weights.columns)
+    total = weights.to_numpy() @ wide.fillna(0.0).to_numpy()
+    count = weights.to_numpy() @ wide.notna().to_numpy(dtype=float)
+    means = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    return pd.DataFrame(means.T, index=wide.columns).groupby(level="seed").mean().mean().to_numpy()
 
 
 def interval(replicates: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
@@ -88,31 +66,19 @@ def interval(replicates: np.ndarray, level: float = LEVEL) -> tuple[float, float
     return float(there[low]), float(there[high])
 
 
-def paired_differences(scores: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """One difference per case: the mean over the seeds and labels that have a value in both arrays.
-
-    Args:
-        scores, baseline: ``(S, C, L)``, the same seeds, cases and labels.
-
-    Returns:
-        ``(C',)`` with ``C' <= C``: cases without any such pair are left out.
-    """
-    seeds, cases, labels = scores.shape
-    difference = (scores - baseline).transpose(1, 0, 2).reshape(cases, seeds * labels)
-    per_case = _nanmean(difference, 1)
-    return per_case[~np.isnan(per_case)]
+def paired_differences(scores: pd.Series, baseline: pd.Series) -> pd.Series:
+    """One difference per case: the mean over the seeds and labels with a value in both; cases without any are left out."""
+    return (scores - baseline).groupby("case").mean().dropna()
 
 
-def wilcoxon_p(differences: np.ndarray) -> float:
+def wilcoxon_p(differences: pd.Series) -> float:
     """Two-sided p of the Wilcoxon signed-rank test; cases without a difference are left out, 1.0 where all are, NaN without
     cases.
 
     The exact distribution is used for up to 50 cases without ties, by scipy's choice, else the normal approximation.
     """
-    if differences.size == 0:
-        return math.nan
     if not np.any(differences):
-        return 1.0
+        return 1.0 if len(differences) else math.nan
     from scipy.stats import wilcoxon
 
     return float(wilcoxon(differences[differences != 0]).pvalue)
@@ -144,7 +110,7 @@ class Factor:
     bound: str = ""
 
     def __str__(self) -> str:
-        return f"{self.bound}{self.value:.1f}x" if not math.isnan(self.value) else "–"
+        return "" if math.isnan(self.value) else f"{self.bound}{self.value:.6g}"
 
 
 def labels_needed(counts: Sequence[float], dice: Sequence[float], target: float) -> Factor:
@@ -180,10 +146,6 @@ def first_reached(curve: Sequence[float] | np.ndarray, target: float, window: in
 
     NaN are left out of the means; a window that is not full yet does not count.
     """
-    values = np.asarray(curve, dtype=float)
-    for end in range(window, len(values) + 1):
-        piece = values[end - window : end]
-        piece = piece[~np.isnan(piece)]
-        if piece.size and piece.mean() >= target:
-            return end
-    return None
+    means = pd.Series(curve, dtype=float).rolling(window, min_periods=1).mean().to_numpy()
+    reached = np.flatnonzero(means[window - 1 :] >= target)
+    return int(reached[0]) + window if reached.size else None

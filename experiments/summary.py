@@ -1,260 +1,196 @@
-"""From scores and training curves to the rows of the table: means, gains over ``scratch`` with their tests, labels and epochs
+"""From scores and training curves to one frame of results: means, gains over ``scratch`` with their tests, labels and epochs
 saved."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from nnssl.experiments import statistics as st
-from nnssl.experiments.scores import METRICS, Key, Scores, number, parse_labels
+from nnssl.experiments.scores import CELL, Key, Scores, cell_columns, numbers
 
 MEAN = "mean"
 SAVING_RESAMPLES = 2_000
 ALPHA = 0.05
 
-
-@dataclass(frozen=True)
-class Gain:
-    """A method against ``scratch`` with the same number of labels, on the seeds and cases that both have.
-
-    Attributes:
-        mean, sd: of the gains of the seeds, Dice in 0..1; their sample deviation is NaN for one seed.
-        low, high: bootstrap interval over cases, 95 %, for these seeds.
-        p, p_holm: Wilcoxon signed-rank over cases, and adjusted for all comparisons of the experiment.
-        seeds, cases: how many were compared. seeds_better, cases_better: in how many the method is above scratch.
-    """
-
-    mean: float
-    sd: float
-    low: float
-    high: float
-    p: float
-    p_holm: float
-    seeds: int
-    cases: int
-    seeds_better: int
-    cases_better: int
+EVENTS = ["empty_references", "false_alarms", "missed", "hd95_undefined"]
+"""References without any voxel of a label; of these those with a prediction (Dice 0); a reference that was not found (Dice 0);
+Dice without an HD95. Counted over seeds, folds, cases and labels."""
+CSV_COLUMNS = [
+    *CELL, "label", "seeds", "seeds_wanted", "dice", "dice_sd", "surface_dice", "surface_dice_sd", "hd95_mm", "hd95_mm_sd",
+    "gain", "gain_sd", "gain_low", "gain_high", "p", "p_holm", "cases", "cases_better", "seeds_compared", "seeds_better",
+    "scratch_labels", "label_factor", "label_factor_low", "label_factor_high", "epochs_to_scratch", "scratch_epochs", *EVENTS,
+]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class LabelFactor:
-    """How many labels ``scratch`` needs for a method's Dice, ``needed``, divided by those the method had, ``factor``; 95 %
-    interval."""
-
-    needed: st.Factor
-    factor: st.Factor
-    low: st.Factor
-    high: st.Factor
-
-
-@dataclass(frozen=True)
-class EpochsToMatch:
-    """Epochs after which the training curve reaches the Dice that ``scratch`` ends with.
-
-    Attributes:
-        target: scratch's final pseudo Dice. own, scratch: epochs; None where it is not reached. epochs: length of the method's
-            runs.
-        window: epochs in the running mean.
-    """
-
-    target: float
-    own: int | None
-    scratch: int | None
-    epochs: int
-    window: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One cell of the experiment.
-
-    Attributes:
-        values: metric -> label name, or ``"mean"`` -> (mean, standard deviation) over seeds; Dice in 0..1, HD95 in mm.
-        done, wanted: seeds that are complete, and asked for.
-        gain, saving, speed: None for ``scratch``, and where nothing can be compared yet.
-        events: see :class:`nnssl.experiments.scores.Scores`.
-    """
-
-    key: Key
-    values: dict[str, dict[str, tuple[float, float]]]
-    done: int
-    wanted: int
-    gain: Gain | None = None
-    saving: LabelFactor | None = None
-    speed: EpochsToMatch | None = None
-    events: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def dice(self) -> tuple[float, float]:
-        """Mean and deviation over seeds of the Dice averaged over labels; NaN where there is none."""
-        return self.values.get("dice", {}).get(MEAN, (math.nan, math.nan))
-
-
-Curves = dict[Key, dict[str, np.ndarray]]
-
-
-def verdict(gain: Gain) -> str:
+def verdict(row: Any) -> str:
     """``better``, ``worse``, ``unclear`` or ``one seed``.
 
     Better (worse): the interval lies above (below) zero, the adjusted p is below 0.05 and all seeds, at least two, agree.
     """
-    if math.isnan(gain.low) or math.isnan(gain.mean):
+    sign = int(row.gain_low > 0) - int(row.gain_high < 0)
+    if sign == 0 or math.isnan(row.gain) or not row.p_holm < ALPHA:
         return "unclear"
-    sign = (gain.low > 0) - (gain.high < 0)
-    if sign == 0 or not gain.p_holm < ALPHA:
-        return "unclear"
-    if gain.seeds < 2:
+    if row.seeds_compared < 2:
         return "one seed"
-    agree = gain.seeds_better == gain.seeds if sign > 0 else gain.seeds_better == 0
+    agree = row.seeds_better == (row.seeds_compared if sign > 0 else 0)
     return ("better" if sign > 0 else "worse") if agree else "unclear"
 
 
-def read_curves(rows: Sequence[dict[str, str]], setting: str = "") -> Curves:
-    """Training curves from the lines of ``runs.csv``: per cell and column ``(R, E)``, runs (seed and fold) and epochs; NaN:
-    missing.
+def read_curves(table: pd.DataFrame, setting: str = "") -> pd.DataFrame:
+    """The pseudo Dice of ``runs.csv``: a line for each cell, seed and fold, a column for each epoch; NaN: missing.
 
     Args:
-        rows: lines by column; one without an epoch or with broken numbers (a run that was killed) is left out.
+        table: from :func:`nnssl.experiments.scores.read_table`; a line without an epoch or with a broken number (of a run that
+            was killed) is left out.
         setting: of the lines that name none.
     """
-    runs: dict[Key, dict[tuple[str, str], dict[int, dict[str, float]]]] = {}
-    for row in rows:
-        key = Key((row.get("setting") or setting).strip(), row["method"].strip(), parse_labels(row["labels"]))
-        try:
-            values = {c: number(row.get(c)) for c in ("pseudo_dice", "train_loss", "val_loss", "minutes")}
-            epoch = int(float(row["epoch"]))
-        except ValueError:
-            continue
-        runs.setdefault(key, {}).setdefault((row["seed"], row.get("fold") or "0"), {})[epoch] = values
-    out: Curves = {}
-    first = min((e for by_run in runs.values() for run in by_run.values() for e in run), default=0)
-    for key, by_run in runs.items():
-        length = max(max(run) for run in by_run.values()) - first + 1
-        for column in ("pseudo_dice", "train_loss", "val_loss", "minutes"):
-            array = np.full((len(by_run), length), math.nan)
-            for r, run in enumerate(by_run.values()):
-                for epoch, values in run.items():
-                    array[r, epoch - first] = values[column]
-            out.setdefault(key, {})[column] = array
-    return out
+    runs = [*CELL, "seed", "fold"]
+    lines = cell_columns(table.reindex(columns=list(dict.fromkeys([*table, "epoch", "pseudo_dice"])), fill_value=""))
+    dice, wrong = numbers(lines["pseudo_dice"])
+    epochs = numbers(lines["epoch"])[0]
+    lines = lines.assign(setting=lines["setting"].replace("", setting), pseudo_dice=dice, epoch=epochs)
+    lines = lines[~wrong & epochs.notna()].astype({"epoch": int})
+    wide = (
+        lines.drop_duplicates([*runs, "epoch"], keep="last").set_index([*runs, "epoch"])["pseudo_dice"].unstack("epoch")
+    )
+    return wide if wide.empty else wide.reindex(columns=range(wide.columns.min(), wide.columns.max() + 1))
 
 
-def mean_curve(curves: np.ndarray) -> np.ndarray:
-    """Mean over runs, ``(R, E)`` to ``(E,)``, up to the last epoch that every run has reached."""
-    reached = [int(np.flatnonzero(~np.isnan(run)).max(initial=-1)) + 1 for run in curves]
-    return st._nanmean(curves[:, : min(reached)], 0)
+def curves_of(curves: pd.DataFrame, key: Key) -> pd.DataFrame:
+    """The runs of a cell, up to the last epoch that one of them has reached."""
+    own = curves[(curves.index.to_frame()[CELL] == list(key)).all(axis=1)]
+    last = own.notna().any()[::-1].idxmax() if own.notna().any(axis=None) else None
+    return own.loc[:, :last] if last is not None else own.iloc[:0, :0]
 
 
-def _speed(key: Key, base: Key, curves: Curves) -> EpochsToMatch | None:
-    if key == base or key not in curves or base not in curves:
-        return None
-    own, scratch = mean_curve(curves[key]["pseudo_dice"]), mean_curve(curves[base]["pseudo_dice"])
-    length = curves[base]["pseudo_dice"].shape[1]
-    if len(scratch) < length or not len(own):
-        return None
+def mean_curve(runs: pd.DataFrame) -> pd.Series:
+    """Mean over the runs of a cell, up to the last epoch that every run has reached."""
+    reached = [run.last_valid_index() for _, run in runs.iterrows()]
+    return pd.Series(dtype=float) if None in reached or not reached else runs.loc[:, : min(reached)].mean()
+
+
+def _speed(own: pd.DataFrame, base: pd.DataFrame) -> dict[str, Any]:
+    """Epochs after which a method's training curve, and scratch's own, reach the pseudo Dice that scratch ends with."""
+    curve, scratch = mean_curve(own), mean_curve(base)
+    length = base.shape[1]
+    if not len(curve) or not len(scratch) or len(scratch) < length:
+        return {}
     window = max(1, round(length / 20))
-    target = float(np.nanmean(scratch[-window:])) if not np.isnan(scratch[-window:]).all() else math.nan
+    target = float(scratch.iloc[-window:].mean())
     if math.isnan(target):
-        return None
-    reached = st.first_reached(own, target, window), st.first_reached(scratch, target, window)
-    return EpochsToMatch(target, reached[0], reached[1], len(own), window)
+        return {}
+    reached = {"epochs_to_scratch": st.first_reached(curve, target, window),
+               "scratch_epochs": st.first_reached(scratch, target, window)}  # fmt: skip
+    return {name: st.Factor(len(curve), ">") if n is None else st.Factor(n) for name, n in reached.items()}
 
 
-def _gain(scores: Scores, key: Key, weights: np.ndarray) -> Gain | None:
-    base = scores.baseline(key)
-    if key == base or key not in scores.arrays or base not in scores.arrays:
-        return None
-    both = (scores.present[key] & scores.present[base])[:, :, None]
-    if not both.any():
-        return None
-    ours = np.where(both, scores.arrays[key]["dice"], math.nan)
-    theirs = np.where(both, scores.arrays[base]["dice"], math.nan)
-    per_seed = st.seed_means(ours) - st.seed_means(theirs)
-    per_seed = per_seed[~np.isnan(per_seed)]
-    mean, sd = st.mean_and_sd(per_seed)
+def _gain(ours: pd.Series, theirs: pd.Series, weights: pd.DataFrame) -> dict[str, float]:
+    """A cell against the baseline with the same number of labels, on the seeds and cases that both have.
+
+    The interval is a bootstrap over cases, 95 %, for these seeds; p is Wilcoxon's signed-rank test over cases.
+    """
+    evaluated = [scores.index.droplevel("label") for scores in (ours, theirs)]
+    both = evaluated[0].intersection(evaluated[1])
+    if both.empty:
+        return {}
+    ours, theirs = ours[evaluated[0].isin(both)], theirs[evaluated[1].isin(both)]
+    per_seed = (st.seed_means(ours) - st.seed_means(theirs)).dropna()
     low, high = st.interval(st.weighted_mean(ours, weights) - st.weighted_mean(theirs, weights))
-    difference = st.paired_differences(ours, theirs)
-    return Gain(
-        mean, sd, low, high, st.wilcoxon_p(difference), math.nan, len(per_seed), len(difference),
-        int((per_seed > 0).sum()), int((difference > 0).sum()),
-    )  # fmt: skip
+    per_case = st.paired_differences(ours, theirs)
+    return {
+        "gain": per_seed.mean(), "gain_sd": per_seed.std(), "gain_low": low, "gain_high": high,
+        "p": st.wilcoxon_p(per_case), "cases": len(per_case), "cases_better": (per_case > 0).sum(),
+        "seeds_compared": len(per_seed), "seeds_better": (per_seed > 0).sum(),
+    }  # fmt: skip
 
 
-def _divided(factor: st.Factor, by: float) -> st.Factor:
-    return replace(factor, value=factor.value / by)
-
-
-def _saving(scores: Scores, key: Key, replicates: dict[Key, np.ndarray], means: dict[Key, float]) -> LabelFactor | None:
-    counts = [n for n in scores.labels(key.setting) if isinstance(n, int) and n > 0]
-    base = [scores.baseline(replace(key, labels=n)) for n in counts]
-    there = [(n, k) for n, k in zip(counts, base) if k in means]
-    if key == scores.baseline(key) or key not in means or not isinstance(key.labels, int) or len(there) < 2:
-        return None
-    numbers = [n for n, _ in there]
-    needed = st.labels_needed(numbers, [means[k] for _, k in there], means[key])
-    drawn = [
-        st.labels_needed(numbers, [replicates[k][r] for _, k in there], replicates[key][r])
-        for r in range(min(SAVING_RESAMPLES, len(replicates[key])))
-    ]
+def _saving(
+    key: Key, points: list[Key], replicates: dict[Key, np.ndarray], means: dict[Key, float]
+) -> dict[str, st.Factor]:
+    """How many labels the baseline (``points``, by number of labels) needs for the Dice of a cell, and divided by the cell's."""
+    counts = [int(k.labels) for k in points]
+    drawn = np.stack([replicates[k][:SAVING_RESAMPLES] for k in points], axis=1)
+    targets = replicates[key][:SAVING_RESAMPLES]
+    needed = [st.labels_needed(counts, dice, target) for dice, target in zip(drawn, targets)]
     beyond = {"<": -math.inf, ">": math.inf}
-    low, high = st.interval(np.array([beyond.get(f.bound, f.value) for f in drawn]))
-    ends = [
-        st.Factor(numbers[0], "<") if v == -math.inf else st.Factor(numbers[-1], ">") if v == math.inf else st.Factor(v)
-        for v in (low, high)
+    ends = st.interval(np.array([beyond.get(f.bound, f.value) for f in needed]))
+    bounds = {-math.inf: st.Factor(counts[0], "<"), math.inf: st.Factor(counts[-1], ">")}
+    found = [
+        st.labels_needed(counts, [means[k] for k in points], means[key]),
+        *(bounds.get(v, st.Factor(v)) for v in ends),
     ]
-    return LabelFactor(needed, *(_divided(f, key.labels) for f in (needed, *ends)))
+    factors = [st.Factor(f.value / int(key.labels), f.bound) for f in found]
+    names = ("label_factor", "label_factor_low", "label_factor_high")
+    return {"scratch_labels": found[0], **dict(zip(names, factors))}
 
 
-def _values(scores: Scores, key: Key) -> dict[str, dict[str, tuple[float, float]]]:
-    out: dict[str, dict[str, tuple[float, float]]] = {}
-    for metric in METRICS if key in scores.arrays else ():
-        array = scores.arrays[key][metric]
-        own = {name: st.mean_and_sd(st.seed_means(array, i)) for i, name in enumerate(scores.label_names[key.setting])}
-        out[metric] = {**own, MEAN: st.mean_and_sd(st.seed_means(array))}
-    return out
+def _values(cell: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """Mean and sample deviation over seeds of each metric, in percent and mm: of the mean over labels, and of each label."""
+    per_label = cell.groupby(["seed", "label"]).mean()
+    of = {**dict(list(per_label.groupby("label"))), MEAN: per_label.groupby("seed").mean()}
+    found = pd.DataFrame({name: pd.concat([of[name].mean(), of[name].std().add_suffix("_sd")]) for name in of}).T
+    found = found * [1.0 if column.startswith("hd95") else 100.0 for column in found]
+    columns = {"hd95": "hd95_mm", "hd95_sd": "hd95_mm_sd"}
+    return found.rename(columns=columns).reindex([MEAN, *(n for n in names if n != MEAN)])
 
 
-def _weights(cases: int) -> np.ndarray:
+def _count_events(lines: pd.DataFrame) -> pd.DataFrame:
+    """How often each of :data:`EVENTS` happened, by cell."""
+    empty, found = lines["reference_voxels"] == 0, lines["prediction_voxels"]
+    undefined = lines["hd95"].isna() & lines["dice"].notna()
+    missed = (lines["reference_voxels"] > 0) & (found == 0)
+    events = pd.DataFrame(dict(zip(EVENTS, (empty, empty & (found > 0), missed, undefined))))
+    return events.groupby([lines[c] for c in CELL]).sum()
+
+
+def _weights(cases: list[str]) -> pd.DataFrame:
     """Bootstrap weights of a setting; fewer than usual above 4,000 cases, so that they stay below 320 MB."""
-    if cases == 0:
-        return np.zeros((0, 0))
-    return st.case_weights(cases, min(st.RESAMPLES, max(1000, 40_000_000 // cases)))
+    return st.case_weights(cases, min(st.RESAMPLES, max(1000, 40_000_000 // len(cases)))) if cases else pd.DataFrame()
 
 
-def summarise(scores: Scores, curves: Curves | None = None) -> list[Row]:
-    """The rows of an experiment, one per cell that was asked for or measured, also where nothing is there yet.
+def _results(scores: Scores, setting: str, curves: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    keys = [key for key in scores.wanted if key.setting == setting]
+    weights, events = _weights(scores.cases(setting)), _count_events(scores.lines)
+    dice = {key: scores.cells[key]["dice"] for key in keys if key in scores.cells}
+    replicates = {key: st.weighted_mean(values, weights) for key, values in dice.items()}
+    means = {key: float(st.seed_means(values).mean()) for key, values in dice.items()}
+    for key in keys:
+        base = scores.baseline(key)
+        counts = [n for n in scores.labels(setting) if isinstance(n, int) and n > 0]
+        points = [k for n in counts if (k := base._replace(labels=n)) in dice]
+        compared: dict[str, Any] = dict(events.loc[key]) if key in dice else dict.fromkeys(EVENTS, 0)
+        if key != base:
+            compared |= _speed(curves_of(curves, key), curves_of(curves, base))
+        if key != base and key in dice and base in dice:
+            compared |= _gain(dice[key], dice[base], weights)
+        if key != base and key in dice and isinstance(key.labels, int) and len(points) > 1:
+            compared |= _saving(key, points, replicates, means)
+        done, wanted = scores.complete_seeds(key)
+        line = {**key._asdict(), "seeds": done, "seeds_wanted": wanted, "measured": key in dice}
+        values = _values(scores.cells[key], scores.label_names(setting)) if key in dice else pd.DataFrame(index=[MEAN])
+        for name, row in values.iterrows():
+            yield {**line, "label": name, **row, **(compared if name == MEAN else {})}
+
+
+def summarise(scores: Scores, curves: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The results: a line for each cell that was asked for or measured and each label, ``mean`` (over labels) first.
 
     Args:
         scores: from :func:`nnssl.experiments.scores.read_scores`.
         curves: from :func:`read_curves`; the longest run of the baseline is taken for a finished one.
+
+    Returns:
+        :data:`CSV_COLUMNS`, and ``measured``: whether there is anything of the cell. Dice and gains in percent, HD95 in mm; the
+        last of the factors and epochs are :class:`~nnssl.experiments.statistics.Factor`. What compares methods stands in the
+        lines of the mean; it is NaN for the baseline, and where nothing can be compared yet.
     """
-    rows: list[Row] = []
-    for setting in scores.settings:
-        keys = [key for key in scores.wanted if key.setting == setting]
-        weights = _weights(len(scores.cases[setting]))
-        measured = [key for key in keys if key in scores.arrays]
-        replicates = {key: st.weighted_mean(scores.arrays[key]["dice"], weights) for key in measured}
-        means = {key: st.mean_and_sd(st.seed_means(scores.arrays[key]["dice"]))[0] for key in measured}
-        for key in keys:
-            done, wanted = scores.complete_seeds(key)
-            rows.append(
-                Row(
-                    key,
-                    _values(scores, key),
-                    done,
-                    wanted,
-                    _gain(scores, key, weights),
-                    _saving(scores, key, replicates, means),
-                    _speed(key, scores.baseline(key), curves or {}),
-                    scores.events.get(key, {}),
-                )  # fmt: skip
-            )
-    tested = [i for i, row in enumerate(rows) if row.gain]
-    adjusted = st.holm([rows[i].gain.p for i in tested])  # type: ignore[union-attr]
-    for i, p in zip(tested, adjusted):
-        rows[i] = replace(rows[i], gain=replace(rows[i].gain, p_holm=p))  # type: ignore[type-var]
-    return rows
+    curves = read_curves(pd.DataFrame()) if curves is None else curves
+    lines = [line for setting in scores.settings for line in _results(scores, setting, curves)]
+    rows = pd.DataFrame(lines, columns=[*CSV_COLUMNS, "measured"]).astype({"labels": object})
+    percent = ["gain", "gain_sd", "gain_low", "gain_high"]
+    return rows.assign(p_holm=st.holm(list(rows["p"])), **{c: 100 * rows[c] for c in percent})

@@ -1,28 +1,21 @@
-"""The rows of an experiment as ``table.md``, ``table.csv`` and ``table.tex``. Dice in percent, distances in mm; a dash:
-nothing yet."""
+"""The results of an experiment as tables of text, and these as Markdown, LaTeX and CSV. A dash: nothing yet."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
 
 from nnssl.experiments.scores import Labels, label_order
 from nnssl.experiments.statistics import Factor
-from nnssl.experiments.summary import MEAN, EpochsToMatch, LabelFactor, Row, verdict
+from nnssl.experiments.summary import CSV_COLUMNS, EVENTS, MEAN, verdict
+from nnssl.words import counted
 
 NOTHING = "–"
 FEW_CASES = 10
-CSV_COLUMNS: tuple[str, ...] = (
-    "setting", "method", "labels", "label", "seeds", "seeds_wanted", "dice", "dice_sd", "surface_dice",
-    "surface_dice_sd", "hd95_mm", "hd95_mm_sd", "gain", "gain_sd", "gain_low", "gain_high", "p", "p_holm", "cases",
-    "cases_better", "seeds_compared", "seeds_better", "scratch_labels", "label_factor", "label_factor_low",
-    "label_factor_high", "epochs_to_scratch", "scratch_epochs", "empty_references", "false_alarms", "missed",
-    "hd95_undefined",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,23 +28,21 @@ class Table:
     """
 
     title: str
-    head: list[str]
-    rows: list[list[str]]
+    frame: pd.DataFrame
     left: int = 1
     tones: dict[tuple[int, int], str] = field(default_factory=dict)
 
 
-def percent(value: float, digits: int = 1) -> str:
-    """A share as percent without the sign, or a dash."""
-    return NOTHING if math.isnan(value) else f"{100 * value:.{digits}f}"
-
-
-def plus_minus(value: tuple[float, float], scale: float = 100.0) -> str:
+def plus_minus(mean: float, sd: float = math.nan, form: str = ".1f") -> str:
     """``81.2 ± 0.4``; without a deviation the mean alone; a dash without a mean."""
-    mean, sd = value
     if math.isnan(mean):
         return NOTHING
-    return f"{scale * mean:.1f}" if math.isnan(sd) else f"{scale * mean:.1f} ± {scale * sd:.1f}"
+    return f"{mean:{form}}" + ("" if math.isnan(sd) else f" ± {sd:.1f}")
+
+
+def signed(value: float) -> str:
+    """``+1.2``, or a dash."""
+    return plus_minus(value, form="+.1f")
 
 
 def p_text(p: float) -> str:
@@ -64,19 +55,16 @@ def factor_text(factor: Factor) -> str:
     return NOTHING if math.isnan(factor.value) else f"{factor.bound}{factor.value:.1f}×"
 
 
-def epochs_text(speed: EpochsToMatch | None) -> str:
+def epochs_text(row: Any) -> str:
     """``12 / 47``: the method's and scratch's epochs; ``>50`` where the target was not reached."""
-    if speed is None:
-        return NOTHING
-    own = f">{speed.epochs}" if speed.own is None else str(speed.own)
-    return f"{own} / {NOTHING if speed.scratch is None else speed.scratch}"
+    return f"{row.epochs_to_scratch} / {row.scratch_epochs}" if pd.notna(row.epochs_to_scratch) else NOTHING
 
 
-def saving_text(saving: LabelFactor | None) -> str:
+def saving_text(row: Any) -> str:
     """``2.8× [2.1×, >4.0×]``; one figure where all three are the same."""
-    if saving is None or math.isnan(saving.factor.value):
+    if pd.isna(row.label_factor) or math.isnan(row.label_factor.value):
         return NOTHING
-    value, low, high = (factor_text(f) for f in (saving.factor, saving.low, saving.high))
+    value, low, high = map(factor_text, (row.label_factor, row.label_factor_low, row.label_factor_high))
     return value if value == low == high else f"{value} [{low}, {high}]"
 
 
@@ -85,110 +73,100 @@ def labels_text(labels: Labels) -> str:
     return f"{labels} label{'s' * (labels != 1)}" if isinstance(labels, int) else str(labels)
 
 
-def seeds_mark(row: Row) -> str:
+def seeds_mark(row: Any) -> str:
     """`` (2/3)`` where only two of three seeds are complete; nothing where all are, or none is there at all."""
-    return f" ({row.done}/{row.wanted})" if row.done < row.wanted and row.values else ""
+    return f" ({row.seeds}/{row.seeds_wanted})" if row.seeds < row.seeds_wanted and row.measured else ""
 
 
-def _grid(rows: Sequence[Row]) -> tuple[list[str], list[Labels], dict[tuple[str, Labels], Row]]:
-    methods = list(dict.fromkeys(r.key.method for r in rows))
-    labels = list(dict.fromkeys(r.key.labels for r in rows))
-    return methods, labels, {(r.key.method, r.key.labels): r for r in rows}
+def means(rows: pd.DataFrame) -> pd.DataFrame:
+    """The lines of the means over labels: one for each cell."""
+    return rows[rows["label"] == MEAN]
 
 
-def dice_table(rows: Sequence[Row]) -> Table:
-    """Methods by numbers of labels: mean Dice over labels, mean and deviation over seeds. ``rows`` are of one setting."""
+def baseline_of(rows: pd.DataFrame) -> str:
+    """The method that the others of a setting are compared with, its first one; empty without rows."""
+    return "" if rows.empty else rows["method"].iloc[0]
+
+
+def _by_labels(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.sort_values("labels", key=lambda labels: labels.map(label_order), kind="stable")
+
+
+def metric_table(rows: pd.DataFrame, metric: str, title: str) -> Table:
+    """Methods by numbers of labels: mean over labels, mean and deviation over seeds. ``rows`` are of one setting."""
+    own = means(rows)
+    texts = [plus_minus(getattr(r, metric), getattr(r, f"{metric}_sd")) + seeds_mark(r) for r in own.itertuples()]
+    frame = own.assign(text=texts).pivot(index="method", columns="labels", values="text")
+    frame = frame.reindex(index=own["method"].unique(), columns=own["labels"].unique())
+    return Table(title, frame.set_axis([labels_text(n) for n in frame], axis=1).reset_index())
+
+
+def dice_table(rows: pd.DataFrame) -> Table:
+    """The table of the Dice."""
     return metric_table(rows, "dice", "Dice, %")
 
 
-def metric_table(rows: Sequence[Row], metric: str, title: str) -> Table:
-    """The same for any metric; distances are not scaled."""
-    methods, labels, grid = _grid(rows)
-    scale = 1.0 if metric == "hd95" else 100.0
-    lines = []
-    for method in methods:
-        cells = [grid[method, n] for n in labels]
-        values = [(r.values.get(metric, {}).get(MEAN, (math.nan, math.nan)), r) for r in cells]
-        lines.append([method, *(plus_minus(v, scale) + seeds_mark(r) for v, r in values)])
-    return Table(title, ["method", *map(labels_text, labels)], lines)
-
-
-def label_table(rows: Sequence[Row]) -> Table | None:
+def label_table(rows: pd.DataFrame) -> Table | None:
     """Dice of each label beside the mean; None where there is one label only."""
-    names = list(dict.fromkeys(name for r in rows for name in r.values.get("dice", {}) if name != MEAN))
+    names = [n for n in rows["label"].unique() if n != MEAN]
     if len(names) < 2:
         return None
-    lines = []
-    for r in sorted(rows, key=lambda r: label_order(r.key.labels)):
-        dice = r.values.get("dice", {})
-        lines.append(
-            [str(r.key.labels), r.key.method, *(plus_minus(dice.get(n, (math.nan, math.nan))) for n in [*names, MEAN])]
-        )
-    return Table("Dice of each label, %", ["labels", "method", *names, MEAN], lines, left=2)
+    own = _by_labels(rows)
+    own = own.assign(labels=own["labels"].map(str), text=list(map(plus_minus, own["dice"], own["dice_sd"])))
+    cells = own.set_index(["labels", "method"]).index.unique()
+    frame = own.pivot(index=["labels", "method"], columns="label", values="text")
+    frame = frame.reindex(index=cells, columns=[*names, MEAN]).fillna(NOTHING)
+    return Table("Dice of each label, %", frame.reset_index(allow_duplicates=True), left=2)
 
 
-def comparison_table(rows: Sequence[Row]) -> Table | None:
+def comparison_table(rows: pd.DataFrame) -> Table | None:
     """Each method against the baseline, which is the first; None where there is nothing else."""
     base = baseline_of(rows)
-    lines: list[list[str]] = []
-    tones: dict[tuple[int, int], str] = {}
-    for r in sorted(rows, key=lambda r: label_order(r.key.labels)):
-        if r.key.method == base:
-            continue
-        tone = {"better": "up", "worse": "down"}.get(verdict(r.gain) if r.gain else "")
-        if tone:
-            tones[len(lines), 3] = tone
-        cells = [NOTHING] * 5
-        if r.gain:
-            gain = f"{100 * r.gain.mean:+.1f}" + ("" if math.isnan(r.gain.sd) else f" ± {100 * r.gain.sd:.1f}")
-            ends = f"{100 * r.gain.low:+.1f} to {100 * r.gain.high:+.1f}" if not math.isnan(r.gain.low) else NOTHING
-            cells = [
-                gain + seeds_mark(r), ends, p_text(r.gain.p), p_text(r.gain.p_holm), f"{r.gain.cases_better}/{r.gain.cases}"
-            ]  # fmt: skip
-        lines.append(
-            [str(r.key.labels), r.key.method, plus_minus(r.dice), *cells, saving_text(r.saving), epochs_text(r.speed)]
-        )
-    head = [
-        "labels", "method", "Dice, %", f"gain over {base}", "95 % interval", "p", "p (Holm)", "cases better", "label factor",
-        f"epochs / {base}",
-    ]  # fmt: skip
-    return Table(f"Against {base}", head, lines, 2, tones) if lines else None
+    own = _by_labels(means(rows))
+    others = list(own[own["method"] != base].itertuples())
+    if not others:
+        return None
+    texts = {
+        "labels": [str(r.labels) for r in others],
+        "method": [r.method for r in others],
+        "Dice, %": [plus_minus(r.dice, r.dice_sd) for r in others],
+        f"gain over {base}": [
+            plus_minus(r.gain, r.gain_sd, "+.1f") + seeds_mark(r) * (not math.isnan(r.cases)) for r in others
+        ],
+        "95 % interval": [
+            NOTHING if math.isnan(r.gain_low) else f"{r.gain_low:+.1f} to {r.gain_high:+.1f}" for r in others
+        ],
+        "p": [p_text(r.p) for r in others],
+        "p (Holm)": [p_text(r.p_holm) for r in others],
+        "cases better": [NOTHING if math.isnan(r.cases) else f"{r.cases_better:.0f}/{r.cases:.0f}" for r in others],
+        "label factor": [saving_text(r) for r in others],
+        f"epochs / {base}": [epochs_text(r) for r in others],
+    }
+    kinds = [verdict(r) for r in others]
+    tones = {(i, 3): {"better": "up", "worse": "down"}[k] for i, k in enumerate(kinds) if k in ("better", "worse")}
+    return Table(f"Against {base}", pd.DataFrame(texts), 2, tones)
 
 
-def baseline_of(rows: Sequence[Row]) -> str:
-    """The method that the others of a setting are compared with; empty without rows."""
-    return rows[0].key.method if rows else ""
-
-
-def notes(rows: Sequence[Row]) -> list[str]:
+def notes(rows: pd.DataFrame) -> list[str]:
     """What must be known to read the tables: missing cells, incomplete seeds, empty references. Sentences without markup."""
-    out = []
-    missing = [r for r in rows if not r.values]
-    partial = [r for r in rows if r.values and r.done < r.wanted]
-    single = [r for r in rows if r.values and r.wanted < 2]
-    if missing:
-        out.append(f"Without a result so far ({NOTHING}): {len(missing)} of {len(rows)} cells.")
+    out, own = [], means(rows)
+    measured = own[own["measured"]]
+    partial = (measured["seeds"] < measured["seeds_wanted"]).sum()
+    if len(measured) < len(own):
+        out.append(f"Without a result so far ({NOTHING}): {len(own) - len(measured)} of {len(own)} cells.")
     if partial:
         out.append(
-            f"Incomplete: {len(partial)} of {len(rows)} cells; (2/3) means that 2 of 3 seeds have all their folds and cases."
+            f"Incomplete: {partial} of {len(own)} cells; (2/3) means that 2 of 3 seeds have all their folds and cases."
         )
-    if single:
+    if (measured["seeds_wanted"] < 2).any():
         out.append(
             "Only one seed: no deviation can be given, and another draw of the labelled cases may turn the order round."
         )
-    fewest = min((r.gain.cases for r in rows if r.gain), default=FEW_CASES)
+    fewest = own["cases"].min()
     if fewest < FEW_CASES:
-        cases = f"{fewest} test case{'s' * (fewest != 1)}"
+        cases = counted(int(fewest), "test case")
         out.append(f"Only {cases}: the intervals are too short, and p is large whatever the difference.")
-    return out + _empty_notes(rows)
-
-
-def _empty_notes(rows: Sequence[Row]) -> list[str]:
-    """How often a label was missing from a reference or a prediction, over all cells, seeds, folds, cases and labels."""
-    empty, false_alarms, missed, undefined = (
-        sum(r.events.get(name, 0) for r in rows) for name in ("empty", "false_alarms", "missed", "hd95_undefined")
-    )
-    out = []
+    empty, false_alarms, missed, undefined = own[EVENTS].sum().astype(int)
     if empty:
         out.append(
             f"Empty references: {empty} times, over all cells, seeds, cases and labels, an image held none of a label. "
@@ -204,18 +182,16 @@ def _empty_notes(rows: Sequence[Row]) -> list[str]:
     return out
 
 
-def _widths(table: Table) -> list[int]:
-    return [max(len(str(line[i])) for line in [table.head, *table.rows]) for i in range(len(table.head))]
-
-
 def markdown(table: Table) -> str:
     """A GitHub table, its columns aligned in the text as well."""
-    widths = [max(w, 3) for w in _widths(table)]
-    rule = ["-" * w if i < table.left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    lines = [[c.replace("|", "\\|") for c in line] for line in [table.head, rule, *table.rows]]
-    text = ["| " + " | ".join(c.ljust(w) if i < table.left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) + " |"
-            for line in lines]  # fmt: skip
-    return "\n".join(text)
+    lines = [list(table.frame), *table.frame.to_numpy().tolist()]
+    columns = []
+    for i, column in enumerate(zip(*lines)):
+        head, *cells = (text.replace("|", "\\|") for text in column)
+        width, left = max(3, len(head), *map(len, cells)), i < table.left
+        rule = "-" * width if left else "-" * (width - 1) + ":"
+        columns.append([c.ljust(width) if left else c.rjust(width) for c in (head, rule, *cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns))
 
 
 _TEX = {
@@ -253,51 +229,16 @@ def tex_escape(text: str) -> str:
 
 def tex(table: Table, caption: str) -> str:
     """A ``table`` environment, shrunk where it is wider than the text; needs the packages booktabs and graphicx."""
-    columns = "l" * table.left + "r" * (len(table.head) - table.left)
-    body: list[str] = []
-    for i, line in enumerate(table.rows):
-        if i and table.left > 1 and line[0] != table.rows[i - 1][0]:
-            body.append(r"\addlinespace")
-        body.append(" & ".join(map(tex_escape, line)) + r" \\")
-    head = " & ".join(map(tex_escape, table.head)) + r" \\"
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{tex_escape(caption)}}}", FIT,
-    rf"\begin{{tabular}}{{{columns}}}",
-    r"\toprule", head,
-             r"\midrule", *body, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]  # fmt: skip
-    return "\n".join(lines)
+    frame = table.frame.map(tex_escape).rename(columns=tex_escape)
+    if table.left > 1:
+        first = frame.iloc[:, 0]
+        frame.isetitem(0, first.mask(first.ne(first.shift(fill_value=first.iloc[0])), r"\addlinespace " + first))
+    columns = "l" * table.left + "r" * (frame.shape[1] - table.left)
+    tabular = frame.to_latex(index=False, escape=False, column_format=columns).rstrip()
+    head = [r"\begin{table}", r"\centering", rf"\caption{{{tex_escape(caption)}}}", FIT]
+    return "\n".join([*head, f"{tabular}}}", r"\end{table}"])
 
 
-def _figure(value: float, scale: float = 1.0) -> str:
-    return "" if math.isnan(value) else f"{scale * value:.6g}"
-
-
-def _csv_row(row: Row, label: str) -> list[str]:
-    pair = {m: row.values.get(m, {}).get(label, (math.nan, math.nan)) for m in ("dice", "surface_dice", "hd95")}
-    out = [row.key.setting, row.key.method, str(row.key.labels), label, str(row.done), str(row.wanted)]
-    out += [_figure(v, 1.0 if m == "hd95" else 100.0) for m in pair for v in pair[m]]
-    g = row.gain if label == MEAN else None
-    out += [_figure(v, 100.0) for v in (g.mean, g.sd, g.low, g.high)] if g else [""] * 4
-    out += [_figure(g.p), _figure(g.p_holm)] if g else [""] * 2
-    out += [str(v) for v in (g.cases, g.cases_better, g.seeds, g.seeds_better)] if g else [""] * 4
-    s = row.saving if label == MEAN else None
-    out += [f"{f.bound}{_figure(f.value)}" for f in (s.needed, s.factor, s.low, s.high)] if s else [""] * 4
-    e = row.speed if label == MEAN else None
-    out += [
-        "" if e is None else f">{e.epochs}" if v is None else str(v)
-        for v in ((e.own, e.scratch) if e else (None, None))
-    ]
-    return out + [
-        str(row.events.get(n, 0)) if label == MEAN else ""
-        for n in ("empty", "false_alarms", "missed", "hd95_undefined")
-    ]
-
-
-def csv_text(rows: Sequence[Row]) -> str:
+def csv_text(rows: pd.DataFrame) -> str:
     """Everything as one line per cell and label, ``mean`` first: Dice in percent, HD95 in mm; empty: no value."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for row in rows:
-        for label in [MEAN, *(n for n in row.values.get("dice", {}) if n != MEAN)]:
-            writer.writerow(_csv_row(row, label))
-    return out.getvalue()
+    return rows.to_csv(columns=CSV_COLUMNS, index=False, float_format="%.6g", lineterminator="\n")

@@ -10,8 +10,6 @@ import csv
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from nnssl.experiments.experiment import SCRATCH, load_experiment
 from nnssl.experiments.scores import read_scores
 from nnssl.experiments.statistics import seed_means
@@ -21,13 +19,12 @@ def rows(experiment: Path, cases: Path, setting: str | None = None) -> list[tupl
     """Checkpoint (or scratch), Dice in percent, setup and seed of each fine-tuning that has been evaluated."""
     arms = {arm.name: arm for s in load_experiment(experiment).settings for arm in s.arms if setting in (None, s.name)}
     scores, out = read_scores(cases.parent, {}), []
-    for key, arrays in scores.arrays.items():
+    for key, cell in scores.cells.items():
         if key.method not in arms or setting not in (None, key.setting):
             continue
         checkpoint = SCRATCH if key.method == SCRATCH else str(arms[key.method].checkpoint)
-        for seed, dice in zip(scores.seeds[key.setting], seed_means(arrays["dice"])):
-            if not np.isnan(dice):
-                out.append((checkpoint, f"{100 * dice:.4f}", f"{key.setting}, {key.labels} labels", seed))
+        for seed, dice in seed_means(cell["dice"]).dropna().items():
+            out.append((checkpoint, f"{100 * dice:.4f}", f"{key.setting}, {key.labels} labels", str(seed)))
     return out
 
 

@@ -11,12 +11,13 @@ import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK as sitk
 
 from nnssl.experiments import html, overlay, report
 from nnssl.experiments.curves import colour_of, dice_over_labels, save, training_curves
-from nnssl.experiments.scores import Key, read_rows, read_scores
+from nnssl.experiments.scores import Key, read_scores, read_table
 from nnssl.experiments.summary import read_curves, summarise
 from nnssl.experiments.tables import Table
 
@@ -149,7 +150,7 @@ def test_an_experiment_object_says_what_is_asked():
 def test_text_is_escaped():
     assert html.rich("a < b & `c<d` **e**") == "a &lt; b &amp; <code>c&lt;d</code> <b>e</b>"
     sign = "<script>"
-    failed = html.Section("failures", sign, "failures", Table(sign, [sign], [[sign]]))
+    failed = html.Section("failures", sign, "failures", Table(sign, pd.DataFrame({sign: [sign]})))
     lead = {"facts": sign, "warnings": [sign], "notes": [sign]}
     page = html.template().render(title=sign, lead=lead, sections=[failed], published="")
     assert sign not in page and page.count("&lt;script&gt;") == 9
@@ -163,13 +164,14 @@ def test_colours_stay_with_their_method():
 
 def test_curves_without_numbers(tmp_path, synthetic_experiment):
     scores = read_scores(tmp_path, {})
-    assert dice_over_labels(scores, summarise(scores), "") is None and training_curves({}, "", []) is None
+    assert dice_over_labels(scores, summarise(scores), "") is None
+    assert training_curves(read_curves(pd.DataFrame()), "", []) is None
     folder = synthetic_experiment(counts=(4,), seeds=1, cases=3, epochs=3)
     scores = read_scores(folder, {})
     figure = dice_over_labels(scores, summarise(scores), "")
     files = save(figure, tmp_path / "one")
     assert all(f.stat().st_size > 1000 for f in files)
-    curves = read_curves(read_rows(folder / "runs.csv"))
+    curves = read_curves(read_table(folder / "runs.csv"))
     axes = training_curves(curves, "", scores.methods("")).axes
     assert [a.get_title(loc="left") for a in axes] == ["4 labels"] and len(axes[0].lines) == 4
 
