@@ -6,7 +6,7 @@ Imports nothing heavy, so that ``--help`` is there at once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, ParamSpec, TypeVar
 
@@ -44,9 +44,9 @@ def _dest(f: Field) -> str:
     return f.metadata["keywords"].get("dest", f.name)
 
 
-def add_options(parser: CommandParser, cls: Any) -> dict[str | None, Any]:
-    """Add all options of a dataclass to a parser; returns the groups by title."""
-    groups: dict[str | None, Any] = {}
+def add_options(parser: CommandParser, cls: Any, titles: Sequence[str] = ()) -> dict[str | None, Any]:
+    """Add all options of a dataclass to a parser; returns the groups by title, these first, others as the fields name them."""
+    groups: dict[str | None, Any] = {title: parser.group(title) for title in titles}
     for f in command_fields(cls):
         meta = f.metadata
         title, names, keywords = meta["group"], meta["names"], {"help": meta["help"], **meta["keywords"]}
@@ -104,18 +104,19 @@ def as_function(
         summary, returns, raises: of the docstring; its arguments are the fields' own texts.
     """
 
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    options: Any = cls
+    about = {f.name: f.metadata.get("help", "") for f in fields(options)}
+
+    def function(*args: P.args, **kwargs: P.kwargs) -> R:
         for argument in kwargs:
-            if argument not in known:
-                raise TypeError(f"there is no argument '{argument}'.{did_you_mean(argument, known)}")
+            if argument not in about:
+                raise TypeError(f"there is no argument '{argument}'.{did_you_mean(argument, about)}")
         return body(cls(*args, **kwargs))
 
-    returned = inspect.signature(body).return_annotation
-    run.__signature__ = inspect.signature(cls).replace(return_annotation=returned)  # type: ignore[attr-defined]
-    run.__module__, run.__name__, run.__qualname__ = body.__module__, name, name
-    lines = [f"    {f.name}: {f.metadata['help']}." for f in fields(cls)]  # type: ignore[arg-type]
-    run.__doc__ = "\n".join(
-        [summary, "", "Args:", *lines, "", "Returns:", f"    {returns}", "", "Raises:", f"    {raises}"]
-    )
-    return run
+    made: Any = function
+    made.__signature__ = inspect.signature(cls).replace(return_annotation=inspect.signature(body).return_annotation)
+    made.__module__, made.__name__, made.__qualname__ = body.__module__, name, name
+    lines = [f"    {argument}: {text}." for argument, text in about.items()]
+    head = [summary, "", "Args:", *lines, "", "Returns:", f"    {returns}", "", "Raises:", f"    {raises}"]
+    made.__doc__ = "\n".join(head)
+    return function

@@ -3,16 +3,12 @@
 After Hidy, Bakos, Lukács 2024, arXiv:2410.18677. What the measure can and cannot tell is in docs/transferability.md.
 """
 
-from nnssl.preprocessed import list_cases
-from nnssl.transferability.checkpoints import Measured, Run, group_runs, measure_checkpoints
+from nnssl.transferability.checkpoints import Run
 from nnssl.transferability.compare import Comparison, compare, make_evaluator
-from nnssl.transferability.crops import CropSet, choose_cases, crop_size, read_crops
-from nnssl.transferability.distances import DISTANCES, degenerate, distance_matrix, paired_distance
-from nnssl.transferability.downstream import TISRow, read_dice, tis_rows
+from nnssl.transferability.distances import DISTANCES, degenerate, distance_matrix
+from nnssl.transferability.downstream import read_dice
 from nnssl.transferability.evaluator import RobustnessConfig, RobustnessEvaluator, RobustnessResult
 from nnssl.transferability.indicator import (
-    OnlineChoice,
-    TISSummary,
     baselines,
     rank_correlation,
     select_best,
@@ -27,7 +23,6 @@ from nnssl.transferability.robustness import (
     NEGATIVES,
     Separation,
     hinge,
-    mirror_index,
     robustness_loss,
     robustness_score,
     separate,
@@ -40,11 +35,8 @@ from nnssl.transferability.views import choose_families, photometric_view
 __all__ = [
     "Baseline",
     "Comparison",
-    "CropSet",
     "DISTANCES",
-    "Measured",
     "NEGATIVES",
-    "OnlineChoice",
     "POOLINGS",
     "RobustnessConfig",
     "RobustnessEvaluator",
@@ -54,30 +46,20 @@ __all__ = [
     "Schedule",
     "Separation",
     "Stopper",
-    "TISRow",
-    "TISSummary",
     "Verdict",
     "baselines",
-    "choose_cases",
     "choose_families",
     "compare",
-    "crop_size",
     "degenerate",
     "distance_matrix",
-    "group_runs",
     "hinge",
     "judge",
-    "list_cases",
     "make_evaluator",
-    "measure_checkpoints",
-    "mirror_index",
-    "paired_distance",
     "photometric_view",
     "plan_schedule",
     "pool",
     "random_baseline",
     "rank_correlation",
-    "read_crops",
     "read_dice",
     "robustness_loss",
     "robustness_score",
@@ -87,5 +69,4 @@ __all__ = [
     "separate",
     "summarise",
     "tis",
-    "tis_rows",
 ]

@@ -7,12 +7,11 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from nnssl.errors import NnsslError, raise_problems
 from nnssl.networks import build_network
@@ -26,23 +25,15 @@ log = logging.getLogger("nnssl")
 
 @dataclass(frozen=True)
 class Measured:
-    """One checkpoint and its robustness.
-
-    Attributes:
-        path: the file.
-        run: key of its run: folder, and what the file tells of method, options and data.
-        epoch: epochs (or what ``unit`` says) trained; None where neither file nor name tells.
-        encoder_percent: share of the encoder's parameters that the file filled.
-        result: the measurement.
-        unit: ``"epochs"``; ``"steps"`` where the file has these only; ``"in order"`` where it has neither.
-    """
+    """One checkpoint and its robustness."""
 
     path: Path
-    run: tuple[str, str]
-    epoch: int | None
-    encoder_percent: float
+    run: tuple[str, str]  # folder, and a hash of what the file tells of method, options and data
+    method: str  # objective or trainer
+    epoch: int | None  # epochs (or what the unit says) trained; None where neither file nor name tells
+    encoder_percent: float  # share of the encoder's parameters that the file filled
     result: RobustnessResult
-    unit: str = "epochs"
+    unit: str = "epochs"  # "steps" where the file has these only; "in order" where it has neither
 
     @property
     def trained(self) -> str:
@@ -63,7 +54,7 @@ class Run:
 
     name: str
     method: str
-    rows: list[Measured] = field(default_factory=list)
+    rows: list[Measured]
 
     @property
     def losses(self) -> dict[int, float]:
@@ -104,23 +95,14 @@ def _run_of(checkpoint: Checkpoint) -> tuple[str, str]:
 
 
 def measure_checkpoints(
-    evaluator: RobustnessEvaluator, plan: Plan, paths: Sequence[Path], device: torch.device | str = "cpu"
-) -> tuple[list[Measured], dict[tuple[str, str], str]]:
-    """Put each checkpoint's weights into the plan's own network and measure it.
-
-    Args:
-        evaluator: how to measure.
-        plan: of the dataset that the crops are from; its network takes the weights as fine-tuning would.
-        paths: any number of files: ours, stock nnU-Net's, imported ones.
-        device: where to measure.
-
-    Returns:
-        The measurements in the order given, and the method of each run.
+    evaluator: RobustnessEvaluator, plan: Plan, paths: Sequence[str | Path], device: str = "cpu"
+) -> list[Measured]:
+    """Put each checkpoint's weights into the plan's own network, as fine-tuning would, and measure it.
 
     Raises:
         NnsslError: lists every file that cannot be read or does not fit the network.
     """
-    measured, methods, problems = [], {}, []
+    measured, problems = [], []
     for path in dict.fromkeys(Path(p) for p in paths):
         try:
             checkpoint = load(path)
@@ -129,16 +111,15 @@ def measure_checkpoints(
         except NnsslError as error:
             problems.append(str(error))
             continue
-        run = _run_of(checkpoint)
-        methods[run] = checkpoint.method
         result = evaluator.evaluate(network.to(device))
         epoch, unit = _trained(checkpoint)
-        measured.append(Measured(path, run, epoch, report.part("encoder").percent, result, unit))
+        share = report.part("encoder").percent
+        measured.append(Measured(path, _run_of(checkpoint), checkpoint.method, epoch, share, result, unit))
     raise_problems(problems, "Checkpoints")
-    return measured, methods
+    return measured
 
 
-def group_runs(measured: Sequence[Measured], methods: Mapping[tuple[str, str], str] | None = None) -> list[Run]:
+def group_runs(measured: Sequence[Measured]) -> list[Run]:
     """Group measurements by run, each sorted by epoch.
 
     Where epochs are unknown or two files of a run have the same one with different results, the order given counts instead
@@ -147,12 +128,12 @@ def group_runs(measured: Sequence[Measured], methods: Mapping[tuple[str, str], s
     runs: dict[tuple[str, str], list[Measured]] = {}
     for m in measured:
         runs.setdefault(m.run, []).append(m)
-    out, used = [], dict[str, int]()
-    for key, rows in runs.items():
-        folder = Path(key[0]).name
-        used[folder] = used.get(folder, 0) + 1
-        name = folder if used[folder] == 1 else f"{folder} ({used[folder]})"
-        out.append(Run(name, (methods or {}).get(key, "unknown"), _ordered(rows, name)))
+    out, used = [], Counter[str]()
+    for (folder, _), rows in runs.items():
+        name = Path(folder).name
+        used[name] += 1
+        name = name if used[name] == 1 else f"{name} ({used[name]})"
+        out.append(Run(name, rows[0].method, _ordered(rows, name)))
     return out
 
 
@@ -161,9 +142,7 @@ def _ordered(rows: list[Measured], name: str) -> list[Measured]:
     for row in rows:
         if row.epoch is None or (row.epoch in known and known[row.epoch].result.loss != row.result.loss):
             log.warning("%s: the checkpoints do not all tell their epoch; the order given counts instead.", name)
-            return [
-                Measured(r.path, r.run, i, r.encoder_percent, r.result, "in order") for i, r in enumerate(rows, start=1)
-            ]
+            return [replace(r, epoch=i, unit="in order") for i, r in enumerate(rows, start=1)]
         if row.epoch in known:
             log.info("%s is the same as %s and is left out.", row.path.name, known[row.epoch].path.name)
         known.setdefault(row.epoch, row)

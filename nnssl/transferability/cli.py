@@ -6,27 +6,21 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from nnssl.case_lists import read_case_list
 from nnssl.command import check_device, run_command
 from nnssl.grammar import CommandParser
+from nnssl.options import add_options, from_args
 from nnssl.plans import resolve_dataset
 from nnssl.streams import show
-from nnssl.transferability.compare import compare
-from nnssl.transferability.distances import DISTANCES
-from nnssl.transferability.evaluator import RobustnessConfig
-from nnssl.transferability.pooling import POOLINGS
+from nnssl.transferability.compare import WHICH, CompareOptions, compare
+from nnssl.transferability.evaluator import HOW
 from nnssl.transferability.report import robustness_table, tis_table
-from nnssl.transferability.robustness import NEGATIVES
-from nnssl.transferability.schedule import RANDOM_INITS
 
 log = logging.getLogger("nnssl")
 
 
 def parser() -> CommandParser:
-    """The command's arguments."""
-    default = RobustnessConfig()
+    """The command's arguments: those of :class:`CompareOptions`."""
     p = CommandParser(
         "nnssl_transferability",
         "CKPT [CKPT ...] -d DATASET [options]",
@@ -35,65 +29,7 @@ def parser() -> CommandParser:
         "runs and replaces no fine-tuning.",
         "nnssl_transferability -d 501 RUN/checkpoint_*.pth",
     )
-    p.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoints of any number of runs")
-    what = p.group("which cases")
-    p.share(what, "dataset", required=True, help="number or name of the target dataset")
-    p.share(what, "configuration", "plans")
-    p.share(what, "cases", help="text file of the cases to measure on, one a line")
-    what.add_argument(
-        "--crops", type=int, default=64, metavar="N", help="cases to measure on, one crop of each (default: 64)"
-    )
-    what.add_argument(
-        "--dice",
-        metavar="CSV",
-        help="columns checkpoint, dice[, setup]: shows how well robustness ranks the checkpoints, beside simple guesses",
-    )
-    how = p.group("how")
-    p.share(how, "device")
-    p.share(
-        how, "random_inits", default=RANDOM_INITS, help=f"random networks to compare with (default: {RANDOM_INITS})"
-    )
-    how.add_argument(
-        "--distance",
-        default=default.distance,
-        choices=DISTANCES,
-        help=f"distance of two embeddings (default: {default.distance})",
-    )
-    how.add_argument(
-        "--margin",
-        type=float,
-        default=default.margin,
-        metavar="M",
-        help=f"by how much farther other cases should be than the same case (default: {default.margin:g})",
-    )
-    how.add_argument(
-        "--level",
-        type=int,
-        default=default.level,
-        metavar="STAGE",
-        help=f"encoder stage, counted from 0, or from the bottleneck: -1, -2, ... (default: {default.level})",
-    )
-    how.add_argument(
-        "--pooling",
-        default=default.pooling,
-        choices=POOLINGS,
-        help=f"pooling of a stage's features (default: {default.pooling})",
-    )
-    how.add_argument(
-        "--grid",
-        type=int,
-        default=default.grid,
-        metavar="G",
-        help=f"with --pooling grid: parts into which each axis is divided (default: {default.grid})",
-    )
-    how.add_argument(
-        "--negatives",
-        default=default.negatives,
-        choices=NEGATIVES,
-        help=f"what counts as other cases (default: {default.negatives})",
-    )
-    p.share(how, "seed", help="random seed of crops, views and initialisations (default: 0)")
-    p.share(how, "output", help="folder for CSV and PNG (default: transferability_<Dataset> here)")
+    add_options(p, CompareOptions, (WHICH, HOW))
     p.renamed("-o", "--output")
     p.renamed("--device", "-device")
     return p
@@ -107,26 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _body(args: argparse.Namespace) -> int:
     check_device(args.device)
-    dataset = resolve_dataset(args.dataset)
-    found = compare(
-        dataset,
-        args.checkpoints,
-        configuration=args.configuration,
-        plans=args.plans,
-        cases=read_case_list(Path(args.cases), "--cases") if args.cases else None,
-        crops=args.crops,
-        random_inits=args.random_inits,
-        dice=args.dice,
-        output=args.output or f"transferability_{dataset}",
-        device=args.device,
-        distance=args.distance,
-        margin=args.margin,
-        level=args.level,
-        pooling=args.pooling,
-        grid=args.grid,
-        negatives=args.negatives,
-        seed=args.seed,
-    )
+    args.output = args.output or f"transferability_{resolve_dataset(args.dataset)}"
+    found = compare(**vars(from_args(CompareOptions, args)))
     show(robustness_table(found.runs, found.baseline))
     if found.tis:
         show("\n" + tis_table(found.tis))

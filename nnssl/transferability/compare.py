@@ -3,42 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 
-import torch
-
+from nnssl.case_lists import read_case_list
+from nnssl.config import option
 from nnssl.errors import NnsslError, raise_problems
 from nnssl.networks import build_network
+from nnssl.options import as_function, given
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, load_plan, resolve_dataset
 from nnssl.preprocessed import list_cases
 from nnssl.transferability.checkpoints import Run, group_runs, measure_checkpoints
 from nnssl.transferability.crops import choose_cases, crop_size, read_crops
 from nnssl.transferability.downstream import TISRow, read_dice, tis_rows
-from nnssl.transferability.evaluator import RobustnessConfig, RobustnessEvaluator
+from nnssl.transferability.evaluator import HOW, RobustnessConfig, RobustnessEvaluator
 from nnssl.transferability.monitor import random_baseline
 from nnssl.transferability.report import plot_runs, write_robustness_csv, write_tis_csv
 from nnssl.transferability.schedule import RANDOM_INITS
 from nnssl.transferability.verdict import Baseline
 from nnssl.transferability.views import choose_families
 
+WHICH = "which cases"
+
+
+@dataclass(frozen=True)
+class CompareOptions(RobustnessConfig):
+    """What :func:`compare` takes, and ``nnssl_transferability`` with it."""
+
+    dataset: int | str = given(..., WHICH, required=True, help="number or name of the target dataset")
+    checkpoints: Sequence[str | Path] = given(
+        ..., None, nargs="+", metavar="CKPT", help="checkpoints of any number of runs"
+    )
+    _: KW_ONLY
+    configuration: str = given("3d_fullres", WHICH, help="nnU-Net's configuration (default: 3d_fullres)")
+    plans: str = given("nnUNetPlans", WHICH, help="plans (default: nnUNetPlans)")
+    cases: str | Path | Sequence[str] | None = given(
+        None, WHICH, help="text file of the cases to measure on, one a line"
+    )
+    crops: int = given(
+        64,
+        WHICH,
+        "--crops",
+        type=int,
+        metavar="N",
+        help="cases to measure on, one crop of each (default: 64)",
+    )
+    dice: str | Path | None = given(
+        None,
+        WHICH,
+        "--dice",
+        metavar="CSV",
+        help="columns checkpoint, dice[, setup]: shows how well robustness ranks the checkpoints, beside simple guesses",
+    )
+    device: str = given("cpu", HOW, default="cuda", help="cuda (default), cpu or mps")
+    random_inits: int = given(
+        RANDOM_INITS, HOW, default=RANDOM_INITS, help=f"random networks to compare with (default: {RANDOM_INITS})"
+    )
+    output: str | Path | None = given(
+        None, HOW, help="folder for CSV and PNG (default: transferability_<Dataset> here)"
+    )
+    families: tuple[str, ...] = option((), "kinds of change of the views; none: those for the images' modality")
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found.
-
-    Attributes:
-        runs: checkpoints by run.
-        baseline: random initialisations of the same network on the same crops.
-        tis: TIS rows; empty without Dice.
-        files: what was written.
-    """
+    """What :func:`compare` found; without Dice there are no TIS rows."""
 
     runs: list[Run]
     baseline: Baseline
-    tis: list[TISRow] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
+    tis: list[TISRow]
+    files: list[Path]
 
 
 def modality(plan: Plan) -> str:
@@ -47,12 +82,7 @@ def modality(plan: Plan) -> str:
 
 
 def make_evaluator(
-    plan: Plan,
-    *,
-    cases: Sequence[str] | None = None,
-    crops: int = 64,
-    config: RobustnessConfig | None = None,
-    size: Sequence[int] | None = None,
+    plan: Plan, *, cases: Sequence[str] | None = None, crops: int = 64, config: RobustnessConfig | None = None
 ) -> RobustnessEvaluator:
     """Read one fixed crop of each of the dataset's preprocessed cases; labels are not touched.
 
@@ -60,8 +90,7 @@ def make_evaluator(
         plan: of the dataset.
         cases: names; all preprocessed cases of the dataset by default.
         crops: at most so many, chosen by a hash of their names.
-        config: how to measure; for CT the views' families are replaced by those for CT.
-        size: voxels per axis.
+        config: how to measure; by default with the changes for the images' modality.
 
     Raises:
         NnsslError: the dataset is not preprocessed, or a case is missing.
@@ -82,56 +111,38 @@ def make_evaluator(
     chosen = choose_cases(names, crops, config.seed)
     if len(chosen) < 2:
         raise NnsslError(f"robustness compares cases: at least 2 are needed, {plan.dataset_name} offers {len(names)}.")
-    found = read_crops([(folder, c) for c in chosen], plan, tuple(size or crop_size(plan)), seed=config.seed)
+    found = read_crops([(folder, c) for c in chosen], plan, crop_size(plan), seed=config.seed)
     return RobustnessEvaluator(found, config, spacing=plan.spacing)
 
 
-def compare(
-    dataset: int | str,
-    checkpoints: Sequence[str | Path],
-    *,
-    configuration: str = "3d_fullres",
-    plans: str = "nnUNetPlans",
-    cases: Sequence[str] | None = None,
-    crops: int = 64,
-    random_inits: int = RANDOM_INITS,
-    dice: str | Path | None = None,
-    output: str | Path | None = None,
-    device: str = "cpu",
-    **measure: object,
-) -> Comparison:
-    """Measure checkpoints on a dataset's images, without labels.
-
-    Args:
-        dataset: number or name; its plan's network takes the weights as fine-tuning would.
-        checkpoints: files of any number of runs.
-        configuration, plans: of the dataset.
-        cases: which of its cases; choose ones that no run was pretrained on.
-        crops: at most so many cases, one crop each.
-        random_inits: how many random initialisations to compare with.
-        dice: CSV of downstream results, see :func:`~nnssl.transferability.downstream.read_dice`.
-        output: folder for ``robustness.csv``, ``robustness.png`` and ``tis.csv``; nothing is written without it.
-        device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
-        measure: fields of :class:`RobustnessConfig`.
-
-    Raises:
-        NnsslError: for everything that the user can mend.
-    """
-    if not checkpoints:
+def _compare(asked: CompareOptions) -> Comparison:
+    if not asked.checkpoints:
         raise NnsslError("no checkpoint to measure: name at least one.")
-    if random_inits < 2:
-        raise NnsslError(f"--random-inits must be at least 2 for a band, got {random_inits}.")
-    results = read_dice(Path(dice)) if dice is not None else []
-    plan = load_plan(resolve_dataset(dataset), configuration, plans)
-    config = RobustnessConfig(**{"families": choose_families(modality(plan)), **measure})  # type: ignore[arg-type]
-    evaluator = make_evaluator(plan, cases=cases, crops=crops, config=config)
-    where = torch.device(device)
-    measured, methods = measure_checkpoints(evaluator, plan, [Path(c) for c in checkpoints], where)
-    runs = group_runs(measured, methods)
-    baseline = random_baseline(evaluator, lambda: build_network(plan), k=random_inits, seed=config.seed, device=where)
+    if asked.random_inits < 2:
+        raise NnsslError(f"--random-inits must be at least 2 for a band, got {asked.random_inits}.")
+    results = read_dice(Path(asked.dice)) if asked.dice is not None else []
+    plan = load_plan(resolve_dataset(asked.dataset), asked.configuration, asked.plans)
+    how = {f.name: getattr(asked, f.name) for f in fields(RobustnessConfig)}
+    config = RobustnessConfig(**{**how, "families": asked.families or choose_families(modality(plan))})
+    cases = read_case_list(Path(asked.cases), "--cases") if isinstance(asked.cases, (str, Path)) else asked.cases
+    evaluator = make_evaluator(plan, cases=cases, crops=asked.crops, config=config)
+    runs = group_runs(measure_checkpoints(evaluator, plan, asked.checkpoints, asked.device))
+    baseline = random_baseline(
+        evaluator, lambda: build_network(plan), k=asked.random_inits, seed=config.seed, device=asked.device
+    )
     rows = tis_rows(runs, results) if results else []
-    files = _write(Path(output), runs, baseline, rows) if output is not None else []
+    files = _write(Path(asked.output), runs, baseline, rows) if asked.output is not None else []
     return Comparison(runs, baseline, rows, files)
+
+
+compare = as_function(
+    "compare",
+    CompareOptions,
+    _compare,
+    "Measure checkpoints on a dataset's images, without labels; choose cases (or name them) that no run was pretrained on.",
+    "Runs, random initialisations, TIS, and the files written: none without ``output``.",
+    "NnsslError: for everything that the user can mend.",
+)
 
 
 def _write(folder: Path, runs: list[Run], baseline: Baseline, rows: list[TISRow]) -> list[Path]:

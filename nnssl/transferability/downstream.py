@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from nnssl.errors import NnsslError, raise_problems
 from nnssl.transferability.checkpoints import Run
@@ -20,35 +21,22 @@ NO_PRETRAINING = ("scratch", "none", "no pretraining")
 
 @dataclass(frozen=True)
 class TISRow:
-    """TIS of one run in one setup, with what makes it honest.
-
-    Attributes:
-        run, setup: names.
-        selected: epoch chosen by robustness; None where nothing could be chosen.
-        best: epoch with the best Dice.
-        scores: selector -> TIS: ``robustness``, and those of :func:`~nnssl.transferability.indicator.baselines`.
-        spearman: rank correlation of robustness score and Dice over the trained checkpoints.
-        checkpoints: number of trained checkpoints with a Dice.
-    """
+    """TIS of one run in one setup, with what makes it honest."""
 
     run: str
     setup: str
-    selected: int | None
-    best: int
-    scores: dict[str, float]
-    spearman: float
-    checkpoints: int
+    selected: int | None  # epoch chosen by robustness; None where nothing could be chosen
+    best: int  # epoch with the best Dice
+    scores: dict[str, float]  # selector -> TIS: "robustness", and those of indicator.baselines
+    spearman: float  # of robustness score and Dice over the trained checkpoints
+    checkpoints: int  # trained ones with a Dice
 
 
 def read_dice(path: Path) -> list[tuple[str, str, float]]:
-    """Read downstream results: one line per fine-tuning.
+    """Read downstream results, one line per fine-tuning, as ``(checkpoint, setup, dice)``.
 
-    Args:
-        path: a CSV with the columns ``checkpoint`` (path or file name of a pretraining checkpoint, or ``scratch``) and
-            ``dice``; optionally ``setup`` (for example the number of labels), and others such as ``seed``, which are not used.
-
-    Returns:
-        ``(checkpoint, setup, dice)`` of each line.
+    The CSV has the columns ``checkpoint`` (path or file name of a pretraining checkpoint, or ``scratch``) and ``dice``;
+    optionally ``setup`` (for example the number of labels), and others such as ``seed``, which are not used.
 
     Raises:
         NnsslError: the file cannot be read, a column is missing, or a Dice is not a number in [0, 100].
@@ -89,12 +77,9 @@ def _matches(text: str, path: Path) -> bool:
 
 
 def tis_rows(runs: Sequence[Run], results: Sequence[tuple[str, str, float]]) -> list[TISRow]:
-    """TIS of each run and setup.
+    """TIS of each run and setup from the lines of :func:`read_dice`.
 
-    Args:
-        runs: measured runs.
-        results: from :func:`read_dice`; several lines of one checkpoint and setup (seeds) are averaged, ``scratch`` counts as
-            epoch 0 of every run.
+    Several lines of one checkpoint and setup (seeds) are averaged, ``scratch`` counts as epoch 0 of every run.
 
     Raises:
         NnsslError: a result names no measured checkpoint, or several.
@@ -116,10 +101,10 @@ def tis_rows(runs: Sequence[Run], results: Sequence[tuple[str, str, float]]) -> 
     raise_problems(list(dict.fromkeys(problems)), "--dice")
     out = []
     for run in runs:
-        for setup in dict.fromkeys(s for name, s in values if name == run.name):
-            quality = {e: sum(v) / len(v) for e, v in values[run.name, setup].items()}
+        for setup in [s for name, s in values if name == run.name]:
+            quality = {e: fmean(v) for e, v in values[run.name, setup].items()}
             if setup in scratch:
-                quality.setdefault(0, sum(scratch[setup]) / len(scratch[setup]))
+                quality.setdefault(0, fmean(scratch[setup]))
             out.append(_tis_row(run, setup, quality))
     return out
 

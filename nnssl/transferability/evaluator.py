@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnssl.config import config_dict
+from nnssl.config import config_dict, option
 from nnssl.errors import NnsslError
 from nnssl.networks.padding import own_padding
 from nnssl.networks.primus import PrimusEncoder, is_primus
 from nnssl.networks.state import unwrap
-from nnssl.transferability.distances import degenerate
-from nnssl.transferability.pooling import pool
-from nnssl.transferability.robustness import Separation, hinge, robustness_loss, separate
+from nnssl.options import given
+from nnssl.transferability.distances import DISTANCES, degenerate
+from nnssl.transferability.pooling import POOLINGS, pool
+from nnssl.transferability.robustness import NEGATIVES, Separation, hinge, robustness_loss, separate
 from nnssl.transferability.verdict import FEW_CASES
 from nnssl.transferability.views import MR_FAMILIES, photometric_view
 from nnssl.words import per_cent
@@ -30,40 +31,52 @@ log = logging.getLogger("nnssl")
 
 WEAK_VIEWS = 1e-6
 COLLAPSED = 1e-3
+HOW = "how"
+"""Title of the command's options that say how is measured."""
 Encoder = Callable[[Tensor], Sequence[Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RobustnessConfig:
-    """How the trace is measured; the same for every evaluation of a run.
+    """How the trace is measured; the same for every evaluation of a run."""
 
-    Attributes:
-        distance: ``cosine``, ``l2`` or ``pearson``.
-        margin: of the hinge; 0.5 is the published code's.
-        level: encoder stage, counted from the deepest: -1 is the bottleneck, -2 the stage above it.
-        pooling: ``grid``, ``gap`` or ``flat``.
-        grid: cells per axis of ``grid``.
-        negatives: ``all`` or ``mirror``.
-        margins: margins that are reported beside ``margin``.
-        families: kinds of change of the views, see :mod:`nnssl.transferability.views`.
-        seed: of the views (and, offline, of crop positions and random initialisations).
-        batch_size: crops per forward.
-    """
-
-    distance: str = "cosine"
-    margin: float = 0.5
-    level: int = -2
-    pooling: str = "grid"
-    grid: int = 2
-    negatives: str = "all"
-    margins: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    families: tuple[str, ...] = MR_FAMILIES
-    seed: int = 0
-    batch_size: int = 8
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return config_dict(self)
+    distance: str = given(
+        "cosine", HOW, "--distance", choices=DISTANCES, help="distance of two embeddings (default: cosine)"
+    )
+    margin: float = given(
+        0.5,
+        HOW,
+        "--margin",
+        type=float,
+        metavar="M",
+        help="by how much farther other cases should be than the same case (default: 0.5)",
+    )
+    level: int = given(
+        -2,
+        HOW,
+        "--level",
+        type=int,
+        metavar="STAGE",
+        help="encoder stage, counted from 0, or from the bottleneck: -1, -2, ... (default: -2)",
+    )
+    pooling: str = given(
+        "grid", HOW, "--pooling", choices=POOLINGS, help="pooling of a stage's features (default: grid)"
+    )
+    grid: int = given(
+        2,
+        HOW,
+        "--grid",
+        type=int,
+        metavar="G",
+        help="with --pooling grid: parts into which each axis is divided (default: 2)",
+    )
+    negatives: str = given(
+        "all", HOW, "--negatives", choices=NEGATIVES, help="what counts as other cases (default: all)"
+    )
+    margins: tuple[float, ...] = option((0.0, 0.25, 0.5, 0.75, 1.0), "margins that are reported beside the margin")
+    families: tuple[str, ...] = option(MR_FAMILIES, "kinds of change of the views")
+    seed: int = given(0, HOW, help="random seed of crops, views and initialisations (default: 0)")
+    batch_size: int = option(8, "crops per forward pass")
 
 
 @dataclass(frozen=True)
@@ -71,17 +84,14 @@ class RobustnessResult:
     """One measurement. Distances are means over the crops.
 
     Attributes:
-        loss: robustness loss, **lower is better**; NaN where the features are degenerate.
-        score: margin minus loss, 0 for a collapsed network.
+        loss, score: robustness loss, **lower is better**, NaN where the features are degenerate; margin minus loss.
         positive, negative: distance of the two views of a crop, and of crops of different cases.
         per_crop: each crop's mean hinge, for bootstraps over cases; empty where the loss is NaN.
         margins: margin -> loss.
         clipped: share of the pairs beyond the margin, whose gap no longer counts.
         bottleneck: the loss at level -1.
-        n: crops.
+        n, degenerate: crops, and those of them without a usable representation.
         shape: channels and size of the feature map.
-        degenerate: crops without a usable representation.
-        seconds: wall time.
     """
 
     loss: float
@@ -98,7 +108,7 @@ class RobustnessResult:
     seconds: float
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers for a log: loss, score, both distances, the bottleneck's loss."""
+        """Flat numbers for a log."""
         return {
             "loss": self.loss,
             "score": self.score,
@@ -110,12 +120,10 @@ class RobustnessResult:
 
 @contextmanager
 def untouched(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and without autocast; every module's mode and the random state come back after it.
+    """Evaluation mode without gradients and without autocast; modes and torch's random state come back after it.
 
-    Convolutions pad with zeros, as where the network is fine-tuned, whatever they do while pretraining.
-
-    The random states restored are torch's on the CPU and on the network's device. Gradients are not written. On a GPU,
-    convolutions run in full float32 and deterministically: runner-up epochs often differ by less than 1e-3.
+    Convolutions pad with zeros, as where the network is fine-tuned, whatever they do while pretraining. On a GPU they run in
+    full float32 and deterministically: runner-up epochs often differ by less than 1e-3.
     """
     modes = {module: module.training for module in network.modules()}
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
@@ -138,15 +146,11 @@ def untouched(network: nn.Module) -> Iterator[None]:
 class RobustnessEvaluator:
     """Measures networks on the same crops, the same views and the same pairs, so that only the weights differ.
 
-    The views are made once, when this is built, and kept in memory.
-
     Args:
         crops: ``(N, C, *size)`` float32, one crop per case (or an object with ``data``, ``case`` and ``intensity``, such as
             the loader's crops whose windows have the size that the network takes).
         config: how to measure.
-        groups: case of each crop; crops of one case are never each other's negative. All differ by default.
-        intensity: ``(N, C, 2)`` low and high value of each case's channels; from the crops by default.
-        spacing: mm per axis.
+        groups, intensity, spacing: see :func:`separate` and :func:`photometric_view`.
 
     Attributes:
         fingerprint: hash over configuration, cases and crops, to recognise the same measurement after a restart.
@@ -180,12 +184,12 @@ class RobustnessEvaluator:
         self.views = tuple(
             photometric_view(data, seed, v, families=families, intensity=intensity, spacing=spacing) for v in (0, 1)
         )
-        digest = hashlib.sha256(repr((self.config.to_dict(), self.groups, tuple(data.shape))).encode())
+        digest = hashlib.sha256(repr((config_dict(self.config), self.groups, tuple(data.shape))).encode())
         digest.update(data.numpy().tobytes())
         self.fingerprint = digest.hexdigest()
         self._warned: set[str] = set()
         if self.n_cases < FEW_CASES:
-            self._warn("few", f"Robustness rests on {self.n_cases} cases only; below {FEW_CASES} it is mostly noise.")
+            self._warn("few", f"it rests on {self.n_cases} cases only; below {FEW_CASES} it is mostly noise.")
 
     def __len__(self) -> int:
         return len(self.views[0])
@@ -196,14 +200,11 @@ class RobustnessEvaluator:
         return len(self) if self.groups is None else len(set(self.groups))
 
     def evaluate(self, network: nn.Module | Encoder) -> RobustnessResult:
-        """Measure a network.
+        """Measure a network; degenerate features give a NaN loss and a count, never an exception.
 
         Args:
             network: an nnU-Net network (its ``encoder`` is used, also when wrapped), or any callable that returns the
-                stage outputs ``(B, C, *size)`` from shallow to deep. Modules are put back into the mode they were in.
-
-        Returns:
-            The measurement; degenerate features give a NaN loss and a count, never an exception.
+                stage outputs ``(B, C, *size)`` from shallow to deep.
         """
         begin = time.perf_counter()
         module = unwrap(network) if isinstance(network, nn.Module) else nn.Identity()
@@ -213,7 +214,8 @@ class RobustnessEvaluator:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         with untouched(module):
             levels, shape = self._levels(encoder, device)
-        result = self._result(levels, shape, begin)
+        numbers = self._numbers(levels)
+        result = RobustnessResult(**numbers, n=len(self), shape=shape, seconds=time.perf_counter() - begin)
         self._judge(result)
         return result
 
@@ -234,58 +236,55 @@ class RobustnessEvaluator:
                 shape = tuple(stages[self.config.level].shape[1:])
         return {level: [torch.cat(parts) for parts in views] for level, views in pooled.items()}, shape
 
-    def _separate(self, anchors: Tensor, positives: Tensor) -> Separation | None:
+    def _separate(self, level: list[Tensor]) -> tuple[Separation | None, int]:
+        """The separation of a level's views, None where a crop is degenerate, and how many are."""
         kind = self.config.distance
-        if bool((degenerate(anchors, kind) | degenerate(positives, kind)).any()):
-            return None
-        return separate(anchors, positives, distance=kind, negatives=self.config.negatives, groups=self.groups)
+        bad = int((degenerate(level[0], kind) | degenerate(level[1], kind)).sum())
+        if bad:
+            return None, bad
+        negatives = self.config.negatives
+        return separate(*level, distance=kind, negatives=negatives, groups=self.groups, check=False), 0
 
-    def _result(self, levels: dict[int, list[Tensor]], shape: tuple[int, ...], begin: float) -> RobustnessResult:
-        config, n = self.config, len(self)
-        anchors, positives = levels[config.level]
-        bad = int((degenerate(anchors, config.distance) | degenerate(positives, config.distance)).sum())
-        gaps, bottom = self._separate(anchors, positives), self._separate(*levels[-1])
-        bottleneck = math.nan if bottom is None else float(robustness_loss(bottom, config.margin))
+    def _numbers(self, levels: dict[int, list[Tensor]]) -> dict[str, Any]:
+        margin, margins, nan = self.config.margin, self.config.margins, math.nan
+        bottom = self._separate(levels[-1])[0]
+        gaps, bad = self._separate(levels[self.config.level])
+        common = {"degenerate": bad, "bottleneck": nan if bottom is None else float(robustness_loss(bottom, margin))}
         if gaps is None:
-            nan = math.nan
-            margins = dict.fromkeys(config.margins, nan)
-            seconds = time.perf_counter() - begin
-            return RobustnessResult(nan, nan, nan, nan, (), margins, nan, bottleneck, n, shape, bad, seconds)
-        loss = float(robustness_loss(gaps, config.margin))
-        return RobustnessResult(
-            loss=loss,
-            score=config.margin - loss,
-            positive=float(gaps.positive.mean()),
-            negative=float(gaps.negative.mean()),
-            per_crop=tuple(hinge(gaps, config.margin).tolist()),
-            margins={m: float(robustness_loss(gaps, m)) for m in config.margins},
-            clipped=float((-gaps.delta[gaps.mask] > config.margin).double().mean()),
-            bottleneck=bottleneck,
-            n=n,
-            shape=shape,
-            degenerate=bad,
-            seconds=time.perf_counter() - begin,
-        )
+            unknown = dict.fromkeys(("loss", "score", "positive", "negative", "clipped"), nan)
+            return {**common, **unknown, "per_crop": (), "margins": dict.fromkeys(margins, nan)}
+        loss = float(robustness_loss(gaps, margin))
+        return {
+            **common,
+            "loss": loss,
+            "score": margin - loss,
+            "positive": float(gaps.positive.mean()),
+            "negative": float(gaps.negative.mean()),
+            "per_crop": tuple(hinge(gaps, margin).tolist()),
+            "margins": {m: float(robustness_loss(gaps, m)) for m in margins},
+            "clipped": float((-gaps.delta[gaps.mask] > margin).double().mean()),
+        }
 
     def _judge(self, r: RobustnessResult) -> None:
         if r.degenerate:
-            text = f"Robustness: {r.degenerate} of {r.n} crops have a zero, constant or non-finite representation."
-            self._warn("degenerate", text)
+            self._warn(
+                "degenerate", f"{r.degenerate} of {r.n} crops have a zero, constant or non-finite representation."
+            )
         elif r.positive < WEAK_VIEWS:
-            text = (
-                f"Robustness: the two views look the same to the network (distance {r.positive:.1e}); too weak for it."
+            self._warn(
+                "weak", f"the two views look the same to the network (distance {r.positive:.1e}); too weak for it."
             )
-            self._warn("weak", text)
         elif r.negative < COLLAPSED:
-            text = (
-                f"Robustness: different cases look the same (distance {r.negative:.1e}): collapse, or pooled too far."
+            self._warn(
+                "collapsed", f"different cases look the same (distance {r.negative:.1e}): collapse, or pooled too far."
             )
-            self._warn("collapsed", text)
         if r.clipped > 0.5 and self.config.margin < 1:
-            text = f"Robustness: {per_cent(r.clipped)} of the pairs are beyond the margin {self.config.margin}; see margin 1 too."
-            self._warn("clipped", text)
+            self._warn(
+                "clipped",
+                f"{per_cent(r.clipped)} of the pairs are beyond margin {self.config.margin}; see 1 too.",
+            )
 
     def _warn(self, key: str, text: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            log.warning("%s", text)
+            log.warning("Robustness: %s", text)

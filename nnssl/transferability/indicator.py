@@ -63,13 +63,9 @@ def select_best(quality: Curve) -> int | None:
 
 
 def select_online(losses: Curve, *, patience: int, start: int = 1, min_delta: float = 0.0) -> OnlineChoice:
-    """Run the stopper over a recorded trace, as if training had stopped where it asks to.
+    """Run the :class:`Stopper` over a recorded trace, as if training had stopped where it asks to.
 
-    Args:
-        losses: epoch -> robustness loss.
-        patience: evaluations without improvement before the stop.
-        start: first epoch that is a candidate; 0 lets the untrained network win.
-        min_delta: improvement that counts.
+    ``start`` is the first epoch that is a candidate; 0 lets the untrained network win.
     """
     if not losses:
         raise NnsslError("an empty robustness trace has nothing to select from.")
@@ -83,15 +79,11 @@ def select_online(losses: Curve, *, patience: int, start: int = 1, min_delta: fl
 
 
 def tis(quality: Curve, selected: int | None) -> float:
-    """TIS of one setup.
+    """TIS of one setup: in (0, 1], 1 where the selected epoch ties the best; NaN where no quality is positive or none selected.
 
     Args:
         quality: epoch -> downstream quality, mean over seeds, higher is better.
         selected: the epoch that the indicator chose, None where it chose none.
-
-    Returns:
-        A number in (0, 1], 1 where the selected epoch ties the best; NaN where no epoch has a positive quality or none is
-        selected.
 
     Raises:
         NnsslError: where the selected epoch has no quality.
@@ -115,11 +107,9 @@ def summarise(values: Sequence[float]) -> TISSummary:
 def baselines(quality: Curve) -> dict[str, float]:
     """What TIS must be compared with, each a TIS of the same setup.
 
-    Returns:
-        ``no pretraining`` (epoch 0; NaN where it was not fine-tuned), ``last`` (the longest pretraining), ``random pick``
-        (the expectation over all epochs) and ``random pick, trained`` (without epoch 0).
+    ``no pretraining``: epoch 0, NaN where it was not fine-tuned; ``last``: the longest pretraining; ``random pick``: the
+    expectation over all epochs; ``random pick, trained``: without epoch 0.
     """
-    trained = [e for e in quality if e > 0]
 
     def expected(epochs: Sequence[int]) -> float:
         values = [tis(quality, e) for e in epochs]
@@ -129,15 +119,14 @@ def baselines(quality: Curve) -> dict[str, float]:
         "no pretraining": tis(quality, 0) if 0 in quality else math.nan,
         "last": tis(quality, max(quality, default=None)),
         "random pick": expected(list(quality)),
-        "random pick, trained": expected(trained),
+        "random pick, trained": expected([e for e in quality if e > 0]),
     }
 
 
 def rank_correlation(losses: Curve, quality: Curve) -> float:
-    """Spearman's rho between the robustness *score* (minus the loss) and the quality over the epochs that have both.
+    """Spearman's rho of the robustness *score* (minus the loss) and the quality over the epochs that have both.
 
-    Returns:
-        In [-1, 1], positive where more robust is better; NaN with fewer than three epochs or a constant curve.
+    Positive where more robust is better; NaN with fewer than three epochs or a constant curve.
     """
     epochs = sorted(e for e in losses if e in quality and math.isfinite(losses[e]) and math.isfinite(quality[e]))
     x, y = [-losses[e] for e in epochs], [quality[e] for e in epochs]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnssl.config import config_dict
 from nnssl.errors import NnsslError
 from nnssl.transferability.evaluator import RobustnessEvaluator, RobustnessResult
 from nnssl.transferability.schedule import BUDGET, RANDOM_INITS, Schedule
@@ -28,14 +29,9 @@ def random_baseline(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Baseline:
-    """Measure ``k`` random initialisations; the global random state comes back after it.
+    """Measure ``k`` fresh networks; the global random state comes back after it.
 
-    Args:
-        evaluator: how to measure.
-        build: makes a freshly initialised network.
-        k: how many; one is not enough, two draws of one architecture can differ by 0.1.
-        seed: the i-th is built after ``torch.manual_seed(seed + i)``.
-        device: where they are measured.
+    One is not enough: two draws of one architecture can differ by 0.1. The i-th is built after ``torch.manual_seed(seed + i)``.
     """
     results = []
     for i in range(k):
@@ -43,17 +39,14 @@ def random_baseline(
             torch.default_generator.manual_seed(seed + i)  # the CPU's only: networks are built there
             network = build()
         results.append(evaluator.evaluate(network.to(device)))
-    per_crop = tuple(r.per_crop for r in results if r.per_crop)
-    return Baseline(tuple(r.loss for r in results), per_crop)
+    return Baseline(tuple(r.loss for r in results), tuple(r.per_crop for r in results if r.per_crop))
 
 
 class RobustnessMonitor:
     """The trace of one run and what follows from it. It never trains, saves or stops anything itself.
 
     Args:
-        evaluator: how to measure.
-        schedule: when to measure.
-        stopper: patience and warm-up.
+        evaluator, schedule, stopper: how and when to measure, patience and warm-up.
         stop: whether :meth:`stop_now` may say yes; without it, the best epoch is only remembered.
         coupled: whether the run's objective optimises a quantity of this kind; the verdict then says so.
 
@@ -81,8 +74,6 @@ class RobustnessMonitor:
         self._best: dict[str, Any] | None = None
         self._baseline_seconds = 0.0
 
-    # ---- measuring -----------------------------------------------------------------------------------------------
-
     def due(self, epoch: int) -> bool:
         """Whether to evaluate after ``epoch`` epochs, and not done so yet."""
         return self.schedule.due(epoch) and all(row["epoch"] != epoch for row in self.trace)
@@ -98,14 +89,9 @@ class RobustnessMonitor:
         return self.baseline
 
     def evaluate(self, network: nn.Module, epoch: int) -> dict[str, float]:
-        """Measure the network that will be transferred, and take the result into trace and stop rule.
+        """Measure the network that will be transferred after ``epoch`` epochs, and take the result into trace and stop rule.
 
-        Args:
-            network: the network; training state and random state are left as they are.
-            epoch: epochs trained so far, 0 before the first step.
-
-        Returns:
-            Flat numbers for the log: ``loss`` (lower is better), ``score``, both distances, the bottleneck's loss.
+        Returns flat numbers for the log; training state and random state are left as they are.
         """
         return self.record(epoch, self.evaluator.evaluate(network))
 
@@ -113,29 +99,17 @@ class RobustnessMonitor:
         """Take in a measurement made elsewhere; :meth:`evaluate` without the measuring."""
         metrics = result.metrics()
         margins = {f"{m:g}": v for m, v in result.margins.items()}
-        self.trace.append(
-            {
-                "epoch": epoch,
-                **metrics,
-                "margins": margins,
-                "clipped": result.clipped,
-                "n": result.n,
-                "seconds": round(result.seconds, 4),
-            }
-        )
+        more = {"margins": margins, "clipped": result.clipped, "n": result.n, "seconds": round(result.seconds, 4)}
+        self.trace.append({"epoch": epoch, **metrics, **more})
         self.improved = self.stopper.update(epoch, result.loss)
         if self.improved:
             self._best = {"loss": result.loss, "per_crop": list(result.per_crop)}
         return metrics
 
     def calibrate(self, epoch_seconds: float) -> bool:
-        """Measure less often where the measured times exceed the budget.
+        """Measure less often where the measured times exceed the budget; returns whether the schedule was changed.
 
-        Args:
-            epoch_seconds: time of a trained epoch.
-
-        Returns:
-            Whether the schedule was changed. For intervals that the user chose, do not call it.
+        For intervals that the user chose, do not call it. ``epoch_seconds`` is the time of a trained epoch.
         """
         seconds = [row["seconds"] for row in self.trace]
         if not seconds or epoch_seconds <= 0:
@@ -145,16 +119,13 @@ class RobustnessMonitor:
         if self.schedule.evaluations <= affordable:
             return False
         count = max(2.0, affordable - 1)
-        factor = self.schedule.epochs / (count - 1) / self.schedule.every
-        self.schedule = self.schedule.slowed(factor)
+        self.schedule = self.schedule.slowed(self.schedule.epochs / (count - 1) / self.schedule.every)
         return True
 
     def share(self, seconds: float) -> float:
         """Share of ``seconds`` that the measurements took, those of the random initialisations included."""
         own = sum(row["seconds"] for row in self.trace) + self._baseline_seconds
         return own / seconds if seconds > 0 else 0.0
-
-    # ---- what follows --------------------------------------------------------------------------------------------
 
     @property
     def best_epoch(self) -> int | None:
@@ -181,17 +152,13 @@ class RobustnessMonitor:
     def verdict(self) -> str:
         """One plain sentence or two for the end of the run."""
         verdict = self.judge()
-        if verdict is None:
-            return "Robustness says nothing: there was no usable evaluation after warm-up."
-        return verdict.sentence
+        return verdict.sentence if verdict else "Robustness says nothing: there was no usable evaluation after warm-up."
 
     def plot(self, ax: Any) -> None:
         """Draw the trace, the best epoch and the band of random initialisations (mean +- 2 SD) into a matplotlib axis."""
         points = [(row["epoch"], row["loss"]) for row in self.trace if math.isfinite(row["loss"])]
-        if self.baseline is not None and math.isfinite(self.baseline.mean):
-            mean, sd = self.baseline.mean, self.baseline.sd
-            ax.axhspan(mean - 2 * sd, mean + 2 * sd, color="0.85", label="random weights (mean ± 2 SD)")
-            ax.axhline(mean, color="0.6", linewidth=1)
+        if self.baseline is not None:
+            self.baseline.plot(ax, "random weights (mean ± 2 SD)")
         if points:
             ax.plot(*zip(*points), marker=".", color="C2", label="this run")
         if self.best_epoch is not None:
@@ -202,15 +169,10 @@ class RobustnessMonitor:
         ax.set_ylabel("robustness loss of the encoder", fontsize=9)
         ax.legend(fontsize=8)
 
-    # ---- state ---------------------------------------------------------------------------------------------------
-
     def summary(self) -> dict[str, Any]:
-        """What the checkpoint's ``nnssl`` part tells: configuration, hash of the crops, trace, baseline, best epoch.
-
-        No case names: only a hash over them and their voxels.
-        """
+        """What the checkpoint's ``nnssl`` part tells. No case names: only a hash over them and their voxels."""
         return {
-            "config": self.evaluator.config.to_dict(),
+            "config": config_dict(self.evaluator.config),
             "crops": {"n": len(self.evaluator), "sha256": self.evaluator.fingerprint},
             "schedule": self.schedule.to_dict(),
             "baseline": None if self.baseline is None else list(self.baseline.losses),

@@ -24,14 +24,9 @@ FORMS = ("hinge", "hardest", "softplus", "lse")
 
 
 def separation_loss(
-    separation: Separation,
-    *,
-    margin: float = 0.5,
-    form: str = "lse",
-    temperature: float = 0.1,
-    hardest: int = 4,
+    separation: Separation, *, margin: float = 0.5, form: str = "lse", temperature: float = 0.1, hardest: int = 4
 ) -> Tensor:
-    """Mean loss over the anchors that have a negative.
+    """Mean loss over the anchors that have a negative: ``()``; 0 with a zero gradient where none has.
 
     Args:
         separation: distances of N anchors.
@@ -39,12 +34,6 @@ def separation_loss(
         form: one of :data:`FORMS`.
         temperature: t of the smooth forms, in units of the distance.
         hardest: k of ``hardest``.
-
-    Returns:
-        ``()``; 0 with a zero gradient where no anchor has a negative.
-
-    Raises:
-        NnsslError: for an unknown form.
     """
     if form not in FORMS:
         raise NnsslError(f"unknown form '{form}'.{did_you_mean(form, FORMS)} Known: {', '.join(FORMS)}.")

@@ -59,19 +59,17 @@ def tis_table(rows: Sequence[TISRow]) -> str:
     table.append(("mean", f"n={len(rows)}", "", "", *(_number(m.mean) for m in means), _number(rho.mean, 2), ""))
     left_out = max(m.undefined for m in means)
     note = f"\nUndefined in up to {left_out} of {len(rows)} setups, which a mean leaves out." if left_out else ""
-    return (
-        "TIS: Dice of the chosen checkpoint over that of the best one. It is compressive: read it beside its baselines.\n"
-        + aligned(table)
-        + note
+    head = (
+        "TIS: Dice of the chosen checkpoint over that of the best one. It is compressive: read it beside its baselines."
     )
+    return f"{head}\n{aligned(table)}{note}"
 
 
 def write_robustness_csv(path: Path, runs: Sequence[Run], baseline: Baseline) -> None:
     """One line per checkpoint and per random initialisation, with the losses at all margins."""
-    margins = list(runs[0].rows[0].result.margins)
     head = ["run", "method", "checkpoint", "epoch", "step", "loss", "score", "distance_positive", "distance_negative"]
-    rows: list[list[object]] = [[*head, "loss_bottleneck", "crops", "clipped", "encoder_percent"]]
-    rows[0] += [f"loss_margin_{m:g}" for m in margins]
+    head += ["loss_bottleneck", "crops", "clipped", "encoder_percent"]
+    rows: list[list[object]] = [[*head, *(f"loss_margin_{m:g}" for m in runs[0].rows[0].result.margins)]]
     for run in runs:
         for m in run.rows:
             r = m.result
@@ -85,14 +83,10 @@ def write_robustness_csv(path: Path, runs: Sequence[Run], baseline: Baseline) ->
 
 def write_tis_csv(path: Path, rows: Sequence[TISRow]) -> None:
     """One line per run and setup."""
-    selectors = list(rows[0].scores)
-    table: list[list[object]] = [
-        ["run", "setup", "selected_epoch", "best_epoch", *(f"tis_{s.replace(' ', '_')}" for s in selectors)]
-    ]
-    table[0] += ["spearman", "checkpoints"]
-    for r in rows:
-        table.append([r.run, r.setup, r.selected, r.best, *r.scores.values(), r.spearman, r.checkpoints])
-    write_csv(path, table)
+    scores = [f"tis_{s.replace(' ', '_')}" for s in rows[0].scores]
+    head = ["run", "setup", "selected_epoch", "best_epoch", *scores, "spearman", "checkpoints"]
+    lines = [[r.run, r.setup, r.selected, r.best, *r.scores.values(), r.spearman, r.checkpoints] for r in rows]
+    write_csv(path, [head, *lines])
 
 
 def plot_runs(path: Path, runs: Sequence[Run], baseline: Baseline) -> None:
@@ -102,10 +96,7 @@ def plot_runs(path: Path, runs: Sequence[Run], baseline: Baseline) -> None:
     figure = new_figure(5.2 * columns, 3.6 * lines)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax, run in zip(axes, runs):
-        if math.isfinite(baseline.mean):
-            mean, sd = baseline.mean, baseline.sd
-            ax.axhspan(mean - 2 * sd, mean + 2 * sd, color="0.85", label="random initialisations")
-            ax.axhline(mean, color="0.6", linewidth=1)
+        baseline.plot(ax, "random initialisations")
         points = [(e, v) for e, v in run.losses.items() if math.isfinite(v)]
         if points:
             ax.plot(*zip(*points), marker="o", markersize=4, color="C2", label="checkpoints")

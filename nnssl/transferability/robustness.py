@@ -6,9 +6,7 @@ and negatives ``p_j`` from view 1 of *other* cases::
     delta_ij = dist(q_i, p_i) - dist(q_i, p_j)
     R_m      = mean over i of mean over negatives j of max(0, delta_ij + m)
 
-**R is a loss: lower is better.** ``score = m - R`` is the mean separation gap clipped at the margin: 0 for a collapsed
-network (every volume the same vector), negative for one that is worse than collapsed.
-
+**R is a loss: lower is better.** ``score = m - R``: 0 for a collapsed network (every volume the same vector), negative for worse.
 Differs from the published code: all pairs instead of one mirrored negative each (the same expectation, lower variance,
 independent of the order); ``negatives="mirror"`` keeps theirs and refuses odd N, where it makes a sample its own negative.
 """
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nnssl.errors import NnsslError, did_you_mean
-from nnssl.transferability.distances import degenerate, distance_matrix, paired_distance
+from nnssl.transferability.distances import degenerate, distance_matrix
 
 NEGATIVES = ("all", "mirror")
 
@@ -45,7 +43,7 @@ class Separation:
 
     def mean_over_negatives(self, x: Tensor) -> Tensor:
         """Mean of ``x`` ``(N, K)`` over each anchor's negatives: ``(N,)``."""
-        return torch.where(self.mask, x, torch.zeros_like(x)).sum(dim=1) / self.mask.sum(dim=1).clamp_min(1)
+        return _masked_mean(x, self.mask)
 
 
 def mirror_index(n: int) -> Tensor:
@@ -60,20 +58,16 @@ def separate(
     distance: str = "cosine",
     negatives: str = "all",
     groups: Sequence[object] | Tensor | None = None,
-    allow_odd: bool = False,
     check: bool = True,
 ) -> Separation:
-    """Measure the distances that the criterion compares.
+    """Measure the distances that the criterion compares, of two views ``(N, D)`` of the same N volumes.
 
     Args:
-        anchors, positives: ``(N, D)`` vectors of two views of the same N volumes.
-        distance: ``cosine``, ``l2`` or ``pearson``.
+        anchors, positives, distance: see :func:`distance_matrix`.
         negatives: ``all`` pairs, or ``mirror``, the published single one.
         groups: case of each sample; samples of one case are never each other's negative. None: all differ. A tensor
             ``(N,)`` of numbers is not looked at on the host: a sample without a negative then simply has none.
-        allow_odd: accept an odd N with ``mirror`` (one sample is then its own negative).
-        check: raise for vectors that have no distance (zero, constant or not finite); without it, a zero vector is at
-            distance 1 from everything and what is not finite stays so. Checking synchronises a GPU.
+        check: raise for :func:`degenerate` vectors. Checking synchronises a GPU.
 
     Raises:
         NnsslError: degenerate vectors, fewer than two cases, odd N with ``mirror``, an unknown option.
@@ -91,26 +85,17 @@ def separate(
                 f"{int(bad.sum())} of {n} representations are zero, constant or not finite (samples {which}): their "
                 f"{distance} distance is undefined. The network has collapsed or diverged there."
             )
-    device = anchors.device
+    candidate = distance_matrix(anchors, positives, distance)
+    positive = candidate.diagonal()
+    mask = _other_cases(n, groups, anchors.device)
     if negatives == "mirror":
-        if n % 2 and not allow_odd:
+        if n % 2:
             raise NnsslError(f"negatives='mirror' needs an even number of samples (one would be its own), got {n}.")
-        index = mirror_index(n).to(device)
-        same = torch.zeros(n, dtype=torch.bool, device=device)
-        if groups is not None:
-            same = torch.tensor(
-                [groups[i] == groups[int(j)] and i != int(j) for i, j in enumerate(index)], device=device
-            )
-        if bool(same.any()):
+        index = mirror_index(n).to(anchors.device)[:, None]
+        candidate, mask = candidate.gather(1, index), mask.gather(1, index)
+        if not bool(mask.all()):
             raise NnsslError("negatives='mirror' would compare two samples of one case; use one sample per case.")
-        positive = paired_distance(anchors, positives, distance)
-        candidate = paired_distance(anchors, positives[index], distance)[:, None]
-        mask = torch.ones(n, 1, dtype=torch.bool, device=device)
-    else:
-        candidate = distance_matrix(anchors, positives, distance)
-        positive = candidate.diagonal()
-        mask = _other_cases(n, groups, device)
-    return _separation(positive, candidate, mask)
+    return Separation(positive, _masked_mean(candidate, mask), positive[:, None] - candidate, mask)
 
 
 def _other_cases(n: int, groups: Sequence[object] | Tensor | None, device: torch.device) -> Tensor:
@@ -127,17 +112,12 @@ def _other_cases(n: int, groups: Sequence[object] | Tensor | None, device: torch
     return ids[:, None] != ids[None, :]
 
 
-def _separation(positive: Tensor, candidate: Tensor, mask: Tensor) -> Separation:
-    negative = torch.where(mask, candidate, torch.zeros_like(candidate)).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
-    return Separation(positive=positive, negative=negative, delta=positive[:, None] - candidate, mask=mask)
+def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, x, torch.zeros_like(x)).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
 
 
 def hinge(separation: Separation, margin: float = 0.5) -> Tensor:
-    """Each anchor's mean hinge over its negatives.
-
-    Returns:
-        ``(N,)``, non-decreasing, 1-Lipschitz and convex in the margin, at least 0.
-    """
+    """Each anchor's mean hinge over its negatives: ``(N,)``, non-decreasing, 1-Lipschitz and convex in the margin, at least 0."""
     return separation.mean_over_negatives((separation.delta + margin).clamp_min(0))
 
 

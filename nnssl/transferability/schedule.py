@@ -62,7 +62,8 @@ def plan_schedule(
     """Choose crops and interval from a budget, by counting voxels: a pure function, the same on every machine.
 
     A trained crop is counted as three forward passes of the encoder (forward and backward of one view; most methods do more),
-    a measured one as two (its two views).
+    a measured one as two (its two views). None where there are fewer than two cases or, without ``every``, where the run is too
+    short for three evaluations of 8 crops and the random initialisations.
 
     Args:
         epochs: length of the run.
@@ -70,13 +71,6 @@ def plan_schedule(
         available: held-out cases.
         every: the user's interval; None to choose it.
         budget: share of the run's time.
-
-    Returns:
-        The schedule. None where there are fewer than two cases or, without ``every``, where the run is too short for three
-        evaluations of 8 crops and the random initialisations.
-
-    Raises:
-        NnsslError: for an interval below 1.
     """
     if every is not None and every < 1:
         raise NnsslError(f"--robustness-every must be at least 1 epoch (0 turns it off), got {every}.")
@@ -90,7 +84,7 @@ def plan_schedule(
     def rated(s: Schedule) -> Schedule:
         return replace(s, share=budget * cost(s) / affordable if affordable > 0 else math.inf)
 
-    most = _even(min(MOST_CROPS, available))
+    most = min(MOST_CROPS, available) // 2 * 2
     sizes = sorted({most, *(n for n in (48, 32, 24, ENOUGH_CROPS, 12, FEWEST_CROPS) if n < most)}, reverse=True)
     if every is not None:
         fits = [n for n in sizes if cost(Schedule(epochs, every, n)) <= affordable]
@@ -108,7 +102,3 @@ def plan_schedule(
             interval = max(1, math.ceil(epochs / (count - 1)))
             return rated(Schedule(epochs, interval, n))
     return None
-
-
-def _even(n: int) -> int:
-    return n - n % 2

@@ -19,28 +19,17 @@ class Stopper:
 
     The first epoch (0, before any training) is recorded but never a candidate. A value that is not finite is recorded
     as a failure and neither improves nor counts against the patience. Ties keep the earlier epoch.
-
-    Attributes:
-        patience: evaluations, not epochs, without improvement before the stop.
-        warmup: first epoch that may be chosen.
-        min_delta: by how much a loss must fall to be an improvement.
-        allow_epoch0: let epoch 0 be a candidate (for simulations on recorded traces).
-        best: lowest loss of a candidate so far, ``inf`` without one.
-        best_epoch: its epoch, or None.
-        bad: evaluations since the best one.
-        stopped: epoch at which the rule asked to stop, or None.
-        failures: epochs whose loss was not finite.
     """
 
-    patience: int = 5
-    warmup: int = 0
-    min_delta: float = 0.0
-    allow_epoch0: bool = False
-    best: float = math.inf
+    patience: int = 5  # evaluations, not epochs, without improvement before the stop
+    warmup: int = 0  # first epoch that may be chosen
+    min_delta: float = 0.0  # by how much a loss must fall to be an improvement
+    allow_epoch0: bool = False  # let epoch 0 be a candidate (for simulations on recorded traces)
+    best: float = math.inf  # lowest loss of a candidate so far
     best_epoch: int | None = None
-    bad: int = 0
-    stopped: int | None = None
-    failures: list[int] = field(default_factory=list)
+    bad: int = 0  # evaluations since the best one
+    stopped: int | None = None  # epoch at which the rule asked to stop
+    failures: list[int] = field(default_factory=list)  # epochs whose loss was not finite
 
     def __post_init__(self) -> None:
         if self.patience < 1:
@@ -49,15 +38,7 @@ class Stopper:
             raise NnsslError(f"warm-up and min_delta cannot be negative, got {self.warmup} and {self.min_delta}.")
 
     def update(self, epoch: int, loss: float) -> bool:
-        """Take in one evaluation.
-
-        Args:
-            epoch: epochs trained so far.
-            loss: robustness loss (lower is better).
-
-        Returns:
-            Whether this is the best candidate so far, that is, whether to save it.
-        """
+        """Take in the robustness loss after ``epoch`` epochs; returns whether it is the best candidate so far, to be saved."""
         if not math.isfinite(loss):
             self.failures.append(epoch)
             return False
@@ -82,6 +63,4 @@ class Stopper:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken, settings included, so that a resumed run decides the same."""
-        restored = Stopper(**state)
-        for name, value in vars(restored).items():
-            setattr(self, name, value)
+        vars(self).update(vars(Stopper(**state)))

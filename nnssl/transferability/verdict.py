@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,10 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Baseline:
-    """Robustness of K random initialisations of the same network on the same crops.
-
-    Attributes:
-        losses: of each initialisation.
-        per_crop: each initialisation's mean hinge per crop, ``K x N``; empty where it is not known.
-    """
+    """Robustness of K random initialisations of the same network on the same crops."""
 
     losses: tuple[float, ...]
-    per_crop: tuple[tuple[float, ...], ...] = ()
+    per_crop: tuple[tuple[float, ...], ...] = ()  # mean hinge per crop, K x N; empty where it is not known
 
     @property
     def mean(self) -> float:
@@ -39,6 +34,12 @@ class Baseline:
         finite = [v for v in self.losses if math.isfinite(v)]
         return float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0
 
+    def plot(self, ax: Any, label: str) -> None:
+        """Draw mean and band (mean +- 2 SD) into a matplotlib axis; nothing where there is no mean."""
+        if math.isfinite(self.mean):
+            ax.axhspan(self.mean - 2 * self.sd, self.mean + 2 * self.sd, color="0.85", label=label)
+            ax.axhline(self.mean, color="0.6", linewidth=1)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists."""
         return {"losses": list(self.losses), "per_crop": [list(row) for row in self.per_crop]}
@@ -51,36 +52,18 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The comparison of a run's best evaluation with random initialisations.
+    """The comparison of a run's best evaluation with random initialisations."""
 
-    Attributes:
-        kind: ``pretraining_supported``, ``no_evidence``, ``worse_than_init`` or ``unknown``.
-        gain: mean of the initialisations minus the best loss; positive is good.
-        z: gain in standard deviations of the initialisations.
-        low, high: 95 % bootstrap interval of the gain over cases, paired.
-        sentence: for a person.
-    """
-
-    kind: str
-    gain: float
-    z: float
-    low: float
+    kind: str  # pretraining_supported, no_evidence, worse_than_init or unknown
+    gain: float  # mean of the initialisations minus the best loss; positive is good
+    z: float  # gain in standard deviations of the initialisations
+    low: float  # 95 % bootstrap interval of the gain over cases, paired
     high: float
     sentence: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 def judge(
-    baseline: Baseline,
-    loss: float,
-    per_crop: Sequence[float],
-    *,
-    epoch: int,
-    seed: int = 0,
-    coupled: bool = False,
+    baseline: Baseline, loss: float, per_crop: Sequence[float], *, epoch: int, seed: int = 0, coupled: bool = False
 ) -> Verdict:
     """Compare the best evaluation of a run with random initialisations.
 
@@ -89,14 +72,14 @@ def judge(
 
     Args:
         baseline: the random initialisations.
-        loss, per_crop: of the run's best evaluation.
-        epoch: its epoch.
+        loss, per_crop, epoch: of the run's best evaluation.
         seed: of the bootstrap.
         coupled: whether the run's objective optimises a quantity of this kind.
     """
     mean, sd = baseline.mean, baseline.sd
     if not (math.isfinite(mean) and math.isfinite(loss)):
-        return _unknown("the representations of the network or of all random initialisations are degenerate")
+        text = "Robustness says nothing: the representations of the network or of all random initialisations are degenerate."
+        return Verdict("unknown", math.nan, math.nan, math.nan, math.nan, text)
     gain = mean - loss
     low, high = _interval(baseline, per_crop, seed)
     z = gain / max(sd, 1e-12)
@@ -118,10 +101,6 @@ def judge(
     if coupled:
         text += " This objective lowers a quantity of this kind by construction, so it says little here."
     return Verdict(kind, gain, z, low, high, text + " An indicator within this run, no proof.")
-
-
-def _unknown(reason: str) -> Verdict:
-    return Verdict("unknown", math.nan, math.nan, math.nan, math.nan, f"Robustness says nothing: {reason}.")
 
 
 def _interval(baseline: Baseline, per_crop: Sequence[float], seed: int) -> tuple[float, float]:

@@ -1,21 +1,14 @@
 """Two altered copies of a volume for the robustness trace: seeded, per volume, independent of any training's views.
 
 The published measure jitters brightness and contrast of a whole batch. Behind InstanceNorm such an affine change cancels and
-the positive distance is zero whatever the network; here each volume gets its own draws of changes that are *not* affine:
-
-- ``gamma``: exponent in [0.8, 1.25] on the volume's own range (not for CT);
-- ``bias``: a smooth multiplicative field, log amplitude 0.2 on a 3-knot grid per axis (not for CT);
-- ``window``: the range clipped by up to 15 % at each end (for CT, the window; for other modalities, saturation);
-- ``blur``: Gaussian, sigma 0.5 to 1 voxel of the finest axis;
-- ``lowres``: sampled at 0.5 to 1 of the resolution and interpolated back, axes that are coarse already left alone;
-- ``noise``: Gaussian, sd up to 0.1 of a normalised unit.
-
-No geometric change: position in the crop stays comparable. A run that trains with some of these leaves them out here.
+the positive distance is zero whatever the network; here each volume gets its own draws of changes that are *not* affine
+(:func:`_changed`; ``gamma`` and ``bias`` not for CT). None is geometric: position in the crop stays comparable. A run that
+trains with some of these leaves them out here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,11 +25,7 @@ _COARSE = 3.0  # an axis this much coarser than the finest is neither blurred no
 
 
 def choose_families(modality: str, exclude: Sequence[str] = ()) -> tuple[str, ...]:
-    """The changes for a modality, without those that a run trains with.
-
-    Args:
-        modality: ``"ct"`` or anything else.
-        exclude: families that the training views use.
+    """The changes for a modality (``"ct"`` or anything else), without those that a run trains with.
 
     Raises:
         NnsslError: for an unknown family, or where none is left.
@@ -69,72 +58,50 @@ def photometric_view(
     intensity: Tensor | None = None,
     spacing: Sequence[float] | None = None,
 ) -> Tensor:
-    """Alter each volume by its own draw of every family.
+    """Alter each volume by its own draw of every family; a new tensor of the same shape.
 
     A pure function of (seed, view, index of the sample, its voxels): adding samples does not change the others, and no
     global random state is read or written.
 
     Args:
         x: ``(N, C, *size)`` float32 on the CPU, normalised as nnU-Net does.
-        seed: of the trace.
-        view: 0 or 1.
+        seed, view: of the trace; 0 or 1.
         families: which changes, of :data:`FAMILIES`.
         intensity: ``(N, C, 2)`` low and high value of each sample's channels; from the crops themselves by default.
         spacing: mm per axis, to leave coarse axes alone; isotropic by default.
-
-    Returns:
-        A new tensor of the same shape.
     """
     intensity = intensity_range(x) if intensity is None else intensity
     spacing = [1.0] * (x.ndim - 2) if spacing is None else [float(s) for s in spacing]
-    fine = [s < _COARSE * min(spacing) for s in spacing]
-    relative = [min(spacing) / s if f else 0.0 for s, f in zip(spacing, fine)]
+    finest = min(spacing)
+    relative = [finest / s if s < _COARSE * finest else 0.0 for s in spacing]
     out = []
     for i, volume in enumerate(x.split(1)):
         rng = np.random.default_rng(np.random.SeedSequence([seed, view, i, 0xB0B]))
-        order = [f for f in FAMILIES if f in families]
-        for name in order:
-            volume = _CHANGES[name](volume, intensity[i, None], relative, rng)
+        for family in FAMILIES:
+            if family in families:
+                volume = _changed(volume, family, intensity[i, None], relative, rng)
         out.append(volume)
     return torch.cat(out).to(x.dtype)
 
 
-def _gamma(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
-    exponent = torch.tensor([np.exp(rng.uniform(np.log(0.8), np.log(1.25)))])
-    return restore_intensity(bend(rescale_intensity(x, intensity), exponent), intensity)
-
-
-def _bias(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
-    knots = torch.from_numpy(rng.normal(0, 0.2, [3] * (x.ndim - 2)).astype(np.float32))
-    field = F.interpolate(knots[None, None], size=x.shape[2:], mode=LINEAR[x.ndim - 2], align_corners=True)
-    return restore_intensity(rescale_intensity(x, intensity) * field.exp(), intensity)
-
-
-def _window(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
-    cut = rng.uniform(0, 0.15, 2)
-    return restore_intensity(rescale_intensity(x, intensity).clamp(float(cut[0]), float(1 - cut[1])), intensity)
-
-
-def _blur(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
-    sigma = rng.uniform(0.5, 1.0)
-    return gaussian_blur(x, torch.tensor([[sigma * r for r in relative]]), radius=4)
-
-
-def _lowres(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
-    scale = rng.uniform(0.5, 1.0)
-    return resample(x, [max(1, round(n * scale)) if r else n for n, r in zip(x.shape[2:], relative)])
-
-
-def _noise(x: Tensor, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
-    sd = torch.tensor([rng.uniform(0.02, 0.1)])
-    return add_noise(x, sd, torch.from_numpy(rng.standard_normal(tuple(x.shape), dtype=np.float32)))
-
-
-_CHANGES: dict[str, Callable[[Tensor, Tensor, Sequence[float], np.random.Generator], Tensor]] = {
-    "gamma": _gamma,
-    "bias": _bias,
-    "window": _window,
-    "blur": _blur,
-    "lowres": _lowres,
-    "noise": _noise,
-}
+def _changed(x: Tensor, family: str, intensity: Tensor, relative: Sequence[float], rng: np.random.Generator) -> Tensor:
+    """One volume, changed; ``relative`` is the finest spacing over each axis' own, 0 for an axis that is left alone."""
+    if family == "blur":  # sigma in voxels of the finest axis
+        sigma = rng.uniform(0.5, 1.0)
+        return gaussian_blur(x, torch.tensor([[sigma * r for r in relative]]), radius=4)
+    if family == "lowres":
+        scale = rng.uniform(0.5, 1.0)
+        return resample(x, [max(1, round(n * scale)) if r else n for n, r in zip(x.shape[2:], relative)])
+    if family == "noise":  # in normalised units
+        sd = torch.tensor([rng.uniform(0.02, 0.1)])
+        return add_noise(x, sd, torch.from_numpy(rng.standard_normal(tuple(x.shape), dtype=np.float32)))
+    u = rescale_intensity(x, intensity)
+    if family == "gamma":
+        u = bend(u, torch.tensor([np.exp(rng.uniform(np.log(0.8), np.log(1.25)))]))
+    elif family == "bias":  # a smooth field: log amplitude on three knots per axis
+        knots = torch.from_numpy(rng.normal(0, 0.2, [3] * (x.ndim - 2)).astype(np.float32))
+        u = u * F.interpolate(knots[None, None], size=x.shape[2:], mode=LINEAR[x.ndim - 2], align_corners=True).exp()
+    else:  # CT's window; saturation elsewhere
+        low, high = rng.uniform(0, 0.15, 2)
+        u = u.clamp(float(low), float(1 - high))
+    return restore_intensity(u, intensity)

@@ -13,8 +13,11 @@ from nnssl import checkpoint
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network
 from nnssl.plans import Plan, load_plan
-from nnssl.transferability import Measured, choose_cases, compare, crop_size, list_cases, read_crops
+from nnssl.preprocessed import list_cases
+from nnssl.transferability import compare
+from nnssl.transferability.checkpoints import Measured
 from nnssl.transferability.cli import main
+from nnssl.transferability.crops import choose_cases, crop_size, read_crops
 
 
 @pytest.fixture
@@ -255,5 +258,5 @@ def test_bad_files_are_all_named(dataset, tmp_path, nnunet_env):
 
 def test_how_long_was_trained_is_told_in_words():
     told = [(1, "epochs"), (3, "epochs"), (1, "steps"), (1750, "steps"), (None, "epochs")]
-    texts = [Measured(Path("a.pth"), "a", epoch, 100.0, None, unit).trained for epoch, unit in told]
+    texts = [Measured(Path("a.pth"), ("a", ""), "mae", epoch, 100.0, None, unit).trained for epoch, unit in told]
     assert texts == ["1 epoch", "3 epochs", "1 step", "1,750 steps", "-"]

@@ -11,13 +11,12 @@ from nnssl.transferability import (
     degenerate,
     distance_matrix,
     hinge,
-    mirror_index,
-    paired_distance,
     pool,
     robustness_loss,
     robustness_score,
     separate,
 )
+from nnssl.transferability.robustness import mirror_index
 
 KINDS = ("cosine", "l2", "pearson")
 
@@ -58,12 +57,6 @@ def test_equals_a_double_loop(kind, negatives):
     for margin in (0, 0.25, 1.0, 2.5):
         expected = slow_loss(q, p, margin, kind, negatives)
         assert loss(q, p, margin, distance=kind, negatives=negatives) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_paired_distance_is_the_diagonal(kind):
-    q, p = random_pair()
-    torch.testing.assert_close(paired_distance(q, p, kind), distance_matrix(q, p, kind).diagonal())
 
 
 def test_p1_collapse_gives_the_margin():
@@ -141,8 +134,6 @@ def test_p8_mirror_index():
     q, p = random_pair(n=5)
     with pytest.raises(NnsslError, match="even number"):
         separate(q, p, negatives="mirror")
-    own = hinge(separate(q, p, negatives="mirror", allow_odd=True), 0.5)[3]
-    assert float(own) == pytest.approx(0.5)
 
 
 def test_p9_direction():
@@ -243,8 +234,7 @@ def test_pooling_keeps_positions_apart():
     grid = pool(x, "grid", grid=2).reshape(2, 3, 2, 2, 2)
     torch.testing.assert_close(grid[:, :, 1, 0, 1], x[:, :, 2:, :3, 1].mean(dim=(2, 3)))
     assert pool(x, "grid", grid=4).shape == (2, 3 * 4 * 4 * 2)
-    tokens = x.flatten(2).transpose(1, 2)
-    torch.testing.assert_close(pool(tokens, "gap", channels_last=True), pool(x, "gap"))
+    torch.testing.assert_close(pool(x, "gap"), x.mean(dim=(2, 3, 4)))
     assert pool(x.bfloat16(), "gap").dtype == torch.float32
     with pytest.raises(NnsslError, match="Did you mean 'grid'"):
         pool(x, "gridd")
