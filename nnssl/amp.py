@@ -1,18 +1,16 @@
 """Automatic mixed precision: which type, on which device, and the context that forward passes run in.
 
-On a CPU this is bfloat16, which needs no scaling of the loss. Whether it is faster depends on the processor: with AMX's matrix
-units it is; with avx512_bf16 alone a step took half the time of float32 on one processor and more on another
-(docs/performance.md), so that there nothing is chosen without being asked for.
+On a CPU this is bfloat16 where the user asks for it; it needs no scaling of the loss. Whether it is faster depends on the
+processor: with AMX's matrix units it is; with avx512_bf16 alone a step took half the time of float32 on one processor and more
+on another (docs/performance.md).
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,30 +20,11 @@ from torch.nn.modules.conv import _ConvNd
 from nnssl.errors import NnsslError
 
 VARIABLE = "nnssl_cpu_bf16"
-"""Environment variable: ``1`` computes in bfloat16 on any CPU, ``0`` on none."""
-
-CPU_DEFAULT = False
-"""Whether bfloat16 is used without being asked for where :func:`has_amx_bfloat16` says that it is fast."""
-
-
-@lru_cache(maxsize=1)
-def has_amx_bfloat16() -> bool:
-    """Whether this processor reports AMX's bfloat16 unit and torch's convolutions can use bfloat16."""
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return False
-    if sys.platform != "linux":
-        known = getattr(torch.cpu, "_is_amx_tile_supported", None)
-        return bool(known and known())
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            flags = next((line for line in file if line.startswith("flags")), "")
-    except OSError:
-        return False
-    return "amx_bf16" in flags.split()
+"""Environment variable: ``1`` computes in bfloat16 on a CPU."""
 
 
 def cpu_bfloat16() -> bool:
-    """Whether forward passes on a CPU run in bfloat16: as :data:`VARIABLE` says, else by the processor.
+    """Whether forward passes on a CPU run in bfloat16, as :data:`VARIABLE` says.
 
     Raises:
         NnsslError: the variable is neither 0 nor 1.
@@ -53,7 +32,7 @@ def cpu_bfloat16() -> bool:
     value = os.environ.get(VARIABLE, "").strip()
     if value not in ("", "0", "1"):
         raise NnsslError(f"The environment variable {VARIABLE} is '{value}': 0 or 1 is wanted.")
-    return value == "1" if value else CPU_DEFAULT and has_amx_bfloat16()
+    return value == "1"
 
 
 def amp_dtype(device: torch.device) -> torch.dtype | None:
@@ -64,11 +43,9 @@ def amp_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def autocast_for(device: torch.device, amp: bool = True) -> AbstractContextManager[Any]:
-    """The context of a forward pass in a trainer of nnU-Net's: float16 on CUDA as there, bfloat16 on CPUs that have it.
+    """The context of a forward pass in a trainer of nnU-Net's: float16 on CUDA as there, bfloat16 on a CPU that is asked for it.
 
-    Args:
-        device: where the network is.
-        amp: False gives a context that does nothing.
+    Without ``amp`` it does nothing.
     """
     if not amp:
         return nullcontext()
@@ -82,16 +59,13 @@ WRONG = 0.1
 
 
 def wrong_in_bfloat16(module: nn.Module, forward: Callable[[nn.Module], Any]) -> list[str]:
-    """Convolutions that a CPU computes wrongly in bfloat16, each tried at the shapes that it has in a forward pass.
+    """A line for each kind of convolution that a CPU computes wrongly in bfloat16 at the shapes that it has in a forward pass.
 
     torch 2.14 makes garbage of the weights' gradient of 3D maps that are two voxels deep, on processors with avx512_bf16.
 
     Args:
         module: what is trained; a copy of it is used.
         forward: runs the copy once.
-
-    Returns:
-        A line for each kind of convolution whose output or gradients are not those of float32, or not finite.
     """
     found: dict[str, tuple[_ConvNd, torch.Size]] = {}
 

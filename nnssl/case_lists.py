@@ -13,9 +13,7 @@ from nnssl.files import read_text, same_text
 def read_case_list(path: Path, option: str) -> list[str]:
     """Case names of a text file (one a line, lines that start with ``#`` are comments) or of a JSON list, each once.
 
-    Args:
-        path: the file.
-        option: what named it; begins the messages.
+    ``option`` is what named the file; it begins the messages.
 
     Raises:
         NnsslError: the file cannot be read or holds no name.

@@ -9,10 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused_collector() -> Iterator[None]:
-    """Make many objects that are all kept without being searched for circles again and again: half the time for 10,000 cases.
-
-    Nothing stays: the collector runs again afterwards, where it ran before.
-    """
+    """Make many objects that are all kept without being searched for circles again and again: half the time for 10,000 cases."""
     was = gc.isenabled()
     gc.disable()
     try:

@@ -34,11 +34,7 @@ LOST = 75
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the program to end.
-
-    Attributes:
-        number: of the signal.
-    """
+    """A signal, of this ``number``, asked the program to end."""
 
     def __init__(self, number: int = signal.SIGINT) -> None:
         super().__init__(signal.Signals(number).name)
@@ -70,10 +66,7 @@ def stop_on_signals() -> Iterator[None]:
 
 
 def configure_logging(level: int = logging.INFO) -> logging.Logger:
-    """Let the "nnssl" logger write plain messages to stdout; a second call changes the level only.
-
-    The level is that of the terminal: log files of runs always get everything.
-    """
+    """Let the "nnssl" logger write plain messages of this level to stdout; log files of runs always get everything."""
     handler = next((h for h in log.handlers if isinstance(h, TerminalHandler)), None)
     if handler is None:
         handler = TerminalHandler()
@@ -107,43 +100,29 @@ class _Others(logging.Filter):
 
 
 _OTHERS = _Others()
-_CHATTY = ("nibabel.global",)
-"""Loggers of other packages that write to the terminal by themselves."""
+_CHATTY = logging.getLogger("nibabel.global")  # writes to the terminal by itself
 
 
 @contextmanager
 def others_quiet(loud: bool = False) -> Iterator[None]:
-    """Within, warnings of other packages are details (``-v``, log files) of ours, also in processes that are started.
-
-    Args:
-        loud: leave processes that are started as they are, so that they show theirs too.
-    """
+    """Within, warnings of other packages are details (``-v``, log files) of ours; started processes show theirs if ``loud``."""
     old, variable = warnings.showwarning, "PYTHONWARNINGS"
 
-    def tell(
-        message: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
-    ) -> None:
+    def tell(message: Any, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
         log.debug("%s: %s (%s:%d)", category.__name__, message, filename, lineno)
 
     asked = variable in os.environ
     warnings.showwarning = tell
-    for name in _CHATTY:
-        logging.getLogger(name).addFilter(_OTHERS)
+    _CHATTY.addFilter(_OTHERS)
     if not asked and not loud:
         os.environ[variable] = "ignore"
     try:
         yield
     finally:
         warnings.showwarning = old
-        for name in _CHATTY:
-            logging.getLogger(name).removeFilter(_OTHERS)
+        _CHATTY.removeFilter(_OTHERS)
         if not asked:
             os.environ.pop(variable, None)
-
-
-def _first() -> bool:
-    """Whether this process speaks for a run: the first, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def run_command(body: Callable[[], int | None], args: argparse.Namespace | None = None) -> int:
@@ -151,11 +130,7 @@ def run_command(body: Callable[[], int | None], args: argparse.Namespace | None 
 
     An :class:`NnsslError`, and a disk that is full or not writable, are printed to stderr without a traceback (status 1; 2 where
     the command line alone shows it); Ctrl-C gives 130, SIGTERM 143, SIGHUP 129. Any other exception is a defect and keeps its
-    traceback.
-
-    Args:
-        body: the command.
-        args: of its parser, for ``-v`` and ``-q``.
+    traceback. ``args`` are those of the command's parser, for ``-v`` and ``-q``.
     """
     open_streams()
     loud = bool(getattr(args, "verbose", False))
@@ -179,6 +154,6 @@ def run_command(body: Callable[[], int | None], args: argparse.Namespace | None 
         sys.stderr.write(f"Error: {error}\n")
         return 1
     except KeyboardInterrupt as stopped:
-        if _first():
+        if os.environ.get("RANK", "0") == "0":  # one process of a run speaks
             sys.stderr.write("Stopped.\n")
         return 128 + getattr(stopped, "number", signal.SIGINT)

@@ -157,13 +157,7 @@ def _legal(hint: Any, about: Mapping[str, Any]) -> Wanted:
 
 
 def _read(hint: Any, value: Any, text: bool) -> Any:
-    """The value in the annotated type, as far as it can be read as that; what cannot is returned as it is.
-
-    Args:
-        hint: annotation.
-        value: from a command, a file or Python.
-        text: whether numbers and flags may be written as text.
-    """
+    """The value in the annotated type, as far as it can be read as that; what cannot is returned as it is."""
     inner, origin = _optional(hint), typing.get_origin(hint)
     if inner is not None:
         nothing = text and isinstance(value, str) and value.lower() in NOTHING
@@ -187,7 +181,8 @@ def _read(hint: Any, value: Any, text: bool) -> Any:
 
 def _real(value: Any) -> bool:
     """Whether it is a number, numpy's too, of a size that can be counted with."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= LARGEST  # type: ignore[operator]
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and abs(value) <= LARGEST
 
 
 def _number(value: Any) -> Any:
@@ -204,25 +199,22 @@ def _number(value: Any) -> Any:
 def problems_of(
     cls: type, given: Mapping[str, Any], where: str = "", *, text: bool = True
 ) -> tuple[dict[str, Any], list[str]]:
-    """Read values for the fields of a dataclass.
+    """Read values for the fields of a dataclass: those values, and one sentence for each that is not legal.
 
     Args:
         cls: a dataclass.
         given: values by field; a field that is a dataclass itself takes one or a mapping.
         where: what a field's name begins with in a message.
         text: whether numbers and flags may be written as text, as on a command line and in YAML.
-
-    Returns:
-        The values that are legal, and one sentence for each that is not.
     """
     out, problems = {}, []
     for name, (hint, wanted) in _wanted(cls).items():
         if name not in given:
             continue
         value = given[name]
-        if is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]
+        if isinstance(hint, type) and is_dataclass(hint) and not isinstance(value, hint):
             try:
-                out[name] = build(hint, value, f"{where}{name}: ")  # type: ignore[arg-type]
+                out[name] = build(hint, value, f"{where}{name}: ")
             except ProblemsError as error:
                 problems += error.problems
             continue
@@ -245,7 +237,7 @@ def build(cls: type[C], given: Any, where: str = "", what: str = "the file") -> 
         NnsslError: lists every unknown key and every value of a wrong type or out of range.
     """
     if not isinstance(given, Mapping):
-        example = f"keys such as '{fields(cls)[0].name}: ...' are wanted, not {shown(given)}"  # type: ignore[arg-type]
+        example = f"keys such as '{next(iter(_wanted(cls)))}: ...' are wanted, not {shown(given)}"
         raise_problems([f"{where.rstrip(': ') or what}: {example}"], what)
     out, problems = problems_of(cls, given, where)
     raise_problems([*unknown_keys(given, _wanted(cls), where), *problems], what)
@@ -275,7 +267,7 @@ def describe_options(cls: type) -> list[tuple[str, str, str, str]]:
     """Rows ``(name, default, range, meaning)`` of a config dataclass."""
     rows = []
     for f in fields(cls):
-        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc, operator]
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
         text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
         if isinstance(default, float) and len(text) > 8:
             text = f"{default:.4g}"

@@ -48,11 +48,8 @@ def gather_with_grad(x: Tensor) -> Tensor:
     A loss computed from the result is the loss of the whole batch on each rank; after the averaging that
     DistributedDataParallel does, its gradient equals that of one process with the whole batch.
 
-    Args:
-        x: ``(N, ...)``, the same shape on each rank. Boolean and integer tensors are gathered without gradient.
-
-    Returns:
-        ``(world_size * N, ...)``; ``x`` itself in a single process.
+    ``(N, ...)``, the same shape on each rank, becomes ``(world_size * N, ...)``; ``x`` itself in a single process. Boolean and
+    integer tensors are gathered without gradient. (torch.distributed.nn does the same and is deprecated.)
     """
     if not is_distributed():
         return x

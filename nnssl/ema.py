@@ -25,11 +25,7 @@ class EMA(nn.Module):
     The copy is float32 (a bfloat16 one would lose every step at ``mu`` = 0.996), without gradients, and always in eval
     mode. Each tensor is updated once, under however many names it is known. Buffers are copied.
 
-    Args:
-        source: the module to follow; bare, or wrapped in DistributedDataParallel or torch.compile.
-
-    Attributes:
-        module: the averaged copy.
+    ``source`` is bare, or wrapped in DistributedDataParallel or torch.compile; ``module`` is the averaged copy.
     """
 
     def __init__(self, source: nn.Module) -> None:
@@ -43,11 +39,7 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def update(self, source: nn.Module, momentum: float) -> None:
-        """Follow ``source`` by one step; call it after the optimiser's, and not where that was skipped.
-
-        Args:
-            source: of the same structure as at construction.
-            momentum: ``mu`` in [0, 1].
+        """Follow ``source`` by one step with ``mu`` in [0, 1]; call it after the optimiser's, and not where that was skipped.
 
         Raises:
             ValueError: the source has other parameters or buffers than the copy.

@@ -32,11 +32,7 @@ nearest = did_you_mean
 
 
 class ProblemsError(NnsslError):
-    """Several problems at once.
-
-    Attributes:
-        problems: one sentence for each, without what they belong to.
-    """
+    """Several problems at once; ``problems`` has one sentence for each, without what they belong to."""
 
     def __init__(self, message: str, problems: list[str]) -> None:
         super().__init__(message)

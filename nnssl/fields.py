@@ -16,19 +16,12 @@ LARGEST = 2**63 - 1
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a field must be.
+    """What a field must be."""
 
-    Attributes:
-        words: for a person.
-        fits: whether a value is that.
-        needed: whether the field must be there.
-        choices: the legal texts, where there are few.
-    """
-
-    words: str
+    words: str  # for a person
     fits: Callable[[Any], bool]
-    needed: bool = True
-    choices: tuple[str, ...] = ()
+    needed: bool = True  # whether the field must be there
+    choices: tuple[str, ...] = ()  # the legal texts, where there are few
 
 
 def whole(low: float | None = None, high: float | None = None) -> Wanted:
@@ -118,13 +111,9 @@ def optional(wanted: Wanted) -> Wanted:
 
 
 def check_fields(content: Any, wanted: Mapping[str, Wanted], what: str, prefix: str = "") -> None:
-    """Refuse a mapping of which fields are missing or of a wrong kind.
+    """Refuse a mapping, read from JSON, of which fields are missing or of a wrong kind.
 
-    Args:
-        content: read from JSON.
-        wanted: by field.
-        what: the file, or what it holds; begins the message.
-        prefix: of the fields' names, for example ``"architecture."``.
+    ``what`` is the file, or what it holds, and begins the message; ``prefix`` the fields' names, as in ``"architecture."``.
 
     Raises:
         NnsslError: lists all fields that are wrong.

@@ -73,16 +73,12 @@ def _place(temporary: str, path: Path, overwrite: bool) -> None:
 def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object], *, overwrite: bool = True) -> None:
     """Write a file so that at any moment either the old or the new content is there, whole.
 
-    A temporary file in the same folder is written, synced to the disk and renamed. After an exception it is removed and the
-    old file is untouched. A kill may leave a hidden ``.<name>.<random>.tmp``, which a later write to the same path removes.
-
-    Args:
-        path: where the file goes; its folder must exist.
-        write: gets the open binary file.
-        overwrite: False refuses an existing file, also one that appears meanwhile.
+    A temporary file in the same folder, which must exist, is given to ``write``, synced to the disk and renamed. After an
+    exception it is removed and the old file is untouched. A kill may leave a hidden ``.<name>.<random>.tmp``, which a later write
+    removes.
 
     Raises:
-        FileExistsError: the file exists and ``overwrite`` is False.
+        FileExistsError: the file exists, also one that appears meanwhile, and ``overwrite`` is False.
         OSError: no space, no permission.
     """
     path = Path(path)
@@ -115,11 +111,8 @@ def write_csv(
 ) -> None:
     """Write a table atomically, the names of its columns first.
 
-    Args:
-        path: of the table.
-        rows: of the same length each.
-        errors: what becomes of names that are no UTF-8: by default they are written as they are, so that the table names the
-            file; ``"backslashreplace"`` keeps the table text that any program reads.
+    ``errors`` says what becomes of names that are no UTF-8: by default they are written as they are, so that the table names the
+    file; ``"backslashreplace"`` keeps the table text that any program reads.
     """
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)

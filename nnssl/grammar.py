@@ -12,9 +12,8 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from nnssl.errors import did_you_mean
 from nnssl.streams import show
@@ -24,22 +23,16 @@ USAGE = 2
 """Exit status of a command line that is not understood."""
 
 
-@dataclass(frozen=True)
-class Flag:
-    """An option of a command.
+class Flag(NamedTuple):
+    """An option of a command: its spelling, and keywords of :meth:`argparse.ArgumentParser.add_argument`."""
 
-    Attributes:
-        names: spellings, ``("-p",)``.
-        keywords: of :meth:`argparse.ArgumentParser.add_argument`: dest, metavar, help, ...
-    """
-
-    names: tuple[str, ...]
+    name: str
     keywords: dict[str, Any]
 
 
-def flag(*names: str, **keywords: Any) -> Flag:
+def flag(name: str, **keywords: Any) -> Flag:
     """A :class:`Flag`."""
-    return Flag(names, keywords)
+    return Flag(name, keywords)
 
 
 def pair(example: str, form: str = "name=value") -> Callable[[str], tuple[str, str]]:
@@ -162,11 +155,7 @@ class _Help(argparse.HelpFormatter):
 class CommandParser(argparse.ArgumentParser):
     """A parser as all commands have it: no abbreviations, ``--version``, ``-v``, ``-q``, and errors of one line.
 
-    Args:
-        prog: name of the command.
-        usage: the line after ``usage:``, without the name.
-        description: what it does.
-        example: a command line, shown at the end of the help.
+    ``usage`` is the line after ``usage:``, without the name; ``example`` a command line, shown at the end of the help.
     """
 
     def __init__(self, prog: str, usage: str, description: str, example: str = "") -> None:
@@ -205,7 +194,7 @@ class CommandParser(argparse.ArgumentParser):
         """Add options of :data:`SHARED` to a group; ``changes`` (``help=...``, ``required=True``) are for one name."""
         for name in names:
             known = SHARED[name]
-            group.add_argument(*known.names, dest=name, **_plain(known.keywords | changes))
+            group.add_argument(known.name, dest=name, **_plain(known.keywords | changes))
 
     def renamed(self, old: str, new: str) -> None:
         """Let an old spelling of the option ``new`` go on working."""
@@ -276,7 +265,4 @@ class CommandParser(argparse.ArgumentParser):
 
 def _plain(keywords: dict[str, Any]) -> dict[str, Any]:
     """Keywords with per cent signs as argparse wants them; in metavars they stay."""
-    out = dict(keywords)
-    if isinstance(out.get("help"), str):
-        out["help"] = re.sub(r"%(?!\()", "%%", out["help"])
-    return out
+    return {**keywords, "help": re.sub(r"%(?!\()", "%%", keywords["help"])}

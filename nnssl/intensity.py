@@ -46,12 +46,7 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
 
 
 def rescale_intensity(x: Tensor, intensity: Tensor) -> Tensor:
-    """Map each channel's own range to [0, 1] without clipping; a channel without a range is only shifted.
-
-    Args:
-        x: ``(B, C, *spatial)``.
-        intensity: ``(B, C, 2)`` low and high value of each sample and channel.
-    """
+    """Map each channel's range, ``intensity`` ``(B, C, 2)``, to [0, 1] without clipping; one without a range is only shifted."""
     low, width = _range(x, intensity)
     return (x - low).div_(width)
 

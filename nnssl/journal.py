@@ -29,12 +29,9 @@ def append_line(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: str | os.PathLike[str], make: Callable[[dict[str, Any]], T]) -> Iterator[T]:
-    """What the lines of a journal hold, in order; nothing where there is no such file.
+    """What ``make`` makes of the lines of a journal, in order; nothing where there is no such file.
 
-    Args:
-        path: the file.
-        make: what a line's content becomes. Lines that are damaged, or of which it raises ``ValueError``, ``TypeError`` or
-            ``KeyError``, are passed over.
+    Lines that are damaged, or of which it raises ``ValueError``, ``TypeError`` or ``KeyError``, are passed over.
     """
     if not Path(path).is_file():
         return

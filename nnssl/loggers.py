@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from nnssl.errors import NnsslError
 from nnssl.files import read_json, write_json
@@ -28,22 +29,37 @@ IDENTIFIERS = "loggers.json"
 """In a run's folder: what each program calls this run, so that a continued run is the same one there."""
 
 
-class Logger(Protocol):
-    """Where numbers of a run go."""
+class Logger:
+    """Where numbers of a run go: an adapter whose failures give one warning and end no run."""
 
-    name: str
+    def __init__(self, adapter: Any) -> None:
+        self.name: str = adapter.name
+        self._adapter = adapter
 
     def settings(self, values: Mapping[str, Any]) -> None:
         """What the run is: plain values by name."""
+        self._tell("settings", values)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Numbers at a step: optimiser steps done in pretraining, epochs in fine-tuning."""
+        self._tell("log", values, step)
 
     def summary(self, values: Mapping[str, float | str]) -> None:
         """What is logged once, at the end."""
+        self._tell("summary", values)
 
     def close(self, finished: bool) -> None:
         """Write what is left; ``finished`` is False for a run that was ended early. May be called twice."""
+        self._tell("close", finished)
+
+    def _tell(self, what: str, *values: Any) -> None:
+        if self._adapter is None:
+            return
+        try:
+            getattr(self._adapter, what)(*values)
+        except Exception as error:  # noqa: BLE001  networks, disks, foreign code
+            self._adapter = None
+            log.warning("%s gets no more numbers (%s: %s); the run goes on.", self.name, type(error).__name__, error)
 
 
 class TensorBoard:
@@ -151,9 +167,7 @@ class MLflow:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Metrics."""
-        from time import time
-
-        now = int(1000 * time())
+        now = int(1000 * time.time())
         metrics = [self._metric(_named(k), float(v), now, step) for k, v in values.items()]
         self._client.log_batch(self.identifier, metrics=metrics)
 
@@ -174,53 +188,15 @@ def _named(key: str) -> str:
     return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in key)
 
 
-LOGGERS: dict[str, Callable[[Path, str, str | None], Any]] = {c.name: c for c in (TensorBoard, WandB, MLflow)}
+LOGGERS: dict[str, type[Any]] = {c.name: c for c in (TensorBoard, WandB, MLflow)}
 """Adapters by name."""
 
-
-class Guarded:
-    """A logger whose failures give one warning and end no run.
-
-    Args:
-        inner: what is guarded.
-    """
-
-    def __init__(self, inner: Logger) -> None:
-        self.name = inner.name
-        self._inner: Logger | None = inner
-
-    def _try(self, call: Callable[[Logger], None]) -> None:
-        if self._inner is None:
-            return
-        try:
-            call(self._inner)
-        except Exception as error:  # noqa: BLE001  networks, disks, foreign code
-            self._inner = None
-            log.warning("%s gets no more numbers (%s: %s); the run goes on.", self.name, type(error).__name__, error)
-
-    def settings(self, values: Mapping[str, Any]) -> None:
-        """See :class:`Logger`."""
-        self._try(lambda inner: inner.settings(values))
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """See :class:`Logger`."""
-        self._try(lambda inner: inner.log(values, step))
-
-    def summary(self, values: Mapping[str, float | str]) -> None:
-        """See :class:`Logger`."""
-        self._try(lambda inner: inner.summary(values))
-
-    def close(self, finished: bool) -> None:
-        """See :class:`Logger`."""
-        self._try(lambda inner: inner.close(finished))
+ADVICE = {"wandb": " WANDB_MODE=offline keeps the run in its folder.", "mlflow": " See MLFLOW_TRACKING_URI."}
+"""Where one could not be opened."""
 
 
 def logger_names(given: str | Sequence[str] | None = None, default: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names of loggers: those given, else those of the variable ``nnssl_logger``, else ``default``.
-
-    Args:
-        given: one or several, also separated by commas; ``none`` for none.
-        default: where nothing is given at all.
+    """Names of loggers: those given (``none``: none), else those of the variable ``nnssl_logger``, else ``default``.
 
     Raises:
         NnsslError: an unknown name.
@@ -241,7 +217,7 @@ def logger_names(given: str | Sequence[str] | None = None, default: Sequence[str
 
 def installed(name: str) -> bool:
     """Whether a logger's package is there."""
-    spec = find_spec(LOGGERS[name].package)  # type: ignore[attr-defined]
+    spec = find_spec(LOGGERS[name].package)
     return spec is not None and spec.origin is not None  # a folder of that name, such as wandb/, is no package
 
 
@@ -260,13 +236,9 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def open_loggers(names: Sequence[str], folder: Path, title: str, *, resume: bool = False) -> list[Logger]:
-    """Open loggers for a run; one process of a run calls this.
+    """Open loggers (:data:`LOGGERS`) for a run under its title; one process of a run calls this.
 
-    Args:
-        names: see :data:`LOGGERS`.
-        folder: of the run.
-        title: what the run is called there.
-        resume: go on with the run that this folder's loggers have begun.
+    With ``resume`` they go on with the run that this folder's loggers have begun.
 
     Raises:
         NnsslError: a package is missing, or the program refuses (no login, an address that does not answer).
@@ -281,14 +253,10 @@ def open_loggers(names: Sequence[str], folder: Path, title: str, *, resume: bool
             for other in opened:
                 other.close(False)
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            advice = {
-                "wandb": " WANDB_MODE=offline keeps the run in its folder.",
-                "mlflow": " See MLFLOW_TRACKING_URI.",
-            }
-            raise NnsslError(f"logger {name} could not be opened: {lines[0]}.{advice.get(name, '')}") from error
+            raise NnsslError(f"logger {name} could not be opened: {lines[0]}.{ADVICE.get(name, '')}") from error
         if logger.identifier is not None:
             known[name] = logger.identifier
-        opened.append(Guarded(logger))
+        opened.append(Logger(logger))
     if known:
         write_json(folder / IDENTIFIERS, known)
     return opened

@@ -25,11 +25,8 @@ _done: bool | None = None
 def keep_freed_memory() -> bool:
     """Raise glibc's mmap and trim thresholds to 1 GiB for this process and those that it forks; a second call does nothing.
 
-    Peak memory grows by a few percent up to a fifth. Nothing is changed with another C library, on another system, where
-    ``nnssl_malloc=0`` is set, or where the user has tuned the allocator (``MALLOC_*``, ``GLIBC_TUNABLES``, ``LD_PRELOAD``).
-
-    Returns:
-        Whether the thresholds are raised.
+    Peak memory grows by a few percent up to a fifth. Returns whether they are raised: not with another C library or system,
+    where ``nnssl_malloc=0`` is set, or where the user has tuned the allocator (``MALLOC_*``, ``GLIBC_TUNABLES``, ``LD_PRELOAD``).
     """
     global _done
     if _done is None:

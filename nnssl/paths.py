@@ -41,10 +41,9 @@ def set_folders() -> dict[str, Path]:
 
 
 def encode_path(path: str | os.PathLike[str]) -> str:
-    """Write a path relative to the innermost of nnU-Net's folders that holds it.
+    """Write a path relative to the innermost of nnU-Net's folders that holds it, ``"nnUNet_results:Dataset501_X/..."``.
 
-    Returns:
-        ``"nnUNet_results:Dataset501_X/..."`` with forward slashes; the absolute path where none of them holds it.
+    With forward slashes; the absolute path where none of them holds it.
     """
     given = Path(os.path.abspath(path))
     best: tuple[int, str] | None = None

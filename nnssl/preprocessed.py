@@ -26,13 +26,7 @@ SPARE_MEMORY = 1 << 26
 
 @dataclass(frozen=True)
 class CaseRef:
-    """One preprocessed case.
-
-    Attributes:
-        name: nnU-Net's case identifier.
-        folder: the folder of preprocessed cases.
-        source: name of the dataset that it comes from.
-    """
+    """One preprocessed case: nnU-Net's identifier, the folder, and the name of the dataset that it comes from."""
 
     name: str
     folder: Path
@@ -70,11 +64,7 @@ def list_cases(folder: Path) -> list[str]:
 
 
 def open_array(file: str | os.PathLike[str], *, mapped: bool = True) -> Any:
-    """Open an image, a label map or a mask: a lazy array ``(C, Z, Y, X)``.
-
-    Args:
-        file: its file.
-        mapped: whether the file is mapped into memory, as in nnU-Net; not on Windows.
+    """Open an image, a label map or a mask: a lazy array ``(C, Z, Y, X)``, mapped into memory as in nnU-Net; not on Windows.
 
     Raises:
         OSError: it is missing, or the disk is at fault.
@@ -97,17 +87,9 @@ def read_box(
     dtype: Any = np.float32,
     outside: int = 0,
 ) -> np.ndarray:
-    """Read a box of a lazy array.
+    """Read a box of a lazy array ``(C, Z, Y, X)``: ``(C, *size)``; of an array in memory it may share its memory.
 
-    Args:
-        array: ``(C, Z, Y, X)``.
-        start: first voxel, (z, y, x); negative outside the image.
-        size: voxels per axis.
-        dtype: of the result.
-        outside: value of what lies outside the image.
-
-    Returns:
-        ``(C, *size)``; of an array in memory it may share its memory.
+    ``start`` is the first voxel (z, y, x), negative outside the image, which has the value ``outside`` there.
 
     Raises:
         OSError: the disk is at fault.

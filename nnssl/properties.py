@@ -36,13 +36,7 @@ class _Plain(pickle.Unpickler):
 
 
 def read_properties(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What nnU-Net's preprocessing, or ours, wrote down of a case.
-
-    Args:
-        path: the ``.pkl``.
-
-    Returns:
-        The dict that it holds: plain values and numpy arrays.
+    """What nnU-Net's preprocessing, or ours, wrote down of a case in its ``.pkl``: plain values and numpy arrays.
 
     Raises:
         UnsafePickleError: it names another class or function; nothing of it has run.

@@ -28,22 +28,12 @@ CONFIG, FINAL, LATEST = "config.json", "checkpoint_final.pth", "checkpoint_lates
 
 @dataclass(frozen=True)
 class PretrainingRun:
-    """One pretraining below ``nnUNet_results``.
-
-    Attributes:
-        folder: its output folder.
-        checkpoint: ``checkpoint_final.pth`` where it is finished, else ``checkpoint_latest.pth`` where there is one, else None.
-        method: registry name of the objective.
-        sources: names of the datasets it learnt from.
-        finished: whether ``checkpoint_final.pth`` is there.
-        architecture_hash, base_plans, plans_name, configuration: of the plan whose network was trained.
-        dataset_name: the dataset whose plans were used.
-    """
+    """One pretraining below ``nnUNet_results``; the last five are of the plan whose network was trained."""
 
     folder: Path
-    checkpoint: Path | None
-    method: str
-    sources: tuple[str, ...]
+    checkpoint: Path | None  # checkpoint_final.pth where it is finished, else checkpoint_latest.pth where there is one
+    method: str  # registry name of the objective
+    sources: tuple[str, ...]  # names of the datasets it learnt from
     finished: bool
     architecture_hash: str
     base_plans: str
@@ -62,16 +52,13 @@ class PretrainingRun:
 
 
 def output_folder(plan: Plan, method_folder_name: str, sources: Sequence[int | str], name: str | None = None) -> Path:
-    """The folder of a pretraining; it is not created.
+    """``nnUNet_results/<Dataset>/nnssl<Method>[_d500_d502][_<name>]__<plans>__<configuration>``; it is not created.
 
     Args:
         plan: the plan whose network is trained.
         method_folder_name: the objective's name as it is written in folders, for example ``"MACL"``.
         sources: numbers or full names of the datasets learnt from; the plan's own dataset alone is not spelt out.
         name: the user's ``--name``.
-
-    Returns:
-        ``nnUNet_results/<Dataset>/nnssl<Method>[_d500_d502][_<name>]__<plans>__<configuration>``.
 
     Raises:
         NnsslError: for a name that nnU-Net's tools would split or that is too long, or ``nnUNet_results`` unset.

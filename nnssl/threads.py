@@ -16,10 +16,9 @@ def threads_asked() -> int | None:
 
 
 def keep_to_threads() -> None:
-    """Let torch compute with the threads that ``OMP_NUM_THREADS`` asks for, if it does.
+    """Let torch compute with the threads that ``OMP_NUM_THREADS`` asks for, which ``nnUNetv2_train -device cpu`` does not.
 
-    ``nnUNetv2_train -device cpu`` takes all cores whatever the variable says, so that two trainings side by side on two cores
-    have four threads, which wait for each other.
+    Two trainings side by side on two cores would have four threads, which wait for each other.
     """
     asked = threads_asked()
     if asked is not None:

@@ -208,7 +208,7 @@ def command_of(options: RunOptions) -> str:
         value = getattr(options, f.name)
         if f.name != "method" and (value is None or value is False or value == f.default) or f.name == "dry_run":
             continue
-        names = f.metadata["names"] or SHARED[f.name].names
+        names = f.metadata["names"] or (SHARED[f.name].name,)
         words.append(names[-1])
         words += [] if value is True else _words(f.name, value)
     return shlex.join(words)

@@ -63,7 +63,7 @@ def test_shared_options_have_one_meaning(parsers):
 
 
 def test_every_command_has_the_general_options_and_no_command_states_a_shared_one_itself(parsers):
-    spelt = {name: key for key, known in SHARED.items() for name in known.names}
+    spelt = {known.name: key for key, known in SHARED.items()}
     for command, parser in parsers.items():
         names = {name for action in parser.options() for name in action.option_strings}
         assert {"-h", "--version", "-v", "--verbose", "-q", "--quiet"} <= names, command

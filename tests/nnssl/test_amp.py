@@ -1,6 +1,5 @@
 """Which type forward passes run in: by device, processor and environment variable."""
 
-import io
 from contextlib import nullcontext
 
 import pytest
@@ -15,31 +14,12 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.delenv(amp.VARIABLE, raising=False)
-    amp.has_amx_bfloat16.cache_clear()
-    yield
-    amp.has_amx_bfloat16.cache_clear()
 
 
-def processor(monkeypatch, flags):
-    monkeypatch.setattr(amp.sys, "platform", "linux")
-    monkeypatch.setattr(amp.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    text = f"processor : 0\nflags\t\t: fpu {flags}\n"
-    monkeypatch.setattr(amp, "open", lambda *args, **kwargs: io.StringIO(text), raising=False)
-
-
-@pytest.mark.parametrize(("flags", "has"), [("avx512_bf16 amx_bf16 amx_tile", True), ("avx512_bf16", False)])
-def test_the_processor_is_asked_for_amx(monkeypatch, flags, has):
-    processor(monkeypatch, flags)
-    assert amp.has_amx_bfloat16() is has
-    assert amp.cpu_bfloat16() is (has and amp.CPU_DEFAULT)
-
-
-@pytest.mark.parametrize("flags", ["amx_bf16", "avx2"])
-@pytest.mark.parametrize("told", ["0", "1"])
-def test_the_variable_has_the_last_word(monkeypatch, flags, told):
-    processor(monkeypatch, flags)
+@pytest.mark.parametrize(("told", "narrow"), [("0", False), ("1", True), ("", False)])
+def test_the_variable_decides(monkeypatch, told, narrow):
     monkeypatch.setenv(amp.VARIABLE, told)
-    assert amp.cpu_bfloat16() is (told == "1")
+    assert amp.cpu_bfloat16() is narrow and (amp.amp_dtype(CPU) is torch.bfloat16) is narrow
 
 
 def test_another_value_is_refused(monkeypatch):
