@@ -15,7 +15,7 @@ from nnssl.grammar import CommandParser
 from nnssl.options import add_options, asked, from_args
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import dataset_id, resolve_dataset
-from nnssl.plans.figures import DEFAULT_SCHEDULE, MEAN_TEACHER, TEACHER, FineTuningConfig, spelt, trainer_for
+from nnssl.plans.figures import MEAN_TEACHER, FineTuningConfig, spelt
 from nnssl.plans.labels import fold_to_type
 from nnssl.plans.plan import Plan, load_plan
 from nnssl.plans.unlabelled import list_cases, preprocessing
@@ -90,32 +90,35 @@ def _summary(plan: Plan) -> str:
 
 def _next(plan: Plan) -> list[str]:
     """What to type with this plan: the training alone where it finds weights, else what comes before it."""
-    number, schedule = dataset_id(plan.dataset_name), plan.nnssl.get("schedule") or DEFAULT_SCHEDULE
+    number = dataset_id(plan.dataset_name)
     train = f"nnUNetv2_train {number} {plan.configuration} {fold_to_type(plan)} -p {plan.plans_name} -tr {{}}"
-    trainer = trainer_for(schedule, plan.is_primus)
     finds = bool(plan.nnssl.get("checkpoint"))
     with suppress(NnsslError):  # nnUNet_results may not be set yet
         finds = finds or any(run.finished for run in find_pretrainings(plan))
     missing = [source for source in plan.nnssl.get("unlabelled") or () if not list_cases(plan, source)]
     first = [f"First, for the images without labels: {preprocessing(plan, missing)}"] if missing else []
     if finds:
-        return [*first, f"Next: {train.format(trainer)}"]
+        return [*first, f"Next: {train.format(plan.trainer())}"]
     where = f" -c {plan.configuration}" if plan.configuration != "3d_fullres" else ""
     sources = " ".join(str(dataset_id(name)) for name in plan.nnssl.get("unlabelled") or ())
     sources = f"{sources} -t {number}" if sources else str(number)
     pretrain = f"nnssl_pretrain -d {sources} -m mae -p {plan.plans_name}{where}"
-    if schedule == MEAN_TEACHER and not plan.is_primus:
+    if plan.schedule == MEAN_TEACHER:
         return [
             *first,
-            f"Next, from random weights: {train.format(TEACHER)}",
-            f"Or from pretrained ones: {pretrain}, and then -tr {trainer}",
+            f"Next, from random weights: {train.format(plan.trainer(False))}",
+            f"Or from pretrained ones: {pretrain}, and then -tr {plan.trainer()}",
         ]
     others = (
         ""
         if plan.nnssl.get("unlabelled")
         else f" (or, on images without labels of another dataset N: -d N -t {number})"
     )
-    return [f"Next, the pretraining{others}, and then the fine-tuning:", f"  {pretrain}", f"  {train.format(trainer)}"]
+    return [
+        f"Next, the pretraining{others}, and then the fine-tuning:",
+        f"  {pretrain}",
+        f"  {train.format(plan.trainer())}",
+    ]
 
 
 def _said(key: str, value: Any) -> str:
@@ -141,12 +144,11 @@ def _lengthen(args: argparse.Namespace) -> None:
         raise NnsslError(f"--lengthen {new}: {args.plans} has {old} epochs already. Give more in all than that.")
     path = preprocessed_folder() / plan.dataset_name / f"{args.plans}.json"
     write_json(path, {**plan.plans, "nnssl": {**plan.nnssl, "epochs": new}})
-    trainer = trainer_for(plan.nnssl.get("schedule") or DEFAULT_SCHEDULE, plan.is_primus)
     log.info(
         f"{path}: {old} -> {new} epochs. A training goes on after its last epoch, at the learning rate that one of "
         f"{new} epochs has there.\nNext: nnUNetv2_train {dataset_id(plan.dataset_name)} {plan.configuration} "
         f"{fold_to_type(plan)} -p {args.plans} "
-        f"-tr {trainer} --c"
+        f"-tr {plan.trainer()} --c"
     )
 
 

@@ -18,7 +18,7 @@ from nnssl.errors import NnsslError, UsageError
 from nnssl.files import sha256_of, write_atomic, write_json
 from nnssl.paths import encode_path, preprocessed_folder
 from nnssl.plans import Plan, dataset_id
-from nnssl.plans.figures import DEFAULT_SCHEDULE, MEAN_TEACHER, trainer_for
+from nnssl.plans.figures import MEAN_TEACHER, trainer_for
 from nnssl.plans.labels import fold_to_type
 from nnssl.results import find_pretrainings
 from nnssl.transfer import Adaptation, TransferReport, apply
@@ -159,7 +159,7 @@ def next_lines(plan: Plan, final: Path) -> list[str]:
     """What to type to fine-tune from a finished run: the trainer alone where it finds the run, else a plan that names it."""
     number, p = dataset_id(plan.dataset_name), plan.plans_name
     option = "" if p == "nnUNetPlans" else f" -p {p}"
-    trainer = trainer_for(plan.nnssl.get("schedule") or DEFAULT_SCHEDULE, plan.is_primus)
+    trainer = plan.trainer()
     train = f"nnUNetv2_train {{}} {{}} {fold_to_type(plan)} -tr {{}}"
     few = f"With few labels take -tr {trainer_for(MEAN_TEACHER)}: it goes on learning from the images without labels."
     hint = [] if plan.is_primus or plan.nnssl.get("schedule") else [few]

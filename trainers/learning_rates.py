@@ -42,24 +42,8 @@ def describe_rates(rates: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {f'{lr:.4g}' if lr else 'frozen'}" for name, lr in merge_names(rates).items())
 
 
-def draw_rates(rates: LearningRates, epochs: int, path: Path) -> None:
-    """Add a panel with each group's learning rate to the bottom of nnU-Net's ``progress.png``: step by step, as they are set.
-
-    Args:
-        rates: of the training.
-        epochs: that are done; the rest is drawn thin.
-        path: the figure that nnU-Net has just drawn.
-    """
-    draw_below(path, lambda ax: _draw(rates, epochs, ax))
-
-
 def draw_below(path: Path, draw: Callable[[Any], None]) -> None:
-    """Add a panel to the bottom of a figure that has been written.
-
-    Args:
-        path: a PNG.
-        draw: draws into matplotlib's axes.
-    """
+    """Add a panel to the bottom of a PNG that has been written; ``draw`` draws into matplotlib's axes."""
     from PIL import Image
 
     above = Image.open(path).convert("RGB")
@@ -76,7 +60,8 @@ def draw_below(path: Path, draw: Callable[[Any], None]) -> None:
     write_atomic(path, lambda file: whole.save(file, format="png", compress_level=2))
 
 
-def _draw(rates: LearningRates, epochs: int, ax: Any) -> None:
+def draw_rates(rates: LearningRates, epochs: int, ax: Any) -> None:
+    """Draw each group's learning rate step by step, as they are set; what comes after the ``epochs`` that are done is thin."""
     each, steps = rates.figures.iterations, rates.figures.steps
     stride = max(1, steps // MOST_POINTS)
     at = sorted({*range(0, steps, stride), *range(0, steps, each), steps - 1})

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor
 
@@ -32,21 +33,12 @@ from nnssl.plans.figures import MEAN_TEACHER
 from nnssl.plans.labels import ALL, case_order, folds_of
 from nnssl.plans.unlabelled import UnlabelledPool, find_unlabelled
 from nnssl.teacher.averaging import averaging_momentum
-from nnssl.teacher.components import foreground_classes, keep_largest, one_piece_of_cases
+from nnssl.teacher.components import class_names, foreground_classes, keep_largest, one_piece_of_cases
 from nnssl.teacher.pseudo_labels import labels_of
-from nnssl.trainers.groups import build_optimizer
 from nnssl.trainers.learning_rates import draw_below
-from nnssl.trainers.pool import (
-    Halves,
-    UnlabelledDataset,
-    UnlabelledLoader,
-    shifted,
-    split_transforms,
-    with_strong_changes,
-)
+from nnssl.trainers.pool import Halves, UnlabelledDataset, shifted, split_transforms, with_strong_changes
 from nnssl.trainers.pretrained import nnUNetTrainerPretrained
 from nnssl.trainers.pseudo_label_trace import draw_trace, overlap_sums, trace_lines, trace_row
-from nnssl.trainers.schedule import LearningRates, StepSchedule
 from nnssl.weights import Checkpoint
 
 TEACHER = "nnssl_mean_teacher"
@@ -70,18 +62,13 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
 
     schedule: ClassVar[str] = MEAN_TEACHER
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net reads this very signature
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    dataloader_train: Any
+
+    def constructed(self) -> None:
+        """Nothing of the second stage is there yet."""
         if self.is_cascaded:
             raise NnsslError(
-                f"{type(self).__name__} cannot train {configuration}, which takes segmentations of "
+                f"{type(self).__name__} cannot train {self.configuration_name}, which takes segmentations of "
                 f"{self.configuration_manager.previous_stage_name}: images without labels have none. Train that stage with it."
             )
         self.teacher: EMA | None = None
@@ -90,6 +77,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         self._followed = 0
         self._largest: list[Any] = []
         self._pretrained_on: dict[str, Any] = {}
+        self._transforms: Any = None
         self._targets: Any = None
         self._labelled_loader: Any = None
         self.dataloader_unlabelled: Any = None
@@ -97,14 +85,9 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
 
     # ---- schedule -------------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, StepSchedule]:
-        """One group; the rate rises and falls once in each stage."""
-        figures = replace(self.figures, epochs=self.num_epochs, iterations=self.num_iterations_per_epoch)
-        groups = [{"name": "network", "params": list(self.network.parameters())}]
-        optimizer = build_optimizer(groups, figures.optimizer, self.initial_lr, self.weight_decay)
-        schedule = StepSchedule(optimizer, LearningRates(self.followed_schedule, figures, ("network",)))
-        schedule.step(0)
-        return optimizer, schedule
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One; the rate rises and falls once in each stage."""
+        return [{"name": "network", "params": list(self.network.parameters())}]
 
     @property
     def first_epochs(self) -> int:
@@ -116,20 +99,19 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
     def before_loading(self) -> None:
         """Find the images without labels, so that nothing is missing when the second stage begins."""
         train, val = self.do_split()
-        metadata = self.plans_manager.plans.get("nnssl") or {}
         if self.fold == ALL:  # validates on what it does not train on: only cases that the plan names are held back
-            val = list((metadata.get("val_cases") or {}).get(ALL, ()))
+            val = list((self.told.get("val_cases") or {}).get(ALL, ()))
         self.figures = replace(self.figures, strength=self.figures.strength_for(len(train)))
         self.provenance.update(strength=self.figures.strength, labelled_cases=len(train))
         rest: list[str] = []
-        if metadata.get("train_cases"):
+        if self.told.get("train_cases"):
             rest = sorted(set(folds_of(self.plan())[str(self.fold)][0]) - {*train, *val})
         self.pool = find_unlabelled(self.plan(), train, val, rest=rest, pretrained_on=self._pretrained_on)
         self._largest = self._one_piece_classes(train)
         self.print_to_log_file(f"nnssl: mean teacher: {self._introduction(len(train))}")
 
     def _introduction(self, labelled: int) -> str:
-        one = ", ".join(map(str, self._largest)) or "none"
+        one = ", ".join(class_names(self.label_manager, self._largest)) or "none"
         why = "all labelled cases show it as one piece" if self.figures.largest == "auto" else "as the plan asks"
         return (
             f"{labelled} labelled cases, {self.pool}\n"
@@ -152,10 +134,11 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
             self.configuration_manager.patch_size,
         )
 
-    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:  # type: ignore[override]
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
         """nnU-Net's augmentation with a shift (figure ``shift``) and, of labelled patches too, other changes of intensity."""
         transforms = shifted(super().get_training_transforms(*args, **kwargs), self.figures.shift)
-        return with_strong_changes(transforms) if self.figures.intensities == "strong" else transforms
+        self._transforms = with_strong_changes(transforms) if self.figures.intensities == "strong" else transforms
+        return self._transforms
 
     # ---- the second stage -----------------------------------------------------------------------------------------
 
@@ -174,13 +157,14 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
                 self.print_to_log_file("nnssl: stage 2 begins: teacher, schedule and optimiser start anew")
             else:
                 self.print_to_log_file("nnssl: WARNING: the checkpoint held no teacher; it starts again as the network")
-        self._labelled_loader = self.dataloader_train  # type: ignore[has-type]
+        self._labelled_loader = self.dataloader_train
         self.dataloader_unlabelled = self._load_pool()
         self.dataloader_train = Halves(self._labelled_loader, self.dataloader_unlabelled, self.labelled_share)
 
     def _make_teacher(self) -> EMA:
         self.teacher = EMA(self.network).to(self.device)
-        self.teacher.module.get_submodule("decoder").deep_supervision = False  # type: ignore[assignment]
+        decoder: Any = self.teacher.module.get_submodule("decoder")
+        decoder.deep_supervision = False
         self._followed = 0
         return self.teacher
 
@@ -196,42 +180,26 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
 
     def _load_pool(self) -> Any:
         """Processes that read and augment patches of the pool, as many as nnU-Net has for its validation."""
-        strength = self.figures.strength
-        if self.pool is None or strength is None:
+        if self.pool is None or self.figures.strength is None:
             raise RuntimeError("the second stage starts after on_train_start")
-        rotation, dummy_2d, initial_patch, mirror = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        manager, config = self.label_manager, self.configuration_manager
-        views, self._targets = split_transforms(
-            self.get_training_transforms(
-                config.patch_size,
-                rotation,
-                self._get_deep_supervision_scales(),
-                mirror,
-                dummy_2d,
-                use_mask_for_norm=config.use_mask_for_norm,
-                is_cascaded=False,
-                foreground_labels=manager.foreground_labels,
-                regions=manager.foreground_regions if manager.has_regions else None,
-                ignore_label=manager.ignore_label,
-            ),
-            strength,
-            self.figures.intensities,
-        )
-        loader = UnlabelledLoader(
+        views, self._targets = split_transforms(self._transforms, self.figures.strength, self.figures.intensities)
+        _, _, initial_patch, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        loader = nnUNetDataLoader(
             UnlabelledDataset(self.pool.cases),
             self.unlabelled_share,
             initial_patch,
-            config.patch_size,
-            manager,
-            views,
+            self.configuration_manager.patch_size,
+            self.label_manager,
+            oversample_foreground_percent=0.0,
+            transforms=views,
         )
+        loader.has_ignore = False  # nnU-Net would look for annotated voxels
         processes = get_allowed_n_proc_DA()
         if processes == 0:
             return SingleThreadedAugmenter(loader, None)
         processes = max(1, processes // 2)
-        seeds = [
-            int(s) for s in np.random.randint(0, 2**31 - 1, processes)
-        ]  # without seeds torch's are equal in all of them
+        # without seeds torch's are equal in all of them
+        seeds = [int(seed) for seed in np.random.randint(0, 2**31 - 1, processes)]
         return NonDetMultiThreadedAugmenter(
             loader,
             None,
@@ -340,16 +308,10 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
 
     def extra_content(self, final: bool) -> dict[str, Any]:
         """The teacher, which a finished training no longer needs, and what was measured."""
-        content = {**super().extra_content(final)}
-        own: dict[str, Any] = {
-            "followed": self._followed,
-            "trace": list(self.trace),
-            "pretrained_on": dict(self._pretrained_on),
-        }
+        own: dict[str, Any] = {"followed": self._followed, "trace": self.trace, "pretrained_on": self._pretrained_on}
         if self.teacher is not None and not final:
             own["teacher"] = self.teacher.module.state_dict()
-        content[TEACHER] = own
-        return content
+        return {**super().extra_content(final), TEACHER: own}
 
     def take_extra_content(self, content: dict[str, Any]) -> None:
         """The teacher, its step, and what was measured come back with ``--c``."""
@@ -371,7 +333,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
             self.figures = replace(self.figures, strength=self.figures.strength_for(labelled))
         now = self.figures.to_dict()
         other = {k: begun[k] for k in BEGUN if k in begun and begun[k] != now[k]}
-        named = {k for k in other if (self.plans_manager.plans.get("nnssl") or {}).get(k) is not None}
+        named = {k for k in other if self.told.get(k) is not None}
         kept = {k: v for k, v in other.items() if k not in named}
         if kept:
             self.figures = replace(self.figures, **kept)

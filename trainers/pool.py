@@ -23,7 +23,6 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import Tensor
 
 from nnssl.errors import NnsslError
@@ -131,9 +130,7 @@ def strong_changes(strength: float) -> list[BasicTransform]:
         strength: at least 0.
     """
     kinds = (
-        GaussianNoiseTransform(
-            (0, changes.NOISE * strength), p_per_channel=1, synchronize_channels=False
-        ),  # of the deviation
+        GaussianNoiseTransform((0, changes.NOISE * strength), p_per_channel=1, synchronize_channels=False),
         MultiplicativeBrightnessTransform(changes.FACTOR, synchronize_channels=False, p_per_channel=1),
         BrightnessAdditiveTransform(0, changes.SHIFT, synchronize_channels=False, p_per_channel=1),
         GammaTransform(changes.GAMMA, p_invert_image=0, synchronize_channels=False, p_per_channel=1, p_retain_stats=1),
@@ -158,23 +155,18 @@ def _changes_intensities(transform: BasicTransform) -> bool:
     return isinstance(kind, ImageOnlyTransform) and not isinstance(kind, MaskImageTransform)
 
 
-def with_strong_changes(transforms: BasicTransform, strength: float = 1.0) -> BasicTransform:
-    """Put :func:`strong_changes` where nnU-Net's augmentation changes intensities.
-
-    Args:
-        transforms: from ``nnUNetTrainer.get_training_transforms``; changed in place where it is a sequence.
-        strength: of the changes.
-    """
+def with_strong_changes(transforms: BasicTransform) -> BasicTransform:
+    """Put :func:`strong_changes` where nnU-Net's augmentation changes intensities; in place where it is a sequence."""
     if isinstance(transforms, ComposeTransforms):
         old = [i for i, t in enumerate(transforms.transforms) if _changes_intensities(t)]
         kept = [t for t in transforms.transforms if not _changes_intensities(t)]
         at = old[0] if old else 0  # before mirroring, and before what lies outside of the image becomes zero
-        transforms.transforms = [*kept[:at], *strong_changes(strength), *kept[at:]]
+        transforms.transforms = [*kept[:at], *strong_changes(1.0), *kept[at:]]
     return transforms
 
 
 def split_transforms(
-    transforms: BasicTransform, strength: float = 1.0, intensities: str = "nnunet"
+    transforms: BasicTransform, strength: float, intensities: str
 ) -> tuple[TwoViews, ComposeTransforms]:
     """Cut nnU-Net's training augmentation where the teacher looks.
 
@@ -212,25 +204,6 @@ def split_transforms(
     return TwoViews(spatial, intensity, mask), ComposeTransforms(targets)
 
 
-class UnlabelledLoader(nnUNetDataLoader):
-    """nnU-Net's loader for images without labels: patches anywhere, none around a class.
-
-    ``next`` gives ``data`` ``(B, 2 C, *size)`` and ``target`` ``(B, 1, *size)``, see :class:`TwoViews`.
-    """
-
-    def __init__(
-        self,
-        dataset: UnlabelledDataset,
-        batch_size: int,
-        patch_size: Sequence[int],
-        final_patch_size: Sequence[int],
-        label_manager: Any,
-        views: TwoViews,
-    ) -> None:
-        super().__init__(dataset, batch_size, patch_size, final_patch_size, label_manager, 0.0, transforms=views)
-        self.has_ignore = False  # nnU-Net would look for annotated voxels
-
-
 class Halves:
     """Batches of the second stage: half of them labelled, half not.
 
@@ -239,7 +212,7 @@ class Halves:
 
     Args:
         labelled: gives ``data``, ``target`` (one tensor, or one a level) and ``keys``.
-        unlabelled: from :class:`UnlabelledLoader`.
+        unlabelled: gives ``data`` ``(B, 2 C, *size)`` and ``target`` ``(B, 1, *size)``, see :class:`TwoViews`.
         share: labelled patches of a batch.
     """
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 import nnssl
 from nnssl import checkpoint as checkpoints
@@ -24,17 +25,9 @@ from nnssl.files import write_atomic, write_json
 from nnssl.malloc import keep_freed_memory
 from nnssl.networks import canonical_state_dict
 from nnssl.paths import encode_path
-from nnssl.plans import Plan
-from nnssl.plans.figures import (
-    DEFAULT_SCHEDULE,
-    MEAN_TEACHER,
-    PRIMUS,
-    SCHEDULES,
-    SCRATCH,
-    FineTuningConfig,
-    trainer_for,
-)
-from nnssl.plans.labels import ALL, FOLDS, SPLITS, folds_of, restrict
+from nnssl.plans import Plan, dataset_id
+from nnssl.plans.figures import DEFAULT_SCHEDULE, MEAN_TEACHER, FineTuningConfig, followers, trainer_for
+from nnssl.plans.labels import ALL, FOLDS, SPLITS, folds_of, restrict, too_few
 from nnssl.plans.parts import parts_for
 from nnssl.plans.primus import CLASSES
 from nnssl.threads import keep_to_threads
@@ -54,24 +47,17 @@ RATES = "nnssl_learning_rates"
 """Key of the learning rates that were applied, by epoch and group, where there is more than one group."""
 
 
-def check_network(cls: type, plans: dict[str, Any], configuration: str, primus: bool) -> None:
+def check_network(cls: type[nnUNetTrainerPretrained], plans: dict[str, Any], configuration: str, primus: bool) -> None:
     """Refuse a Primus for a trainer of U-Nets and the reverse, and name the right one.
 
     Raises:
         NnsslError: the plans have the other kind of network.
     """
-    values = plans["configurations"].get(configuration, {})
-    while "architecture" not in values and values.get("inherits_from") in plans["configurations"]:
-        values = plans["configurations"][values["inherits_from"]]
-    kind = str(values.get("architecture", {}).get("network_class_name", "")).rsplit(".", 1)[-1]
-    if (kind in CLASSES.values()) == primus:
+    network = PlansManager(plans).get_configuration(configuration).network_arch_class_name
+    if (network.rsplit(".", 1)[-1] in CLASSES.values()) == primus:
         return
-    schedule, control = (
-        (plans.get("nnssl") or {}).get("schedule") or DEFAULT_SCHEDULE,
-        cls.__name__ in (SCRATCH, PRIMUS[1]),
-    )
-    use = PRIMUS[int(control)] if not primus else SCRATCH if control else trainer_for(schedule)
-    advice = f"use -tr {use}"
+    schedule = (plans.get("nnssl") or {}).get("schedule") or DEFAULT_SCHEDULE
+    advice = f"use -tr {trainer_for(schedule, not primus, cls.pretrained)}"
     if primus:
         advice += ", or write plans with a Primus: nnssl_plan --network primus-s --name NAME"
     raise NnsslError(
@@ -121,6 +107,10 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         self.provenance: dict[str, Any] = {}
         self._digests: dict[str, str] = {}
         self._loggers: list[FineTuningLogger] = []
+        self.constructed()
+
+    def constructed(self) -> None:
+        """Called at the end of the constructor, whose signature nnU-Net reads: subclasses need none of their own."""
 
     def plan(self) -> Plan:
         """The plan of the network that is pretrained."""
@@ -137,8 +127,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """As nnU-Net, with only the training cases that the plan chooses; validation cases are never among them."""
-        metadata = self.plans_manager.plans.get("nnssl") or {}
-        chosen = metadata.get("train_cases")
+        chosen = self.told.get("train_cases")
         if not chosen:
             return super().do_split()
         if self.fold == ALL or Path(self.preprocessed_dataset_folder_base, SPLITS).is_file():
@@ -146,7 +135,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         else:
             folds = folds_of(self.plan())
             train, val = folds.get(str(self.fold), ([], []))
-        train, val = restrict(self.fold, list(train), list(val), chosen, metadata.get("val_cases"))
+        train, val = restrict(self.fold, list(train), list(val), chosen, self.told.get("val_cases"))
         self.print_to_log_file(f"nnssl: the plan trains this fold on {len(train)}: {', '.join(train)}")
         return train, val
 
@@ -168,18 +157,15 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
                 self._start_weights()
             self.before_loading()
             self._loggers = add_loggers(self, self._settings())
+            super().on_train_start()
         except NnsslError as error:
             self.print_to_log_file(f"nnssl: {error}", also_print_to_console=False)
             raise
-        super().on_train_start()
 
     def _refuse_fold_of_too_few(self) -> None:
         """nnU-Net's own error for a fold of fewer than five cases is scikit-learn's, and comes after the weights were loaded."""
-        planned = (self.plans_manager.plans.get("nnssl") or {}).get("train_cases")
-        if self.fold == ALL or planned or Path(self.preprocessed_dataset_folder_base, SPLITS).is_file():
-            return
-        cases = len(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
-        if cases < FOLDS:
+        cases = 0 if self.fold == ALL else too_few(self.plan())
+        if cases:
             raise NnsslError(
                 f"{self.plans_manager.dataset_name} has {counted(cases, 'labelled case')}, too few for nnU-Net's {FOLDS} folds. "
                 f"Type {ALL} in place of the fold {self.fold}. (With a plan of nnssl_plan --labels a fold works too: each case "
@@ -194,57 +180,54 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
 
     def _settings(self) -> dict[str, Any]:
         """What loggers get of the training."""
-        plans = self.plans_manager
-        settings = {"trainer": type(self).__name__, "dataset": plans.dataset_name, "plans_name": plans.plans_name}
-        settings |= {
+        return {
+            "trainer": type(self).__name__,
+            "dataset": self.plans_manager.dataset_name,
+            "plans_name": self.plans_manager.plans_name,
             "configuration": self.configuration_name,
             "fold": str(self.fold),
             "weights": self.provenance.get("weights", ""),
+            **{k: v for k, v in self.figures.to_dict().items() if v is not None},
+            "schedule": self.followed_schedule,
         }
-        figures = {k: v for k, v in self.figures.to_dict().items() if v is not None}
-        return {**settings, **figures, "schedule": self.followed_schedule}
 
-    def get_dataloaders(self) -> tuple[Any, Any]:
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         """As nnU-Net; the second stage of a cascade is refused where the first has not predicted all of its cases.
 
         Raises:
             NnsslError: says how many cases, and which command predicts them.
         """
-        if self.is_cascaded:
-            self._check_first_stage()
-        return super().get_dataloaders()
-
-    def _check_first_stage(self) -> None:
+        datasets = super().get_tr_and_val_datasets()
+        if not self.is_cascaded:
+            return datasets
         folder = Path(self.folder_with_segs_from_previous_stage)
-        cases = sorted({case for part in self.do_split() for case in part})
-        missing = [c for c in cases if not any((folder / f"{c}{end}").is_file() for end in (".b2nd", ".npz", ".npy"))]
-        if not missing:
-            return
-        plans, first = self.plans_manager, self.configuration_manager.previous_stage_name
-        number = int(plans.dataset_name[len("Dataset") :].split("_")[0])
-        named = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        error = NnsslError(
-            f"{self.configuration_name} is the second stage of a cascade, and {len(missing)} of the fold's {len(cases)} cases "
-            f"have no segmentation of the first, {first}, in {folder}: {named}. Train that first, in every fold, with the "
-            f"same trainer and plans; its validations write them:\n"
-            f"  nnUNetv2_train {number} {first} FOLD -p {plans.plans_name} -tr {type(self).__name__}"
-        )
-        self.print_to_log_file(f"nnssl: {error}", also_print_to_console=False)
-        raise error
+        there = {file.stem for file in folder.glob("*") if file.suffix in (".b2nd", ".npz", ".npy")}
+        cases = {case for dataset in datasets for case in dataset.identifiers}
+        missing = sorted(cases - there)
+        if missing:
+            name, first = self.plans_manager.dataset_name, self.configuration_manager.previous_stage_name
+            named = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            raise NnsslError(
+                f"{self.configuration_name} is the second stage of a cascade, and {len(missing)} of the fold's {len(cases)} "
+                f"cases have no segmentation of the first, {first}, in {folder}: {named}. Train that first, in every fold, with "
+                f"the same trainer and plans; its validations write them:\n"
+                f"  nnUNetv2_train {dataset_id(name)} {first} FOLD -p {self.plans_manager.plans_name} -tr {type(self).__name__}"
+            )
+        return datasets
 
     def before_loading(self) -> None:
         """Called once the weights are there, before any data is loaded."""
 
     def _start_weights(self) -> None:
         changed = [name for name, digest in digests(self.network).items() if self._digests[name] != digest]
-        named = (self.plans_manager.plans.get("nnssl") or {}).get("checkpoint")
+        named = self.told.get("checkpoint")
         self.provenance = {"trainer": type(self).__name__, "version": nnssl.__version__, **self.figures.to_dict()}
         self.provenance["schedule"] = self.followed_schedule
         if not self.pretrained:
             if changed:
                 raise NnsslError(
                     f"{type(self).__name__} starts from random weights{self.control_note} and takes no -pretrained_weights; "
-                    f"use -tr {PRIMUS[0] if self.primus else trainer_for(self.followed_schedule)}."
+                    f"use -tr {trainer_for(self.followed_schedule, self.primus)}."
                 )
             self._refuse_untrained(f"{type(self).__name__} starts from random weights")
             self.provenance["weights"] = "random"
@@ -293,7 +276,7 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         self.set_backbone(part for part in filled if not transfer.is_head(part))
         self.provenance.update(weights="pretrained", sha256=source.sha256, method=loaded.method, parts=parts)
         text = f"nnssl: weights from {source.path}, {source.why}\n{report}"
-        learnt = loaded.nnssl.get("omni") and self.fold != "all"
+        learnt = loaded.nnssl.get("omni") and self.fold != ALL
         seen = checkpoints.labels_seen(loaded.nnssl, plan.dataset_name, self.do_split()[1]) if learnt else []
         if seen:
             text += (
@@ -348,11 +331,10 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
 
     def _keep_optimizer(self, begun: Mapping[str, Any]) -> None:
         """Continue with the optimiser that the training began with where the plan names none: defaults go by the length."""
-        named = self.plans_manager.plans.get("nnssl") or {}
         optimizer = begun.get("optimizer", self.figures.optimizer)
-        if optimizer == self.figures.optimizer or named.get("optimizer") is not None:
+        if optimizer == self.figures.optimizer or self.told.get("optimizer") is not None:
             return
-        peak = self.figures.peak_lr if named.get("peak_lr") is not None else begun["peak_lr"]
+        peak = self.figures.peak_lr if self.told.get("peak_lr") is not None else begun["peak_lr"]
         self.figures = replace(self.figures, optimizer=optimizer, peak_lr=peak)
         self.initial_lr = peak
         if self.was_initialized:
@@ -384,4 +366,4 @@ class nnUNetTrainerPretrainedScratch(nnUNetTrainerPretrained):
     def schedule_of(cls, plans: dict[str, Any]) -> str:
         """The plan's schedule, so that a pretrained arm and its control share one plan."""
         asked = (plans.get("nnssl") or {}).get("schedule") or cls.schedule
-        return asked if cls.__name__ in SCHEDULES.get(asked, ()) else cls.schedule
+        return asked if cls.__name__ in followers(asked) else cls.schedule

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
@@ -27,15 +26,8 @@ class nnUNetTrainerPretrainedPrimus(nnUNetTrainerPretrained):
     primus: ClassVar[bool] = True
     clip: ClassVar[float] = 1.0
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net reads this very signature
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def constructed(self) -> None:
+        """Weight decay and the one output of nnU-Net's Primus trainers."""
         self.weight_decay = 5e-2
         self.enable_deep_supervision = False
 

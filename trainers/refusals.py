@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
+from typing import Any
 
 from nnssl.errors import NnsslError
 
@@ -18,16 +21,15 @@ def tell_refusals_briefly() -> None:
     The exit status stays 1. Processes that nnU-Net starts for several GPUs pack their exception into one of torch's, which keeps
     its traceback.
     """
-    before = sys.excepthook
-    if getattr(before, "of_nnssl", False):
-        return
+    if getattr(sys.excepthook, "func", None) is not _tell:
+        sys.excepthook = partial(_tell, sys.excepthook)
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, NnsslError) and not os.environ.get(VARIABLE):
-            sys.stdout.flush()
-            sys.stderr.write(f"\nError: {error}\n")
-        else:
-            before(kind, error, trace)
 
-    hook.of_nnssl = True  # type: ignore[attr-defined]
-    sys.excepthook = hook
+def _tell(
+    before: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if isinstance(error, NnsslError) and not os.environ.get(VARIABLE):
+        sys.stdout.flush()
+        sys.stderr.write(f"\nError: {error}\n")
+    else:
+        before(kind, error, trace)

@@ -15,7 +15,7 @@ from nnssl.amp import autocast_for, cpu_bfloat16, float_outputs, wrong_in_bfloat
 from nnssl.networks import unwrap
 from nnssl.plans.figures import FineTuningConfig
 from nnssl.trainers.groups import backbone_groups, build_optimizer, hold_statistics, parameter_groups
-from nnssl.trainers.learning_rates import describe_rates, draw_rates
+from nnssl.trainers.learning_rates import describe_rates, draw_below, draw_rates
 from nnssl.trainers.schedule import EpochSchedule, LearningRates, StepSchedule
 from nnssl.weights import is_head
 
@@ -48,6 +48,11 @@ class StepwiseTrainer(nnUNetTrainer):
         """The schedule that this trainer follows on the given plans."""
         return cls.schedule
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the plan variant tells the trainer; empty for plain plans."""
+        return self.plans_manager.plans.get("nnssl") or {}
+
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, EpochSchedule | StepSchedule]:
         """One group, as nnU-Net has it, where all parameters learn at one rate; else one for each stage, the heads first."""
         figures = replace(self.figures, epochs=self.num_epochs, iterations=self.num_iterations_per_epoch)
@@ -75,7 +80,7 @@ class StepwiseTrainer(nnUNetTrainer):
 
     def default_backbone(self, groups: Iterable[str]) -> list[str]:
         """The parts that the plan calls the backbone, or all groups but the heads."""
-        named = (self.plans_manager.plans.get("nnssl") or {}).get("backbone")
+        named = self.told.get("backbone")
         return list(named) if named else [name for name in groups if not is_head(name)]
 
     def set_backbone(self, parts: Iterable[str] | None = None) -> None:
@@ -198,4 +203,5 @@ class StepwiseTrainer(nnUNetTrainer):
         """As nnU-Net; ``progress.png`` gets a panel with the learning rates of all groups."""
         super().on_epoch_end()
         if self.local_rank == 0 and self.rates and isinstance(self.lr_scheduler, StepSchedule):
-            draw_rates(self.lr_scheduler.rates, self.current_epoch, Path(self.output_folder) / "progress.png")
+            rates, done = self.lr_scheduler.rates, self.current_epoch
+            draw_below(Path(self.output_folder) / "progress.png", lambda ax: draw_rates(rates, done, ax))

@@ -9,7 +9,6 @@ from nnssl.errors import NnsslError
 from nnssl.files import sha256_of
 from nnssl.paths import decode_path
 from nnssl.plans import Plan, dataset_id
-from nnssl.plans.figures import MEAN_TEACHER, PRIMUS, SCRATCH, TEACHER
 from nnssl.results import PretrainingRun, find_pretrainings, find_pretrainings_elsewhere, list_pretrainings
 
 
@@ -127,8 +126,7 @@ def _none(plan: Plan) -> str:
         pool = " ".join(str(dataset_id(source)) for source in plan.nnssl.get("unlabelled") or ())
         sources = f"{pool} -t {number}" if pool else number
         text.append(f"Type: nnssl_pretrain -d {sources} {options} -m mae   (from other images: -d SOURCE -t {number})")
-    without = TEACHER if plan.nnssl.get("schedule") == MEAN_TEACHER else SCRATCH
-    text.append(f"To train without pretraining: -tr {PRIMUS[1] if plan.is_primus else without}")
+    text.append(f"To train without pretraining: -tr {plan.trainer(pretrained=False)}")
     return "\n".join(text)
 
 
@@ -147,7 +145,7 @@ def _second_stage(plan: Plan) -> str:
     else:
         number = dataset_id(plan.dataset_name)
         text.append(f"There is none yet. Type: nnssl_pretrain -d {number} -c 3d_fullres -p {plan.plans_name} -m mae")
-    text.append(f"To train without pretraining: -tr {PRIMUS[1] if plan.is_primus else SCRATCH}")
+    text.append(f"To train without pretraining: -tr {plan.trainer(pretrained=False)}")
     return "\n".join(text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,9 @@ from nnssl.networks.state import unwrap
 PADDINGS = ("zeros", "replicate", "circular")
 """Kinds of padding that any size of map allows (``reflect`` needs two voxels on each axis)."""
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+def _convolutions(network: nn.Module) -> list[Any]:
+    return [m for m in unwrap(network).modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
 
 
 def set_padding(network: nn.Module, mode: str) -> None:
@@ -30,18 +33,17 @@ def set_padding(network: nn.Module, mode: str) -> None:
     """
     if mode not in PADDINGS:
         raise ValueError(f"padding is one of {', '.join(PADDINGS)}, not {mode!r}")
-    for module in unwrap(network).modules():
-        if isinstance(module, _CONVOLUTIONS):
-            module.padding_mode = mode  # type: ignore[assignment]
+    for convolution in _convolutions(network):
+        convolution.padding_mode = mode
 
 
 @contextlib.contextmanager
 def own_padding(network: nn.Module) -> Iterator[None]:
     """Within, the network pads with zeros, as nnU-Net builds it; afterwards as before."""
-    modes = [(m, m.padding_mode) for m in network.modules() if isinstance(m, _CONVOLUTIONS)]
+    modes = [(convolution, convolution.padding_mode) for convolution in _convolutions(network)]
     try:
         set_padding(network, "zeros")
         yield
     finally:
-        for module, mode in modes:
-            module.padding_mode = mode
+        for convolution, mode in modes:
+            convolution.padding_mode = mode

@@ -5,49 +5,52 @@ A trainer fixes the schedule, the plan gives the figures: ``plans["nnssl"]`` hol
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nnssl.config import option, problems_of
 from nnssl.errors import NnsslError, did_you_mean, raise_problems
+from nnssl.fields import listing, text
 from nnssl.teacher.stages import Stages
 
 DEFAULT_SCHEDULE = "warmup_poly"
-SCRATCH = "nnUNetTrainerPretrainedScratch"
 MEAN_TEACHER = "mean_teacher"
 """The schedule of two stages: the labels, then also the pool without labels."""
+LINEAR_PROBE = "linear_probe"
+SCRATCH = "nnUNetTrainerPretrainedScratch"
+"""The control from random weights: it follows any schedule but the probe's."""
 TEACHER = "nnUNetTrainerMeanTeacher"
-"""Its trainer from random weights."""
+"""The mean teacher from random weights."""
 PRIMUS = ("nnUNetTrainerPretrainedPrimus", "nnUNetTrainerPretrainedPrimusScratch")
 """The trainers for Primus; both follow whatever schedule of :data:`PRIMUS_SCHEDULES` the plan names."""
-SCHEDULES: dict[str, tuple[str, ...]] = {
-    "warmup_poly": ("nnUNetTrainerPretrained", SCRATCH),
-    "freeze_unfreeze": ("nnUNetTrainerPretrainedFreezeUnfreeze", SCRATCH),
-    "sawtooth": ("nnUNetTrainerPretrainedSawtooth", SCRATCH),
-    "encoder_frozen": ("nnUNetTrainerPretrainedFrozen", SCRATCH),
-    "head_only": ("nnUNetTrainerPretrainedHeadOnly", SCRATCH),
-    MEAN_TEACHER: ("nnUNetTrainerPretrainedMeanTeacher", TEACHER, SCRATCH),
-    "linear_probe": ("nnUNetTrainerLinearProbe",),
+SCHEDULES = {
+    DEFAULT_SCHEDULE: "nnUNetTrainerPretrained",
+    "freeze_unfreeze": "nnUNetTrainerPretrainedFreezeUnfreeze",
+    "sawtooth": "nnUNetTrainerPretrainedSawtooth",
+    "encoder_frozen": "nnUNetTrainerPretrainedFrozen",
+    "head_only": "nnUNetTrainerPretrainedHeadOnly",
+    MEAN_TEACHER: "nnUNetTrainerPretrainedMeanTeacher",
+    LINEAR_PROBE: "nnUNetTrainerLinearProbe",
 }
-"""Schedule -> the trainers of U-Nets that follow it. The control without pretraining follows any but the probe's."""
-PRIMUS_SCHEDULES = tuple(schedule for schedule in SCHEDULES if schedule not in (MEAN_TEACHER, "linear_probe"))
+"""Schedule -> the trainer of U-Nets that follows it from pretrained weights."""
+PRIMUS_SCHEDULES = tuple(schedule for schedule in SCHEDULES if schedule not in (MEAN_TEACHER, LINEAR_PROBE))
 
 SCHEMA = 1
 _COMMON = ("peak_lr", "optimizer")
 USED: dict[str, tuple[str, ...]] = {
-    "warmup_poly": (*_COMMON, "warmup", "layer_decay"),
+    DEFAULT_SCHEDULE: (*_COMMON, "warmup", "layer_decay"),
     "freeze_unfreeze": (*_COMMON, "layer_decay", "frozen", "ramp", "ramp_start"),
     "sawtooth": (*_COMMON, "warmup", "layer_decay", "decoder_first"),
     "encoder_frozen": (*_COMMON, "warmup", "layer_decay"),
     "head_only": (*_COMMON, "warmup"),
     MEAN_TEACHER: (*_COMMON, "warmup", "labelled_first", "momentum", "intensities", "strength", "shift", "largest"),
-    "linear_probe": (*_COMMON, "warmup", "levels"),
+    LINEAR_PROBE: (*_COMMON, "warmup", "levels"),
 }
 """Schedule -> the figures, besides the lengths, that decide anything there."""
 
 _ADAM = {"optimizer": "adam", "peak_lr": 3e-4, "warmup": 0.0}
-_DEFAULTS: dict[str, dict[str, Any]] = {"freeze_unfreeze": _ADAM, "linear_probe": _ADAM}
+_DEFAULTS: dict[str, dict[str, Any]] = {"freeze_unfreeze": _ADAM, LINEAR_PROBE: _ADAM}
 _PRIMUS = {"optimizer": "adamw", "peak_lr": 1e-4}
 SHORT_RUN, SHORT_PEAK_LR = 25_000, 1e-2
 """Below so many optimiser steps nnU-Net's SGD gets its own learning rate as peak, unless the plan names one."""
@@ -67,54 +70,61 @@ class FineTuningConfig:
     Goncharov et al. 2023): Adam with 3e-4 and no weight decay, the backbone frozen for 15,000 of 45,000 steps and then raised
     from 3e-5 to 3e-4 over 1,200. ``sawtooth`` and ``warmup_poly`` have those of MIC-DKFZ's nnssl (1000 epochs: 50 of warm-up to
     1e-3; before that 50 for the decoder alone). A Primus is trained with AdamW and 1e-4 whatever the schedule (MIC-DKFZ's
-    fine-tuning; its training from scratch takes 3e-4).
-
-    Attributes:
-        epochs: epochs of training; 0, in ``warmup_poly`` alone, keeps the weights as they are, in nnU-Net's form.
-        iterations: optimiser steps per epoch.
-        val_iterations: validation batches per epoch.
-        peak_lr: largest learning rate, reached at the end of the warm-up. Where the plan does not name one, in runs of less than
-            :data:`SHORT_RUN` steps 1e-2 for SGD, since 1e-3 leaves them half trained (``docs/fine-tuning.md`` has the figures).
-        warmup: share of the epochs in [0, 1) over which the learning rate rises.
-        optimizer: ``"sgd"`` (nnU-Net's: momentum 0.99, nesterov, weight decay 3e-5), ``"adam"`` (no weight decay) or ``"adamw"``
-            (betas 0.9 and 0.98, and the weight decay of the trainer: 0.05 for Primus). ``mean_teacher`` and ``warmup_poly`` whose
-            plan names neither this nor a rate have Adam with :data:`ADAM_PEAK_LR` in runs of less than :data:`SHORT_RUN` steps.
-        layer_decay: factor in (0, 1] on the learning rate per stage away from the heads.
-        frozen: share of the steps in [0, 1) that the backbone is frozen for.
-        ramp: share of the steps in (0, 1) over which the backbone's learning rate then rises, exponentially.
-        ramp_start: what the ramp starts from, as a share of the peak in (0, 1].
-        decoder_first: share of the epochs in (0, 1) for which the decoder is trained alone.
-        levels: what a linear probe looks at: the bottleneck and the ``"decoder"`` stages, or the ``"encoder"`` stages.
-        labelled_first: share of the epochs in [0, 1) that ``mean_teacher`` learns from the labels alone.
-        momentum: largest momentum of its teacher, in [0, 1).
-        intensities: how the intensities of its patches change: ``"strong"`` (noise, contrast, brightness, gamma;
-            :func:`nnssl.trainers.pool.strong_changes`) or ``"nnunet"``.
-        strength: factor of at least 0 on the probability of the changes that the student sees on images without labels, and on
-            the amount of noise; labelled images have 1. None: by the number of labelled cases, :meth:`strength_for`.
-        shift: how far its patches are moved at most, as a share in [0, 1) of the patch. nnU-Net centres a volume that is
-            smaller than the patch, and its network never sees it anywhere else.
-        largest: whether pseudo-labels keep only the largest component of each class: ``"auto"`` where all labelled cases say that
-            it is one piece, ``"always"`` or ``"never"``.
+    fine-tuning; its training from scratch takes 3e-4). Where the plan names neither rate nor optimiser, runs of less than
+    :data:`SHORT_RUN` steps have Adam with :data:`ADAM_PEAK_LR` in ``mean_teacher`` and ``warmup_poly``, and 1e-2 for SGD in the
+    others, since 1e-3 leaves them half trained (``docs/fine-tuning.md`` has the figures).
     """
 
-    epochs: int = option(1000, low=0)
-    iterations: int = option(250, low=1)
-    val_iterations: int = option(50, low=1)
-    peak_lr: float = option(1e-3, above=0)
-    warmup: float = option(0.05, low=0, below=1)
-    optimizer: str = option("sgd", choices=("sgd", "adam", "adamw"))
-    layer_decay: float = option(1.0, above=0, high=1)
-    frozen: float = option(1 / 3, low=0, below=1)
-    ramp: float = option(1200 / 45000, above=0, below=1)
-    ramp_start: float = option(0.1, above=0, high=1)
-    decoder_first: float = option(0.05, above=0, below=1)
-    levels: str = option("decoder", choices=("decoder", "encoder"))
-    labelled_first: float = option(1 / 3, low=0, below=1)
-    momentum: float = option(0.99, low=0, below=1)
-    intensities: str = option("strong", choices=("strong", "nnunet"))
-    strength: float | None = option(None, low=0)
-    shift: float = option(0.1, low=0, below=1)
-    largest: str = option("auto", choices=("auto", "always", "never"))
+    epochs: int = option(
+        1000, "epochs; 0, in warmup_poly alone, keeps the weights as they are, in nnU-Net's form", low=0
+    )
+    iterations: int = option(250, "optimiser steps of an epoch", low=1)
+    val_iterations: int = option(50, "validation batches of an epoch", low=1)
+    peak_lr: float = option(1e-3, "largest learning rate, reached at the end of the warm-up", above=0)
+    warmup: float = option(0.05, "share of the epochs over which the learning rate rises", low=0, below=1)
+    optimizer: str = option(
+        "sgd",
+        "sgd: nnU-Net's (momentum 0.99, nesterov, weight decay 3e-5); adam: no weight decay; adamw: betas 0.9 and 0.98, and the "
+        "trainer's weight decay (0.05 for Primus)",
+        choices=("sgd", "adam", "adamw"),
+    )
+    layer_decay: float = option(1.0, "factor on the learning rate per stage away from the heads", above=0, high=1)
+    frozen: float = option(1 / 3, "share of the steps that the backbone is frozen for", low=0, below=1)
+    ramp: float = option(
+        1200 / 45000, "share of the steps over which its rate then rises exponentially", above=0, below=1
+    )
+    ramp_start: float = option(0.1, "what the ramp starts from, as a share of the peak", above=0, high=1)
+    decoder_first: float = option(0.05, "share of the epochs for which the decoder is trained alone", above=0, below=1)
+    levels: str = option(
+        "decoder",
+        "what a linear probe looks at: the bottleneck and the decoder's stages, or the encoder's stages",
+        choices=("decoder", "encoder"),
+    )
+    labelled_first: float = option(1 / 3, "share of the epochs that learn from the labels alone", low=0, below=1)
+    momentum: float = option(0.99, "largest momentum of the teacher", low=0, below=1)
+    intensities: str = option(
+        "strong",
+        "how intensities change: strong (noise, contrast, brightness, gamma) or as nnU-Net's do",
+        choices=("strong", "nnunet"),
+    )
+    strength: float | None = option(
+        None,
+        "factor on the probability of the student's changes without labels, and on the amount of noise; labelled images have 1. "
+        "auto: 2 for one or two labelled cases, 1 for more",
+        low=0,
+    )
+    shift: float = option(
+        0.1,
+        "how far patches are moved at most, as a share of the patch; nnU-Net centres a volume that is smaller, and its network "
+        "never sees it anywhere else",
+        low=0,
+        below=1,
+    )
+    largest: str = option(
+        "auto",
+        "whether pseudo-labels keep only the largest component of each class; auto: where all labelled cases say it is one piece",
+        choices=("auto", "always", "never"),
+    )
 
     def strength_for(self, labelled: int) -> float:
         """``strength``; where it is None, 2 for one or two labelled cases and 1 for more, whose second stage loses by 2."""
@@ -150,12 +160,7 @@ class FineTuningConfig:
 
     @classmethod
     def from_plans(cls, plans: Mapping[str, Any], schedule: str, trainer: str) -> FineTuningConfig:
-        """Read the figures of a plans dict.
-
-        Args:
-            plans: nnU-Net's plans; without the key ``"nnssl"`` all figures are the schedule's defaults.
-            schedule: the schedule that ``trainer`` follows.
-            trainer: name of the trainer, for the messages.
+        """Read the figures of a plans dict for the trainer of this name, which follows ``schedule``.
 
         Raises:
             NnsslError: a figure out of range, another schedule than the trainer's (names the trainer to
@@ -168,14 +173,15 @@ class FineTuningConfig:
             can = ", ".join(map(spelt, PRIMUS_SCHEDULES))
             raise NnsslError(f"{where}: the schedule '{asked}' is for U-Nets only. For Primus there are {can}.")
         if asked != schedule:
-            known = SCHEDULES.get(asked)
-            use = f"use -tr {' or -tr '.join(known)}" if known else f"this version knows {', '.join(SCHEDULES)}"
+            known = " or -tr ".join(followers(asked))
+            use = f"use -tr {known}" if known else f"this version knows {', '.join(SCHEDULES)}"
             raise NnsslError(f"{where}: they name the schedule '{asked}' and this trainer follows '{schedule}'; {use}.")
         problems = []
         if ours.get("schema", SCHEMA) != SCHEMA:
             problems.append(f"their schema is {ours['schema']!r}, this version of nnssl reads {SCHEMA}; update nnssl")
-        problems += _check_cases(ours.get("train_cases"))
-        problems += _check_unlabelled(ours.get("unlabelled"))
+        for key, fits, words in _LISTS:
+            if ours.get(key) is not None and not fits(ours[key]):
+                problems.append(f"nnssl.{key} must be a non-empty list of {words}")
         values = {
             **_DEFAULTS.get(schedule, {}),
             **(_PRIMUS if primus else {}),
@@ -183,50 +189,43 @@ class FineTuningConfig:
         }
         read, wrong = problems_of(cls, values, "nnssl: ", text=False)
         if read.get("epochs") == 0 and schedule != DEFAULT_SCHEDULE:
-            wrong = [
-                *wrong,
-                f"nnssl: 0 epochs keep the weights as they are: for the schedule '{spelt(DEFAULT_SCHEDULE)}' alone",
-            ]
+            only = f"for the schedule '{spelt(DEFAULT_SCHEDULE)}' alone"
+            wrong.append(f"nnssl: 0 epochs keep the weights as they are: {only}")
         raise_problems([*problems, *wrong], where)
-        figures = cls(**read)
-        if "optimizer" not in values and figures.steps < SHORT_RUN:
-            if schedule == MEAN_TEACHER:
-                figures = replace(figures, optimizer="adam")
-            elif schedule == DEFAULT_SCHEDULE and "peak_lr" not in values:  # a rate that is named is one of SGD's
-                return replace(figures, optimizer="adam", peak_lr=ADAM_PEAK_LR)
-        if "peak_lr" not in values:
-            figures = replace(figures, peak_lr=_peak(schedule, figures))
-        return figures
+        return _with_rate(cls(**read), schedule, values)
 
 
 Figures = FineTuningConfig
 """The name that it had."""
 
 
-def _peak(schedule: str, figures: FineTuningConfig) -> float:
-    """The largest learning rate where the plan names none."""
-    if schedule == MEAN_TEACHER:
-        return SHORT_PEAK_LR if figures.optimizer == "sgd" else ADAM_PEAK_LR
-    short = figures.optimizer == "sgd" and figures.steps < SHORT_RUN
-    return SHORT_PEAK_LR if short else figures.peak_lr
+def _names(value: Any) -> bool:
+    return bool(value) and listing(text).fits(value)
 
 
-def _check_cases(cases: Any) -> list[str]:
-    if cases is None:
-        return []
-    legal = (
-        isinstance(cases, dict)
-        and cases
-        and all(isinstance(v, list) and v and all(isinstance(c, str) for c in v) for v in cases.values())
-    )
-    return [] if legal else ["nnssl.train_cases must be a non-empty list of case names for each fold"]
+_LISTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "train_cases",
+        lambda v: bool(v) and isinstance(v, dict) and all(map(_names, v.values())),
+        "case names for each fold",
+    ),
+    ("unlabelled", _names, "dataset names"),
+)
 
 
-def _check_unlabelled(sources: Any) -> list[str]:
-    legal = sources is None or (
-        isinstance(sources, list) and sources and all(isinstance(s, str) and s for s in sources)
-    )
-    return [] if legal else ["nnssl.unlabelled must be a non-empty list of dataset names"]
+def _with_rate(figures: FineTuningConfig, schedule: str, named: Mapping[str, Any]) -> FineTuningConfig:
+    """Optimiser and largest learning rate where neither the plan nor the schedule names them: they go by the length."""
+    short, optimizer, peak = figures.steps < SHORT_RUN, figures.optimizer, figures.peak_lr
+    # a rate that is named is one of SGD's
+    by_length = schedule == MEAN_TEACHER or (schedule == DEFAULT_SCHEDULE and "peak_lr" not in named)
+    if by_length and short and "optimizer" not in named:
+        optimizer = "adam"
+    if "peak_lr" not in named:
+        if optimizer == "sgd" and (short or schedule == MEAN_TEACHER):
+            peak = SHORT_PEAK_LR
+        elif schedule == MEAN_TEACHER or optimizer != figures.optimizer:
+            peak = ADAM_PEAK_LR
+    return replace(figures, optimizer=optimizer, peak_lr=peak)
 
 
 def spelt(schedule: str) -> str:
@@ -247,26 +246,35 @@ def schedule_name(text: str) -> str:
     return name
 
 
-def trainer_for(schedule: str, primus: bool = False) -> str:
-    """The trainer to type for a schedule, and for a U-Net or a Primus."""
-    return PRIMUS[0] if primus else SCHEDULES[schedule][0]
+def followers(schedule: str) -> list[str]:
+    """The trainers of U-Nets that follow a schedule, the one from pretrained weights first; none of an unknown schedule."""
+    if schedule not in SCHEDULES:
+        return []
+    teacher, control = [TEACHER] * (schedule == MEAN_TEACHER), [SCRATCH] * (schedule != LINEAR_PROBE)
+    return [SCHEDULES[schedule], *teacher, *control]
+
+
+def trainer_for(schedule: str, primus: bool = False, pretrained: bool = True) -> str:
+    """The trainer to type for a schedule: for a U-Net or a Primus, from pretrained weights or from random ones."""
+    if primus:
+        return PRIMUS[0 if pretrained else 1]
+    if pretrained:
+        return SCHEDULES[schedule]
+    return TEACHER if schedule == MEAN_TEACHER else SCRATCH
 
 
 def check_options(options: Mapping[str, Any], schedule: str) -> dict[str, Any]:
-    """Read figures of a schedule, from text or typed.
-
-    Returns:
-        The figures as a plan holds them.
+    """Read figures of a schedule, from text or typed, into what a plan holds.
 
     Raises:
         NnsslError: lists all that the schedule does not have or that are out of range.
     """
-    known, name = USED[schedule], spelt(schedule)
+    known = USED[schedule]
     read, problems = problems_of(FineTuningConfig, {k: v for k, v in options.items() if k in known})
-    unknown = [k for k in options if k not in known]
-    others = [
-        f"'{k}' is no option of the schedule {name}.{did_you_mean(k, known)} It has: {', '.join(known)}"
-        for k in unknown
+    unknown = [
+        f"'{k}' is no option of the schedule {spelt(schedule)}.{did_you_mean(k, known)} It has: {', '.join(known)}"
+        for k in options
+        if k not in known
     ]
-    raise_problems([*others, *problems], "option -o")
+    raise_problems([*unknown, *problems], "option -o")
     return read

@@ -37,14 +37,19 @@ def small_split(cases: Sequence[str]) -> list[Split]:
     return [([c for c in ordered if c != out], [out]) for out in ordered] if len(ordered) > 1 else []
 
 
+def too_few(plan: Plan) -> int:
+    """The number of preprocessed cases where nnU-Net cannot split so few; 0 where there are enough, or none, or own folds."""
+    folder = preprocessed_folder() / plan.dataset_name
+    if plan.nnssl.get("train_cases") or (folder / SPLITS).is_file():
+        return 0
+    cases = len(_preprocessed_cases(folder / plan.data_identifier))
+    return cases if cases < FOLDS else 0
+
+
 def fold_to_type(plan: Plan) -> str:
-    """The fold of a command that is suggested: ``"0"``, or ``"all"`` where nnU-Net cannot split so few preprocessed cases."""
-    chosen, folder = plan.nnssl.get("train_cases"), preprocessed_folder() / plan.dataset_name
-    if chosen:
-        return "0" if "0" in chosen else ALL
-    if (folder / SPLITS).is_file():
-        return "0"
-    return ALL if 0 < len(_preprocessed_cases(folder / plan.data_identifier)) < FOLDS else "0"
+    """The fold of a command that is suggested: ``"0"``, or ``"all"`` where nnU-Net has no such fold."""
+    chosen = plan.nnssl.get("train_cases")
+    return ALL if (chosen and "0" not in chosen) or too_few(plan) else "0"
 
 
 def _preprocessed_cases(data: Path) -> list[str]:

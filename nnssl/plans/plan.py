@@ -16,6 +16,7 @@ from nnssl.paths import preprocessed_folder, set_folders
 from nnssl.plans.check import check_arguments, check_configuration, check_part, check_plans
 from nnssl.plans.datasets import dataset_id, resolve_dataset
 from nnssl.plans.description import check_description
+from nnssl.plans.figures import DEFAULT_SCHEDULE, trainer_for
 from nnssl.plans.hashes import architecture_hash, canonical_arch_kwargs, data_hash
 from nnssl.plans.primus import CLASSES, check_patch, problems_of, stock_trainer
 from nnssl.words import size_text
@@ -156,6 +157,15 @@ class Plan:
         return self.network_class in CLASSES.values()
 
     @property
+    def schedule(self) -> str:
+        """The schedule of its fine-tuning: the one that a variant names, else the default."""
+        return str(self.nnssl.get("schedule") or DEFAULT_SCHEDULE)
+
+    def trainer(self, pretrained: bool = True) -> str:
+        """The trainer to type for its fine-tuning, from pretrained weights or from random ones."""
+        return trainer_for(self.schedule, self.is_primus, pretrained)
+
+    @property
     def stock_trainer(self) -> str | None:
         """The trainer of nnU-Net's that builds this network: of a Primus the one of its size; None where there is none."""
         if not self.is_primus:
@@ -266,7 +276,8 @@ class Plan:
         shape = list(self.config.median_image_size_in_voxels)
         if len(shape) == 2:
             shape = [self.plans["original_median_shape_after_transp"][0], *shape]
-        return tuple(int(round(float(i))) for i in shape)  # type: ignore[return-value]
+        z, y, x = (int(round(float(i))) for i in shape)
+        return z, y, x
 
     @property
     def normalization_schemes(self) -> tuple[str, ...]:

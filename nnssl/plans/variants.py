@@ -18,7 +18,6 @@ from nnssl.options import given
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import resolve_dataset
 from nnssl.plans.figures import (
-    DEFAULT_SCHEDULE,
     MEAN_TEACHER,
     SCHEDULES,
     USED,
@@ -26,7 +25,6 @@ from nnssl.plans.figures import (
     check_options,
     schedule_name,
     spelt,
-    trainer_for,
 )
 from nnssl.plans.labels import choose_cases, choose_validating, folds_of
 from nnssl.plans.parts import CHOICES, check_parts
@@ -255,9 +253,9 @@ def _change_configuration(plans: dict[str, Any], plan: Plan, asked: Changes) -> 
         config["batch_size"] = int(asked.batch_size)
 
 
-def _set_schedule(metadata: dict[str, Any], asked: Changes) -> None:
+def _set_schedule(metadata: dict[str, Any], plan: Plan, asked: Changes) -> None:
     """Put schedule, figures and lengths into the entry for the trainer; the figures of another schedule leave."""
-    before = metadata.get("schedule") or DEFAULT_SCHEDULE
+    before = plan.schedule
     schedule = before if asked.schedule is None else schedule_name(asked.schedule)
     learns_from_pool = asked.unlabelled or asked.transductive
     if learns_from_pool and asked.schedule is None and not metadata.get("schedule"):
@@ -328,14 +326,13 @@ def derive(plan: Plan, name: str, changes: Changes | None = None, **others: Any)
     plans = deepcopy(plan.plans)
     plans["plans_name"] = f"{plan.plans_name}_{check_name(name)}"
     metadata = {**plan.nnssl, "schema": SCHEMA, "base_plans": plan.base_plans, "configuration": plan.configuration}
-    _set_schedule(metadata, asked)
+    _set_schedule(metadata, plan, asked)
     _change_configuration(plans, plan, asked)
     _set_weights(metadata, asked)
     _set_cases(metadata, plan, asked)
     plans["nnssl"] = metadata
     variant = Plan.from_dicts(plans, plan.configuration, plan.dataset_json, second_stage=True)
-    schedule = metadata.get("schedule") or DEFAULT_SCHEDULE
-    FineTuningConfig.from_plans(plans, schedule, trainer_for(schedule, variant.is_primus))
+    FineTuningConfig.from_plans(plans, variant.schedule, variant.trainer())
     if asked.features is not None or asked.patch is not None:
         _check_patch(variant)
     return variant

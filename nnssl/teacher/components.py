@@ -12,7 +12,15 @@ from nnunetv2.evaluation.evaluate_predictions import region_or_label_to_mask
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from torch import Tensor
 
-__all__ = ["Class", "foreground_classes", "keep_largest", "one_piece", "one_piece_of_cases", "share_of_largest"]
+__all__ = [
+    "Class",
+    "class_names",
+    "foreground_classes",
+    "keep_largest",
+    "one_piece",
+    "one_piece_of_cases",
+    "share_of_largest",
+]
 
 Class = int | tuple[int, ...]
 """A label, or a region: the labels that it is made of."""
@@ -28,6 +36,12 @@ def foreground_classes(manager: Any) -> list[Class]:
     if manager.has_regions:
         return [r if isinstance(r, int) else tuple(int(i) for i in r) for r in manager.foreground_regions]
     return [int(label) for label in manager.foreground_labels]
+
+
+def class_names(manager: Any, classes: Iterable[Class]) -> list[str]:
+    """The names of labels or regions in ``dataset.json``, of nnU-Net's ``LabelManager``."""
+    names = {tuple(np.atleast_1d(labels).tolist()): name for name, labels in manager.label_dict.items()}
+    return [names.get(tuple(np.atleast_1d(each).tolist()), str(each)) for each in classes]
 
 
 def share_of_largest(label: np.ndarray, what: Class) -> float | None:
@@ -57,7 +71,7 @@ def one_piece(labels: Iterable[np.ndarray], classes: Sequence[Class], whole: flo
     for label in labels:
         shares = {c: share_of_largest(label, c) for c in left}
         seen |= {c for c, share in shares.items() if share is not None}
-        left = [c for c in left if shares[c] is None or shares[c] >= whole]  # type: ignore[operator]
+        left = [c for c, share in shares.items() if share is None or share >= whole]
     return [c for c in left if c in seen]
 
 

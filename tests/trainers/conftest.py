@@ -9,6 +9,8 @@ from nnssl import checkpoint
 from nnssl.networks import build_network
 from nnssl.plans import load_plan
 from nnssl.results import output_folder
+from nnssl.trainers import nnUNetTrainerMeanTeacher, nnUNetTrainerPretrained
+from nnssl.weights import write_variant
 
 FIGURES = {"epochs": 2, "iterations": 2, "val_iterations": 1}
 
@@ -54,7 +56,6 @@ def pretraining(dataset):
 @pytest.fixture
 def build(dataset):
     """``build(cls=nnUNetTrainerPretrained, plans="nnUNetPlans", resume=False, folder=dataset)``: before anything is loaded."""
-    from nnssl.trainers import nnUNetTrainerPretrained
 
     def make(cls=nnUNetTrainerPretrained, plans="nnUNetPlans", resume=False, folder=dataset):
         content = json.loads((folder / f"{plans}.json").read_text())
@@ -75,3 +76,50 @@ def start():
         return trainer
 
     return make
+
+
+@pytest.fixture
+def few(dataset):
+    """``few(name="few", labels=1, **told)``: a few-label variant; returns the plans' name."""
+
+    def make(name="few", labels=1, **told):
+        write_variant(load_plan(901), name, labels=labels, **told)
+        return f"nnUNetPlans_{name}"
+
+    return make
+
+
+@pytest.fixture
+def started(build):
+    """``started(plans, cls=nnUNetTrainerMeanTeacher)``: a trainer with its loaders, before the first epoch."""
+
+    def make(plans, cls=nnUNetTrainerMeanTeacher):
+        trainer = build(cls, plans)
+        trainer.on_train_start()
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def transforms_of():
+    """``transforms_of(trainer)``: its augmentation as nnU-Net asks for it."""
+
+    def make(trainer):
+        rotation, dummy, _, mirror = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        manager, config = trainer.label_manager, trainer.configuration_manager
+        return trainer.get_training_transforms(
+            config.patch_size, rotation, trainer._get_deep_supervision_scales(), mirror, dummy,
+            use_mask_for_norm=config.use_mask_for_norm, foreground_labels=manager.foreground_labels,
+            regions=manager.foreground_regions if manager.has_regions else None, ignore_label=manager.ignore_label,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

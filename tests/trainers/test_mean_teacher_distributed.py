@@ -26,7 +26,9 @@ def build(folder):
     rotation, dummy, _, mirror = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     scales, patch = trainer._get_deep_supervision_scales(), trainer.configuration_manager.patch_size
     _, trainer._targets = split_transforms(
-        trainer.get_training_transforms(patch, rotation, scales, mirror, dummy, use_mask_for_norm=[False])
+        trainer.get_training_transforms(patch, rotation, scales, mirror, dummy, use_mask_for_norm=[False]),
+        1.0,
+        "nnunet",
     )
     return trainer
 

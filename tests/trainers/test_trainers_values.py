@@ -1,22 +1,19 @@
-"""Trainers by hand values: skipped steps, the pool's changes of several channels, its processes, and what is drawn and told."""
+"""Trainers by hand values: skipped steps, what is drawn and told, and which networks are refused."""
 
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
-from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
-from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from PIL import Image
 
 from nnssl.errors import NnsslError
 from nnssl.networks import canonical_state_dict
 from nnssl.plans.figures import FineTuningConfig
 from nnssl.trainers import learning_rates, mean_teacher, nnUNetTrainerMeanTeacher, refusals, stepwise
-from nnssl.trainers.pool import split_transforms, strong_changes, with_strong_changes
+from nnssl.trainers.learning_rates import draw_below
 from nnssl.trainers.pretrained import check_network
 from nnssl.trainers.pseudo_label_trace import draw_trace, trace_lines, trace_row
 from nnssl.trainers.schedule import LearningRates
@@ -43,71 +40,6 @@ def test_on_a_cpu_the_network_lies_as_its_convolutions_are_quickest(build):
     trainer.initialize()
     weights = [p for p in trainer.network.parameters() if p.ndim == 5]
     assert weights and all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in weights)
-
-
-# ---- the pool --------------------------------------------------------------------------------------------------------
-
-
-def test_each_channel_changes_by_itself():
-    """Noise, factor, shift and gamma of two channels that are alike are two."""
-    torch.manual_seed(0)
-    x = torch.linspace(0.1, 1, 60).view(1, 3, 4, 5).repeat(2, 1, 1, 1)
-    for change in strong_changes(4.0):
-        apart = [not torch.equal(*change(image=x.clone())["image"]) for _ in range(5)]
-        assert all(apart), change.transform
-    noise = strong_changes(4.0)[0]
-    sizes = [noise(image=torch.zeros(2, 24, 24, 24))["image"].flatten(1).std(1) for _ in range(5)]
-    assert max(abs(float(a / b) - 1) for a, b in sizes) > 0.2, "its size, too, is each channel's own"
-
-
-@pytest.mark.parametrize(
-    ("intensities", "first", "count"), [("nnunet", "GaussianNoise", 7), ("strong", "GaussianNoise", 4)]
-)
-def test_the_students_changes_are_nnunets_or_strong_ones(build, intensities, first, count):
-    """Cut from nnU-Net's own augmentation: its seven, blur and low resolution among them, or four others in their place."""
-    trainer = build(nnUNetTrainerMeanTeacher)
-    trainer.figures = replace(trainer.figures, intensities="nnunet", shift=0.0)
-    config, manager = trainer.configuration_manager, trainer.label_manager
-    rotation, dummy, _, mirror = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-    scales = trainer._get_deep_supervision_scales()
-    transforms = trainer.get_training_transforms(
-        config.patch_size, rotation, scales, mirror, dummy, foreground_labels=manager.foreground_labels
-    )
-    views, _ = split_transforms(transforms, 2.0, intensities)
-    kinds = [type(t.transform).__name__ for t in views.intensity]
-    assert len(kinds) == count and kinds[0].startswith(first)
-    assert ("GaussianBlurTransform" in kinds) is (intensities == "nnunet")
-    assert views.intensity[0].transform.noise_variance == pytest.approx((0, 0.2 if intensities == "nnunet" else 0.6))
-
-
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_strong_changes_come_where_the_first_change_of_intensities_was(count):
-    """Before mirroring and all that follows, however many there were."""
-    mirror = MirrorTransform((0, 1, 2))
-    made = with_strong_changes(ComposeTransforms([*(GaussianBlurTransform() for _ in range(count)), mirror]))
-    assert len(made.transforms) == 5 and made.transforms[-1] is mirror
-
-
-@pytest.mark.parametrize(("allowed", "processes", "cached"), [(0, 0, 0), (1, 1, 3), (5, 2, 3), (12, 6, 3), (16, 8, 4)])
-def test_the_pool_gets_half_of_the_processes(build, monkeypatch, allowed, processes, cached):
-    """Each with its own seed, and as many batches waiting as nnU-Net's validation has."""
-    trainer, told = build(nnUNetTrainerMeanTeacher), []
-    trainer.figures, trainer.batch_size = FineTuningConfig(strength=1.0), 2
-    trainer.pool = type("Pool", (), {"cases": []})()
-    monkeypatch.setattr(mean_teacher, "UnlabelledLoader", lambda *a: a)
-    monkeypatch.setattr(mean_teacher, "get_allowed_n_proc_DA", lambda: allowed)
-    monkeypatch.setattr(mean_teacher, "SingleThreadedAugmenter", lambda loader, _: told.append((0, 0, 0)))
-    monkeypatch.setattr(
-        mean_teacher,
-        "NonDetMultiThreadedAugmenter",
-        lambda loader, _, n, num_cached, seeds, **how: told.append((n, num_cached, len(set(seeds)), how)),
-    )
-    trainer._load_pool()
-    as_nnunets = {"pin_memory": False, "wait_time": 0.002}
-    assert told == [(processes, cached, processes, as_nnunets)] if allowed else told == [(0, 0, 0)]
-
-
-# ---- what a person sees ----------------------------------------------------------------------------------------------
 
 
 def test_an_epochs_row_by_hand():
@@ -157,11 +89,12 @@ def drawn(rates, epochs):
     from matplotlib.figure import Figure
 
     ax = Figure().subplots()
-    learning_rates._draw(rates, epochs, ax)
+    learning_rates.draw_rates(rates, epochs, ax)
     *lines, now = ax.get_lines()
     assert ax.get_ylabel() == "learning rate of each part" and ax.get_xlabel().startswith("epoch (of ")
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [line.get_label() for line in lines[::2]]
     assert now.get_xdata()[0] == epochs
+    assert {line.get_drawstyle() for line in lines} == {"steps-post"}, "a jump of the rate is drawn as one"
     assert legible(ax) == [*[("-", 4), ("--", 1.5)] * (len(lines) // 2), ("-", 2)]
     assert ax.yaxis.get_offset_text().get_fontsize() == 28
     assert all(line.get_visible() and line.get_alpha() == 0.4 for line in ax.get_ygridlines())
@@ -198,25 +131,12 @@ def test_nnunets_own_length_is_drawn_from_left_to_right():
     assert len(x) > 1000 and np.all(np.diff(x) > 0) and x[-1] == 1000
 
 
-def test_several_patches_get_a_pseudo_label_each(build):
-    """One by one as together, and background outside of the image."""
-    trainer = build(nnUNetTrainerMeanTeacher)
-    trainer.initialize()
-    trainer._make_teacher()
-    seen, outside = torch.randn(3, 1, 16, 16, 16), torch.zeros(3, 1, 16, 16, 16)
-    outside[1, :, :4] = -1
-    made = trainer.pseudo_labels(seen, outside)
-    each = torch.cat([trainer.pseudo_labels(seen[i : i + 1], outside[i : i + 1]) for i in range(3)])
-    assert made.shape == (3, 1, 16, 16, 16) and float((made == each).float().mean()) > 0.999
-    assert not made[1, :, :4].any() and made[0].any() and not torch.equal(made[0], made[2])
-
-
 @pytest.mark.parametrize(("rank", "told", "drawn"), [(0, True, ["rates", "trace"]), (1, True, []), (0, False, [])])
 def test_one_process_draws_the_rates_and_the_pool_after_each_epoch(build, monkeypatch, rank, told, drawn):
     trainer, found = build(nnUNetTrainerMeanTeacher), []
     trainer.initialize()
     monkeypatch.setattr(nnUNetTrainer, "on_epoch_end", lambda self: None)
-    monkeypatch.setattr(stepwise, "draw_rates", lambda rates, epoch, path: found.append(("rates", path.name)))
+    monkeypatch.setattr(stepwise, "draw_below", lambda path, draw: found.append(("rates", path.name)))
     monkeypatch.setattr(mean_teacher, "draw_below", lambda path, draw: found.append(("trace", path.name)))
     trainer.local_rank = rank
     trainer.rates, trainer.trace = ([{"epoch": 0}], [{"epoch": 0}]) if told else ([], [])
@@ -282,3 +202,14 @@ def test_rates_are_logged_where_what_is_frozen_changes_and_nowhere_else(monkeypa
     assert found == [["w"], ["w"], []] and held == [[]]
     assert len(lines) == 1 and lines[0].startswith("nnssl: step 3 of the epoch: ")
     assert trainer.rates[-1]["last"] == {"encoder": 0.5, "heads": 1.0}
+
+
+def test_a_panel_is_drawn_below_a_figure_that_stays_as_it_was(tmp_path):
+    before = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 640, 3), dtype=np.uint8))
+    before.save(tmp_path / "progress.png")
+    draw_below(tmp_path / "progress.png", lambda ax: ax.figure.set_facecolor("black"))
+    after = np.asarray(Image.open(tmp_path / "progress.png"))
+    assert np.array_equal(after[:30], np.asarray(before)) and after.shape[1:] == (640, 3)
+    below = after[30:]
+    assert len(below) == 1400 and not below[[0, -1]].any() and not below[:, [0, -1]].any() and below[700, 320].any()
+    assert [p.name for p in tmp_path.iterdir()] == ["progress.png"]
