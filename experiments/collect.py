@@ -3,80 +3,61 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import platform
 import shlex
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from nnssl.errors import NnsslError
 from nnssl.experiments.cases import Resolved, cases_in
 from nnssl.experiments.executor import Outcome
-from nnssl.experiments.experiment import Experiment
-from nnssl.experiments.jobs import Graph, Job, Run
+from nnssl.experiments.jobs import Job, Run
 from nnssl.experiments.launch import typed
-from nnssl.experiments.records import Records
-from nnssl.files import read_json, write_csv, write_json
+from nnssl.experiments.session import Session
+from nnssl.files import read_json, write_atomic, write_json
 from nnssl.variables import variables
 from nnssl.weights.save import package_versions
 
 log = logging.getLogger("nnssl")
 
-CASE_COLUMNS = ("method", "labels", "setting", "seed", "fold", "case", "label", "dice", "surface_dice", "hd95",
-                "reference_voxels", "prediction_voxels")  # fmt: skip
-CURVE_COLUMNS = ("method", "labels", "setting", "seed", "fold", "epoch", "step", "pseudo_dice", "train_loss", "val_loss",
-                 "minutes")  # fmt: skip
-FAILURE_COLUMNS = ("job", "phase", "method", "labels", "setting", "seed", "fold", "reason", "log", "command")
+CELL_COLUMNS = ("method", "labels", "setting", "seed", "fold")
+CASE_COLUMNS = (*CELL_COLUMNS, "case", "label", "dice", "surface_dice", "hd95", "reference_voxels", "prediction_voxels")
+CURVE_COLUMNS = (*CELL_COLUMNS, "epoch", "step", "pseudo_dice", "train_loss", "val_loss", "minutes")
+FAILURE_COLUMNS = ("job", "phase", *CELL_COLUMNS, "reason", "log", "command")
 
 
-def collect(
-    folder: Path,
-    experiment: Experiment,
-    graph: Graph,
-    records: Records,
-    outcome: Outcome | None,
-    device: str,
-    command: str | None = None,
-) -> int:
+def collect(session: Session, outcome: Outcome) -> int:
     """Write cases.csv, runs.csv, failures.csv, images.json and experiment.json.
 
+    A call that runs nothing leaves what an earlier one has noted of commands, hardware and versions.
+
     Args:
-        folder: the output folder.
-        experiment, graph: what is asked for.
-        records: of the jobs.
-        outcome: of this call's jobs, for the failures; None leaves failures.csv empty.
-        device: that the jobs ran on.
-        command: the command line of this call; None where it runs nothing, and what an earlier call has noted of commands,
-            hardware and versions stays.
+        session: the experiment.
+        outcome: of this call's jobs, for the failures.
 
     Returns:
         The number of runs that are evaluated.
     """
-    cases, curves, done, labels = [], [], [], {}
-    for run in graph.runs:
-        found = _result(run.result)
-        if found is None:
-            continue
-        done.append(run)
-        labels.update(found["labels"])
-        cases += [{**run.about, **row} for row in found["cases"]]
-        curves += [{**run.about, **row} for row in found["curve"]]
-    _write_csv(folder / "cases.csv", CASE_COLUMNS, cases)
-    _write_csv(folder / "runs.csv", CURVE_COLUMNS, curves)
-    _write_csv(folder / "failures.csv", FAILURE_COLUMNS, _failures(graph, records, outcome))
-    write_json(folder / "images.json", _images(done, labels))
-    about = describe(experiment, graph, records, device, command or f"nnssl_label_efficiency {experiment.file.name}")
-    file = folder / "experiment.json"
-    if command is None and file.is_file():
+    folder = session.folder
+    results = [(run, found) for run in session.graph.runs if (found := _result(run.result)) is not None]
+    for name, part, columns in (("cases.csv", "cases", CASE_COLUMNS), ("runs.csv", "curve", CURVE_COLUMNS)):
+        _write_csv(folder / name, columns, [{**run.about, **row} for run, found in results for row in found[part]])
+    _write_csv(folder / "failures.csv", FAILURE_COLUMNS, _failures(session, outcome))
+    labels = {name: value for _, found in results for name, value in found["labels"].items()}
+    write_json(folder / "images.json", _images([run for run, _ in results], labels))
+    about, file = describe(session), folder / "experiment.json"
+    if session.command is None and file.is_file():
         with suppress(NnsslError):
             before = read_json(file)
             about |= {k: before[k] for k in ("commands", "hardware", "versions") if before.get(k)}
     write_json(file, about)
-    return len(done)
+    return len(results)
 
 
 def _result(file: Path) -> dict[str, Any] | None:
@@ -95,26 +76,19 @@ def _result(file: Path) -> dict[str, Any] | None:
     return None
 
 
-def _write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    values = ([row.get(k, "") for k in columns] for row in rows)
-    empty = (["" if isinstance(v, float) and math.isnan(v) else v for v in row] for row in values)
-    write_csv(file, [columns, *empty])
+def _write_csv(file: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    text = pd.DataFrame(rows, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n")
+    write_atomic(file, lambda handle: handle.write(text.encode("utf-8", "surrogateescape")))
 
 
-def _failures(graph: Graph, records: Records, outcome: Outcome | None) -> list[dict[str, Any]]:
-    rows = []
-    for job_id, reason in (outcome.failed if outcome else {}).items():
-        job = graph.jobs[job_id]
-        log = os.path.relpath(records.log(job_id), records.folder)
-        rows.append(
-            {**job.about, "job": job_id, "phase": job.phase, "reason": reason, "log": log, "command": job.shown}
-        )
-    for job_id, need in (outcome.blocked if outcome else {}).items():
-        job = graph.jobs[job_id]
-        rows.append(
-            {**job.about, "job": job_id, "phase": job.phase, "reason": f"not run: {need} failed", "command": job.shown}
-        )
-    return rows
+def _failures(session: Session, outcome: Outcome) -> list[dict[str, Any]]:
+    graph, records = session.graph, session.records
+    logs = {i: os.path.relpath(records.log(i), records.folder) for i in outcome.failed}
+    reasons = {**outcome.failed, **{i: f"not run: {need} failed" for i, need in outcome.blocked.items()}}
+    return [
+        {**graph.jobs[i].about, "job": i, "phase": graph.jobs[i].phase, "reason": reason, "log": logs.get(i, ""),
+         "command": graph.jobs[i].shown} for i, reason in reasons.items()
+    ]  # fmt: skip
 
 
 def _images(runs: Sequence[Run], labels: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,21 +111,18 @@ def _fold_images(run: Run) -> dict[str, Any]:
     }
 
 
-def describe(experiment: Experiment, graph: Graph, records: Records, device: str, command: str) -> dict[str, Any]:
+def describe(session: Session) -> dict[str, Any]:
     """``experiment.json``: everything resolved, with how long it took and on what."""
-    all_records = records.all()
-    mine = [all_records[i] for i in graph.jobs if i in all_records]
-    starts = [float(r["started"]) for r in mine if r.get("started")]
-    seconds = sum(float(r.get("seconds") or 0) for r in mine)
+    experiment, graph = session.experiment, session.graph
+    records = {i: session.records.read(i) for i in graph.jobs}
+    starts = [float(r["started"]) for r in records.values() if r.get("started")]
+    seconds = sum(float(r.get("seconds") or 0) for r in records.values())
     settings = [_axes(s) for s in graph.settings]
+    first = settings[0]
     return {
         "name": experiment.name,
         "title": experiment.title,
-        **{
-            k: settings[0][k]
-            for k in ("methods", "labels", "seeds", "folds")
-            if all(s[k] == settings[0][k] for s in settings)
-        },
+        **{k: v for k, v in first.items() if k != "name" and all(s[k] == v for s in settings)},
         "settings": settings,
         "pictures": experiment.pictures,
         "started": _clock(min(starts)) if starts else None,
@@ -159,13 +130,10 @@ def describe(experiment: Experiment, graph: Graph, records: Records, device: str
         "minutes": round(seconds / 60, 2),
         "notes": list(experiment.notes),
         "versions": package_versions(),
-        "hardware": _hardware(device),
-        "commands": _commands(experiment, command),
+        "hardware": _hardware(session.device),
+        "commands": _commands(session),
         "asked": [_asked(s) for s in graph.settings],
-        "jobs": {
-            i: {"command": _command(job, all_records.get(i, {})), **_short(all_records.get(i, {}))}
-            for i, job in graph.jobs.items()
-        },
+        "jobs": {i: {"command": _command(job, records[i]), **_short(records[i])} for i, job in graph.jobs.items()},
     }
 
 
@@ -194,9 +162,10 @@ def _command(job: Job, record: Mapping[str, Any]) -> str:
     return shlex.join(typed(run[:-1] if run[-1] == "--c" else run))
 
 
-def _commands(experiment: Experiment, command: str) -> list[str]:
+def _commands(session: Session) -> list[str]:
     """What repeats the experiment; nnU-Net's three folders are each machine's own."""
-    environment = {**variables(), **experiment.environment}
+    environment = {**variables(), **session.experiment.environment}
+    command = session.command or f"nnssl_label_efficiency {session.experiment.file.name}"
     return [*(f"export {k}={shlex.quote(v)}" for k, v in environment.items()), command]
 
 

@@ -96,11 +96,6 @@ class Records:
             return False
         return all(path.is_file() for path in job.outputs)
 
-    def all(self) -> dict[str, dict[str, Any]]:
-        """All records by job id, also of jobs that are in the file no longer."""
-        folder = self.folder / "jobs"
-        return {f.stem: self.read(f.stem) for f in sorted(folder.glob("*.json"))} if folder.is_dir() else {}
-
     def last_lines(self, job_id: str, count: int = 1) -> list[str]:
         """The last lines of a job's log that say something."""
         file = self.log(job_id)

@@ -1,15 +1,23 @@
-"""A made-up label-efficiency experiment: numbers with known gains, and small ellipsoids as images."""
+"""Made-up label-efficiency experiments: numbers with known gains and small ellipsoids as images, and jobs that only pretend."""
 
 from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+
+from nnssl.experiments import cli, executor, report
+from nnssl.experiments.executor import LocalBackend
+from nnssl.experiments.experiment import load_experiment
+from nnssl.experiments.graph import build_graph
+from nnssl.experiments.records import Records
+from nnssl.experiments.session import Options
 
 LABELS = ("Anterior", "Posterior")
 METHODS = {
@@ -143,3 +151,87 @@ def synthetic_experiment(tmp_path_factory) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+FAKE = """
+import json, os, sys, time
+control = sys.argv[1]
+table = json.load(open(os.path.join(control, "table.json")))
+command = [a for a in sys.argv[2:] if a != "--c"]
+job = table[json.dumps(command)]
+for path in job["resume"][-1:]:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    open(path, "w").write("begun")
+if os.path.exists(os.path.join(control, "fail-" + job["id"])):
+    print("out of memory, lower the batch")
+    sys.exit(3)
+begin = time.monotonic()
+while os.path.exists(os.path.join(control, "hang-" + job["phase"])) and time.monotonic() < begin + 600:
+    with open(os.path.join(control, "hanging.tmp"), "w") as file:
+        file.write(job["id"])
+    os.replace(os.path.join(control, "hanging.tmp"), os.path.join(control, "hanging"))
+    time.sleep(0.01)
+for path in job["outputs"]:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    open(path, "w").write("written by " + job["id"])
+if job["phase"] == "evaluate":
+    spec = json.load(open(command[1]))
+    rows = [{"case": c["case"], "label": "liver", "dice": 0.5, "surface_dice": 0.5, "hd95": float("nan"),
+             "reference_voxels": 9, "prediction_voxels": 8} for c in spec["cases"]]
+    curve = [{"epoch": 0, "step": 3, "pseudo_dice": 0.1, "train_loss": 1.0, "val_loss": 2.0, "minutes": 0.5}]
+    json.dump({"cases": rows, "curve": curve, "labels": {"liver": 1}}, open(spec["result"], "w"))
+if job["id"] + "-incomplete" in os.listdir(control):
+    os.unlink(job["outputs"][0])
+"""
+
+
+class Lab:
+    """A tiny experiment with fake commands: a small program writes the files that each would write, hangs or fails."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out, self.control = folder, folder / "out", folder / "control"
+        self.control.mkdir()
+        (self.control / "fake.py").write_text(FAKE)
+        self.file = folder / "exp.yaml"
+        self.write()
+
+    def write(self, **changes: str) -> None:
+        lines = {"dataset": 901, "methods": "[scratch, mae]", "labels": "[1]", "seeds": 1, "training": "{epochs: 2}"}
+        lines["network"] = "{features: [4, 8, 12]}"
+        self.file.write_text("".join(f"{k}: {v}\n" for k, v in {**lines, **changes}.items()))
+        graph = self.graph()
+        table = {
+            json.dumps(list(j.command)): {"id": j.id, "phase": j.phase, "outputs": [str(p) for p in j.outputs],
+                                          "resume": [str(p) for p in j.resume]}
+            for j in graph.jobs.values()
+        }  # fmt: skip
+        (self.control / "table.json").write_text(json.dumps(table))
+
+    def graph(self):
+        return build_graph(load_experiment(self.file), self.out, "cpu")
+
+    @property
+    def launcher(self) -> list[str]:
+        """What a job's command is appended to."""
+        return [sys.executable, "-S", str(self.control / "fake.py"), str(self.control)]
+
+    def run(self, backend=None, **options):
+        backend = backend or LocalBackend(Records(self.out), {}, launcher=self.launcher)
+        return cli.run_experiment(self.file, Options(self.out, "cpu", **options), backend)
+
+    def starts(self, job_id: str) -> list[str]:
+        file = self.out / "logs" / f"{job_id}.log"
+        return [line for line in file.read_text().splitlines() if line.startswith("$ ")] if file.is_file() else []
+
+    def rows(self, name: str) -> list[dict]:
+        with (self.out / name).open(newline="") as file:
+            return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def lab(tiny_preprocessed, tmp_path, monkeypatch):
+    tiny_preprocessed(901, "Tiny", 5, n_test=2)
+    monkeypatch.setattr(executor, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(cli, "need_surface_library", lambda: None)
+    monkeypatch.setattr(report, "write", lambda folder, experiment, published=None: None)
+    return Lab(tmp_path)

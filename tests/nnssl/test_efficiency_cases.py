@@ -10,7 +10,7 @@ import pytest
 from nnssl.errors import NnsslError
 from nnssl.experiments.cases import forbidden_cases, resolve_setting
 from nnssl.experiments.experiment import Setting, load_experiment
-from nnssl.experiments.jobs import build_graph
+from nnssl.experiments.graph import build_graph
 
 LINES = {"dataset": "901", "methods": "[scratch, mae]", "labels": "[1, 2]", "seeds": "2", "training": "{epochs: 2}"}
 
