@@ -57,7 +57,7 @@ def plans(
     """nnU-Net plans of a PlainConvUNet (or, with ``arch="resenc"``, ResidualEncoderUNet) with stages of stride 2."""
     n = len(features)
     resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
-    architecture = {
+    architecture: dict[str, Any] = {
         "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
         "arch_kwargs": {
             "n_stages": n,
@@ -78,7 +78,7 @@ def plans(
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
     }
     if arch == "resenc":
-        kwargs: dict[str, Any] = architecture["arch_kwargs"]  # type: ignore[assignment]
+        kwargs = architecture["arch_kwargs"]
         del kwargs["n_conv_per_stage"]
         kwargs["n_blocks_per_stage"] = [1, 3, 4, 6, 6, 6][:n]
         kwargs["n_conv_per_stage_decoder"] = [1] * (n - 1)

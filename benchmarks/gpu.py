@@ -128,7 +128,7 @@ def nccl(bench: Bench) -> list[dict[str, Any]]:
             plain = bench.seconds(training.step)
             ids = [bench.device.index or 0] if bench.device.type == "cuda" else None
             training.stepper.module = torch.nn.parallel.DistributedDataParallel(training.method, device_ids=ids)
-            ok = bool(torch.equal(x.grad, torch.ones_like(x)))  # type: ignore[arg-type]
+            ok = x.grad is not None and torch.equal(x.grad, torch.ones_like(x))
             row = {"backend": backend, "start_s": started, "gather_right": ok, "step_s": plain}
             return row | {"step_ddp_s": bench.seconds(training.step)}
         finally:

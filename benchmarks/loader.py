@@ -18,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ def rows_of(sides: dict[str, Any], names: list[str], edge: int, crops: int, roun
     rows = []
     for name in names:
         asked: dict[str, Callable[[], float]] = {"nnU-Net": lambda: float(sides["nnunet"].ask("loader", edge, crops))}
-        asked["ours"] = lambda name=name: float(sides["ours"].ask("loader", edge, crops, name))  # type: ignore[misc]
+        asked["ours"] = partial(sides["ours"].ask, "loader", edge, crops, name)
         try:
             about = sides["ours"].ask("about", edge, crops, name)
         except Failed as error:

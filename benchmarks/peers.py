@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def rows_of(
 
     rows, few = [], min(3, rounds)
     for edge in edges if "loader" in only else ():
-        asked = each(lambda s, edge=edge: lambda: s.ask("loader", edge, crops))  # type: ignore[misc]
+        asked = each(lambda s, e=edge: partial(s.ask, "loader", e, crops))
         rows.append(row_of(f"loader, crops of {edge}^3", "s / Mvoxel", asked, rounds))
     if "preprocessing" in only:
         volumes = each(lambda s: once(lambda i: s.ask("preprocess", i)))

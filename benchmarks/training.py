@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -112,12 +113,8 @@ class Training:
         self.stepper.dtype = dtype
         if dtype is torch.float16 and bench.device.type == "cuda":
             self.stepper.scaler = torch.amp.GradScaler("cuda")
-
-        class Spec:
-            batch_size = self.total
-
-        Spec.request, Spec.plan = request, plan  # type: ignore[attr-defined]
-        self.host = random_crops(Spec)  # type: ignore[arg-type]
+        spec: Any = SimpleNamespace(batch_size=self.total, request=request, plan=plan)
+        self.host = random_crops(spec)
         self.crops = self.host.to(bench.device)
         self.at = 0
 

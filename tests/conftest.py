@@ -6,6 +6,7 @@ Sizes, spacings and shapes are in nnU-Net's axis order (z, y, x), sizes in voxel
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import random
@@ -94,6 +95,16 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Generator[None, None, None]:
+    """A command configures the package's logger; other tests want it as it was."""
+    logger = logging.getLogger("nnssl")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 def _dataset_json(

@@ -34,15 +34,6 @@ def parsers(tables):
     return tables.parsers()
 
 
-@pytest.fixture(autouse=True)
-def quiet_logger():
-    logger = logging.getLogger("nnssl")
-    level, handlers = logger.level, list(logger.handlers)
-    yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
-
-
 def test_the_page_is_current(tables):
     page = tables.PAGE.read_text(encoding="utf-8")
     assert tables.filled(page) == page, "docs/commands.md is out of date: make tables"

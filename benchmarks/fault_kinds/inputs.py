@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from fault_kinds.lab import DAMAGES, LAB, OPTIONS, RUN, Failed, expect, here
 
@@ -65,18 +66,10 @@ def _bomb() -> None:
 def _memory() -> None:
     from nnssl.pretrain.prepare.worker import CaseWorker
 
-    made, run = prepared(), CaseWorker._run
-    (made / "case_000001.pkl").unlink()
-
-    def fail(self: CaseWorker, case: Any, state: Any) -> None:
-        raise MemoryError
-
-    CaseWorker._run = fail  # type: ignore[method-assign]
-    try:
+    (prepared() / "case_000001.pkl").unlink()
+    with patch.object(CaseWorker, "_run", side_effect=MemoryError):
         expect(here(*PREPARE), 1, "case_000001.*does not fit into this machine's memory.*--skip-bad")
         expect(here(*PREPARE, "--skip-bad"), 0, "5 cases are preprocessed")
-    finally:
-        CaseWorker._run = run  # type: ignore[method-assign]
     prepared()
 
 

@@ -88,12 +88,12 @@ def program(name: str, *more: str, at: str = "epoch 2/", act: Callable[[subproce
     )
     clock = threading.Timer(LIMIT, lambda: os.killpg(process.pid, signal.SIGKILL))
     clock.start()
-    lines, done = [], act is None
+    lines = []
     for line in process.stdout or ():
         lines.append(line)
-        if not done and line.startswith(at):
-            done = True
-            act(process)  # type: ignore[misc]
+        if act is not None and line.startswith(at):
+            act(process)
+            act = None
     code = process.wait()
     hung = not clock.is_alive()
     clock.cancel()

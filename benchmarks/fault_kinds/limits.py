@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from fault_kinds.lab import LAB, RUN, Failed, continues, expect, go, here, program, same
 
@@ -130,11 +131,8 @@ def _nan() -> None:
                 next(iter(self.method.network.parameters())).fill_(float("nan"))
         return out
 
-    Stepper.step = spoil  # type: ignore[method-assign]
-    try:
+    with patch.object(Stepper, "step", spoil):
         expect(go("nan"), 1, "Error: step 17: a weight after it is not finite. Cases of the batch:")
-    finally:
-        Stepper.step = step  # type: ignore[method-assign]
     continues("nan")
 
 

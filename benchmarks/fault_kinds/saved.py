@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from fault_kinds.lab import DAMAGES, LAB, continues, expect, folder, go
 
@@ -28,11 +29,8 @@ def stopped(name: str) -> Iterator[Path]:
         if self.step == 12:
             raise KeyboardInterrupt
 
-    Engine.save = end  # type: ignore[method-assign]
-    try:
+    with patch.object(Engine, "save", end):
         expect(go(name), 130, "Stopped")
-    finally:
-        Engine.save = save  # type: ignore[method-assign]
     yield folder(name)
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from loader import Ours
 
@@ -122,7 +123,7 @@ def first_step(settings: dict[str, Any], done: Callable[[], None]) -> None:
         done()
         return found
 
-    Stepper.step = stepped  # type: ignore[method-assign]
     crop = ",".join([str(settings["edge"])] * 3)
     command = ["-d", str(settings["id"]), "-p", settings["small"], "-m", "mae", "-device", "cpu", "--crop", crop]
-    cli.main([*command, "--epochs", "1", "--iterations", "2", "-o", "batch_size=2", "workers=0"])
+    with patch.object(Stepper, "step", stepped):
+        cli.main([*command, "--epochs", "1", "--iterations", "2", "-o", "batch_size=2", "workers=0"])

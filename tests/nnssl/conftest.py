@@ -18,6 +18,7 @@ from nnssl.experiments.experiment import load_experiment
 from nnssl.experiments.graph import build_graph
 from nnssl.experiments.records import Records
 from nnssl.experiments.session import Options
+from nnssl.plans import Plan
 
 LABELS = ("Anterior", "Posterior")
 METHODS = {
@@ -126,6 +127,16 @@ def _run_rows(counts, settings, seeds, epochs) -> list[dict]:
                             "val_loss": f"{-dice:.5f}", "minutes": f"{0.1 * (epoch + 1):.2f}",
                         })  # fmt: skip
     return rows
+
+
+@pytest.fixture
+def plan_of(tiny_plans, tiny_dataset_json):
+    """``plan_of(configuration="3d_fullres", **tiny_plans)``: a Plan."""
+
+    def make(configuration="3d_fullres", **options):
+        return Plan.from_dicts(tiny_plans(**options), configuration, tiny_dataset_json(options.get("channels", 1)))
+
+    return make
 
 
 @pytest.fixture(scope="session")

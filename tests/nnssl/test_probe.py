@@ -31,14 +31,6 @@ REGIONS = Classes(("whole", "core"), ((1, 2), (2,)), True, None)
 
 
 @pytest.fixture
-def plan_of(tiny_plans, tiny_dataset_json):
-    def make(configuration="3d_fullres", **options):
-        return Plan.from_dicts(tiny_plans(**options), configuration, tiny_dataset_json(options.get("channels", 1)))
-
-    return make
-
-
-@pytest.fixture
 def dataset(tiny_preprocessed):
     tiny_preprocessed(901, n=5)
     return load_plan(901)

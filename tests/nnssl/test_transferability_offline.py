@@ -12,20 +12,12 @@ import torch
 from nnssl import checkpoint
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network
-from nnssl.plans import Plan, load_plan
+from nnssl.plans import load_plan
 from nnssl.preprocessed import list_cases
 from nnssl.transferability import compare
 from nnssl.transferability.checkpoints import Measured
 from nnssl.transferability.cli import main
 from nnssl.transferability.crops import choose_cases, crop_size, read_crops
-
-
-@pytest.fixture
-def plan_of(tiny_plans, tiny_dataset_json):
-    def make(configuration="3d_fullres", **options):
-        return Plan.from_dicts(tiny_plans(**options), configuration, tiny_dataset_json(options.get("channels", 1)))
-
-    return make
 
 
 @pytest.fixture

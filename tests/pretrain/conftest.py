@@ -20,6 +20,16 @@ def locale_kept():
     locale.setlocale(locale.LC_ALL, before)
 
 
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """``progress.png`` takes longer than all else of these runs."""
+    from nnssl.pretrain.engine import logs
+
+    monkeypatch.setattr(logs.RunLog, "draw", lambda *args, **kwargs: None)
+    monkeypatch.setattr(logs.RunLog, "draw_details", lambda self: None)
+    monkeypatch.setenv("nnssl_logger", "none")
+
+
 def _crops(method, n=3, seed=0, start=0):
     g = torch.Generator().manual_seed(seed)
     window, channels = method.request.read_size, method.plan.n_channels

@@ -19,14 +19,7 @@ COMMON = {"method": "mae", "device": "cpu", "epochs": 3, "iterations": 2, "robus
 OPTIONS = {"workers": 0, "held_out_batches": 1, "picture_every": 0}
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch):
-    """``progress.png`` takes longer than all else of these runs."""
-    from nnssl.pretrain.engine import logs
-
-    monkeypatch.setattr(logs.RunLog, "draw", lambda *args, **kwargs: None)
-    monkeypatch.setattr(logs.RunLog, "draw_details", lambda self: None)
-    monkeypatch.setenv("nnssl_logger", "none")
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture

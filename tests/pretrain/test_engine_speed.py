@@ -35,14 +35,7 @@ from nnssl.pretrain.types import SourceStats
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch):
-    """``progress.png`` takes longer than all else of these runs."""
-    from nnssl.pretrain.engine import logs
-
-    monkeypatch.setattr(logs.RunLog, "draw", lambda *args, **kwargs: None)
-    monkeypatch.setattr(logs.RunLog, "draw_details", lambda self: None)
-    monkeypatch.setenv("nnssl_logger", "none")
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture

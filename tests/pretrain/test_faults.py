@@ -25,14 +25,7 @@ OPTIONS = {"workers": 0, "held_out_batches": 1, "picture_every": 0}
 SMALL = {"shape": (12, 16, 12), "plan_options": {"patch": (8, 8, 8)}}
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch):
-    """``progress.png`` takes longer than all else of these runs."""
-    from nnssl.pretrain.engine import logs
-
-    monkeypatch.setattr(logs.RunLog, "draw", lambda *args, **kwargs: None)
-    monkeypatch.setattr(logs.RunLog, "draw_details", lambda self: None)
-    monkeypatch.setenv("nnssl_logger", "none")
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture

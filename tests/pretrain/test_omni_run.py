@@ -1,7 +1,6 @@
 """``nnssl_pretrain --labelled`` as a user types it: what it leaves, resume across the switch, refusals."""
 
 import json
-import logging
 
 import pytest
 import SimpleITK as sitk
@@ -20,15 +19,6 @@ from nnssl.weights import apply
 
 QUICK = {"workers": 0, "held_out_batches": 1, "batch_size": 4, "picture_every": 0, "log_every": 1}
 SMALL = {**QUICK, "omni.batch": 1, "omni.agreement": 2, "omni.volumes": 0, "omni.patch": "8,12,8"}
-
-
-@pytest.fixture(autouse=True)
-def quiet_logger():
-    logger = logging.getLogger("nnssl")
-    level, handlers = logger.level, list(logger.handlers)
-    yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
 
 
 @pytest.fixture(autouse=True)

@@ -1,22 +1,10 @@
 """``nnssl_pretrain`` as a user types it, right and wrong."""
 
-import logging
-
 import pytest
 
 from nnssl.pretrain.cli import main
 
 SMALL = ["--epochs", "1", "--iterations", "2", "-device", "cpu", "-o", "workers=0", "held_out_batches=1"]
-
-
-@pytest.fixture(autouse=True)
-def quiet_logger():
-    """The command configures the package's logger; other tests want it as it was."""
-    logger = logging.getLogger("nnssl")
-    level, handlers = logger.level, list(logger.handlers)
-    yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
 
 
 def test_list_names_methods_and_options(capsys):
