@@ -4,7 +4,7 @@ A face of :mod:`nnssl.weights`: ``from nnssl import checkpoint; checkpoint.load(
 """
 
 from nnssl.weights.adaptation_plan import adaptation_plan
-from nnssl.weights.leakage import case_hash, labels_seen
+from nnssl.weights.label_set import case_hash, labels_seen
 from nnssl.weights.load import Checkpoint, load
 from nnssl.weights.save import build_payload, fingerprint_names, package_versions, save
 

@@ -14,39 +14,37 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nnssl.networks import canonical_state_dict, unwrap
-from nnssl.weights import is_head, part_of
+from nnssl.parts import DECODER, ENCODER, Part, encoder_stage, part_of
 
 _STAGE = re.compile(r"(?:decoder\.)?encoder\.stages\.(\d+)\.")
 _BLOCK = re.compile(r"eva\.blocks\.(\d+)\.")
-_LAST = "encoder norm"
+_LAST = Part("encoder norm")
 
 
-def group_of(name: str) -> str:
+def group_of(name: str) -> Part:
     """The group of a parameter: ``"encoder stage 0"`` (with the stem), ..., ``"decoder stage 0"``, ..., ``"seg_layers"``.
 
     Of a Primus: ``"encoder stage 0"`` is the embedding with its positions, then come the transformer blocks from 1 on,
     ``"encoder norm"`` behind the last of them, and ``"up_projection"``.
     """
     part = part_of(name)
-    if part != "encoder":
+    if part != ENCODER:
         return part
     block = _BLOCK.match(name)
     if block:
-        return f"encoder stage {int(block.group(1)) + 1}"
+        return encoder_stage(int(block[1]) + 1)
     if name.startswith("eva.norm."):
         return _LAST
     stage = _STAGE.match(name)
-    return f"encoder stage {stage.group(1) if stage else 0}"
+    return encoder_stage(int(stage[1]) if stage else 0)
 
 
-def _depth(group: str) -> tuple[int, int]:
+def _depth(group: Part) -> tuple[int, int]:
     """Sorts from the heads down to the stem."""
-    if is_head(group):
-        return 0, 0
     if group == _LAST:
         return 3, -(10**6)
-    kind, _, number = group.rpartition(" stage ")
-    return ({"decoder": 1, "encoder": 3}.get(kind, 2), -int(number) if kind else 0)
+    kind = 0 if group.is_head else {DECODER: 1, ENCODER: 3}.get(group.kind, 2)
+    return kind, -(group.stage or 0)
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
@@ -58,16 +56,16 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     Returns:
         ``[{"name": str, "params": [...]}, ...]``: each parameter in exactly one.
     """
-    groups: dict[str, list[nn.Parameter]] = {}
+    groups: dict[Part, list[nn.Parameter]] = {}
     for name, parameter in unwrap(network).named_parameters():
         groups.setdefault(group_of(name), []).append(parameter)
-    return [{"name": name, "params": groups[name]} for name in sorted(groups, key=_depth)]
+    return [{"name": str(name), "params": groups[name]} for name in sorted(groups, key=_depth)]
 
 
 def backbone_groups(parts: Iterable[str], groups: Iterable[str]) -> tuple[str, ...]:
     """The groups that lie in the given parts (``"encoder"``, ``"decoder stage 0"``, ...) of a transfer report."""
     wanted = set(parts)
-    return tuple(g for g in groups if g in wanted or ("encoder" in wanted and g.startswith("encoder ")))
+    return tuple(g for g in groups if g in wanted or (ENCODER in wanted and Part(g).kind == ENCODER))
 
 
 def hold_statistics(network: nn.Module, frozen: Iterable[nn.Parameter]) -> None:
@@ -81,7 +79,7 @@ def hold_statistics(network: nn.Module, frozen: Iterable[nn.Parameter]) -> None:
             module.train(id(module.weight) not in held)
 
 
-def changed_parts(network: nn.Module, names: Iterable[str]) -> list[str]:
+def changed_parts(network: nn.Module, names: Iterable[str]) -> list[Part]:
     """The parts that the named tensors lie in, in the order of the network."""
     wanted = set(names)
     return list(dict.fromkeys(part_of(name) for name in canonical_state_dict(network) if name in wanted))

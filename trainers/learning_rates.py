@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.files import write_atomic
+from nnssl.parts import Part
 from nnssl.pictures import new_figure
 from nnssl.trainers.schedule import LearningRates
 
@@ -27,10 +28,12 @@ def merge_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _join(names: Sequence[str]) -> str:
     """``"decoder stage 2, decoder stage 1"`` -> ``"decoder stages 2-1"``."""
-    kinds: dict[str, list[str]] = {}
+    kinds: dict[str, list[int]] = {}
     for name in names:
-        kind, stage, number = name.partition(" stage ")
-        kinds.setdefault(kind, []).extend([number] if stage else [])
+        part = Part(name)
+        kinds.setdefault(name if part.stage is None else part.kind, []).extend(
+            [] if part.stage is None else [part.stage]
+        )
     return ", ".join(
         kind if not n else f"{kind} stage {n[0]}" if len(n) == 1 else f"{kind} stages {n[0]}-{n[-1]}"
         for kind, n in kinds.items()

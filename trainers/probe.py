@@ -68,7 +68,7 @@ class nnUNetTrainerLinearProbe(nnUNetTrainerPretrained):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The probe's convolutions, and nothing else."""
         heads: Any = unwrap(self.network).heads
-        return [{"name": transfer.HEADS, "params": list(heads.parameters())}]
+        return [{"name": str(transfer.HEADS), "params": list(heads.parameters())}]
 
     def check_transfer(self, report: transfer.TransferReport, path: Path) -> None:
         """Refuse to probe decoder stages that are random."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from nnssl.parts import ENCODER, Part, is_head
 from nnssl.plans.figures import MEAN_TEACHER, FineTuningConfig
 from nnssl.teacher.stages import Stages
-from nnssl.weights import is_head
 
 
 def warmup_poly(epoch: int, epochs: int, warmup_epochs: int, exponent: float = 0.9) -> float:
@@ -80,7 +80,7 @@ class LearningRates:
 
     def _factor(self, step: int, group: str) -> float:
         f, epoch = self.figures, step // self.figures.iterations
-        encoder = group.startswith("encoder")
+        encoder = Part(group).kind == ENCODER
         if self.schedule == "freeze_unfreeze":
             if group not in self.backbone:
                 return 1.0
@@ -99,7 +99,7 @@ class LearningRates:
     def always_frozen(self, group: str) -> bool:
         """Whether a group is trained at no step."""
         if self.schedule == "encoder_frozen":
-            return group.startswith("encoder")
+            return Part(group).kind == ENCODER
         return self.schedule == "head_only" and not is_head(group)
 
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from nnssl.amp import autocast_for, cpu_bfloat16, float_outputs, wrong_in_bfloat16
 from nnssl.networks import unwrap
+from nnssl.parts import is_head
 from nnssl.plans.figures import FineTuningConfig
 from nnssl.trainers.groups import backbone_groups, build_optimizer, hold_statistics, parameter_groups
 from nnssl.trainers.learning_rates import describe_rates, draw_below, draw_rates
 from nnssl.trainers.schedule import EpochSchedule, LearningRates, StepSchedule
-from nnssl.weights import is_head
 
 CLIP = 12.0  # nnU-Net's
 
@@ -88,7 +88,7 @@ class StepwiseTrainer(nnUNetTrainer):
         if self.followed_schedule != "freeze_unfreeze":
             return
         rates = self.lr_scheduler.rates
-        chosen = self.default_backbone(rates.groups) if parts is None else list(parts)
+        chosen = self.default_backbone(rates.groups) if parts is None else [str(part) for part in parts]
         self.provenance["backbone"] = chosen
         self.lr_scheduler.rates = replace(rates, backbone=backbone_groups(chosen, rates.groups))
         self.lr_scheduler.step(self.current_epoch)

@@ -6,10 +6,11 @@ it, and a plan (``nnssl_plan --parts``) overrules it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnssl.errors import NnsslError, did_you_mean
+from nnssl.parts import ENCODER, Part, decoder_stage, promised_parts
 
 CHOICES = ("default", "encoder", "encoder+bottom", "all")
 """What ``--parts`` takes: the default that the checkpoint names, the encoder alone, with it the decoder stage of the lowest
@@ -44,33 +45,26 @@ def parts_for(metadata: Mapping[str, Any], schedule: str | None = None) -> str:
     return "all" if (schedule or metadata.get("schedule")) in HEADS_ONLY else "default"
 
 
-def select_parts(promised: Mapping[str, Any], choice: str | Mapping[str, Any], default: str = "all") -> dict[str, Any]:
+def select_parts(held: Sequence[Part], choice: str | Mapping[str, Any], default: str = "all") -> list[Part]:
     """The parts to take from a file.
 
     Args:
-        promised: what the file holds, ``{"encoder": bool, "decoder_stages": [indices from the bottom]}``.
-        choice: one of :data:`CHOICES`, or parts in the form of ``promised``.
+        held: those that the file holds.
+        choice: one of :data:`CHOICES`, or ``{"encoder": bool, "decoder_stages": [indices from the bottom]}``.
         default: what ``"default"`` stands for.
 
     Raises:
         NnsslError: a part that was not pretrained is asked for, or an unknown word.
     """
-    stages = sorted(int(i) for i in promised.get("decoder_stages", ()))
     if isinstance(choice, Mapping):
-        wanted: dict[str, Any] = {
-            "encoder": bool(choice.get("encoder")),
-            "decoder_stages": sorted(choice.get("decoder_stages", ())),
-        }
+        wanted = promised_parts(choice)
     else:
         word = check_parts(default if check_parts(choice) == "default" else choice)
         if word in ("all", "default"):
-            return {**promised, "decoder_stages": stages}
-        wanted = {"encoder": True, "decoder_stages": [0] if word == "encoder+bottom" else []}
-    missing = [f"decoder stage {i}" for i in wanted["decoder_stages"] if i not in stages]
-    if wanted["encoder"] and not promised.get("encoder"):
-        missing.insert(0, "encoder")
+            return list(held)
+        wanted = [ENCODER, decoder_stage(0)] if word == "encoder+bottom" else [ENCODER]
+    missing = [part for part in wanted if part not in held]
     if missing:
-        held = ["encoder"] * bool(promised.get("encoder")) + [f"decoder stage {i}" for i in stages]
         raise NnsslError(
             f"parts '{choice}' ask for {', '.join(missing)}, which the checkpoint has not pretrained. It holds: "
             f"{', '.join(held)}."

@@ -8,7 +8,7 @@ grow N-fold).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nnssl.errors import NnsslError, did_you_mean
+from nnssl.words import size_text
 
 _HOW = {
     "channels": ("repeat", "first", "skip"),
@@ -64,88 +65,73 @@ class Adaptation:
             NnsslError: an unknown kind or way.
         """
         asked = dict(metadata.get("adapt") or {})
-        known = [f.name for f in fields(cls) if f.name != "coverage"]
         for key in asked:
-            if key not in known:
+            if key not in _HOW:
                 raise NnsslError(
-                    f"--adapt {key}=...: there is no such kind.{did_you_mean(key, known)} There are: {', '.join(known)}."
+                    f"--adapt {key}=...: there is no such kind.{did_you_mean(key, _HOW)} There are: {', '.join(_HOW)}."
                 )
-        coverage = metadata.get("coverage")
-        return cls(**asked, **({} if coverage is None else {"coverage": coverage}))
+        if metadata.get("coverage") is not None:
+            asked["coverage"] = metadata["coverage"]
+        return cls(**asked)
 
     from_told = from_metadata  # its name before
 
 
 def adapt_channels(weight: Tensor, n_channels: int, how: str) -> tuple[Tensor, str]:
-    """Change the input channels of a first convolution.
-
-    Args:
-        weight: ``(C_out, C_in, *kernel)``.
-        n_channels: wanted number of input channels.
-        how: ``"repeat"`` or ``"first"``, see :class:`Adaptation`.
-
-    Returns:
-        ``(C_out, n_channels, *kernel)``, and half a sentence for the report.
-    """
+    """A first convolution ``(C_out, C_in, *kernel)`` for other input channels, and half a sentence for the report."""
     given = weight.shape[1]
+    change = f"input channels {given} -> {n_channels}"
     if how == "first":
         out = weight.new_zeros((weight.shape[0], n_channels, *weight.shape[2:]))
         same = min(given, n_channels)
         out[:, :same] = weight[:, :same]
         rest = "the others 0" if n_channels > given else "the others left out"
-        return out, f"input channels {given} -> {n_channels}, the first {same} taken, {rest}"
+        return out, f"{change}, the first {same} taken, {rest}"
     whole = weight.sum(1, keepdim=True) / n_channels
-    text = (
-        "summed" if n_channels == 1 else f"{'repeated' if given == 1 else 'mean repeated'} and divided by {n_channels}"
-    )
-    return whole.expand(-1, n_channels, *weight.shape[2:]).clone(), f"input channels {given} -> {n_channels}, {text}"
+    out = whole.expand(-1, n_channels, *weight.shape[2:]).clone()
+    if n_channels == 1:
+        return out, f"{change}, summed"
+    return out, f"{change}, {'repeated' if given == 1 else 'mean repeated'} and divided by {n_channels}"
+
+
+def _pooled(weight: Tensor, axis: int, size: int) -> Tensor:
+    """One axis averaged or repeated to another size."""
+    moved = weight.movedim(axis, -1)
+    flat = functional.adaptive_avg_pool1d(moved.reshape(-1, 1, moved.shape[-1]), size)
+    return flat.reshape(*moved.shape[:-1], size).movedim(-1, axis)
 
 
 def adapt_kernel(weight: Tensor, size: Sequence[int], how: str) -> tuple[Tensor, str] | None:
-    """Change the kernel of a convolution, axis by axis.
+    """A convolution ``(C_out, C_in, *kernel)`` for another kernel, and half a sentence for the report.
 
-    Args:
-        weight: ``(C_out, C_in, *kernel)``.
-        size: wanted kernel, one number per axis.
-        how: ``"average"``: each axis keeps the sum over it, so that an image that is constant along the axis gives what it gave;
-            ``"centre"``: embedded in zeros (computes exactly the same), or the middle cut out.
-
-    Returns:
-        the kernel and half a sentence for the report; None where no centre exists (odd and even sizes).
+    With ``"average"`` each axis keeps the sum over it, so that an image that is constant along the axis gives what it gave.
+    ``"centre"`` embeds in zeros, which computes exactly the same, or cuts the middle out; None where odd and even sizes have no
+    common centre.
     """
     given = tuple(weight.shape[2:])
     for axis, (old, new) in enumerate(zip(given, size), start=2):
-        if old == new:
-            continue
-        if how == "centre":
-            if (old - new) % 2:
-                return None
-            side = abs(new - old) // 2
-            if new > old:
-                padding = [0, 0] * (weight.ndim - 1 - axis) + [side, side]
-                weight = functional.pad(weight, padding)
-            else:
-                weight = weight.narrow(axis, side, new)
+        if how == "average":
+            weight = _pooled(weight, axis, new) * (old / new)
+        elif (old - new) % 2:
+            return None
+        elif new > old:
+            side = (new - old) // 2
+            weight = functional.pad(weight, [0, 0] * (weight.ndim - 1 - axis) + [side, side])
         else:
-            moved = weight.movedim(axis, -1)
-            flat = functional.adaptive_avg_pool1d(moved.reshape(-1, 1, old), new) * (old / new)
-            weight = flat.reshape(*moved.shape[:-1], new).movedim(-1, axis)
+            weight = weight.narrow(axis, (old - new) // 2, new)
     word = {"centre": "embedded at or cut from the centre", "average": "averaged"}[how]
-    return weight.contiguous(), f"kernel {_times(given)} -> {_times(size)}, {word}"
+    return weight.contiguous(), f"kernel {size_text(given)} -> {size_text(size)}, {word}"
 
 
 def adapt_upsampling(weight: Tensor, size: Sequence[int]) -> tuple[Tensor, str]:
-    """Change the stride of a transposed convolution whose kernel is its stride, ``(C_in, C_out, *stride)``.
+    """A transposed convolution whose kernel is its stride, ``(C_in, C_out, *stride)``, for another stride.
 
     An axis of 1 is repeated (each new position gets what the one got), an axis is averaged down to 1.
     """
     given = tuple(weight.shape[2:])
-    for axis, (old, new) in enumerate(zip(given, size), start=2):
-        if old != new:
-            moved = weight.movedim(axis, -1)
-            flat = functional.adaptive_avg_pool1d(moved.reshape(-1, 1, old), new)
-            weight = flat.reshape(*moved.shape[:-1], new).movedim(-1, axis)
-    return weight.contiguous(), f"upsampling {_times(given)} -> {_times(size)}, repeated or averaged"
+    for axis, new in enumerate(size, start=2):
+        weight = _pooled(weight, axis, new)
+    return weight.contiguous(), f"upsampling {size_text(given)} -> {size_text(size)}, repeated or averaged"
 
 
 def resize_positions(embedding: Tensor, grid: Sequence[int], wanted: Sequence[int]) -> Tensor:
@@ -159,7 +145,7 @@ def resize_positions(embedding: Tensor, grid: Sequence[int], wanted: Sequence[in
         ValueError: the number of tokens is not that of the grid.
     """
     if embedding.shape[1] != torch.Size(grid).numel():
-        raise ValueError(f"{embedding.shape[1]} tokens do not fill a grid of {_times(grid)}")
+        raise ValueError(f"{embedding.shape[1]} tokens do not fill a grid of {size_text(grid)}")
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(grid)]
     maps = embedding.movedim(1, 2).reshape(1, -1, *grid)
     resized = functional.interpolate(maps.float(), size=tuple(wanted), mode=mode, align_corners=False)
@@ -169,16 +155,14 @@ def resize_positions(embedding: Tensor, grid: Sequence[int], wanted: Sequence[in
 def adapt_tensor(
     given: Tensor, shape: Sequence[int], how: Adaptation, *, stem: bool, upsampling: bool
 ) -> tuple[Tensor, str] | str:
-    """Fit a weight to a shape as far as ``how`` allows.
+    """A weight in another shape and what was done, as far as ``how`` allows, or the reason why not.
 
     Args:
         given: the checkpoint's tensor.
         shape: wanted shape.
+        how: what may be adapted.
         stem: whether it is the first convolution, whose second axis are the image channels.
         upsampling: whether it is a transposed convolution.
-
-    Returns:
-        the fitted tensor and what was done, or the reason why not.
     """
     refused = f"shape {tuple(given.shape)} in the checkpoint, {tuple(shape)} here"
     if given.ndim != len(shape) or given.ndim < 3:
@@ -202,7 +186,3 @@ def adapt_tensor(
         given, text = fitted
         done.append(text)
     return given, "; ".join(done)
-
-
-def _times(size: Sequence[int]) -> str:
-    return "x".join(str(int(i)) for i in size)

@@ -16,7 +16,7 @@ from nnssl.errors import NnsslError
 from nnssl.networks import alias_map
 from nnssl.plans import Plan
 from nnssl.weights.compare import second_stage
-from nnssl.weights.layout import describe, dimensions, stem_channels
+from nnssl.weights.layout import Layout
 from nnssl.weights.load import Checkpoint
 
 _CLASSES = "dynamic_network_architectures.architectures.unet"
@@ -70,12 +70,8 @@ def inferred(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None
     Strides are those of the transposed convolutions. Where the decoder is missing they are unknown: 2 is put there, since they
     change no name and no shape of an encoder.
     """
-    kind = describe(weights).split()[0]
-    convs = {
-        n: t
-        for n, t in weights.items()
-        if n.endswith(("conv.weight", "conv1.conv.weight")) and ".all_modules." not in n
-    }
+    layout = Layout.of(weights)
+    convs = {n: t for n, t in weights.items() if n.endswith("conv.weight") and ".all_modules." not in n}
     first: dict[int, Tensor] = {}
     number: dict[int, set[str]] = defaultdict(set)
     in_decoder: dict[int, set[str]] = defaultdict(set)
@@ -85,7 +81,7 @@ def inferred(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None
             number[int(match[1])].add(match[2])
         elif match := _DECODER_CONV.match(name):
             in_decoder[int(match[1])].add(match[2])
-    n, dim = len(first), dimensions(weights)
+    n, dim = len(first), layout.dim
     if not n or dim is None or sorted(first) != list(range(n)) or any(".conv3." in name for name in convs):
         return None
     strides = [[1] * dim, *([2] * dim for _ in range(n - 1))]
@@ -95,7 +91,6 @@ def inferred(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None
             strides[n - 1 - i] = [int(k) for k in up.shape[2:]]
     norm = "BatchNorm" if any(name.endswith("running_mean") for name in weights) else "InstanceNorm"
     per_stage = [len(number[i]) for i in range(n)]
-    residual = kind == "ResidualEncoderUNet"
     arguments = {
         **deepcopy(_RES_ENC_L),
         "n_stages": n,
@@ -108,17 +103,13 @@ def inferred(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None
         "conv_bias": any(name.endswith(".conv.bias") for name in weights),
         "norm_op": f"torch.nn.modules.{norm.lower()}.{norm}{dim}d",
     }
-    if not residual:
+    if layout.kind != "ResidualEncoderUNet":
         arguments["n_conv_per_stage"] = arguments.pop("n_blocks_per_stage")
-    return ("ResidualEncoderUNet" if residual else "PlainConvUNet"), arguments
+    return layout.kind, arguments
 
 
 def plan_of(checkpoint: Checkpoint) -> Plan | None:
-    """The plan that a checkpoint of nnU-Net's trainer carries; None in other files.
-
-    Raises:
-        NnsslError: the plan cannot be used (a cascade, a network that is no U-Net).
-    """
+    """The plan that a checkpoint of nnU-Net's trainer carries; None in other files. Refuses the second stage of a cascade."""
     init_args = checkpoint.content.get("init_args")
     if (
         not isinstance(init_args, dict)
@@ -153,16 +144,10 @@ def complete_aliases(
 ) -> dict[str, Tensor]:
     """The same weights under every name of the stock network, tensors of other modules left out.
 
-    Args:
-        weights: any name of each tensor.
-        architecture: from :func:`architecture_of`.
-        where: the file, for messages.
-
-    Raises:
-        NnsslError: a tensor has another shape than the network that the file describes.
+    Refuses a tensor of another shape than in the network that the file describes.
     """
     head = weights.get("decoder.seg_layers.0.weight")
-    network = build(*architecture, stem_channels(weights) or 1, 1 if head is None else int(head.shape[0]))
+    network = build(*architecture, Layout.of(weights).channels or 1, 1 if head is None else int(head.shape[0]))
     names, shapes = alias_map(network), {n: t.shape for n, t in network.state_dict().items()}
     found: dict[str, Tensor] = {}
     for name, canonical in names.items():

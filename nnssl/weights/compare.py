@@ -4,52 +4,58 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from torch import nn
+
+from nnssl.networks import unwrap
 from nnssl.plans import Plan
+from nnssl.weights.layout import Layout
 from nnssl.weights.load import Checkpoint
 
 
-def _inherited(plans: Mapping[str, Any], name: Any) -> dict[str, Any]:
-    """A configuration of a plans file with what it inherits."""
-    known = plans.get("configurations") or {}
-    chain: list[Mapping[str, Any]] = []
-    while name in known and known[name] not in chain:
-        chain.append(known[name])
-        name = known[name].get("inherits_from")
-    return {k: v for values in reversed(chain) for k, v in values.items()}
+class _Trained(NamedTuple):
+    """What nnU-Net's trainer puts into its files."""
+
+    plans: dict[str, Any]
+    configuration: str
+    values: dict[str, Any]
+    """Of the configuration, with what it inherits."""
+    channels: list[str] | None
 
 
-def _nnunet(checkpoint: Checkpoint) -> tuple[dict[str, Any], str, dict[str, Any]] | None:
-    """Plans, configuration and dataset.json that nnU-Net's trainer puts into its files."""
+def _nnunet(checkpoint: Checkpoint) -> _Trained | None:
     init_args = checkpoint.content.get("init_args")
     if not isinstance(init_args, Mapping) or not isinstance(init_args.get("plans"), Mapping):
         return None
+    plans, configuration = dict(init_args["plans"]), str(init_args.get("configuration"))
+    known = plans.get("configurations") or {}
+    name: Any = configuration
+    values: dict[str, Any] = {}
+    passed = []
+    while name in known and name not in passed:
+        values = {**known[name], **values}
+        passed.append(name)
+        name = known[name].get("inherits_from")
     description = init_args.get("dataset_json")
-    return (
-        dict(init_args["plans"]),
-        str(init_args.get("configuration")),
-        dict(description) if isinstance(description, Mapping) else {},
-    )
-
-
-def _names(channels: Any) -> list[str] | None:
+    described = description if isinstance(description, Mapping) else {}
+    channels = described.get("channel_names", described.get("modality"))
     if not isinstance(channels, Mapping) or not channels:
-        return None
-    return [str(channels[k]) for k in sorted(channels, key=lambda k: int(k) if str(k).isdecimal() else 0)]
+        return _Trained(plans, configuration, values, None)
+    order = sorted(channels, key=lambda k: int(k) if str(k).isdecimal() else 0)
+    return _Trained(plans, configuration, values, [str(channels[k]) for k in order])
 
 
 def second_stage(checkpoint: Checkpoint) -> bool:
     """Whether a file of nnU-Net's is of the second stage of a cascade, whose network also sees a segmentation."""
-    nnunet = _nnunet(checkpoint)
-    return nnunet is not None and _inherited(nnunet[0], nnunet[1]).get("previous_stage") is not None
+    trained = _nnunet(checkpoint)
+    return trained is not None and trained.values.get("previous_stage") is not None
 
 
 def image_channels(checkpoint: Checkpoint) -> int | None:
     """Number of the image's channels in a file of nnU-Net's; None where it does not tell."""
-    nnunet = _nnunet(checkpoint)
-    names = _names(nnunet[2].get("channel_names", nnunet[2].get("modality"))) if nnunet else None
-    return len(names) if names else None
+    trained = _nnunet(checkpoint)
+    return len(trained.channels) if trained and trained.channels else None
 
 
 def trained_on(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -59,37 +65,31 @@ def trained_on(checkpoint: Checkpoint) -> dict[str, Any]:
         ``plan`` (names of dataset, plans and configuration), ``patch_size`` (voxels), ``spacing`` (mm), ``normalization_schemes``
         and ``channels``; what the file does not tell is left out.
     """
-    ours, nnunet = checkpoint.nnssl, _nnunet(checkpoint)
+    ours, trained = checkpoint.nnssl, _nnunet(checkpoint)
     values: Mapping[str, Any]
+    channels = None
     if ours.get("plan"):
-        plan, values, channels = ours["plan"], ours, ours.get("channels")
-        patch = plan.get("patch_size")
-    elif nnunet is not None:
-        plan, values = {**nnunet[0], "configuration": nnunet[1]}, _inherited(nnunet[0], nnunet[1])
-        patch, channels = values.get("patch_size"), _names(nnunet[2].get("channel_names", nnunet[2].get("modality")))
+        plan, channels = ours["plan"], ours.get("channels")
+        values = {**ours, "patch_size": plan.get("patch_size")}
+    elif trained is not None:
+        plan = {**trained.plans, "configuration": trained.configuration}
+        values, channels = trained.values, trained.channels
     else:
         plan = dict((checkpoint.adaptation_plan or {}).get("pretrain_plan") or {})
-        configurations: dict[str, dict[str, Any]] = plan.get("configurations") or {}
-        name, values = next(iter(configurations.items()), (None, {}))
-        plan["configuration"] = name
-        patch, channels = values.get("patch_size"), None
-    found = {
-        "plan": {k: plan[k] for k in ("dataset_name", "plans_name", "configuration") if plan.get(k) is not None},
-        "patch_size": patch,
-        "spacing": values.get("spacing"),
-        "normalization_schemes": values.get("normalization_schemes"),
-        "channels": channels,
-    }
-    return {k: (v if isinstance(v, dict) else list(v)) for k, v in found.items() if v}
+        plan["configuration"], values = next(iter((plan.get("configurations") or {}).items()), (None, {}))
+    found = {key: values.get(key) for key in ("patch_size", "spacing", "normalization_schemes")}
+    names = {k: plan[k] for k in ("dataset_name", "plans_name", "configuration") if plan.get(k) is not None}
+    told = {"plan": names, **found, "channels": channels}
+    return {k: (v if isinstance(v, dict) else list(v)) for k, v in told.items() if v}
 
 
 def _sizes(values: Sequence[Any]) -> str:
     return "x".join(f"{float(v):.4g}" for v in values)
 
 
-def _modality(channels: Sequence[str]) -> str:
+def _is_ct(channels: Sequence[str]) -> bool:
     """nnU-Net's own rule: a channel that is called CT is CT."""
-    return "CT" if any(c.lower() == "ct" for c in channels) else "not CT"
+    return any(c.lower() == "ct" for c in channels)
 
 
 def differences(checkpoint: Checkpoint, plan: Plan) -> list[str]:
@@ -97,12 +97,11 @@ def differences(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     before, lines = trained_on(checkpoint), []
     here = [plan.channel_names[i] for i in sorted(plan.channel_names)]
     there = before.get("channels")
-    if there is not None and _modality(there) != _modality(here):
-        lines.append(f"modality: {', '.join(there)} in pretraining, {', '.join(here)} here")
-    elif there is not None and there != here:
-        lines.append(f"channels: {', '.join(there)} in pretraining, {', '.join(here)} here")
+    if there is not None and there != here:
+        what = "channels" if _is_ct(there) == _is_ct(here) else "modality"
+        lines.append(f"{what}: {', '.join(there)} in pretraining, {', '.join(here)} here")
     schemes = before.get("normalization_schemes")
-    if schemes is not None and list(schemes) != list(plan.normalization_schemes):
+    if schemes is not None and schemes != list(plan.normalization_schemes):
         lines.append(
             f"normalisation: {', '.join(schemes)} in pretraining, {', '.join(plan.normalization_schemes)} here"
         )
@@ -116,3 +115,42 @@ def differences(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     if patch is not None and [int(p) for p in patch] != list(plan.patch_size):
         lines.append(f"patch: {_sizes(patch)} voxels in pretraining, {_sizes(plan.patch_size)} here")
     return [f"differs in {line}" for line in lines]
+
+
+def _other_strides(checkpoint: Checkpoint, network: nn.Module) -> list[str]:
+    """One line for each encoder stage whose stride was another in pretraining: it is in no tensor's shape."""
+    architecture = (checkpoint.adaptation_plan or {}).get("architecture_plans") or {}
+    before = (architecture.get("arch_kwargs") or {}).get("strides")
+    now = getattr(getattr(unwrap(network), "encoder", None), "strides", None)
+    lines = []
+    for i, (given, wanted) in enumerate(zip(before or (), now or ())):
+        there = [given] * len(wanted) if isinstance(given, int) else [int(k) for k in given]
+        here = [int(k) for k in wanted]
+        if there != here:
+            lines.append(
+                f"encoder stage {i}: stride {_sizes(there)} in pretraining, {_sizes(here)} here; weights as they are"
+            )
+    return lines
+
+
+def notes(checkpoint: Checkpoint, plan: Plan | None, network: nn.Module, stale: int) -> list[str]:
+    """What a person should know of a transfer besides its table; ``stale`` tensors have aliases that disagree in the file."""
+    lines, layout = list(checkpoint.remarks), Layout.of(checkpoint.weights)
+    if checkpoint.verdict is not None and not checkpoint.verdict[0]:
+        lines.append(f"WARNING, the pretraining's own verdict: {checkpoint.verdict[1]}")
+    if plan is not None:
+        lines += differences(checkpoint, plan)
+    if layout.stem is None and not layout.is_transformer:
+        lines.append("the file holds no first convolution (stem); the network's stays random")
+    if stale:
+        lines.append(
+            f"{stale} tensors have several names in the file with different values; those under 'encoder.' and 'conv'/'norm' "
+            "were taken, stock nnU-Net would take the others"
+        )
+    made_for = checkpoint.nnssl.get("plan", {})
+    if plan is not None and made_for.get("architecture_hash") not in (None, plan.architecture_hash):
+        lines.append(
+            f"the weights were made for another network ({made_for.get('dataset_name')}, {made_for.get('plans_name')}, "
+            f"{made_for.get('configuration')}) whose shapes agree; strides or kernels may differ"
+        )
+    return lines + _other_strides(checkpoint, network)

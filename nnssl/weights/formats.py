@@ -24,13 +24,15 @@ from torch import Tensor
 
 from nnssl.errors import NnsslError, did_you_mean
 from nnssl.files import write_atomic
+from nnssl.parts import DECODER, ENCODER, UP, decoder_stage, part_names, promised_parts
 from nnssl.plans import Plan
 from nnssl.weights.adaptation_plan import adaptation_plan
 from nnssl.weights.architecture import architecture_of, complete_aliases, plan_of
-from nnssl.weights.layout import is_transformer
+from nnssl.weights.compare import trained_on
+from nnssl.weights.layout import Layout, same_tensor
 from nnssl.weights.load import ENTRIES, Checkpoint, load
-from nnssl.weights.parts import HEADS, UP, decoder_stages, part_of, wanted_parts
-from nnssl.weights.save import SCHEMA, describe_plan, package_versions, plain, save
+from nnssl.weights.save import SCHEMA, package_versions, plain, plan_entries, save
+from nnssl.weights.wrappers import recorded_prefix
 
 log = logging.getLogger("nnssl")
 
@@ -84,7 +86,7 @@ def convert(
         content = {"network_weights": weights, **_metadata(checkpoint, plan, weights, parts)}
         _check_promised(content, checkpoint)
     if form == "upstream":
-        content.pop("nnssl", None)
+        del content["nnssl"]
         _check_upstream(content, checkpoint)
     if form == "safetensors":
         _save_safetensors(target, content)
@@ -95,12 +97,12 @@ def convert(
 
 def _check_promised(content: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Refuse to write a file that promises parts of which it holds nothing."""
-    held = {part_of(name) for name in content["network_weights"]}
-    empty = [part for part in wanted_parts(content["nnssl"]["pretrained_parts"]) if part not in held]
+    held = part_names(content["network_weights"])
+    empty = [part for part in promised_parts(content["nnssl"]["pretrained_parts"]) if part not in held]
     if empty:
         raise NnsslError(
             f"{checkpoint.path} promises {', '.join(empty)} and holds no tensor of it; it holds "
-            f"{', '.join(sorted(held)) or 'nothing'}. Nothing is written. If the weights lie elsewhere in the file, "
+            f"{', '.join(held) or 'nothing'}. Nothing is written. If the weights lie elsewhere in the file, "
             "name the place with --key or --prefix."
         )
 
@@ -123,19 +125,16 @@ def _metadata(checkpoint: Checkpoint, plan: Plan | None, weights: Mapping[str, T
     adaptation = checkpoint.adaptation_plan
     if adaptation is None and plan is not None:
         adaptation = adaptation_plan(plan, plan.patch_size)
-    if adaptation is not None:
-        adaptation = _without_prefix(adaptation)
-    metadata: dict[str, Any] = {} if adaptation is None else {"nnssl_adaptation_plan": adaptation}
-    metadata["citations"] = checkpoint.citations
-    metadata["nnssl"] = dict(checkpoint.nnssl) or _describe(checkpoint, plan, adaptation, weights, parts)
-    return metadata
+    return {
+        **({} if adaptation is None else {"nnssl_adaptation_plan": _without_prefix(adaptation)}),
+        "citations": checkpoint.citations,
+        "nnssl": dict(checkpoint.nnssl) or _describe(checkpoint, plan, weights, parts),
+    }
 
 
 def _without_prefix(adaptation: Mapping[str, Any]) -> dict[str, Any]:
     """The keys to encoder and stem as they are once the weights have been read."""
-    key = str(adaptation.get("key_to_encoder") or "")
-    prefix = next((key[: -len(end)] for end in ("encoder.stages", "eva") if key.endswith(f".{end}")), "")
-    changed = dict(adaptation)
+    prefix, changed = recorded_prefix(adaptation) or "", dict(adaptation)
     for name in ("key_to_encoder", "key_to_stem", "key_to_lpe"):
         if isinstance(changed.get(name), str):
             changed[name] = changed[name].removeprefix(prefix)
@@ -144,17 +143,11 @@ def _without_prefix(adaptation: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _describe(
-    checkpoint: Checkpoint,
-    plan: Plan | None,
-    adaptation: Mapping[str, Any] | None,
-    weights: Mapping[str, Tensor],
-    parts: str,
-) -> dict[str, Any]:
+def _describe(checkpoint: Checkpoint, plan: Plan | None, weights: Mapping[str, Tensor], parts: str) -> dict[str, Any]:
     """An entry of ours for a file that has none; only what the file itself says."""
     whole = parts == "all" or (parts == "promised" and checkpoint.origin in ("nnU-Net", "others"))
-    stages = decoder_stages(weights) if whole else []
-    entry: dict[str, Any] = {
+    stages = [part.stage for part in part_names(weights) if part.kind == DECODER] if whole else []
+    return {
         "schema": SCHEMA,
         "method": checkpoint.method,
         "config": {},
@@ -162,34 +155,17 @@ def _describe(
         "data": {},
         "versions": package_versions(),
         "converted_from": checkpoint.origin,
+        **(trained_on(checkpoint) if plan is None else plan_entries(plan, plan.patch_size)),
     }
-    if plan is not None:
-        entry["plan"] = describe_plan(plan)
-        entry |= {"patch_size": list(plan.patch_size), "spacing": list(plan.spacing)}
-        entry["normalization_schemes"] = list(plan.normalization_schemes)
-        entry["channels"] = [plan.channel_names[i] for i in sorted(plan.channel_names)]
-        return entry
-    pretrain = (adaptation or {}).get("pretrain_plan") or {}
-    configurations = pretrain.get("configurations") or {}
-    for configuration, values in list(configurations.items())[:1]:
-        entry["plan"] = {
-            "dataset_name": pretrain.get("dataset_name"),
-            "plans_name": pretrain.get("plans_name"),
-            "configuration": configuration,
-        }
-        for key in ("patch_size", "spacing", "normalization_schemes"):
-            if values.get(key) is not None:
-                entry[key] = list(values[key])
-    return entry
 
 
 def _check_whole(weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
     """Refuse to write for ``-pretrained_weights`` what it would refuse to read."""
-    if is_transformer(weights):
+    instead = "Name the file in a plan instead: nnssl_plan --checkpoint FILE --name NAME"
+    if Layout.of(weights).is_transformer:
         if not any(name.startswith(f"{UP}.") for name in weights):
             raise NnsslError(
-                f"{checkpoint.path} has no up_projection, and -pretrained_weights asks for every tensor of a Primus. Name the "
-                "file in a plan instead: nnssl_plan --checkpoint FILE --name NAME"
+                f"{checkpoint.path} has no up_projection, and -pretrained_weights asks for every tensor of a Primus. {instead}"
             )
         return
     architecture = architecture_of(checkpoint)
@@ -197,14 +173,12 @@ def _check_whole(weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
         raise NnsslError(
             f"{checkpoint.path} does not tell which network its weights belong to, so nnU-Net's names for them are not known."
         )
-    stages = int(architecture[1]["n_stages"])
-    wanted = ["encoder", *(f"decoder stage {i}" for i in range(stages - 1))]
-    held = {part_of(name) for name in weights} - {HEADS}
+    wanted = [ENCODER, *map(decoder_stage, range(int(architecture[1]["n_stages"]) - 1))]
+    held = part_names(weights)
     missing = [part for part in wanted if part not in held]
     if missing:
         raise NnsslError(
-            f"{checkpoint.path} has no {', '.join(missing)}, and -pretrained_weights asks for all but the heads. Name the "
-            "file in a plan instead: nnssl_plan --checkpoint FILE --name NAME"
+            f"{checkpoint.path} has no {', '.join(missing)}, and -pretrained_weights asks for all but the heads. {instead}"
         )
 
 
@@ -212,9 +186,8 @@ def _check_upstream(content: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     adaptation = content.get("nnssl_adaptation_plan")
     if not adaptation:
         raise NnsslError(f"{checkpoint.path} holds no adaptation plan and no plans of nnU-Net's to make one of.")
-    names = content["network_weights"]
     for key in (adaptation["key_to_encoder"], adaptation["key_to_stem"]):
-        if not any(name.startswith(f"{key}.") for name in names):
+        if not any(name.startswith(f"{key}.") for name in content["network_weights"]):
             raise NnsslError(
                 f"{checkpoint.path} has no weights under '{key}', where its adaptation plan says that they are."
             )
@@ -222,23 +195,17 @@ def _check_upstream(content: Mapping[str, Any], checkpoint: Checkpoint) -> None:
 
 def one_name_each(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leave out the aliases of nnU-Net's networks: the decoder's copy of the encoder, and each block's list of its layers."""
-    kept: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        first = name.removeprefix("decoder.") if name.startswith("decoder.encoder.") else name
-        if first != name and first in weights and torch_equal(weights[first], tensor):
-            continue
+
+    def twins(name: str) -> list[str]:
         head, middle, tail = name.rpartition(".all_modules.")
-        kind = tail.rpartition(".")[2]
-        twins = [f"{head}.{layer}.{kind}" for layer in ("conv", "norm")] if middle else []
-        if any(twin in weights and torch_equal(weights[twin], tensor) for twin in twins):
-            continue
-        kept[name] = tensor
-    return kept
+        found = [f"{head}.{layer}.{tail.rpartition('.')[2]}" for layer in ("conv", "norm")] if middle else []
+        return [*found, name.removeprefix("decoder.")] if name.startswith("decoder.encoder.") else found
 
-
-def torch_equal(a: Tensor, b: Tensor) -> bool:
-    """Equal shape and values; the same memory is recognised without looking at them."""
-    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or bool((a == b).all()))
+    return {
+        name: tensor
+        for name, tensor in weights.items()
+        if not any(twin in weights and same_tensor(weights[twin], tensor) for twin in twins(name))
+    }
 
 
 def _save_safetensors(path: Path, content: Mapping[str, Any]) -> None:

@@ -12,16 +12,15 @@ import numpy as np
 
 from nnssl.errors import NnsslError
 from nnssl.files import sha256_of
+from nnssl.parts import part_names, part_of
 from nnssl.results import FINAL, LATEST
 from nnssl.weights.architecture import inferred, recorded_architecture
 from nnssl.weights.compare import second_stage, trained_on
 from nnssl.weights.continuing import has_state, how_to_continue
 from nnssl.weights.formats import one_name_each
-from nnssl.weights.layout import describe as network_kind
-from nnssl.weights.layout import dimensions, n_stages, stem_channels, widths
+from nnssl.weights.layout import Layout
 from nnssl.weights.load import UNTOLD, Checkpoint, load
 from nnssl.weights.names import looks_like
-from nnssl.weights.parts import part_names, part_of
 from nnssl.words import size_text
 
 _LENGTHS = {"current_epoch": "epochs", "epoch": "epochs", "global_step": "steps"}
@@ -55,26 +54,22 @@ def describe(
     checkpoint = load(path, trusted=trusted, key=key, prefix=prefix, any_network=True)
     content, ours = checkpoint.content, checkpoint.nnssl
     tuned = content.get("nnssl_finetuning")
+    kind = _ORIGINS["nnssl_finetuning" if tuned else checkpoint.origin]
+    same_name = ("patch_size", "spacing", "normalization_schemes", "channels", "config", "data")
     found: dict[str, Any] = {
         "file": str(checkpoint.path),
         "bytes": checkpoint.path.stat().st_size,
         "sha256": sha256_of(path),
-        "kind": _ORIGINS["nnssl_finetuning" if tuned else checkpoint.origin]
-        + (", second stage of a cascade" if second_stage(checkpoint) else ""),
+        "kind": f"{kind}, second stage of a cascade" if second_stage(checkpoint) else kind,
         "read_as": list(checkpoint.remarks),
         "method": None if checkpoint.method == UNTOLD else checkpoint.method,
-        "verdict": _verdict(checkpoint),
+        "verdict": checkpoint.verdict and checkpoint.verdict[1],
         "length": _length(checkpoint),
         "network": _network(checkpoint),
         "pretrained_parts": checkpoint.pretrained_parts,
         "transferred_by_default": checkpoint.transfer,
         "plan": ours.get("plan"),
-        "patch_size": ours.get("patch_size"),
-        "spacing": ours.get("spacing"),
-        "normalization_schemes": ours.get("normalization_schemes"),
-        "channels": ours.get("channels"),
-        "config": ours.get("config"),
-        "data": ours.get("data"),
+        **{key: ours.get(key) for key in same_name},
         "epoch": ours.get("epoch", content.get("current_epoch", content.get("epoch"))),
         "trainer_name": content.get("trainer_name"),
         "fine_tuning": tuned,
@@ -106,11 +101,6 @@ def _file_of(path: str | os.PathLike[str]) -> Path:
     return found[0]
 
 
-def _verdict(checkpoint: Checkpoint) -> str | None:
-    verdict = checkpoint.verdict
-    return None if verdict is None else verdict[1]
-
-
 def _length(checkpoint: Checkpoint) -> str | None:
     """How long was trained, in the file's own words."""
     ours, content = checkpoint.nnssl, checkpoint.content
@@ -134,58 +124,56 @@ def numbers(value: Any) -> Any:
 
 
 def _network(checkpoint: Checkpoint) -> dict[str, Any]:
-    weights = checkpoint.weights
-    once = one_name_each(weights)
-    if not n_stages(once):
-        kind = network_kind(once)
-        if looks_like(once) and kind == "network of another kind":
-            kind = f"network of another kind: its names look like {looks_like(once)}"
-        return {"kind": kind, "parameters": sum(t.numel() for t in once.values()), "names": len(weights)}
+    names = len(checkpoint.weights)
+    weights = one_name_each(checkpoint.weights)
+    layout = Layout.of(weights)
+    if not layout.stages:
+        other = looks_like(weights) if layout.kind == "network" else None
+        kind = f"{layout}: its names look like {other}" if other else str(layout)
+        return {"kind": kind, "parameters": sum(t.numel() for t in weights.values()), "names": names}
     architecture = None
     with suppress(NnsslError):  # a plan of nnU-Net's for another network: the weights still say enough
-        architecture = recorded_architecture(checkpoint) or (
-            inferred(once) if "decoder.transpconvs.0.weight" in once else None
-        )
-    sizes = {part: sum(t.numel() for n, t in once.items() if part_of(n) == part) for part in part_names(once)}
+        architecture = recorded_architecture(checkpoint)
+        if architecture is None and "decoder.transpconvs.0.weight" in weights:
+            architecture = inferred(weights)
+    name, arguments = architecture or (layout.kind, {})
+    sizes = dict.fromkeys(part_names(weights), 0)
+    for tensor_name, tensor in weights.items():
+        sizes[part_of(tensor_name)] += tensor.numel()
     return {
-        "kind": architecture[0] if architecture else network_kind(once).split()[0],
-        "dimensions": dimensions(once),
-        "input_channels": stem_channels(once),
-        "features": widths(once),
-        **(
-            {"strides": architecture[1]["strides"], "kernel_sizes": architecture[1]["kernel_sizes"]}
-            if architecture
-            else {}
-        ),
+        "kind": name,
+        "dimensions": layout.dim,
+        "input_channels": layout.channels,
+        "features": layout.widths,
+        **{key: arguments[key] for key in ("strides", "kernel_sizes") if arguments},
         "parameters": sum(sizes.values()),
         "parameters_by_part": sizes,
-        "tensors": len(once),
-        "names": len(weights),
-        "finite": all(bool(t.isfinite().all()) for t in once.values() if t.is_floating_point()),
+        "tensors": len(weights),
+        "names": names,
+        "finite": all(bool(t.isfinite().all()) for t in weights.values() if t.is_floating_point()),
     }
 
 
 def as_text(found: Mapping[str, Any]) -> str:
     """The same for a person: one line for each thing, entries of entries indented."""
     lines: list[str] = []
-    how = str(found.get("how_to_continue", ""))
     for key, value in found.items():
         label = _LABELS.get(key, key.replace("_", " "))
+        text = f"{label:<26} {_short(value)}"
         if key == "how_to_continue":
             continue
-        if key == "can_be_continued" and how:
-            lines.append(f"{label:<26} {_short(value)}: {how}".replace("\n", "\n  "))
+        if key == "can_be_continued" and found.get("how_to_continue"):
+            lines.append(f"{text}: {found['how_to_continue']}".replace("\n", "\n  "))
         elif key == "bytes":
-            lines.append(f"{label:<26} {value:,} bytes")
+            lines.append(f"{text} bytes")
         elif isinstance(value, Mapping):
             lines.append(f"{label}:")
             names = {k: k if key == "config" else k.replace("_", " ") for k in value}  # options as they are typed
             lines += [f"  {names[k]:<24} {_short(v, hashes=k == 'case_hashes')}" for k, v in value.items()]
         elif key in ("citations", "read_as"):
-            lines.append(f"{label}:")
-            lines += [f"  - {text}" for text in value]
+            lines += [f"{label}:", *(f"  - {entry}" for entry in value)]
         else:
-            lines.append(f"{label:<26} {_short(value)}")
+            lines.append(text)
     return "\n".join(lines)
 
 
@@ -196,17 +184,18 @@ def _short(value: Any, hashes: bool = False) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.6g}"
-    if hashes and len(value) > _FEW:
-        return f"{len(value):,} (--json lists them)"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, Mapping):
         return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
-        nested = any(isinstance(v, (list, tuple)) for v in value)
-        return (
-            ", ".join(size_text(v) if isinstance(v, (list, tuple)) else f"{v}" for v in value)
-            if nested
-            else ", ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in value)
-        )
+        if hashes and len(value) > _FEW:
+            return f"{len(value):,} (--json lists them)"
+        return ", ".join(_item(v) for v in value)
     return str(value)
+
+
+def _item(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return size_text(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

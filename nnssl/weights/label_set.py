@@ -1,12 +1,36 @@
-"""The label set that a checkpoint's segmentation heads have learnt: heads are kept where the target's is the very same."""
+"""What a checkpoint has learnt of labels: of which cases, and of which label set its segmentation heads are.
+
+Heads are kept where the target's label set is the very same. An evaluation on cases whose labels were learnt from is none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from nnssl.files import hash_of
 from nnssl.plans import Plan
 from nnssl.weights.load import Checkpoint
+
+
+def case_hash(name: str) -> str:
+    """sha256 (hex) of a case's name: what checkpoints tell of labelled cases."""
+    return hash_of(name)
+
+
+def labels_seen(description: Mapping[str, Any], dataset: str, cases: Iterable[str]) -> list[str]:
+    """The cases whose labels the weights have learnt from.
+
+    Args:
+        description: ``Checkpoint.nnssl``.
+        dataset: name of the dataset that the cases are of.
+        cases: their names.
+    """
+    omni = description.get("omni") or {}
+    if omni.get("labelled") != dataset:
+        return []
+    known = set(omni.get("case_hashes", ()))
+    return sorted(case for case in cases if case_hash(case) in known)
 
 
 def label_set(dataset_json: Mapping[str, Any], learnt: Iterable[str] | None = None) -> dict[str, Any]:
@@ -35,28 +59,21 @@ def label_set(dataset_json: Mapping[str, Any], learnt: Iterable[str] | None = No
     }
 
 
-def keep_heads(checkpoint: Checkpoint, plan: Plan | None, whole_decoder: bool) -> tuple[bool, str | None]:
-    """Whether a checkpoint's heads are taken, and a line for the report where it has learnt any.
-
-    Args:
-        checkpoint: the file; ``nnssl["heads"]`` is its :func:`label_set`, absent where no labels were learnt from.
-        plan: of the network.
-        whole_decoder: whether all decoder stages are taken: heads are made for their features.
-    """
+def keep_heads(checkpoint: Checkpoint, plan: Plan | None, whole_decoder: bool) -> tuple[bool, list[str]]:
+    """Whether a checkpoint's heads are taken, and a note where it has learnt any; they are made for its whole decoder."""
     heads = checkpoint.nnssl.get("heads")
     if plan is None or not isinstance(heads, Mapping) or not isinstance(heads.get("labels"), Mapping):
-        return False, None
+        return False, []
     here = label_set(plan.dataset_json)
-    if heads.get("labels") != here["labels"] or heads.get("regions_class_order") != here["regions_class_order"]:
+    if heads["labels"] != here["labels"] or heads.get("regions_class_order") != here["regions_class_order"]:
         there, wanted = (", ".join(f"{k} {v}" for k, v in s["labels"].items()) for s in (heads, here))
         order = " in another order" if there == wanted else ""
-        return (
-            False,
-            f"new heads: those of the checkpoint are for another label set ({there}){order}, the target has {wanted}",
-        )
+        return False, [
+            f"new heads: those of the checkpoint are for another label set ({there}){order}, the target has {wanted}"
+        ]
     missing = [name for name in here["learnt"] if name not in (heads.get("learnt") or ())]
     if missing:
-        return False, f"new heads: no case of the pretraining was annotated with {', '.join(missing)}"
+        return False, [f"new heads: no case of the pretraining was annotated with {', '.join(missing)}"]
     if not whole_decoder:
-        return False, "new heads: those of the checkpoint are made for its whole decoder, which is not taken"
-    return True, "heads kept: the checkpoint has learnt this very label set"
+        return False, ["new heads: those of the checkpoint are made for its whole decoder, which is not taken"]
+    return True, ["heads kept: the checkpoint has learnt this very label set"]

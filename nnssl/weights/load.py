@@ -112,11 +112,9 @@ class Checkpoint:
     def verdict(self) -> tuple[bool, str] | None:
         """Whether the pretraining learnt, by its own judgement at its end, and the sentence for it; None where unknown."""
         verdict = self.nnssl.get("verdict")
-        return (
-            (bool(verdict["learnt"]), str(verdict.get("sentence", "")))
-            if isinstance(verdict, dict) and "learnt" in verdict
-            else None
-        )
+        if not isinstance(verdict, dict) or "learnt" not in verdict:
+            return None
+        return bool(verdict["learnt"]), str(verdict.get("sentence", ""))
 
     @property
     def transfer(self) -> dict[str, Any]:
@@ -173,23 +171,24 @@ def _way_out(path: Path) -> str:
 
 
 def _refusal(path: Path, error: Exception) -> NnsslError:
-    size = path.stat().st_size
+    size, unsafe = path.stat().st_size, _GLOBAL.search(str(error))
     if size == 0:
-        return NnsslError(f"{path} is empty: its writing was interrupted. Use another checkpoint of the run.")
-    unsafe = _GLOBAL.search(str(error))
-    if unsafe:
-        return NnsslError(
+        text = f"{path} is empty: its writing was interrupted. Use another checkpoint of the run."
+    elif unsafe:
+        text = (
             f"{path} asks to run '{unsafe.group(1)}' while it is being read, so it is not loaded: only tensors and plain values "
             f"are accepted (torch.load with weights_only=True). {_way_out(path)}"
         )
-    if isinstance(error, OSError) and error.errno != errno.EINVAL:
-        return NnsslError(f"{path} cannot be read: {error.strerror or error}")
-    if isinstance(error, OSError) or "PytorchStreamReader" in str(error):
-        return NnsslError(
+    elif isinstance(error, OSError) and error.errno != errno.EINVAL:
+        text = f"{path} cannot be read: {error.strerror or error}"
+    elif isinstance(error, OSError) or "PytorchStreamReader" in str(error):
+        text = (
             f"{path} is damaged or was cut off ({size} bytes). Use another checkpoint of the run, or copy the file again and "
             "compare sizes."
         )
-    return NnsslError(f"{path} is not a checkpoint that torch can read ({size} bytes).")
+    else:
+        text = f"{path} is not a checkpoint that torch can read ({size} bytes)."
+    return NnsslError(text)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -210,9 +209,7 @@ def _safetensors(path: Path, map_location: str | torch.device) -> dict[str, Any]
         if not tensors:
             raise NnsslError(f"{path} holds no tensor.")
         own = {key: json.loads(metadata[key]) for key in ENTRIES if key in metadata}
-        return (
-            {"network_weights": tensors, **own} if own else tensors
-        )  # of others: named as such where it is looked through
+        return {"network_weights": tensors, **own} if own else tensors  # of others: remarked where they are found
     except (SafetensorError, ValueError) as error:
         size = path.stat().st_size
         raise NnsslError(f"{path} is damaged or no safetensors file ({size} bytes): {error}") from error
@@ -221,19 +218,14 @@ def _safetensors(path: Path, map_location: str | torch.device) -> dict[str, Any]
 def read_content(
     content: Any, path: Path, *, key: str | None = None, prefix: str | None = None, any_network: bool = False
 ) -> Checkpoint:
-    """Make a checkpoint of what a file holds: find the network's weights in it.
-
-    Raises:
-        NnsslError: as :func:`load`.
-    """
+    """Make a checkpoint of what a file holds: find the network's weights in it; arguments and errors as those of :func:`load`."""
     try:
         found = find_weights_in(content, path, key, prefix)
     except OtherNetwork as error:
         if not any_network:
             raise
-        return Checkpoint(
-            path, {**content, "network_weights": error.tensors}, [str(error).removeprefix(f"{path} holds ")]
-        )
+        remark = str(error).removeprefix(f"{path} holds ")
+        return Checkpoint(path, {**content, "network_weights": error.tensors}, [remark])
     rest = {k: v for k, v in content.items() if k not in found.entry[:1]} if found.entry else {}
     own = rest.get("nnssl")
     schema = own.get("schema") if isinstance(own, dict) else None

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from nnssl.parts import HEADS, UP, Part, part_names, part_of
 from nnssl.weights.adapt import Adaptation, adapt_tensor, resize_positions
-from nnssl.weights.layout import stem_name
-from nnssl.weights.parts import HEADS, UP, part_names, part_of
+from nnssl.weights.layout import Layout, same_tensor
 from nnssl.weights.report import PartReport, TransferReport
-from nnssl.words import size_text
-
-Grids = tuple[Sequence[int] | None, Sequence[int] | None]
+from nnssl.words import counted, size_text
 
 _LEFT = {
     HEADS: "new heads for this dataset's classes",
@@ -26,21 +23,26 @@ _LEFT = {
 _STAGE = re.compile(r"(encoder|decoder)\.(?:stages|transpconvs)\.(\d+)")
 
 
+@dataclass(frozen=True)
+class Rules:
+    """Which tensors are paired, and what may be done to them."""
+
+    parts: Collection[Part]
+    left_out: Mapping[Part, str]
+    """Pretrained parts that are not taken, and why."""
+    how: Adaptation
+    grids: tuple[Sequence[int] | None, Sequence[int] | None]
+    """Tokens per axis of the file's position embeddings and of the network's, where known."""
+
+
 @dataclass
 class Matched:
-    """What :func:`match` found.
-
-    Attributes:
-        found: tensors to copy, by canonical name.
-        adapted: what was done to those of them that were changed.
-        reasons: why the others are left out.
-        stale: number of tensors whose aliases disagree in the file.
-    """
+    """Tensors to copy, by canonical name; what was done to those that were changed; why the others are left out."""
 
     found: dict[str, Tensor] = field(default_factory=dict)
     adapted: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    stale: int = 0
+    stale: int = 0  # tensors whose aliases disagree in the file
 
 
 def _grid(recorded: Sequence[int] | None, tokens: int) -> tuple[int, ...] | None:
@@ -51,13 +53,11 @@ def _grid(recorded: Sequence[int] | None, tokens: int) -> tuple[int, ...] | None
     return (side,) * 3 if side**3 == tokens else None
 
 
-def _fit(
-    name: str, given: Tensor, target: Mapping[str, Tensor], how: Adaptation, grids: Grids
-) -> tuple[Tensor, str] | str | None:
+def _fit(name: str, given: Tensor, wanted: Tensor, rules: Rules, stem: bool) -> tuple[Tensor, str] | str | None:
     """The given tensor in the shape of the network's, and what was done; None where it fits as it is; or why it cannot."""
-    shape = target[name].shape
+    shape = wanted.shape
     if name.endswith("pos_embed") and given.ndim == len(shape) == 3 and given.shape[2] == shape[2]:
-        old, new = _grid(grids[0], given.shape[1]), _grid(grids[1], shape[1])
+        old, new = _grid(rules.grids[0], given.shape[1]), _grid(rules.grids[1], shape[1])
         if old == new and given.shape == shape:
             return None
         if old is None or new is None:
@@ -69,7 +69,7 @@ def _fit(
         return resize_positions(given, old, new), text
     if given.shape == shape:
         return None
-    return adapt_tensor(given, shape, how, stem=name == stem_name(target), upsampling=".transpconvs." in name)
+    return adapt_tensor(given, shape, rules.how, stem=stem, upsampling=".transpconvs." in name)
 
 
 def _projections(names: list[str]) -> list[str]:
@@ -79,43 +79,31 @@ def _projections(names: list[str]) -> list[str]:
 
 
 def match(
-    target: Mapping[str, Tensor],
-    names: Mapping[str, list[str]],
-    source: Mapping[str, Tensor],
-    parts: list[str],
-    how: Adaptation,
-    grids: Grids = (None, None),
-    left_out: Mapping[str, str] | None = None,
+    target: Mapping[str, Tensor], aliases: Mapping[str, str], source: Mapping[str, Tensor], rules: Rules
 ) -> Matched:
-    """Pair each tensor of the network with one of the file.
+    """Pair each tensor of the network, by canonical name, with one of the file, under any of its ``aliases``.
 
-    Args:
-        target: the network's tensors by canonical name.
-        names: canonical name -> its aliases.
-        source: the file's tensors, under any of these names.
-        parts: the parts that are taken.
-        how: what may be adapted.
-        grids: tokens per axis of the file's position embeddings and of the network's, where known.
-        left_out: pretrained parts that are not taken, and why.
+    ``aliases``: every name of the network's tensors -> its canonical one, which comes first.
     """
-    result = Matched()
-    for name in target:
+    result, stem = Matched(), Layout.of(target).stem
+    names: dict[str, list[str]] = defaultdict(list)
+    for alias, name in aliases.items():
+        names[name].append(alias)
+    for name, wanted in target.items():
         part = part_of(name)
-        if part not in parts:
-            why = (left_out or {}).get(part)
+        if part not in rules.parts:
+            why = rules.left_out.get(part)
             result.reasons[name] = f"left out on purpose ({why})" if why else _LEFT.get(part, "not pretrained")
             continue
-        aliases = [name, *names[name]]
-        known = [alias for alias in aliases if alias in source]
-        if not known and how.active:
-            known = [alias for alias in _projections(aliases) if alias in source]
+        known = [alias for alias in names[name] if alias in source]
+        if not known and rules.how.active:
+            known = [alias for alias in _projections(names[name]) if alias in source]
         if not known:
             result.reasons[name] = "not in the checkpoint"
             continue
         given = source[known[0]]
-        same = (source[k].data_ptr() == given.data_ptr() or torch.equal(source[k], given) for k in known[1:])
-        result.stale += not all(same)
-        fitted = _fit(name, given, target, how, grids)
+        result.stale += not all(same_tensor(source[alias], given) for alias in known[1:])
+        fitted = _fit(name, given, wanted, rules, stem=name == stem)
         if fitted is None:
             result.found[name] = given
         elif isinstance(fitted, str):
@@ -127,21 +115,21 @@ def match(
 
 def count(source: str, target: Mapping[str, Tensor], matched: Matched) -> TransferReport:
     """The report of what :func:`match` found, each kind of adaptation on one line."""
-    parts = {name: PartReport(name) for name in part_names(target)}
+    parts = {part: PartReport(part) for part in part_names(target)}
     done: Counter[str] = Counter()
     for name, tensor in target.items():
-        part = parts[part_of(name)]
-        part.parameters += tensor.numel()
+        row = parts[part_of(name)]
+        row.parameters += tensor.numel()
         if name not in matched.found:
-            part.random += 1
-            part.reasons[matched.reasons[name]] += 1
+            row.random += 1
+            row.reasons[matched.reasons[name]] += 1
             continue
-        part.parameters_loaded += tensor.numel()
+        row.parameters_loaded += tensor.numel()
         if name in matched.adapted:
-            part.adapted += 1
+            row.adapted += 1
             stage = _STAGE.match(name)
             done[f"{f'{stage[1]} stage {stage[2]}' if stage else name}: {matched.adapted[name]}"] += 1
         else:
-            part.loaded += 1
-    lines = [f"{text} ({n} tensor{'s' * (n > 1)})" for text, n in done.items()]
+            row.loaded += 1
+    lines = [f"{text} ({counted(n, 'tensor')})" for text, n in done.items()]
     return TransferReport(source, list(parts.values()), adaptations=lines)

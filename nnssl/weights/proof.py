@@ -15,9 +15,9 @@ from torch import nn
 
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, canonical_state_dict, forward_features
+from nnssl.parts import ENCODER, HEADS, part_of
 from nnssl.plans import Plan
 from nnssl.weights.apply import apply
-from nnssl.weights.parts import HEADS, part_of
 from nnssl.weights.report import TransferReport
 
 
@@ -67,7 +67,7 @@ def check_loadable(payload: Mapping[str, Any], plan: Plan) -> TransferReport:
         if part_of(name) != HEADS and not torch.equal(tensor, weights[name].to(tensor)):
             raise NnsslError(f"nnU-Net would load other weights than were trained for {where}: '{name}' differs.")
     report = apply(own, payload, plan, parts="all")
-    if report.part("encoder").percent == 100.0:
+    if report.part(ENCODER).percent == 100.0:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             stock.eval(), own.eval()  # a Primus drops paths in training
             if not all(

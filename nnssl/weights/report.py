@@ -6,13 +6,15 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from nnssl.parts import DECODER, Part
+
 
 @dataclass
 class PartReport:
     """One part of the network. Tensors are counted once each, whatever the number of their names.
 
     Attributes:
-        part: ``"encoder"``, ``"decoder stage 0"``, ..., ``"seg_layers"``.
+        part: which.
         loaded, adapted, random: numbers of tensors taken as they are, taken after a change of shape, left at their
             random initialisation.
         parameters: numbers in all tensors of the part.
@@ -20,7 +22,7 @@ class PartReport:
         reasons: why tensors were left random, with the number of tensors each.
     """
 
-    part: str
+    part: Part
     loaded: int = 0
     adapted: int = 0
     random: int = 0
@@ -55,53 +57,51 @@ class TransferReport:
     parts: list[PartReport]
     notes: list[str] = field(default_factory=list)
     adaptations: list[str] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[Part, str] = field(default_factory=dict)
 
     def part(self, name: str) -> PartReport:
         """The report of one part. Raises KeyError where the network has no such part."""
-        for part in self.parts:
-            if part.part == name:
-                return part
+        for row in self.parts:
+            if row.part == name:
+                return row
         raise KeyError(name)
 
     @property
     def total(self) -> PartReport:
         """All parts together."""
-        whole = PartReport("whole network")
-        for part in self.parts:
-            whole.loaded += part.loaded
-            whole.adapted += part.adapted
-            whole.random += part.random
-            whole.parameters += part.parameters
-            whole.parameters_loaded += part.parameters_loaded
-            whole.reasons += part.reasons
+        whole = PartReport(Part("whole network"))
+        for row in self.parts:
+            for key in ("loaded", "adapted", "random", "parameters", "parameters_loaded"):
+                setattr(whole, key, getattr(whole, key) + getattr(row, key))
+            whole.reasons += row.reasons
         return whole
 
     @property
-    def random_decoder(self) -> list[str]:
+    def random_decoder(self) -> list[Part]:
         """The decoder stages in which anything was left random."""
-        return [p.part for p in self.parts if p.part.startswith("decoder stage ") and p.random]
+        return [row.part for row in self.parts if row.part.kind == DECODER and row.random]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        rows = [*self.parts, self.total]
+        rows = {str(row.part): row for row in [*self.parts, self.total]}
         return {
             "source": self.source,
             "parts": {
-                row.part: {**asdict(row), "reasons": dict(row.reasons), "percent": round(row.percent, 2)}
-                for row in rows
+                part: {**asdict(row), "part": part, "reasons": dict(row.reasons), "percent": round(row.percent, 2)}
+                for part, row in rows.items()
             },
             "adaptations": list(self.adaptations),
-            "left_out": dict(self.left_out),
+            "left_out": {str(part): why for part, why in self.left_out.items()},
             "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
         head = f"{'part':<18}{'loaded':>8}{'adapted':>9}{'random':>8}{'of tensors':>12}{'% of parameters':>17}"
         lines = [f"Transfer report: {self.source}", head, "-" * len(head)]
-        for row in [*self.parts, self.total]:
-            line = f"{row.part:<18}{row.loaded:>8}{row.adapted:>9}{row.random:>8}{row.tensors:>12}{row.percent:>17.1f}"
-            lines.append(line)
+        lines += [
+            f"{row.part:<18}{row.loaded:>8}{row.adapted:>9}{row.random:>8}{row.tensors:>12}{row.percent:>17.1f}"
+            for row in [*self.parts, self.total]
+        ]
         for row in self.parts:
             if row.part not in self.left_out:
                 lines += [f"  {row.part}: {count} left random: {reason}" for reason, count in row.reasons.items()]

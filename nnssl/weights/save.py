@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nnssl.files import write_atomic
 from nnssl.networks import full_state_dict
+from nnssl.parts import DECODER, promised_parts
 from nnssl.plans import Plan
 from nnssl.weights.adaptation_plan import adaptation_plan, citation_entries
 from nnssl.weights.load import SCHEMA
@@ -35,6 +36,8 @@ def plain(value: Any, where: str = "checkpoint") -> Any:
     """
     if type(value) in _PLAIN or isinstance(value, Tensor):
         return value
+    if isinstance(value, str):
+        return str(value)
     if isinstance(value, np.generic):
         return plain(value.item(), where)
     if is_dataclass(value) and not isinstance(value, type):
@@ -72,7 +75,7 @@ def save(path: str | os.PathLike[str], payload: Mapping[str, Any]) -> None:
             torch.save(content, file)
         except RuntimeError as error:
             # on a full disk, and after Ctrl-C, torch's own closing of the archive fails too, and hides why
-            hidden: BaseException | None = error
+            hidden = error.__context__
             while hidden is not None and not isinstance(hidden, (OSError, KeyboardInterrupt)):
                 hidden = hidden.__context__
             if hidden is None:
@@ -100,18 +103,24 @@ def fingerprint_names(names: Iterable[str]) -> dict[str, Any]:
     return {"cases": len(ordered), "sha256": digest.hexdigest()}
 
 
-def describe_plan(plan: Plan) -> dict[str, Any]:
-    """The entry ``plan`` of a checkpoint: which plan and network the weights were made for."""
+def plan_entries(plan: Plan, crop_size: Sequence[int]) -> dict[str, Any]:
+    """The entries of a checkpoint that say which plan, network and images the weights were made for."""
     return {
-        "dataset_name": plan.dataset_name,
-        "plans_name": plan.plans_name,
-        "base_plans": plan.base_plans,
-        "configuration": plan.configuration,
-        "network_class": plan.network_class,
-        "architecture_hash": plan.architecture_hash,
-        "data_hash": plan.data_hash,
-        "patch_size": list(plan.patch_size),
-        "transpose_forward": list(plan.transpose_forward),
+        "plan": {
+            "dataset_name": plan.dataset_name,
+            "plans_name": plan.plans_name,
+            "base_plans": plan.base_plans,
+            "configuration": plan.configuration,
+            "network_class": plan.network_class,
+            "architecture_hash": plan.architecture_hash,
+            "data_hash": plan.data_hash,
+            "patch_size": list(plan.patch_size),
+            "transpose_forward": list(plan.transpose_forward),
+        },
+        "patch_size": [int(i) for i in crop_size],
+        "spacing": list(plan.spacing),
+        "normalization_schemes": list(plan.normalization_schemes),
+        "channels": [plan.channel_names[i] for i in sorted(plan.channel_names)],
     }
 
 
@@ -125,9 +134,7 @@ def build_payload(
     pretrained_parts: Mapping[str, Any],
     data: Mapping[str, Any],
     citations: Sequence[str] = (),
-    versions: Mapping[str, str] | None = None,
     training: Mapping[str, Any] | None = None,
-    transfer: Mapping[str, str] | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
     """Everything that a checkpoint holds.
@@ -141,41 +148,32 @@ def build_payload(
         pretrained_parts: ``{"encoder": bool, "decoder_stages": [indices from the bottom]}``: what the weights promise.
         data: fingerprint of the images learnt from; hashes only, never case names (see :func:`fingerprint_names`).
         citations: papers to cite.
-        versions: package versions; those installed by default.
-        transfer: ``{"parts": one of nnssl.plans.parts.CHOICES, "why": ...}``: which of the parts segmentation networks get by
-            default, and the reason; all of them where it is not given.
         training: the engine's own state for an exact resume, kept under ``nnssl_training``.
-        extra: more plain values for the ``nnssl`` entry, for example ``robustness`` or ``epoch``.
+        extra: more plain values for the ``nnssl`` entry, for example ``robustness`` or ``epoch``; ``versions`` in place of those
+            of the installed packages; ``transfer``, ``{"parts": one of nnssl.plans.parts.CHOICES, "why": ...}``: which of the
+            parts segmentation networks get by default, and the reason; all of them where it is not given.
 
     Returns:
         ``network_weights`` (every alias of the stock network, on the CPU), ``nnssl_adaptation_plan``, ``citations``, ``nnssl``
         and, where given, ``nnssl_training``.
     """
-    parts = {
-        "encoder": bool(pretrained_parts.get("encoder", False)),
-        "decoder_stages": sorted(int(i) for i in pretrained_parts.get("decoder_stages", ())),
-    }
-    description = {
-        "schema": SCHEMA,
-        "method": method,
-        "config": config,
-        "plan": describe_plan(plan),
-        "patch_size": [int(i) for i in crop_size],
-        "spacing": list(plan.spacing),
-        "normalization_schemes": list(plan.normalization_schemes),
-        "channels": [plan.channel_names[i] for i in sorted(plan.channel_names)],
-        "pretrained_parts": parts,
-        "data": dict(data),
-        "versions": dict(versions) if versions is not None else package_versions(),
-        **({"transfer": dict(transfer)} if transfer else {}),
-        **extra,
+    promise = {
+        "encoder": bool(pretrained_parts.get("encoder")),
+        "decoder_stages": [part.stage for part in promised_parts(pretrained_parts) if part.kind == DECODER],
     }
     payload: dict[str, Any] = {
         "network_weights": full_state_dict(network),
         "nnssl_adaptation_plan": adaptation_plan(plan, crop_size),
         "citations": citation_entries(method, citations),
-        "nnssl": description,
+        "nnssl": {
+            "schema": SCHEMA,
+            "method": method,
+            "config": config,
+            **plan_entries(plan, crop_size),
+            "pretrained_parts": promise,
+            "data": dict(data),
+            "versions": package_versions(),
+            **extra,
+        },
     }
-    if training is not None:
-        payload["nnssl_training"] = training
-    return payload
+    return payload if training is None else {**payload, "nnssl_training": training}

@@ -31,18 +31,9 @@ class Placeholder:
         """Another one."""
         return Placeholder()
 
-    def __setstate__(self, state: Any) -> None: ...
+    def _drop(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-
-    def append(self, value: Any) -> None:
-        """Dropped."""
-
-    def extend(self, values: Any) -> None:
-        """Dropped."""
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        """Dropped."""
+    __setstate__ = __setitem__ = append = extend = update = _drop
 
 
 class _TensorsOnly(pickle.Unpickler):

@@ -157,10 +157,9 @@ def _other_network(states: list[tuple[tuple[str, ...], dict[str, Tensor]]], path
     )
 
 
-def _recorded_prefix(content: Mapping[str, Any]) -> str | None:
-    """What a file of MIC-DKFZ's nnssl says to stand before nnU-Net's names."""
-    plan = content.get("nnssl_adaptation_plan")
-    key = str((plan or {}).get("key_to_encoder") or "") if isinstance(plan, Mapping) else ""
+def recorded_prefix(adaptation: Any) -> str | None:
+    """What an adaptation plan of MIC-DKFZ's nnssl says to stand before nnU-Net's names."""
+    key = str(adaptation.get("key_to_encoder") or "") if isinstance(adaptation, Mapping) else ""
     for end in ("encoder.stages", "eva"):
         if key == end or key.endswith(f".{end}"):
             return key[: -len(end)]
@@ -198,7 +197,7 @@ def find_weights_in(content: Any, path: Path, key: str | None = None, prefix: st
     if is_version_1(weights):
         return Found(from_version_1(weights), entry, [*remarks, "names of nnU-Net v1 translated"])
     groups = _by_prefix(weights)
-    chosen = _choose_prefix(groups, prefix, key, _recorded_prefix(content), path)
+    chosen = _choose_prefix(groups, prefix, key, recorded_prefix(content.get("nnssl_adaptation_plan")), path)
     alone = any(n.startswith(chosen) and f"encoder.{n.removeprefix(chosen)}" in groups[chosen] for n in weights)
     if not chosen and not alone:
         return Found(weights, entry, remarks)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from nnssl.errors import NnsslError
 from nnssl.networks import forward_features, unwrap
+from nnssl.parts import decoder_stage, part_of, promised_parts
 from nnssl.pretrain.augment.spatial import central_crop
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Picture, Progress, SourceStats
-from nnssl.weights.parts import part_of, wanted_parts
 
 if TYPE_CHECKING:
     from nnssl.plans import Plan
@@ -61,7 +61,7 @@ class Method(nn.Module, ABC):
         self.plan = plan
         self.request = request
         self.config = config
-        trained = set(wanted_parts(self.pretrained_parts()))
+        trained = set(promised_parts(self.pretrained_parts()))
         for name, parameter in unwrap(network).named_parameters():
             parameter.requires_grad_(part_of(name) in trained)
 
@@ -156,7 +156,7 @@ class Method(nn.Module, ABC):
             return {}
         stages = [int(i) for i in self.pretrained_parts().get("decoder_stages", ())]
         levels = forward_features(self.network, images, max(stages) + 1 if stages else 0).levels
-        return {"bottleneck": levels[0]} | ({f"decoder stage {max(stages)}": levels[-1]} if stages else {})
+        return {"bottleneck": levels[0]} | ({decoder_stage(max(stages)): levels[-1]} if stages else {})
 
     def pictures(self, batch: Batch) -> Picture | None:
         """What a person should see of a held-out batch. Called without gradients every few epochs."""

@@ -12,7 +12,7 @@ from nnssl.networks import build_network, canonical_state_dict, forward_features
 from nnssl.plans import Plan
 from nnssl.weights import Adaptation, apply, build_payload, resize_positions, save
 from nnssl.weights.adapt import adapt_channels, adapt_kernel, adapt_tensor, adapt_upsampling
-from nnssl.weights.layout import describe, n_stages, shift_stages, widths
+from nnssl.weights.layout import Layout, shift_stages
 
 FOUR = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (1, 2, 2))
 FIVE = (*FOUR, (2, 2, 2))
@@ -381,7 +381,8 @@ def test_prefixes_of_upstreams_files_are_dropped(make):
 def test_layout_of_a_state_dict(make):
     _, network, _ = make(arch="resenc", strides=FOUR, features=(4, 6, 8, 10))
     state = canonical_state_dict(network)
-    assert (describe(state), n_stages(state), widths(state)) == ("ResidualEncoderUNet with 4 stages", 4, [4, 6, 8, 10])
+    layout = Layout.of(state)
+    assert (str(layout), layout.stages, layout.widths) == ("ResidualEncoderUNet with 4 stages", 4, (4, 6, 8, 10))
     shifted = shift_stages(state, -1)
     assert torch.equal(shifted["decoder.transpconvs.0.weight"], state["decoder.transpconvs.1.weight"])
     assert "decoder.transpconvs.2.weight" not in shifted and len(shift_stages(state, 1)) == len(state)

@@ -1,14 +1,19 @@
 """Which of the pretrained parts a segmentation network gets: defaults of methods, plans and users, and what the report says."""
 
+import copy as copy_module
+import json
+import pickle
+
 import pytest
 import torch
 
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, canonical_state_dict
+from nnssl.parts import Part, decoder_stage, encoder_stage, promised_parts
 from nnssl.plans import Plan, derive
 from nnssl.plans.parts import CHOICES, parts_for, select_parts
 from nnssl.pretrain.methods import list_methods
-from nnssl.weights import apply, build_payload, check_loadable, label_set, part_of
+from nnssl.weights import apply, build_payload, check_loadable, label_set, part_of, save
 
 HELD = {"encoder": True, "decoder_stages": [1, 0]}
 WHY = "its decoder harms"
@@ -55,19 +60,47 @@ def loaded_parts(plan, transfer=None, heads=None, held=HELD, **options):
 
 
 def test_select_parts():
-    assert select_parts(HELD, "all") == {"encoder": True, "decoder_stages": [0, 1]}
-    assert select_parts(HELD, "default") == {"encoder": True, "decoder_stages": [0, 1]}
-    assert select_parts(HELD, "default", "encoder") == {"encoder": True, "decoder_stages": []}
-    assert select_parts(HELD, "encoder+bottom", "encoder") == {"encoder": True, "decoder_stages": [0]}
-    assert select_parts(HELD, {"decoder_stages": [1]}) == {"encoder": False, "decoder_stages": [1]}
+    held = promised_parts(HELD)
+    assert select_parts(held, "all") == ["encoder", "decoder stage 0", "decoder stage 1"]
+    assert select_parts(held, "default") == ["encoder", "decoder stage 0", "decoder stage 1"]
+    assert select_parts(held, "default", "encoder") == ["encoder"]
+    assert select_parts(held, "encoder+bottom", "encoder") == ["encoder", "decoder stage 0"]
+    assert select_parts(held, {"decoder_stages": [1]}) == ["decoder stage 1"]
     with pytest.raises(NnsslError, match="'encoder[+]bottom' ask for decoder stage 0.*It holds: encoder"):
-        select_parts({"encoder": True, "decoder_stages": []}, "encoder+bottom")
+        select_parts([Part("encoder")], "encoder+bottom")
     with pytest.raises(NnsslError, match="decoder stage 7"):
-        select_parts(HELD, {"encoder": True, "decoder_stages": [7]})
+        select_parts(held, {"encoder": True, "decoder_stages": [7]})
     with pytest.raises(NnsslError, match="ask for encoder, which.*It holds: decoder stage 0"):
-        select_parts({"encoder": False, "decoder_stages": [0]}, "encoder")
+        select_parts([decoder_stage(0)], "encoder")
     with pytest.raises(NnsslError, match="parts 'encodr'.*encoder"):
-        select_parts(HELD, "encodr")
+        select_parts(held, "encodr")
+
+
+def test_a_part_is_its_text_and_knows_what_it_says():
+    """The text is what reports, plans and checkpoints hold; it is read back in one place, and copies keep what it means."""
+    bottom = Part("decoder stage 10")
+    assert bottom == decoder_stage(10) == "decoder stage 10" and (bottom.kind, bottom.stage) == ("decoder", 10)
+    assert (encoder_stage(3).kind, encoder_stage(3).stage, Part("encoder").stage) == ("encoder", 3, None)
+    assert Part("encoder norm").kind == "encoder" and Part("encoder norm").stage is None
+    assert [Part(text).is_head for text in ("seg_layers", "up_projection", "encoder", "other")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    for copy in (copy_module.deepcopy(bottom), pickle.loads(pickle.dumps(bottom))):
+        assert copy == bottom and (copy.kind, copy.stage) == ("decoder", 10)
+    assert type(str(bottom)) is str and json.loads(json.dumps({bottom: bottom})) == {
+        "decoder stage 10": "decoder stage 10"
+    }
+
+
+def test_a_checkpoint_holds_the_text_of_a_part_alone(tmp_path):
+    save(
+        tmp_path / "x.pth",
+        {"network_weights": {"encoder.a": torch.ones(1)}, "parts": {Part("encoder"): [decoder_stage(1)]}},
+    )
+    assert torch.load(tmp_path / "x.pth", weights_only=True)["parts"] == {"encoder": ["decoder stage 1"]}
 
 
 def test_a_plan_overrules_the_default_and_heads_alone_need_all():

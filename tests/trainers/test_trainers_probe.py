@@ -118,6 +118,8 @@ def test_continued(dataset, pretraining, build, start):
     a_step(trainer)
     target = str(Path(trainer.output_folder, "checkpoint_latest.pth"))
     trainer.save_checkpoint(target)
+    saved = torch.load(target, weights_only=True)
+    assert [group["name"] for group in saved["optimizer_state"]["param_groups"]] == ["seg_layers"]
     file.unlink()
     again = build(nnUNetTrainerLinearProbe, resume=True)
     again.load_checkpoint(target)
