@@ -135,6 +135,7 @@ def arguments(title: str, module: str, name: str) -> list[str]:
 TABLES = {
     "pretrain": ("Arguments of `nnssl.pretrain.run`", "nnssl.pretrain.options", "RunOptions"),
     "plans": ("Arguments of `nnssl.plans.Changes`", "nnssl.plans", "Changes"),
+    "transferability": ("Arguments of `nnssl.probe.probe`", "nnssl.probe.options", "ProbeOptions"),
 }
 """Page of the API -> title, module and dataclass of the table at its end."""
 

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from nnssl.probe.cases import Case, Classes, Fold, choose_folds, read_case
     from nnssl.probe.features import Extractor, Stages
     from nnssl.probe.linear import Linear, Samples, fit
-    from nnssl.probe.measure import Scores, Setup, measure
     from nnssl.probe.result import Probe
     from nnssl.probe.run import probe
+    from nnssl.probe.scores import Scores, Setup, measure
     from nnssl.probe.verdict import Difference, Row
 
 __all__ = [
@@ -35,29 +35,19 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Case": "cases",
-    "Classes": "cases",
-    "Difference": "verdict",
-    "Extractor": "features",
-    "Fold": "cases",
-    "Linear": "linear",
-    "Probe": "result",
-    "Row": "verdict",
-    "Samples": "linear",
-    "Scores": "measure",
-    "Setup": "measure",
-    "Stages": "features",
-    "choose_folds": "cases",
-    "fit": "linear",
-    "measure": "measure",
-    "probe": "run",
-    "read_case": "cases",
+    "cases": ("Case", "Classes", "Fold", "choose_folds", "read_case"),
+    "features": ("Extractor", "Stages"),
+    "linear": ("Linear", "Samples", "fit"),
+    "result": ("Probe",),
+    "run": ("probe",),
+    "scores": ("Scores", "Setup", "measure"),
+    "verdict": ("Difference", "Row"),
 }
-"""Name -> the module that defines it."""
 
 
 def __getattr__(name: str) -> Any:
     # nnU-Net reads its variables while it is imported: the command checks them before
-    if name in _MODULES:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

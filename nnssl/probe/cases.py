@@ -61,9 +61,7 @@ class Classes:
             )
         manager = plan.manager.get_label_manager(plan.dataset_json)
         groups = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-        members = tuple(
-            tuple(int(v) for v in group) if isinstance(group, (tuple, list)) else (int(group),) for group in groups
-        )
+        members = tuple(map(_values, groups))
         if not members:
             raise NnsslError(f"{plan.dataset_name} has no label but the background: there is nothing to segment.")
         labels = {_values(value): str(name) for name, value in plan.dataset_json["labels"].items()}

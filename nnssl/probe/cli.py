@@ -6,17 +6,20 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nnssl.command import check_device, run_command
 from nnssl.grammar import CommandParser
+from nnssl.options import add_options, from_args
 from nnssl.plans import resolve_dataset
+from nnssl.probe.options import ProbeOptions
 from nnssl.streams import show
 
 log = logging.getLogger("nnssl")
 
 
 def parser() -> CommandParser:
-    """The command's arguments."""
+    """The command's arguments: those of :class:`~nnssl.probe.options.ProbeOptions`."""
     p = CommandParser(
         "nnssl_probe",
         "[CKPT ...] -d DATASET [options]",
@@ -25,41 +28,7 @@ def parser() -> CommandParser:
         "what a fine-tuning gains is another figure.",
         "nnssl_probe -d 501 mae=FOLDER/checkpoint_final.pth hdense=FOLDER2",
     )
-    p.add_argument(
-        "checkpoints",
-        nargs="*",
-        metavar="CKPT",
-        help="file, folder of a run, or NAME=FILE (default: the one that the plan names and all finished pretrainings for it)",
-    )
-    what = p.group("which cases")
-    p.share(what, "dataset", required=True, help="number or name of the labelled dataset")
-    p.share(what, "configuration")
-    p.share(what, "plans")
-    p.share(what, "fold", help="fold that the labelled cases come from (default: all)")
-    p.share(
-        what,
-        "labels",
-        help="labelled cases: a number, a share, or a file (default: those of the plan variant, else all, at most 16)",
-    )
-    what.add_argument(
-        "--evaluate",
-        default="loo",
-        metavar="loo|val|FILE",
-        help="leave each labelled case out once (loo, default); or fit on all and score the validation cases (val; of fold all: "
-        "those that are not labelled), or the cases that a file names",
-    )
-    how = p.group("how")
-    p.share(how, "device", "random_inits")
-    p.share(how, "seed", help="random seed of labelled cases, voxels and random weights (default: 0)")
-    how.add_argument(
-        "--step",
-        type=float,
-        default=0.75,
-        metavar="SHARE",
-        help="distance of sliding windows, as a share of the patch (default: 0.75)",
-    )
-    p.share(how, "adapt", "coverage")
-    p.share(how, "output", help="folder for probe.json, probe.csv and probe.png (default: probe_<Dataset> here)")
+    add_options(p, ProbeOptions)
     p.renamed("-o", "--output")
     p.renamed("--device", "-device")
     return p
@@ -73,26 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _body(args: argparse.Namespace) -> int:
     from nnssl.probe.report import table
-    from nnssl.probe.run import probe
+    from nnssl.probe.run import run_probe
 
     check_device(args.device)
-    dataset = resolve_dataset(args.dataset)
-    found = probe(
-        dataset,
-        args.checkpoints,
-        configuration=args.configuration,
-        plans=args.plans,
-        labels=args.labels,
-        fold=args.fold,
-        evaluate=args.evaluate,
-        random_inits=args.random_inits,
-        seed=args.seed,
-        step=args.step,
-        adapt=dict(args.adapt or ()),
-        coverage=args.coverage,
-        device=args.device,
-        output=args.output or f"probe_{dataset}",
-    )
+    asked = from_args(ProbeOptions, args)
+    dataset = resolve_dataset(asked.dataset)
+    found = run_probe(replace(asked, dataset=dataset, output=asked.output or f"probe_{dataset}"))
     show("\n" + table(found) + "\n")
     for text in found.sentences:
         show(text)

@@ -142,22 +142,16 @@ def _at(found: Tensor, points: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def draw_voxels(case: Case, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels of each label value of a case, at most ``most`` of each, all of a rarer one.
-
-    Returns:
-        ``(N, 3)`` int64, and ``(N,)`` how many voxels of the case each stands for.
-    """
+    """Voxels ``(N, 3)`` of each label value of a case, at most ``most`` of each; for how many each stands ``(N,)``."""
     rng, flat = case.rng(seed), case.labels.ravel()
-    drawn: list[np.ndarray] = []
-    stands: list[np.ndarray] = []
+    drawn, stands = [np.zeros(0, np.int64)], [np.zeros(0)]
     for value in np.unique(flat[flat >= 0]):
         all_of_it = np.flatnonzero(flat == value)
         some = all_of_it if len(all_of_it) <= most else rng.choice(all_of_it, most, replace=False, shuffle=False)
         drawn.append(np.sort(some))
         stands.append(np.full(len(some), len(all_of_it) / len(some)))
-    index = np.concatenate(drawn) if drawn else np.zeros(0, np.int64)
-    voxels = np.stack(np.unravel_index(index, case.labels.shape), axis=1)
-    return voxels, np.concatenate(stands) if stands else np.zeros(0)
+    voxels = np.stack(np.unravel_index(np.concatenate(drawn), case.labels.shape), axis=1)
+    return voxels, np.concatenate(stands)
 
 
 def collect(

@@ -9,8 +9,8 @@ import numpy as np
 
 from nnssl.pictures import new_figure, png
 from nnssl.probe.cases import Case
-from nnssl.probe.measure import best_slice
 from nnssl.probe.result import Probe
+from nnssl.probe.scores import best_slice
 from nnssl.probe.verdict import Row
 from nnssl.words import counted
 
@@ -23,11 +23,9 @@ MARGIN = 0.35
 def choose_cases(found: Probe) -> list[str]:
     """The scored cases of lowest, middle and highest Dice, averaged over all networks; all where there are at most three."""
     names = found.setup.scored
-    means = np.nanmean(np.nan_to_num(np.stack([row.cases for row in found.rows])), axis=0)
+    means = np.nan_to_num(np.stack([row.cases for row in found.rows])).mean(0)
     order = [names[i] for i in np.argsort(means, kind="stable")]
-    if len(order) <= MOST_CASES:
-        return order
-    return [order[0], order[len(order) // 2], order[-1]]
+    return order if len(order) <= MOST_CASES else [order[0], order[len(order) // 2], order[-1]]
 
 
 def _box(mask: np.ndarray, spacing: tuple[float, float]) -> tuple[slice, slice]:
@@ -57,13 +55,9 @@ def _outline(panel: Any, mask: np.ndarray, colour: str, width: float, style: str
         )
 
 
-def _pixel(found: Probe) -> tuple[float, float]:
-    plan = found.setup.plan
-    return plan.spacing[-2], plan.spacing[-1]
-
-
 def _panel(panel: Any, found: Probe, case: Case, masks: np.ndarray) -> None:
-    classes, pixel = found.setup.classes, _pixel(found)
+    classes, spacing = found.setup.classes, found.setup.plan.spacing
+    pixel = spacing[-2], spacing[-1]
     z = best_slice(case, classes)
     image = np.asarray(case.image[0:1, z : z + 1], dtype=np.float32)[0, 0]
     true = classes.masks(case.labels[z])

@@ -11,7 +11,6 @@ from nnssl.files import write_atomic, write_csv, write_json
 from nnssl.paths import encode_path
 from nnssl.probe.picture import draw
 from nnssl.probe.result import Probe
-from nnssl.probe.verdict import Row
 from nnssl.weights import package_versions
 from nnssl.words import aligned
 
@@ -22,23 +21,20 @@ def _number(value: float, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''}.1f}" if math.isfinite(value) else "-"
 
 
-def _cells(row: Row, several: bool) -> list[str]:
-    d, spread = row.difference, ""
-    if row.inits:
-        spread = f"{min(row.inits):.1f} to {max(row.inits):.1f}" if len(row.inits) > 1 else ""
-    against = [_number(d.mean, True), f"{_number(d.low, True)} to {_number(d.high, True)}"] if d else ["", spread]
-    each = [_number(v) for v in row.classes] if several else []
-    return [row.name, row.stages, _number(row.mean), _number(row.sd), *against, *each]
-
-
 def table(found: Probe) -> str:
     """One line for each network and kind of stages: Dice in points, SD over cases, and the difference to random weights."""
-    names = found.setup.classes.names
-    several = len(names) > 1
-    head = ["weights", "linear layer on", "Dice", "SD", "vs random", "95 % over cases", *(names if several else ())]
-    lines = [head, *(_cells(row, several) for row in found.rows)]
-    text = aligned(lines, left=2)
-    return f"{_cases_text(found)}\n\n{text}\n(of random weights: lowest to highest initialisation in place of the interval)"
+    names = found.setup.classes.names if len(found.setup.classes.names) > 1 else ()
+    lines = [["weights", "linear layer on", "Dice", "SD", "vs random", "95 % over cases", *names]]
+    for row in found.rows:
+        d, against, spread = row.difference, "", ""
+        if d is not None:
+            against, spread = _number(d.mean, True), f"{_number(d.low, True)} to {_number(d.high, True)}"
+        elif len(row.inits) > 1:
+            spread = f"{min(row.inits):.1f} to {max(row.inits):.1f}"
+        each = [_number(dice) for dice, _ in zip(row.classes, names)]
+        lines.append([row.name, row.stages, _number(row.mean), _number(row.sd), against, spread, *each])
+    note = "(of random weights: lowest to highest initialisation in place of the interval)"
+    return f"{_cases_text(found)}\n\n{aligned(lines, left=2)}\n{note}"
 
 
 def _cases_text(found: Probe) -> str:
@@ -58,12 +54,18 @@ def as_json(found: Probe) -> dict[str, Any]:
     setup, names = found.setup, found.setup.classes.names
     rows = []
     for row in found.rows:
-        entry: dict[str, Any] = {"name": row.name, "stages": row.stages, "decoder_stages": row.n_decoder}
-        entry |= {"dice": _plain(row.mean), "sd": _plain(row.sd), "inits": [_plain(v) for v in row.inits]}
+        entry: dict[str, Any] = {
+            "name": row.name,
+            "stages": row.stages,
+            "decoder_stages": row.n_decoder,
+            "dice": _plain(row.mean),
+            "sd": _plain(row.sd),
+            "inits": [_plain(v) for v in row.inits],
+            "cases": {case: _plain(v) for case, v in zip(setup.scored, row.cases)},
+            "classes": {name: _plain(v) for name, v in zip(names, row.classes)},
+        }
         if row.difference is not None:
             entry["difference"] = {k: _plain(v) for k, v in row.difference._asdict().items()}
-        entry["cases"] = {case: _plain(v) for case, v in zip(setup.scored, row.cases)}
-        entry["classes"] = {name: _plain(v) for name, v in zip(names, row.classes)}
         rows.append(entry)
     checkpoints = [
         {
@@ -78,6 +80,7 @@ def as_json(found: Probe) -> dict[str, Any]:
     ]
     return {
         "schema": SCHEMA,
+        "asked": found.asked,
         "dataset": setup.plan.dataset_name,
         "plans": setup.plan.plans_name,
         "configuration": setup.plan.configuration,
@@ -101,19 +104,15 @@ def _plain(value: float) -> float | int | None:
     return round(float(value), 3) if math.isfinite(value) else None
 
 
-def _lines(found: Probe) -> list[Sequence[object]]:
-    lines: list[Sequence[object]] = [("weights", "stages", "case", "dice")]
-    for row in found.rows:
-        lines += [(row.name, row.stages, case, _plain(v)) for case, v in zip(found.setup.scored, row.cases)]
-    return lines
-
-
 def write_all(folder: Path, found: Probe) -> list[Path]:
     """Write ``probe.json``, ``probe.csv`` (a line per case) and ``probe.png``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("probe.json", "probe.csv", "probe.png")]
     write_json(files[0], as_json(found))
-    write_csv(files[1], _lines(found))
+    lines: list[Sequence[object]] = [("weights", "stages", "case", "dice")]
+    for row in found.rows:
+        lines += [(row.name, row.stages, case, _plain(dice)) for case, dice in zip(found.setup.scored, row.cases)]
+    write_csv(files[1], lines)
     picture = draw(found)
     write_atomic(files[2], lambda file: file.write(picture))
     return files

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from nnssl.probe.measure import Setup
+from nnssl.probe.scores import Setup
 from nnssl.probe.sources import Source
 from nnssl.probe.verdict import Row
 
@@ -24,6 +25,7 @@ class Probe:
         warnings: what makes a figure worth less.
         slices: row name -> case -> ``(classes, Y, X)`` bool, of layers on encoder stages.
         seconds: what it took.
+        asked: what differs from the defaults.
         files: what was written.
     """
 
@@ -34,4 +36,5 @@ class Probe:
     warnings: list[str]
     slices: dict[str, dict[str, np.ndarray]]
     seconds: float
+    asked: dict[str, Any]
     files: list[Path] = field(default_factory=list)

@@ -4,108 +4,81 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nnssl.errors import NnsslError
 from nnssl.networks import build_network
+from nnssl.options import as_function
+from nnssl.options import asked as asked_of
+from nnssl.parts import ENCODER
 from nnssl.plans import Plan, load_plan, resolve_dataset
 from nnssl.probe.cases import Classes, check_foreground, choose_folds, read_case
-from nnssl.probe.measure import Scores, Setup, measure
+from nnssl.probe.options import ProbeOptions
 from nnssl.probe.report import write_all
 from nnssl.probe.result import Probe
+from nnssl.probe.scores import Setup, measure
 from nnssl.probe.sources import Source, discover, examine, name_checkpoints
-from nnssl.probe.verdict import RANDOM, Row, choose_sentence, compare, mean_dice, sentence
+from nnssl.probe.verdict import RANDOM, Row, choose_sentence, compare, mean_dice, nanmean, sentence
 from nnssl.weights import Adaptation, apply, load
 
 log = logging.getLogger("nnssl")
 
-RANDOM_INITS = 3
 
-
-def probe(
-    dataset: int | str,
-    checkpoints: Sequence[str | Path] = (),
-    *,
-    configuration: str = "3d_fullres",
-    plans: str = "nnUNetPlans",
-    labels: str | int | None = None,
-    fold: int | str = "all",
-    evaluate: str = "loo",
-    random_inits: int = RANDOM_INITS,
-    seed: int = 0,
-    step: float = 0.75,
-    adapt: Mapping[str, str] | None = None,
-    coverage: float | None = None,
-    device: str = "cpu",
-    output: str | Path | None = None,
-) -> Probe:
-    """Fit linear layers on the frozen features of random weights and of checkpoints, and score them.
-
-    Args:
-        dataset: number or name; preprocessed by nnU-Net, with labels.
-        checkpoints: files, folders of runs, or ``NAME=FILE``; by default those made for the plans.
-        configuration, plans: of the dataset.
-        labels, fold, evaluate: which cases, see :func:`nnssl.probe.cases.choose_folds`.
-        random_inits: how many random initialisations to compare with.
-        seed: of labelled cases, voxels and random weights.
-        step: distance of the pieces that a case is computed in, as a share of their size, in (0, 1].
-        adapt, coverage: what may be adapted to a network that differs, as in ``nnssl_plan``; by default what the plan says.
-        device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
-        output: folder for ``probe.json``, ``probe.csv`` and ``probe.png``; nothing is written without it.
-
-    Raises:
-        NnsslError: for everything that the user can mend.
-    """
+def run_probe(asked: ProbeOptions) -> Probe:
+    """What :func:`probe` does, with its arguments as one object."""
     began = time.monotonic()
-    if random_inits < 1:
-        raise NnsslError(f"--random-inits must be at least 1, got {random_inits}.")
-    if not 0 < step <= 1:
-        raise NnsslError(f"--step must lie in (0, 1], got {step}.")
-    plan = load_plan(resolve_dataset(dataset), configuration, plans)
+    plan = load_plan(resolve_dataset(asked.dataset), asked.configuration, asked.plans)
     classes = Classes.of(plan)
-    folds = choose_folds(plan, labels=labels, fold=fold, evaluate=evaluate, seed=seed)
-    asked = {"adapt": dict(adapt or {}), "coverage": coverage}
-    how = Adaptation.from_metadata(asked) if adapt or coverage is not None else None
-    named = name_checkpoints([str(c) for c in checkpoints]) if checkpoints else discover(plan)
-    scored = sorted({name for f in folds for name in f.score})
-    sources = examine(named, plan, how, scored)
-    names = sorted({name for f in folds for name in (*f.fit, *f.score)})
+    folds = choose_folds(plan, labels=asked.labels, fold=asked.fold, evaluate=asked.evaluate, seed=asked.seed)
+    how = None
+    if asked.adapt or asked.coverage is not None:
+        how = Adaptation.from_metadata({"adapt": asked.adapt, "coverage": asked.coverage})
+    checkpoints = [str(checkpoint) for checkpoint in asked.checkpoints]
+    named = name_checkpoints(checkpoints) if checkpoints else discover(plan)
+    sources = examine(named, plan, how, {name for fold in folds for name in fold.score})
+    names = sorted({name for fold in folds for name in (*fold.fit, *fold.score)})
     cases = {name: read_case(plan, classes, name) for name in names}
-    for each in folds:
-        check_foreground(cases, classes, each.fit)
-    setup = Setup(plan, classes, cases, folds, torch.device(device), step, seed)
-    rows, slices = _random_rows(setup, random_inits, sorted({0, *(s.n_decoder for s in sources)}))
-    base = {row.n_decoder: row for row in rows}
-    for source in sources:
-        for scores in measure(_loaded(source, plan, how), setup, sorted({0, source.n_decoder})):
-            rows.append(_row(source.name, scores, base[scores.stages.n_decoder]))
-            if scores.stages.n_decoder == 0:
-                slices[source.name] = scores.slices
-                log.info("%s: %.1f", source.name, rows[-1].mean)
-    sentences = [sentence(row, base[row.n_decoder]) for row in rows if row.difference is not None]
-    lead = choose_sentence([r for r in rows if r.difference is not None and r.n_decoder == 0])
-    found = Probe(
-        setup,
-        sources,
-        rows,
-        [*sentences, *([lead] if lead else [])],
-        _warnings(setup, sources),
-        slices,
-        time.monotonic() - began,
-    )
-    if output is not None:
-        found.files.extend(write_all(Path(output), found))
+    for fold in folds:
+        check_foreground(cases, classes, fold.fit)
+    setup = Setup(plan, classes, cases, folds, torch.device(asked.device), asked.step, asked.seed)
+    rows, slices = _measure_all(setup, sources, how, asked.random_inits)
+    seconds = time.monotonic() - began
+    found = Probe(setup, sources, rows, _sentences(rows), _warnings(setup, sources), slices, seconds, asked_of(asked))
+    if asked.output is not None:
+        found.files.extend(write_all(Path(asked.output), found))
     return found
 
 
-def _loaded(source: Source, plan: Plan, how: Adaptation | None) -> torch.nn.Module:
-    network = build_network(plan)
-    apply(network, load(source.path), plan, adapt=how, parts="all")
-    return network
+probe = as_function(
+    "probe",
+    ProbeOptions,
+    run_probe,
+    "Fit linear layers on the frozen features of random weights and of checkpoints, and score them.",
+    "The table, a sentence on each checkpoint, and what was written.",
+    "NnsslError: for everything that the user can mend.",
+)
+
+
+def _measure_all(
+    setup: Setup, sources: Sequence[Source], how: Adaptation | None, random_inits: int
+) -> tuple[list[Row], dict[str, dict[str, np.ndarray]]]:
+    """The rows of random weights, then of each checkpoint; and pictures by the name of a row, of layers on encoder stages."""
+    rows, slices = _random_rows(setup, random_inits, sorted({0, *(s.n_decoder for s in sources)}))
+    random = {row.n_decoder: row for row in rows}
+    for source in sources:
+        network = build_network(setup.plan)
+        apply(network, load(source.path), setup.plan, adapt=how, parts="all")
+        for scores in measure(network, setup, sorted({0, source.n_decoder})):
+            (cases, classes), stages = mean_dice(scores.dice), scores.stages
+            difference = compare(cases, random[stages.n_decoder].cases)
+            rows.append(Row(source.name, stages.text, stages.n_decoder, cases, classes, difference=difference))
+            if stages.n_decoder == 0:
+                slices[source.name] = scores.slices
+                log.info("%s: %.1f", source.name, rows[-1].mean)
+    return rows, slices
 
 
 def _random_network(plan: Plan, seed: int) -> torch.nn.Module:
@@ -121,19 +94,19 @@ def _random_rows(
     found = [measure(_random_network(setup.plan, setup.seed + i), setup, decoders) for i in range(inits)]
     rows = []
     for same in zip(*found):
-        each = [mean_dice(scores.dice) for scores in same]
-        whole = Row("", "", 0, np.stack([e[0] for e in each]).mean(0), np.stack([e[1] for e in each]).mean(0))
-        means = tuple(Row("", "", 0, e[0], e[1]).mean for e in each)
-        stages = same[0].stages
-        rows.append(Row(RANDOM, stages.text, stages.n_decoder, whole.cases, whole.classes, means))
+        cases, classes = (np.stack(dice) for dice in zip(*(mean_dice(scores.dice) for scores in same)))
+        means, stages = tuple(map(nanmean, cases)), same[0].stages
+        rows.append(Row(RANDOM, stages.text, stages.n_decoder, cases.mean(0), classes.mean(0), means))
     log.info("%s (%d): %.1f", RANDOM, inits, rows[0].mean)
     return rows, {RANDOM: found[0][0].slices}
 
 
-def _row(name: str, scores: Scores, random: Row) -> Row:
-    cases, classes = mean_dice(scores.dice)
-    stages = scores.stages
-    return Row(name, stages.text, stages.n_decoder, cases, classes, difference=compare(cases, random.cases))
+def _sentences(rows: Sequence[Row]) -> list[str]:
+    """One for each checkpoint and kind of stages, and which checkpoint is ahead."""
+    random = {row.n_decoder: row for row in rows if row.difference is None}
+    checkpoints = [row for row in rows if row.difference is not None]
+    lead = choose_sentence([row for row in checkpoints if row.n_decoder == 0])
+    return [sentence(row, random[row.n_decoder]) for row in checkpoints] + ([lead] if lead else [])
 
 
 def _warnings(setup: Setup, sources: Sequence[Source]) -> list[str]:
@@ -141,7 +114,7 @@ def _warnings(setup: Setup, sources: Sequence[Source]) -> list[str]:
     if len(setup.scored) < 4:
         found.append(f"{len(setup.scored)} scored cases: intervals are wide, and say little.")
     for source in sources:
-        percent = source.report.part("encoder").percent
+        percent = source.report.part(ENCODER).percent
         if percent < 99.95:
             found.append(f"{source.name} fills only {percent:.0f} % of the encoder; the rest is random.")
         if source.report.adaptations:

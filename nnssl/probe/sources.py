@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nnssl.errors import NnsslError, raise_problems
 from nnssl.files import sha256_of
 from nnssl.networks import build_network
+from nnssl.parts import DECODER
 from nnssl.paths import decode_path
 from nnssl.plans import Plan, dataset_id
 from nnssl.results import find_pretrainings, find_pretrainings_elsewhere
@@ -63,16 +65,12 @@ def discover(plan: Plan) -> list[tuple[str, Path]]:
     if paths:
         return name_checkpoints([str(path) for path in paths])
     number, options = dataset_id(plan.dataset_name), f"-c {plan.configuration} -p {plan.plans_name}"
-    elsewhere = [run for run in find_pretrainings_elsewhere(plan) if run.finished]
-    others = "".join(f"\n  - {run.method}: {run.checkpoint}" for run in elsewhere)
+    others = [f"\n  - {run.method}: {run.checkpoint}" for run in find_pretrainings_elsewhere(plan) if run.finished]
+    if others:
+        others.insert(0, "\nThose made for other datasets' plans can be named where their network is the same:")
     raise NnsslError(
         f"No finished pretraining fits plans '{plan.plans_name}' ({plan.configuration}) of {plan.dataset_name}. Name files: "
-        f"nnssl_probe -d {number} {options} FILE ..., or make one: nnssl_pretrain -d {number} {options} -m mae"
-        + (
-            f"\nThose made for other datasets' plans can be named where their network is the same:{others}"
-            if others
-            else ""
-        )
+        f"nnssl_probe -d {number} {options} FILE ..., or make one: nnssl_pretrain -d {number} {options} -m mae{''.join(others)}"
     )
 
 
@@ -91,11 +89,11 @@ def name_checkpoints(texts: Sequence[str]) -> list[tuple[str, Path]]:
                 raise NnsslError(f"{path} is a folder without a checkpoint; name the file.")
             path = inside[0]
         found.append((given, path))
-    used: dict[str, int] = {}
+    used: Counter[str] = Counter()
     named = []
     for given, path in found:
         name = given or _short(path)
-        used[name] = used.get(name, 0) + 1
+        used[name] += 1
         named.append((name if used[name] == 1 else f"{name} ({used[name]})", path))
     return named
 
@@ -112,7 +110,7 @@ def _short(path: Path) -> str:
 
 
 def examine(
-    named: Sequence[tuple[str, Path]], plan: Plan, adapt: Adaptation | None, scored: Sequence[str]
+    named: Sequence[tuple[str, Path]], plan: Plan, adapt: Adaptation | None, scored: Iterable[str]
 ) -> list[Source]:
     """Load each file into the plan's network once, to know what it fills before anything is measured.
 
@@ -127,8 +125,8 @@ def examine(
         except NnsslError as error:
             problems.append(str(error))
             continue
-        stages = [p for p in report.parts if p.part.startswith("decoder stage ")]
-        whole = [p.random == 0 and p.loaded + p.adapted > 0 for p in stages]
+        stages = [row for row in report.parts if row.part.kind == DECODER]
+        whole = [row.random == 0 and row.loaded + row.adapted > 0 for row in stages]
         n_decoder = whole.index(False) if False in whole else len(whole)
         seen = tuple(labels_seen(checkpoint.nnssl, plan.dataset_name, scored))
         sources.append(Source(name, path, sha256_of(path), checkpoint.method, report, n_decoder, seen))

@@ -48,7 +48,7 @@ class Row:
     @property
     def mean(self) -> float:
         """Mean over cases."""
-        return _nanmean(self.cases)
+        return nanmean(self.cases)
 
     @property
     def sd(self) -> float:
@@ -57,7 +57,8 @@ class Row:
         return float(found.std(ddof=1)) if len(found) > 1 else math.nan
 
 
-def _nanmean(values: np.ndarray) -> float:
+def nanmean(values: np.ndarray) -> float:
+    """Mean of the numbers among values; NaN without any."""
     found = values[np.isfinite(values)]
     return float(found.mean()) if len(found) else math.nan
 

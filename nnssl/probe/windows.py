@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+
 from nnssl.plans import Plan
 
 SLICES = 16
@@ -39,14 +41,9 @@ class Window:
 
 
 def window_size(plan: Plan, shape: Sequence[int]) -> tuple[int, ...]:
-    """Size of the pieces of a case: the plan's patch, along axes where the case is smaller just what the strides ask for.
+    """Size of the pieces of a case, three axes: the plan's patch; where the case is smaller just what the strides ask for.
 
-    Args:
-        plan: whose network is run; a Primus takes its patch only.
-        shape: of the case, three axes.
-
-    Returns:
-        Three axes; of 2d plans a few slices, which are computed one by one.
+    A Primus takes its patch only. Pieces of 2d plans are a few slices, which are computed one by one.
     """
     patch, stride, inside = plan.patch_size, plan.total_stride, tuple(shape)[-plan.dim :]
     if not plan.is_primus:
@@ -63,8 +60,7 @@ def _along(n: int, size: int, step: float, slices: bool) -> list[tuple[int, int,
         return [(a, min(size, n - a), a, min(a + size, n)) for a in range(0, n, size)]
     if n <= size:
         return [(-((size - n) // 2), size, 0, n)]
-    count = math.ceil((n - size) / (step * size)) + 1
-    starts = [round(i * (n - size) / (count - 1)) for i in range(count)]
+    starts = compute_steps_for_sliding_window((n,), (size,), step)[0]
     cuts = [0, *((a + b + size) // 2 for a, b in itertools.pairwise(starts)), n]
     return [(s, size, a, b) for s, a, b in zip(starts, cuts, cuts[1:])]
 

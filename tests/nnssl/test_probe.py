@@ -1,6 +1,7 @@
 """Linear probes: pieces of a case, features at voxels, the fitted layer, Dice, folds, sentences, and the whole command."""
 
 import csv
+import inspect
 import json
 import math
 
@@ -16,9 +17,9 @@ from nnssl.plans import Plan, derive, load_plan
 from nnssl.preprocessed import read_box
 from nnssl.probe import Case, Classes, Difference, Extractor, Fold, Linear, Row, Samples, choose_folds, fit, probe
 from nnssl.probe import linear as linear_module
-from nnssl.probe.cli import main
+from nnssl.probe.cli import main, parser
 from nnssl.probe.features import draw_voxels, stages_of
-from nnssl.probe.measure import dice_of
+from nnssl.probe.scores import dice_of
 from nnssl.probe.sources import name_checkpoints
 from nnssl.probe.verdict import choose_sentence, compare, sentence
 from nnssl.probe.windows import tile
@@ -287,12 +288,35 @@ def test_a_probe_from_end_to_end(dataset, tmp_path, capsys):
         30 < rows["mine", "encoder"]["dice"] < 100
     )  # the phantoms' organs differ in brightness: even random weights see it
     assert set(rows["mine", "encoder"]["classes"]) == {"liver", "spleen"}
+    assert found["asked"]["checkpoints"] == [str(same), f"mine={other}"] and found["asked"]["random_inits"] == 1
     with (tmp_path / "out" / "probe.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 25 and lines[0]["case"] == "case_000"
     assert (tmp_path / "out" / "probe.png").read_bytes().startswith(b"\x89PNG")
     again = probe(901, [same, other], random_inits=1)
     assert [r.mean for r in again.rows] == pytest.approx([r["dice"] for r in found["rows"]], abs=1e-3)
+
+
+def test_the_call_and_the_command_have_the_same_options(dataset):
+    """Stated once: the signature, its text and the record; the parts of a probe are functions, not the modules they are in."""
+    import nnssl.probe
+
+    options = inspect.signature(probe).parameters
+    assert (
+        list(options)[:2] == ["dataset", "checkpoints"] and options["evaluate"].kind is inspect.Parameter.KEYWORD_ONLY
+    )
+    assert {name: o.default for name, o in options.items() if name in ("device", "step", "output")} == {
+        "device": "cpu", "step": 0.75, "output": None,
+    }  # fmt: skip
+    typed = {action.dest for action in parser().options()} - {"help", "version", "verbose", "quiet"}
+    assert typed == set(options) - {"checkpoints"} and all(f"    {name}: " in probe.__doc__ for name in options)
+    assert all(callable(getattr(nnssl.probe, name)) for name in ("fit", "measure", "probe"))
+    with pytest.raises(TypeError, match="'labls'.*labels"):
+        probe(901, labls=2)
+    with pytest.raises(NnsslError, match=r"--step must lie in \(0, 1\], got 0"):
+        probe(901, step=0)
+    with pytest.raises(NnsslError, match="--random-inits must be at least 1"):
+        probe(901, random_inits=0)
 
 
 def test_checkpoints_are_found_as_the_trainers_find_them(dataset, nnunet_env):
