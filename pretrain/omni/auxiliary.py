@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,26 +14,9 @@ from nnssl.pretrain.data.case import CaseFormat
 from nnssl.pretrain.data.case_set import CaseRef, CaseSet
 from nnssl.pretrain.data.crops import CropDataset
 from nnssl.pretrain.data.weights import case_weights
-from nnssl.pretrain.omni.cases import LabelledSet
-from nnssl.pretrain.omni.patches import COMPARED, LABELLED, UNLABELLED, LabelledDataset, Patches, stack
+from nnssl.pretrain.omni.cases import LabelledCase, LabelledSet
+from nnssl.pretrain.omni.patches import UNLABELLED, LabelledDataset, Patches, Sizes, stack
 from nnssl.pretrain.types import CropRequest, Crops
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many patches of which size a step has.
-
-    Attributes:
-        size, read_size: voxels per axis that the network sees, and that are read.
-        labelled, unlabelled: patches a step over all ranks.
-        foreground: share of labelled patches around a labelled voxel.
-    """
-
-    size: tuple[int, ...]
-    read_size: tuple[int, ...]
-    labelled: int
-    unlabelled: int
-    foreground: float
 
 
 @dataclass
@@ -72,30 +55,31 @@ class OmniCrops:
         return len(self.ssl)
 
 
+@dataclass(frozen=True)
 class StepReader:
     """Reads the patches of a step on one rank; pickles, and is called in the loader's processes.
 
-    Args:
+    Attributes:
         labelled: data set of labelled patches, or None.
         unlabelled: data set of patches without labels, or None.
         sizes: of both.
         switch: first step that has patches for pseudo-labels.
+        augment: whether they are to be augmented.
         rank, world_size: of this process.
-        augment: whether labelled patches are to be augmented.
     """
 
-    def __init__(
-        self,
-        labelled: LabelledDataset | None,
-        unlabelled: CropDataset | None,
-        sizes: Sizes,
-        switch: int,
-        rank: int,
-        world_size: int,
-        augment: bool,
-    ) -> None:
-        self.labelled, self.unlabelled, self.sizes, self.switch = labelled, unlabelled, sizes, switch
-        self.rank, self.world_size, self.augment = rank, world_size, augment
+    labelled: LabelledDataset | None
+    unlabelled: CropDataset | None
+    sizes: Sizes
+    switch: int
+    augment: bool
+    rank: int = field(default_factory=rank)
+    world_size: int = field(default_factory=world_size)
+
+    def _mine(self, total: int) -> range:
+        """Which of a step's patches this rank reads."""
+        share = total // self.world_size
+        return range(self.rank * share, (self.rank + 1) * share)
 
     def read(self, step: int) -> tuple[Patches | None, Patches | None]:
         """Labelled patches and, from the switch on, patches for pseudo-labels.
@@ -106,16 +90,14 @@ class StepReader:
         labelled = unlabelled = None
         if self.labelled is not None:
             total = self.sizes.labelled
-            share = total // self.world_size
-            first = self.rank * share
-            labelled = stack([self.labelled[step, first + i] for i in range(share)], first, total, self.augment)
+            mine = self._mine(total)
+            labelled = stack([self.labelled[step, i] for i in mine], mine.start, total, self.augment)
         if self.unlabelled is not None and step >= self.switch:
             total = self.sizes.unlabelled
-            share = total // self.world_size
-            first = self.rank * share
-            samples = [self.unlabelled[step, first + i] for i in range(share)]
-            data = torch.stack([torch.from_numpy(s.data) for s in samples])
-            unlabelled = Patches(data, None, [None] * share, [s.case for s in samples], first, total, self.augment)
+            mine = self._mine(total)
+            samples = [self.unlabelled[step, i] for i in mine]
+            data, names = torch.stack([torch.from_numpy(s.data) for s in samples]), [s.case for s in samples]
+            unlabelled = Patches(data, None, [None] * len(mine), names, mine.start, total, self.augment)
         return labelled, unlabelled
 
     @staticmethod
@@ -124,10 +106,11 @@ class StepReader:
         return OmniCrops(crops, *read)
 
 
+@dataclass(frozen=True)
 class OmniLoaders:
     """Makes the auxiliary loaders of a run.
 
-    Args:
+    Attributes:
         plan: the plan.
         case_set: the images without labels.
         cases: the labelled cases.
@@ -138,55 +121,30 @@ class OmniLoaders:
         weights: how often the cases of each source are drawn, by its name; None for equally often.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        case_set: CaseSet,
-        cases: LabelledSet,
-        sizes: Sizes,
-        *,
-        seed: int,
-        switch: int,
-        augment: bool,
-        weights: dict[str, float] | None = None,
-    ) -> None:
-        self.plan, self.case_set, self.cases, self.sizes = plan, case_set, cases, sizes
-        self.seed, self.switch, self.augment, self.weights = seed, switch, augment, weights
+    plan: Plan
+    case_set: CaseSet
+    cases: LabelledSet
+    sizes: Sizes
+    seed: int
+    switch: int
+    augment: bool
+    weights: dict[str, float] | None = None
 
     def reader(self, split: str) -> StepReader:
         """Of ``"train"``, or of ``"held_out"``, which reads held-out labelled cases and never augments."""
         if split == "train":
-            labelled: LabelledDataset | None = self.labelled_dataset(self.cases.train)
-            return StepReader(
-                labelled,
-                self._unlabelled(self.case_set.train),
-                self.sizes,
-                self.switch,
-                rank(),
-                world_size(),
-                self.augment,
-            )
+            data = self.labelled_dataset(self.cases.train)
+            return StepReader(data, self._unlabelled(self.case_set.train), self.sizes, self.switch, self.augment)
         held_out = self.cases.held_out
         labelled = self.labelled_dataset(held_out, held_out=True) if held_out else None
-        return StepReader(labelled, None, self.sizes, self.switch, rank(), world_size(), False)
+        return StepReader(labelled, None, self.sizes, self.switch, augment=False)
 
     def labelled_dataset(
-        self, cases: Sequence[Any], *, held_out: bool = False, batch: int | None = None
+        self, cases: Sequence[LabelledCase], *, held_out: bool = False, batch: int | None = None
     ) -> LabelledDataset:
-        """Patches of labelled cases; of held-out ones without a margin, in a fixed order."""
-        s = self.sizes
-        return LabelledDataset(
-            cases,
-            self.cases.folder,
-            self.plan,
-            s.size,
-            s.size if held_out else s.read_size,
-            seed=self.seed,
-            batch=s.labelled if batch is None else batch,
-            foreground=s.foreground,
-            stream=COMPARED if held_out else LABELLED,
-            in_turn=held_out,
-        )
+        """Patches of labelled cases, ``batch`` (as in a step) at once; of held-out ones without a margin, in a fixed order."""
+        sizes = self.sizes if batch is None else replace(self.sizes, labelled=batch)
+        return LabelledDataset(cases, self.cases.folder, self.plan, sizes, seed=self.seed, held_out=held_out)
 
     def _unlabelled(self, refs: Sequence[CaseRef]) -> CropDataset:
         s = self.sizes
@@ -202,12 +160,11 @@ class OmniLoaders:
 
     def random(self, crops: Crops) -> OmniCrops:
         """Random patches of the second stage beside random crops, for an estimate of time and memory."""
-        generator = torch.Generator().manual_seed(1)
-        heads = self.plan.n_classes
+        g, size = torch.Generator().manual_seed(1), self.sizes.read_size
 
         def patches(total: int, labels: bool) -> Patches:
-            data = torch.randn(total, self.plan.n_channels, *self.sizes.read_size, generator=generator)
-            label = torch.randint(0, heads, (total, 1, *self.sizes.read_size), generator=generator, dtype=torch.int16)
+            data = torch.randn(total, self.plan.n_channels, *size, generator=g)
+            label = torch.randint(0, self.plan.n_classes, (total, 1, *size), generator=g, dtype=torch.int16)
             names = [f"case{i}" for i in range(total)]
             return Patches(data, label if labels else None, [None] * total, names, 0, total, self.augment)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,23 @@ from nnssl.pretrain.omni.cases import LabelledCase, class_locations
 
 UNLABELLED, LABELLED, COMPARED = 2, 3, 4
 """Streams of random numbers beside those of :mod:`nnssl.pretrain.data.sampling`."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many patches of which size a step has.
+
+    Attributes:
+        size, read_size: voxels per axis that the network sees, and that are read around the same centre.
+        labelled, unlabelled: patches a step over all ranks.
+        foreground: share of labelled patches around a labelled voxel.
+    """
+
+    size: tuple[int, ...]
+    read_size: tuple[int, ...]
+    labelled: int
+    unlabelled: int
+    foreground: float
 
 
 def read_label(folder: Path, case: str) -> np.ndarray:
@@ -71,17 +88,16 @@ class Patches:
     total: int
     augment: bool = True
 
-    def _map(self, data: Tensor, label: Tensor | None) -> Patches:
-        return Patches(data, label, self.annotated, self.case, self.first, self.total, self.augment)
+    def _map(self, how: Callable[[Tensor], Tensor]) -> Patches:
+        return replace(self, data=how(self.data), label=None if self.label is None else how(self.label))
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Patches:
         """Move to ``device``, without waiting where memory is pinned."""
-        label = None if self.label is None else self.label.to(device, non_blocking=non_blocking)
-        return self._map(self.data.to(device, non_blocking=non_blocking), label)
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Patches:
         """Called by torch's DataLoader."""
-        return self._map(self.data.pin_memory(), None if self.label is None else self.label.pin_memory())
+        return self._map(lambda x: x.pin_memory())
 
     def __len__(self) -> int:
         return int(self.data.shape[0])
@@ -103,17 +119,15 @@ def stack(samples: Sequence[LabelledPatch], first: int, total: int, augment: boo
 class LabelledDataset:
     """Labelled patches by ``(step, sample)``: a pure function of these and the seed. It holds no images, and pickles.
 
+    As in nnU-Net the last ``sizes.foreground`` of a step are around a labelled voxel.
+
     Args:
         cases: to draw from.
         folder: of the preprocessed cases.
         plan: channels and labels.
-        size: voxels per axis that the network sees.
-        read_size: voxels per axis that are read around the same centre.
+        sizes: of the patches, and how many a step over all ranks.
         seed: of the run.
-        batch: patches a step over all ranks. As in nnU-Net its last ``foreground`` are around a labelled voxel.
-        foreground: their share.
-        stream: of random numbers.
-        in_turn: walk through the cases in a fixed order instead of drawing them.
+        held_out: walk through the cases in a fixed order instead of drawing them, and read no margin.
     """
 
     def __init__(
@@ -121,29 +135,27 @@ class LabelledDataset:
         cases: Sequence[LabelledCase],
         folder: Path,
         plan: Plan,
-        size: Sequence[int],
-        read_size: Sequence[int],
+        sizes: Sizes,
         *,
         seed: int,
-        batch: int,
-        foreground: float,
-        stream: int = LABELLED,
-        in_turn: bool = False,
+        held_out: bool = False,
     ) -> None:
         if not cases:
             raise NnsslError("There are no labelled cases to draw patches from.")
         manager = plan.manager.get_label_manager(plan.dataset_json)
-        self.cases, self.folder = list(cases), folder
+        self.cases, self.folder, self.seed, self.held_out = list(cases), folder, seed, held_out
+        self.stream = COMPARED if held_out else LABELLED
+        self.batch, self.foreground, self.n_channels = sizes.labelled, sizes.foreground, plan.n_channels
         self.flat = plan.dim == 2
-        self.size = (1, *size) if self.flat else tuple(size)
-        self.read_size = (1, *read_size) if self.flat else tuple(read_size)
-        self.n_channels, self.seed, self.batch, self.foreground = plan.n_channels, seed, batch, foreground
-        self.stream, self.in_turn = stream, in_turn
+        first = (1,) if self.flat else ()
+        self.size = (*first, *sizes.size)
+        self.read_size = self.size if held_out else (*first, *sizes.read_size)
         self.anywhere = (-1, *manager.all_labels)
         """nnU-Net's key for all voxels that are annotated, where there is an ignore label."""
         self.has_ignore = bool(manager.has_ignore_label)
-        self.heads: list[Any] = list(manager.foreground_regions if manager.has_regions else manager.foreground_labels)
-        self.from_zero = bool(manager.has_regions)
+        classes = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        self.heads = {i: _plain(key) for i, key in enumerate(classes, 0 if manager.has_regions else 1)}
+        """nnU-Net's key for each segmentation head but the background's."""
 
     def __getitem__(self, item: tuple[int, int]) -> LabelledPatch:
         """Draw a patch.
@@ -152,7 +164,7 @@ class LabelledDataset:
             NnsslError: the case's files are missing or damaged, or hold NaN or infinite voxels there.
         """
         step, sample = item
-        drawn = draw_cases(self.seed, step, HELD_OUT if self.in_turn else self.stream, len(self.cases), self.batch)
+        drawn = draw_cases(self.seed, step, HELD_OUT if self.held_out else self.stream, len(self.cases), self.batch)
         case = self.cases[int(drawn[sample])]
         image, label = _open(self.folder / f"{case.name}{IMAGE}"), _open(self.folder / f"{case.name}{LABELS}")
         if (
@@ -194,14 +206,12 @@ class LabelledDataset:
     def _voxel(self, case: LabelledCase, rng: np.random.Generator, wanted: bool) -> np.ndarray | None:
         """A voxel of one of the annotated classes, or, not ``wanted``, any that is annotated at all; None: there is none."""
         known = {k: v for k, v in class_locations(self.folder, case.name).items() if len(v)}
+        keys = []
         if wanted:
-            offset = 0 if self.from_zero else 1
-            heads = self.heads if case.annotated is None else [self.heads[i - offset] for i in case.annotated]
-            keys = [k for k in known if _plain(k) in [_plain(h) for h in heads]]
-        else:
-            keys = []
-        if not keys:
-            keys = [k for k in known if _plain(k) == self.anywhere] if self.has_ignore else []
+            heads = {self.heads[i] for i in (self.heads if case.annotated is None else case.annotated)}
+            keys = [k for k in known if _plain(k) in heads]
+        if not keys and self.has_ignore:
+            keys = [k for k in known if _plain(k) == self.anywhere]
         if not keys:
             return None
         voxels = known[keys[int(rng.integers(len(keys)))]]

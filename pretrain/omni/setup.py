@@ -15,11 +15,11 @@ from nnssl.plans.labels import ALL, case_order
 from nnssl.pretrain.augment.nnunet import TrainingAugmentation
 from nnssl.pretrain.data import CaseSet
 from nnssl.pretrain.methods.base import Method
-from nnssl.pretrain.omni.auxiliary import OmniLoaders, Sizes
+from nnssl.pretrain.omni.auxiliary import OmniLoaders
 from nnssl.pretrain.omni.cases import LabelledSet, find_labelled, head_names
 from nnssl.pretrain.omni.config import OMNI_RUNTIME, OmniConfig, resolve_omni
 from nnssl.pretrain.omni.method import make_omni
-from nnssl.pretrain.omni.patches import read_label
+from nnssl.pretrain.omni.patches import Sizes, read_label
 from nnssl.pretrain.omni.pseudo_metrics import PseudoMetricsHook
 from nnssl.teacher.components import Class, foreground_classes, one_piece_of_cases
 from nnssl.teacher.stages import Stages
@@ -62,16 +62,8 @@ class Omni:
         self, case_set: CaseSet, seed: int, steps: int, weights: dict[str, float] | None = None
     ) -> OmniLoaders:
         """What reads the patches of a run of that many steps; ``weights`` of the sources, as of the crops."""
-        return OmniLoaders(
-            self.plan,
-            case_set,
-            self.cases,
-            self.sizes,
-            seed=seed,
-            switch=self.switch(steps),
-            augment=self.config.augment,
-            weights=weights,
-        )
+        switch, augment = self.switch(steps), self.config.augment
+        return OmniLoaders(self.plan, case_set, self.cases, self.sizes, seed, switch, augment, weights)
 
     def hook(self, auxiliary: OmniLoaders) -> PseudoMetricsHook:
         """The watcher."""

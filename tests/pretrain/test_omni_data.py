@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import blosc2
 import numpy as np
@@ -10,10 +11,10 @@ import torch
 
 from nnssl.errors import NnsslError
 from nnssl.plans import load_plan
-from nnssl.pretrain.omni.auxiliary import OmniLoaders, Sizes, StepReader
+from nnssl.pretrain.omni.auxiliary import OmniLoaders
 from nnssl.pretrain.omni.cases import LabelledCase, find_labelled, head_names
 from nnssl.pretrain.omni.config import OmniConfig, resolve_omni, take_omni
-from nnssl.pretrain.omni.patches import LabelledDataset, read_label, stack
+from nnssl.pretrain.omni.patches import LabelledDataset, Sizes, read_label, stack
 from nnssl.pretrain.omni.setup import prepare_omni
 from nnssl.pretrain.prepare import prepare_sources
 
@@ -27,8 +28,8 @@ def target(tiny_preprocessed):
 
 
 def dataset(plan, cases, folder, **how):
-    options = {"seed": 3, "batch": 4, "foreground": 0.5, **how}
-    return LabelledDataset(cases, folder, plan, SIZE[-plan.dim :], WINDOW[-plan.dim :], **options)
+    sizes = Sizes(SIZE[-plan.dim :], WINDOW[-plan.dim :], 4, 4, how.pop("foreground", 0.5))
+    return LabelledDataset(cases, folder, plan, sizes, **{"seed": 3, **how})
 
 
 def make(**how):
@@ -242,7 +243,7 @@ def test_loaders_of_unequal_length_cycle(target, tiny_raw_dataset):
     assert none is None
     assert not held_out.augment
     assert set(held_out.case) <= {"case_002", "case_003", "case_004"}
-    halves = [StepReader(reader.labelled, reader.unlabelled, reader.sizes, 3, r, 2, True).read(9) for r in range(2)]
+    halves = [replace(reader, rank=r, world_size=2).read(9) for r in range(2)]
     whole = reader.read(9)
     for kind in range(2):
         assert torch.equal(torch.cat([h[kind].data for h in halves]), whole[kind].data)

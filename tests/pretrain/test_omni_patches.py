@@ -11,10 +11,9 @@ import torch
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
 from nnssl.pretrain.omni import patches, setup
-from nnssl.pretrain.omni.auxiliary import Sizes
 from nnssl.pretrain.omni.cases import LabelledCase, LabelledSet
 from nnssl.pretrain.omni.config import PRESETS, OmniConfig, resolve_omni
-from nnssl.pretrain.omni.patches import LabelledDataset
+from nnssl.pretrain.omni.patches import LabelledDataset, Sizes
 from nnssl.pretrain.omni.setup import Omni, prepare_omni
 from nnssl.pretrain.omni.volumes import _predictor
 
@@ -30,7 +29,7 @@ def plan_of(tiny_plans, tiny_dataset_json):
 
 def dataset_of(plan, annotated=None, foreground=1.0, batch=2):
     cases = [LabelledCase("a", annotated)]
-    return LabelledDataset(cases, Path(), plan, (4, 6, 8), (6, 8, 10), seed=0, batch=batch, foreground=foreground)
+    return LabelledDataset(cases, Path(), plan, Sizes((4, 6, 8), (6, 8, 10), batch, batch, foreground), seed=0)
 
 
 def given(monkeypatch, image, label, locations=None):
