@@ -73,6 +73,7 @@ def _shown(module: str, node: ast.ClassDef) -> dict[str, Any]:
     """Values of :data:`SHOWN` in a class, or in those of this package that it inherits from."""
     found: dict[str, Any] = {}
     for base in reversed(node.bases):
+        base = base.value if isinstance(base, ast.Subscript) else base  # Method[Config]
         if isinstance(base, ast.Name):
             where, inherited = _definition(module, base.id)
             found |= _shown(where, inherited) if isinstance(inherited, ast.ClassDef) else {}

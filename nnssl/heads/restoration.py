@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnssl.intensity import LINEAR
 
 
 def restoration_head(channels: int, out: int, *, dim: int, layers: int = 1) -> nn.Module:
@@ -21,3 +26,10 @@ def restoration_head(channels: int, out: int, *, dim: int, layers: int = 1) -> n
     half = max(1, channels // 2)
     first = [norm(channels, affine=True), nn.ReLU(), conv(channels, half, 3, padding=1)]
     return nn.Sequential(*first, norm(half, affine=True), nn.ReLU(), conv(half, out, 1))
+
+
+def enlarge(image: Tensor, size: Sequence[int]) -> Tensor:
+    """``(B, C, *s)`` enlarged linearly to ``size``, where the finest level of a network has a stride of its own."""
+    if tuple(image.shape[2:]) == tuple(size):
+        return image
+    return F.interpolate(image, size=tuple(size), mode=LINEAR[len(size)])

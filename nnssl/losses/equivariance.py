@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nnssl.amp import at_least_float32
 from nnssl.errors import NnsslError
+from nnssl.intensity import LINEAR
 
-_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
@@ -41,7 +41,7 @@ def shrink(x: Tensor, factor: Sequence[int], align_corners: bool = False) -> Ten
         return x
     if align_corners:
         new = [n // f for n, f in zip(size, factor)]
-        return F.interpolate(x, size=new, mode=_LINEAR[len(size)], align_corners=True)
+        return F.interpolate(x, size=new, mode=LINEAR[len(size)], align_corners=True)
     return _POOL[len(size)](x, tuple(factor))
 
 

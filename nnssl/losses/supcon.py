@@ -7,6 +7,7 @@ PCL, Zeng et al. 2021 (arXiv:2106.09157); two branches: MACL, Zeng et al. 2023 (
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -41,6 +42,14 @@ def position_positives(position: Tensor, threshold: float, tolerance: float = 1e
     p = position[:, None] if position.ndim == 1 else position
     near = ((p[:, None] - p[None]).abs() < threshold - tolerance).all(-1)
     return near | torch.eye(len(p), dtype=torch.bool, device=p.device)
+
+
+@overload
+def collapse_value(n: int, temperature: float, base_temperature: float, contrast: str = ...) -> float: ...
+
+
+@overload
+def collapse_value(n: Tensor, temperature: float, base_temperature: float, contrast: str = ...) -> Tensor: ...
 
 
 def collapse_value(

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl.intensity import LINEAR
 from nnssl.masking.blocks import block_sum, to_voxels
 
 _POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
-_LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
 def block_means(x: Tensor, region: Tensor, block: Sequence[int]) -> Tensor:
@@ -86,7 +86,7 @@ def _fill(value: Tensor, known: Tensor, smoothing: int) -> Tensor:
     weight = pool(known.to(value.dtype), step, ceil_mode=True)
     coarse = pool(torch.where(known, value, 0.0), step, ceil_mode=True) / weight.clamp_min(1e-6)
     coarse = _fill(torch.where(weight > 0, coarse, 0.0), weight > 0, smoothing)
-    out = torch.where(known, value, F.interpolate(coarse, size=size, mode=_LINEAR[len(size)], align_corners=False))
+    out = torch.where(known, value, F.interpolate(coarse, size=size, mode=LINEAR[len(size)], align_corners=False))
     for _ in range(smoothing):
         out = torch.where(known, value, _neighbours(out))
     return out

@@ -12,8 +12,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from nnssl.pretrain.types import Crops
 
-__all__ = ["ImageBox", "image_bounds", "image_box", "outer"]
-
 
 @dataclass
 class ImageBox:
@@ -44,7 +42,7 @@ class ImageBox:
 
 
 def image_box(crops: Crops) -> ImageBox:
-    """Where the image lies in the windows of a batch; :func:`image_bounds` says how it is found."""
+    """Where the image lies in the windows of a batch."""
     low, high = image_bounds(crops.data, crops.start, crops.shape, crops.extent)
     return ImageBox(low, high, crops.intensity[:, :, 0].to(crops.data.dtype))
 
@@ -52,19 +50,10 @@ def image_box(crops: Crops) -> ImageBox:
 def image_bounds(
     data: Tensor, start: Tensor, shape: Tensor | None = None, extent: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Which part of each window lies in the image, from its place in the image's array; from its voxels where ``shape`` is None.
+    """First voxel inside and first voxel behind the image in windows ``(B, C, *window)``, ``(B, dim)`` int64 each.
 
-    Voxels tell because padding is exactly 0 in all channels, at the ends of the window.
-
-    Args:
-        data: ``(B, C, *window)``.
-        start: ``(B, 3)`` int64, first voxel of the window in the image's array; only a negative one means padding
-            before it.
-        shape: ``(B, 3)`` int64, voxels of that array.
-        extent: ``(B, 3)`` int64, voxels of each window that were read, from its first one on; all where None.
-
-    Returns:
-        ``low`` and ``high``, ``(B, dim)`` int64 each: first voxel inside and first voxel behind the image.
+    From their place in the image's array; from their voxels where ``shape`` is None: padding is exactly 0 in all channels, at
+    the ends of the window. ``start``, ``shape`` and ``extent`` are those of :class:`~nnssl.pretrain.types.Crops`.
     """
     dim = data.ndim - 2
     window = torch.tensor(data.shape[2:], device=data.device)
@@ -86,6 +75,12 @@ def _last_used(data: Tensor) -> Tensor:
             line = line.any(1 + other)
         ends.append((line * torch.arange(1, data.shape[2 + axis] + 1, device=data.device)).amax(1))
     return torch.stack(ends, 1)
+
+
+def in_box(low: Tensor, high: Tensor, size: Sequence[int]) -> Tensor:
+    """Voxels of ``(B, 1, *size)`` in boxes from ``low`` up to ``high``, ``(B, dim)``: bool."""
+    voxels = [torch.arange(n, device=low.device) for n in size]
+    return outer([(v >= low[:, a, None]) & (v < high[:, a, None]) for a, v in enumerate(voxels)])
 
 
 def outer(lines: Sequence[Tensor]) -> Tensor:

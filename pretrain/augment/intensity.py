@@ -4,32 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nnssl.intensity import (
-    adjust_contrast,
-    gaussian_blur,
-    multiply,
-    per_sample,
-    rescale_intensity,
-    restore_intensity,
-    where_chosen,
-)
+from nnssl.intensity import gaussian_blur, per_sample, rescale_intensity, restore_intensity
 from nnssl.pretrain.augment.rng import StepRNG
-
-__all__ = [
-    "adjust_contrast",
-    "gaussian_blur",
-    "jitter_rescaled",
-    "multiply",
-    "random_jitter",
-    "rescale_intensity",
-    "restore_intensity",
-    "where_chosen",
-]
 
 
 def random_jitter(
     x: Tensor,
-    intensity: Tensor,
+    intensity: Tensor | None,
     rng: StepRNG,
     *,
     brightness: tuple[float, float] = (1.0, 1.0),
@@ -41,7 +22,7 @@ def random_jitter(
 
     Args:
         x: ``(B, C, *spatial)`` normalised as nnU-Net does.
-        intensity: ``(B, C, 2)`` the case's low and high percentile.
+        intensity: ``(B, C, 2)`` the case's low and high percentile; None: ``x`` is in units of its range.
         rng: where the random numbers come from.
         brightness, contrast: ranges of the factors.
         sigma: range of the blur in voxels; None for no blur.
@@ -50,23 +31,11 @@ def random_jitter(
     Returns:
         A new tensor in the units of ``x``.
     """
-    unit = jitter_rescaled(
-        rescale_intensity(x, intensity), rng, brightness=brightness, contrast=contrast, sigma=sigma, radius=radius
-    )
-    return restore_intensity(unit, intensity)
-
-
-def jitter_rescaled(
-    u: Tensor,
-    rng: StepRNG,
-    *,
-    brightness: tuple[float, float] = (1.0, 1.0),
-    contrast: tuple[float, float] = (1.0, 1.0),
-    sigma: tuple[float, float] | None = None,
-    radius: int = 1,
-) -> Tensor:
-    """As :func:`random_jitter` of ``(B, C, *spatial)`` in units of the case's range."""
+    if intensity is not None:
+        x = rescale_intensity(x, intensity)
     factor, spread = rng.uniform(*brightness), rng.uniform(*contrast)
-    mean = per_sample(u.flatten(2).mean(-1), u)  # brightness, then contrast around its mean, in one pass
-    u = (u * per_sample(factor * spread, u)).add_(mean * per_sample(factor * (1 - spread), u))
-    return u if sigma is None else gaussian_blur(u, rng.uniform(*sigma), radius)
+    mean = per_sample(x.flatten(2).mean(-1), x)  # brightness, then contrast around its mean, in one pass
+    x = (x * per_sample(factor * spread, x)).add_(mean * per_sample(factor * (1 - spread), x))
+    if sigma is not None:
+        x = gaussian_blur(x, rng.uniform(*sigma), radius)
+    return x if intensity is None else restore_intensity(x, intensity)

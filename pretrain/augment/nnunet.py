@@ -27,18 +27,9 @@ from nnssl.intensity import (
 )
 from nnssl.plans import Plan
 from nnssl.pretrain.augment.rng import StepRNG
-from nnssl.pretrain.augment.spatial import central_crop, draw_affine, sampling_grid, warp
+from nnssl.pretrain.augment.spatial import AffineRange, central_crop, sampling_grid, warp
 from nnssl.pretrain.geometry import read_size_for
 from nnssl.teacher import changes
-
-__all__ = [
-    "TrainingAugmentation",
-    "augment_intensity",
-    "augment_strongly",
-    "draw_grid",
-    "middle_label",
-    "move_label",
-]
 
 SCALE = (1 / 1.4, 1 / 0.7)
 P_MOVE = 0.36
@@ -84,22 +75,14 @@ class TrainingAugmentation:
 
 def draw_grid(rng: StepRNG, how: TrainingAugmentation, window: Sequence[int]) -> Tensor:
     """Draw rotation, scaling and mirroring; where each voxel of the view lies in the window, ``(B, *size, d)``."""
-    affine = draw_affine(
-        rng, how.size, how.spacing, rotation=how.rotation, scale=SCALE, mirror_axes=how.mirror_axes, p=P_MOVE
-    )
-    return sampling_grid(affine, how.size, window)
+    moves = AffineRange(how.size, how.spacing, how.rotation, SCALE, mirror_axes=how.mirror_axes, p=P_MOVE)
+    return sampling_grid(moves.draw(rng), how.size, window)
 
 
 def move_label(label: Tensor, grid: Tensor, outside: int) -> Tensor:
-    """Take labels from the nearest voxel.
+    """Labels ``(B, 1, *window)`` of at least -1 at the nearest voxel of a :func:`draw_grid`: ``(B, 1, *size)`` int64.
 
-    Args:
-        label: ``(B, 1, *window)`` integers of at least -1.
-        grid: from :func:`draw_grid`.
-        outside: label of what lies outside of the window, and of label -1.
-
-    Returns:
-        ``(B, 1, *size)`` int64.
+    ``outside`` is the label of what lies outside of the window, and of label -1.
     """
     moved = warp(label.to(grid.dtype) + 1, grid, "nearest").round().long() - 1
     return torch.where(moved < 0, outside, moved)
@@ -112,15 +95,9 @@ def middle_label(label: Tensor, size: Sequence[int], outside: int) -> Tensor:
 
 
 def augment_intensity(x: Tensor, rng: StepRNG, masked: Sequence[int] = ()) -> Tensor:
-    """Noise, blur, brightness, contrast, lower resolution and both gammas, in nnU-Net's order.
+    """Noise, blur, brightness, contrast, lower resolution and both gammas of ``(B, C, *size)``, in nnU-Net's order.
 
-    Args:
-        x: ``(B, C, *size)``, normalised.
-        rng: random numbers of this step.
-        masked: channels in which voxels that are 0 in all channels stay 0.
-
-    Returns:
-        A new tensor of the same shape.
+    In the channels ``masked`` voxels that are 0 in all channels stay 0.
     """
     return _masked(x, _augmented(x, rng), masked)
 
@@ -128,14 +105,7 @@ def augment_intensity(x: Tensor, rng: StepRNG, masked: Sequence[int] = ()) -> Te
 def augment_strongly(x: Tensor, rng: StepRNG, masked: Sequence[int] = (), strength: float = 1.0) -> Tensor:
     """Noise, contrast, brightness and gamma, see :mod:`nnssl.teacher.changes`: what the trainers' mean teacher has too.
 
-    Args:
-        x: ``(B, C, *size)``, normalised.
-        rng: random numbers of this step.
-        masked: channels in which voxels that are 0 in all channels stay 0.
-        strength: factor on the probability of each and on the noise.
-
-    Returns:
-        A new tensor of the same shape.
+    As :func:`augment_intensity`; ``strength`` is a factor on the probability of each and on the noise.
     """
     p, channels = min(1.0, changes.PROBABILITY * strength), x.shape[1]
     on, size = rng.chance(p)[:, None], rng.uniform(0.0, changes.NOISE * strength, channels)

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl.pretrain.augment.box import in_box
 from nnssl.pretrain.augment.rng import StepRNG
-
-__all__ = ["OffsetGrid", "covered", "draw_cells", "lay_on"]
 
 
 def draw_cells(rng: StepRNG, most: Sequence[int], step: Sequence[int] | None = None) -> Tensor:
@@ -35,16 +34,6 @@ def lay_on(x: Tensor, first: Tensor, grid: Sequence[int]) -> Tensor:
         sides = [(a, g - a - s) for a, g, s in zip(corner, grid, x.shape[2:])]
         laid.append(F.pad(sample, [n for pair in reversed(sides) for n in pair]))
     return torch.stack(laid)
-
-
-def covered(first: Tensor, size: Sequence[int], grid: Sequence[int]) -> Tensor:
-    """Cells of the grid that maps of ``size`` cells from ``first`` ``(B, dim)`` on cover: ``(B, *grid)`` bool."""
-    found = torch.ones((len(first), *grid), dtype=torch.bool, device=first.device)
-    for axis, (n, g) in enumerate(zip(size, grid)):
-        at = torch.arange(g, device=first.device)
-        inside = (at >= first[:, axis, None]) & (at < first[:, axis, None] + n)
-        found &= inside.view(len(first), *[g if a == axis else 1 for a in range(len(grid))])
-    return found
 
 
 @dataclass(frozen=True)
@@ -79,22 +68,20 @@ class OffsetGrid:
         held = [n // s + m for n, m, s in zip(self.size, self.most, self.stride)]
         return tuple(-(-h // k) * k for h, k in zip(held, self.step))
 
+    def fill_up(self, x: Tensor) -> Tensor:
+        """``(B, C, *voxels)`` with 0 behind it, up to the grid."""
+        room = [c * s - v for c, s, v in zip(self.cells, self.stride, self.voxels)]
+        return F.pad(x, [n for r in reversed(room) for n in (0, r)])
+
     def draw(self, rng: StepRNG) -> tuple[Tensor, Tensor]:
         """First cells ``(B, dim)`` of the full and of the shrunken branch's crop."""
         return draw_cells(rng, self.most), draw_cells(rng, self.most, self.step)
 
     def map(self, x: Tensor, first: Tensor, stride: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Features of a crop on the grid, at their own resolution, and where they lie there.
-
-        Args:
-            x: ``(B, C, *s)`` features with ``stride`` voxels of the image per site.
-            first: ``(B, dim)`` the crop's first cell.
-            stride: at most the multiple of :attr:`stride` by ``step``.
-
-        Returns:
-            ``(B, C, *grid)`` and ``(B, *grid)`` bool.
-        """
+        """Features ``(B, C, *s)`` of crops from cells ``first`` ``(B, dim)`` on, on the grid ``(B, C, *grid)`` at their own
+        resolution of ``stride`` voxels per site, and where they lie there, ``(B, *grid)`` bool."""
         per = torch.tensor(self.stride, device=first.device), torch.tensor(list(stride), device=first.device)
         at = first * per[0] // per[1]
         grid = [c * s // k for c, s, k in zip(self.cells, self.stride, stride)]
-        return lay_on(x, at, grid), covered(at, x.shape[2:], grid)
+        covered = in_box(at, at + torch.tensor(x.shape[2:], device=at.device), grid)[:, 0]
+        return lay_on(x, at, grid), covered

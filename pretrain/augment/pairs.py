@@ -16,8 +16,6 @@ from torch import Tensor
 
 from nnssl.pretrain.augment.rng import StepRNG
 
-__all__ = ["CropPairs", "cut", "draw_pairs"]
-
 TRIES = 64
 
 MANY = 8
@@ -55,17 +53,15 @@ def draw_pairs(
 
     The anchor is uniform over the window's body voxels. Per view and axis the box starts uniformly where it contains
     the anchor and lies in the image; where the image is smaller than the box, anywhere in the window where it
-    contains the anchor. If the overlap holds more than ``n`` body voxels, ``n`` different ones are chosen uniformly,
-    and else all: at least the anchor. A window without body gets no valid voxel.
+    contains the anchor. A window without body gets no valid voxel.
 
     Args:
         body: ``(B, 1, *window)`` bool.
         size: voxels per axis of a crop, at most the window's.
         rng: random numbers of this step.
-        n: most voxels per pair.
+        n: most voxels per pair, uniformly chosen; all (at least the anchor) where there are fewer.
         min_overlap: least overlap of the boxes per axis as a share of ``size``, in [0, 1].
-        low, high: ``(B, dim)`` int64, bounds of the image in the window, see
-            :func:`~nnssl.pretrain.augment.box.image_bounds`; the whole window by default.
+        low, high: ``(B, dim)`` int64, bounds of the image in the window, see :func:`.image_bounds`; by default the window.
 
     Raises:
         ValueError: for a size that exceeds the window.
@@ -103,16 +99,7 @@ def draw_pairs(
 
 
 def cut(x: Tensor, start: Tensor, size: Sequence[int]) -> Tensor:
-    """Cut a box out of each sample.
-
-    Args:
-        x: ``(B, C, *window)``.
-        start: ``(B, dim)`` int64.
-        size: voxels per axis.
-
-    Returns:
-        ``(B, C, *size)``, a new tensor.
-    """
+    """A box of each of ``(B, C, *window)`` from voxel ``start`` ``(B, dim)`` int64 on: ``(B, C, *size)``, a new tensor."""
     boxes = [(slice(None), *[slice(a, a + s) for a, s in zip(corner, size)]) for corner in start.tolist()]
     return torch.stack([crop[box] for crop, box in zip(x, boxes)])
 

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["HELD_OUT_STEP", "StepRNG"]
-
 HELD_OUT_STEP = 2**40
 """Steps from here on are those of held-out batches: no training step draws the same numbers."""
 

@@ -5,28 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl.pretrain.augment.box import ImageBox, outer
+from nnssl.pretrain.augment.box import ImageBox, in_box
 from nnssl.pretrain.augment.rng import StepRNG
+from nnssl.pretrain.geometry import read_size_for, rotation_degrees
 
-__all__ = [
-    "Affine",
-    "AffineRange",
-    "View",
-    "apply_affine",
-    "central_crop",
-    "cut_out",
-    "draw_affine",
-    "is_still",
-    "random_affine",
-    "reach",
-    "sampling_grid",
-    "warp",
-]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from nnssl.plans import Plan
 
 PLANES_FROM = 16**3
 """Voxels of a view from which on it is sampled plane by plane on a CPU."""
@@ -57,26 +49,80 @@ class Affine:
 
 @dataclass(frozen=True)
 class AffineRange:
-    """What transforms are drawn from; see :func:`draw_affine`. Pickles: the loader draws them too, to read what they look at."""
+    """What transforms are drawn from. Rotations act in mm, so that they keep shapes on anisotropic voxels.
+
+    Attributes:
+        size: voxels of the output per axis; decides the unit of ``shift``.
+        spacing: mm per voxel and axis.
+        rotation: largest angle in degrees: one number in 2d, one per axis to turn about (z, y, x) in 3d (a single number
+            stands for all three). Angles are uniform in [-r, r].
+        scale: range of the magnification, uniform in its logarithm; 1.25 makes things look 1.25 times larger.
+        shift: largest shift per axis, as a share of ``size``; uniform.
+        mirror_axes: axes that are flipped with probability 0.5 each.
+        p: probability that a sample is transformed at all (mirroring apart).
+    """
 
     size: tuple[int, ...]
     spacing: tuple[float, ...]
-    rotation: tuple[float, ...]
-    scale: tuple[float, float] = (1.0, 1.0)
-    mirror_axes: tuple[int, ...] = ()
+    rotation: Sequence[float] = (30.0,)
+    scale: tuple[float, float] = (0.8, 1.25)
+    shift: float = 0.0
+    mirror_axes: Sequence[int] = ()
     p: float = 1.0
 
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        size: Sequence[int],
+        degrees: float,
+        scale: tuple[float, float],
+        *,
+        mirror: bool = False,
+        **more: Any,
+    ) -> AffineRange:
+        """For views of a plan: turned by at most ``degrees`` where slices are not too thick, flipped on every axis or none."""
+        axes = tuple(range(len(size))) if mirror else ()
+        rotation = rotation_degrees(plan.spacing, degrees)
+        return cls(tuple(size), plan.spacing, rotation, scale, mirror_axes=axes, **more)
+
+    def read_size(self, median: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Voxels to read, see :func:`~nnssl.pretrain.geometry.read_size_for`."""
+        views = {"min_scale": self.scale[0], "shift": self.shift}
+        return read_size_for(self.size, self.spacing, rotation=self.rotation, median=median, **views)
+
     def draw(self, rng: StepRNG) -> Affine:
-        """One transform for each sample."""
-        return draw_affine(
-            rng,
-            self.size,
-            self.spacing,
-            rotation=self.rotation,
-            scale=self.scale,
-            mirror_axes=self.mirror_axes,
-            p=self.p,
+        """One transform for each sample, on the device of ``rng``."""
+        dim, device = len(self.size), rng.device
+        n_angles = 1 if dim == 2 else 3
+        degrees = torch.tensor(
+            [*self.rotation] * n_angles if len(self.rotation) == 1 else [*self.rotation], device=device
         )
+        angles = rng.uniform(-1, 1, n_angles) * degrees[:n_angles] * (math.pi / 180)
+        magnify = rng.uniform(math.log(self.scale[0]), math.log(self.scale[1])).exp()
+        moved = rng.uniform(-self.shift, self.shift, dim) * torch.tensor([float(s) for s in self.size], device=device)
+        flip = rng.chance(0.5, dim) & torch.tensor([a in self.mirror_axes for a in range(dim)], device=device)
+        on = rng.chance(self.p)
+        angles, magnify = torch.where(on[:, None], angles, 0.0), torch.where(on, magnify, 1.0)
+        mm = torch.tensor([float(s) for s in self.spacing], device=device)
+        matrix = _rotation(angles) / magnify[:, None, None]
+        matrix = matrix * mm[None, None, :] / mm[None, :, None]  # mm of the output -> voxels of the window
+        matrix = matrix * torch.where(flip, -1.0, 1.0)[:, None, :]
+        return Affine(matrix, torch.where(on[:, None], moved, 0.0))
+
+    def view(self, data: Tensor, rng: StepRNG) -> Tensor:
+        """Each window ``(B, C, *window)`` under a transform of its own: ``(B, C, *size)``."""
+        return apply_affine(data, self.draw(rng), self.size).data
+
+
+class Ranges(TypedDict, total=False):
+    """The fields of :class:`AffineRange` that :func:`random_affine` takes."""
+
+    rotation: Sequence[float]
+    scale: tuple[float, float]
+    shift: float
+    mirror_axes: Sequence[int]
+    p: float
 
 
 @dataclass
@@ -95,55 +141,20 @@ class View:
     affine: Affine | None
     inside: Tensor | None = None
 
+    @property
+    def shown(self) -> Tensor:
+        """Which voxels count: the body where it was given, else what shows the image."""
+        shown = self.inside if self.body is None else self.body
+        if shown is None:
+            raise ValueError("neither a body nor a box was given")
+        return shown
+
 
 def central_crop(x: Tensor, size: Sequence[int]) -> Tensor:
     """The middle ``size`` voxels of ``(B, C, *window)``; a view of ``x`` that shares its memory."""
     for axis, n in enumerate(size, 2):
         x = x.narrow(axis, (x.shape[axis] - n) // 2, n)
     return x
-
-
-def draw_affine(
-    rng: StepRNG,
-    size: Sequence[int],
-    spacing: Sequence[float],
-    *,
-    rotation: Sequence[float] = (30.0,),
-    scale: tuple[float, float] = (0.8, 1.25),
-    shift: float = 0.0,
-    mirror_axes: Sequence[int] = (),
-    p: float = 1.0,
-) -> Affine:
-    """Draw one transform per sample. Rotations act in mm, so that they keep shapes on anisotropic voxels.
-
-    Args:
-        rng: where the random numbers come from.
-        size: voxels of the output per axis; decides the unit of ``shift``.
-        spacing: mm per voxel and axis.
-        rotation: largest angle in degrees: one number in 2d, one per axis to turn about (z, y, x) in 3d (a single number
-            stands for all three). Angles are uniform in [-r, r].
-        scale: range of the magnification, uniform in its logarithm; 1.25 makes things look 1.25 times larger.
-        shift: largest shift per axis, as a share of ``size``; uniform.
-        mirror_axes: axes that are flipped with probability 0.5 each.
-        p: probability that a sample is transformed at all (mirroring apart).
-
-    Returns:
-        The transforms on the device of ``rng``.
-    """
-    dim = len(size)
-    n_angles = 1 if dim == 2 else 3
-    degrees = torch.tensor(list(rotation) * n_angles if len(rotation) == 1 else list(rotation), device=rng.device)
-    angles = rng.uniform(-1, 1, n_angles) * degrees[:n_angles] * (math.pi / 180)
-    magnify = rng.uniform(math.log(scale[0]), math.log(scale[1])).exp()
-    moved = rng.uniform(-shift, shift, dim) * torch.tensor([float(s) for s in size], device=rng.device)
-    flip = rng.chance(0.5, dim) & torch.tensor([a in mirror_axes for a in range(dim)], device=rng.device)
-    on = rng.chance(p)
-    angles, magnify = torch.where(on[:, None], angles, 0.0), torch.where(on, magnify, 1.0)
-    mm = torch.tensor([float(s) for s in spacing], device=rng.device)
-    matrix = _rotation(angles) / magnify[:, None, None]
-    matrix = matrix * mm[None, None, :] / mm[None, :, None]  # mm of the output -> voxels of the window
-    matrix = matrix * torch.where(flip, -1.0, 1.0)[:, None, :]
-    return Affine(matrix, torch.where(on[:, None], moved, 0.0))
 
 
 def _rotation(angles: Tensor) -> Tensor:
@@ -167,14 +178,9 @@ def is_still(affine: Affine) -> Tensor:
 
 
 def reach(affine: Affine, size: Sequence[int], window: Sequence[int]) -> Tensor:
-    """Voxels per axis in the middle of each window that its view looks at: ``(B, d)`` int64, at most the window's.
+    """Voxels per axis in the middle of each window that its view of ``size`` looks at: ``(B, d)`` int64, at most the window's.
 
     As odd or even as the window, so that the middle stays where it is.
-
-    Args:
-        affine: ``B`` transforms.
-        size: voxels of the view.
-        window: voxels of the window.
     """
     whole, inner = (torch.tensor([int(n) for n in v], device=affine.matrix.device) for v in (window, size))
     half = (affine.matrix.abs() * ((inner - 1) / 2)).sum(2) + (affine.shift - (whole - inner) % 2 / 2).abs()
@@ -185,16 +191,8 @@ def reach(affine: Affine, size: Sequence[int], window: Sequence[int]) -> Tensor:
 
 
 def sampling_grid(affine: Affine, size: Sequence[int], window: Sequence[int]) -> Tensor:
-    """Where each output voxel lies in the window, as :func:`torch.nn.functional.grid_sample` wants it.
-
-    Args:
-        affine: ``B`` transforms.
-        size: voxels of the output.
-        window: voxels of the source.
-
-    Returns:
-        ``(B, *size, d)`` in units of the half window, last axis first, for ``align_corners=False``.
-    """
+    """Where each output voxel lies in the window, as :func:`torch.nn.functional.grid_sample` wants it without aligned corners:
+    ``(B, *size, d)`` in units of the half window, last axis first."""
     device, dtype, dim = affine.matrix.device, affine.matrix.dtype, len(size)
     grid = torch.empty(len(affine.matrix), *size, dim, device=device, dtype=dtype)
     for row, (n_out, n_in) in enumerate(zip(size, window)):
@@ -219,11 +217,10 @@ def warp(x: Tensor, grid: Tensor, mode: str = "bilinear") -> Tensor:
 
 
 def _warp_planes(x: Tensor, grid: Tensor) -> Tensor:
-    """Linear sampling of ``(B, C, D, H, W)`` as torch does fast on a CPU, which is in 2d.
+    """Linear sampling of ``(B, C, D, H, W)`` in 2d, which torch does fast on a CPU.
 
-    All planes are put below each other, a row of zeros around each. Every voxel is then a mean of two bilinear samples, from the
-    plane before it and from the one behind. A row's number has less of a float32 left for its fraction: places are exact to
-    about ``D H / 2^23`` voxels.
+    All planes are put below each other, a row of zeros around each; a voxel is the mean of two bilinear samples, from the plane
+    before it and from the one behind. Places are exact to about ``D H / 2^23`` voxels.
     """
     batch, channels, depth, height, width = x.shape
     size, rows = grid.shape[1:4], (depth + 3) * (height + 2)
@@ -254,26 +251,21 @@ def random_affine(
     *,
     body: Tensor | None = None,
     box: ImageBox | None = None,
-    rotation: Sequence[float] = (30.0,),
-    scale: tuple[float, float] = (0.8, 1.25),
-    shift: float = 0.0,
-    mirror_axes: Sequence[int] = (),
-    p: float = 1.0,
+    **ranges: Unpack[Ranges],
 ) -> View:
     """Transform each sample of a batch by its own random affine map.
 
     Args:
         data: ``(B, C, *window)``; a window larger than ``size`` feeds what turns into view.
         rng: where the random numbers come from.
-        size, spacing, rotation, scale, shift, mirror_axes, p: see :func:`draw_affine`.
+        size, spacing, ranges: ``rotation``, ``scale``, ``shift``, ``mirror_axes`` and ``p``, see :class:`AffineRange`.
         body: ``(B, 1, *window)`` bool, transformed along (half covered voxels count).
         box: where the image is; the view then shows its lowest intensity elsewhere, in place of 0.
 
     Returns:
         The view; its tensors share no memory with ``data``.
     """
-    affine = draw_affine(rng, size, spacing, rotation=rotation, scale=scale, shift=shift, mirror_axes=mirror_axes, p=p)
-    return apply_affine(data, affine, size, body=body, box=box)
+    return apply_affine(data, AffineRange(tuple(size), tuple(spacing), **ranges).draw(rng), size, body=body, box=box)
 
 
 def apply_affine(
@@ -328,8 +320,7 @@ def cut_out(
         low, high = torch.where(flip, inner - high, low), torch.where(flip, inner - low, high)
     if data.device.type == "cpu" and bool(((low <= 0) & (high >= inner)).all()):
         return View(out, mask, affine, torch.ones(len(out), 1, *size, dtype=torch.bool))
-    voxels = [torch.arange(n, device=data.device) for n in size]
-    inside = outer([(v >= low[:, i, None]) & (v < high[:, i, None]) for i, v in enumerate(voxels)])
+    inside = in_box(low, high, size)
     return View(torch.where(inside, out, box.dark), mask, affine, inside)
 
 
@@ -367,16 +358,8 @@ def _looks_inside(affine: Affine, size: Sequence[int], window: Sequence[int], bo
 
 
 def _share(grid: Tensor, window: Sequence[int], low: Tensor, high: Tensor) -> Tensor:
-    """What linear interpolation would make of an image that is 1 in a box and 0 elsewhere: a product over the axes.
-
-    Args:
-        grid: ``(B, *size, d)``, see :func:`sampling_grid`.
-        window: voxels of the source.
-        low, high: ``(B, d)`` first voxel inside of the box and first behind it.
-
-    Returns:
-        ``(B, 1, *size)`` in [0, 1].
-    """
+    """What linear interpolation would make of an image that is 1 in a box from ``low`` to ``high`` ``(B, d)`` and 0 elsewhere,
+    a product over the axes: ``(B, 1, *size)`` in [0, 1]."""
     out = torch.ones_like(grid[..., 0])
     for axis, n in enumerate(window):
         half, middle = (

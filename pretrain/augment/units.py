@@ -6,8 +6,6 @@ from torch import Tensor
 
 from nnssl.plans import Plan
 
-__all__ = ["unit_range"]
-
 
 def unit_range(plan: Plan, intensity: Tensor) -> Tensor:
     """nnU-Net's clipping limits for CT, else each case's own percentiles.

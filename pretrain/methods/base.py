@@ -1,10 +1,13 @@
-"""What the engine knows of an objective."""
+"""What the engine knows of an objective, and what every objective has: freezing, optimiser, schedule, learning check."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +22,13 @@ if TYPE_CHECKING:
     from nnssl.plans import Plan
     from nnssl.pretrain.augment import StepRNG
 
+log = logging.getLogger("nnssl")
 
-class Method(nn.Module, ABC):
-    """One self-supervised objective over a plan's own network.
+C = TypeVar("C")
+
+
+class Method(nn.Module, ABC, Generic[C]):
+    """One self-supervised objective over a plan's own network; ``Method[Config]`` names its options to a type checker.
 
     The engine builds it as ``cls(network, plan, request, config)``, wraps it in DistributedDataParallel and calls
     ``forward(batch)``. All state (heads, teachers, queues, centres) lives in parameters and buffers, so that the run's
@@ -55,12 +62,13 @@ class Method(nn.Module, ABC):
     optimises_robustness: ClassVar[bool] = False
     spoken: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: Any) -> None:
+    def __init__(self, network: nn.Module, plan: Plan, request: CropRequest, config: C) -> None:
         super().__init__()
         self.network = network
         self.plan = plan
         self.request = request
         self.config = config
+        self._warned: set[str] = set()
         trained = set(promised_parts(self.pretrained_parts()))
         for name, parameter in unwrap(network).named_parameters():
             parameter.requires_grad_(part_of(name) in trained)
@@ -80,7 +88,7 @@ class Method(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def crops(cls, plan: Plan, stats: SourceStats, config: Any, size: tuple[int, ...] | None = None) -> CropRequest:
+    def crops(cls, plan: Plan, stats: SourceStats, config: C, size: tuple[int, ...] | None = None) -> CropRequest:
         """Choose the pretraining crop for a plan.
 
         Args:
@@ -112,14 +120,19 @@ class Method(nn.Module, ABC):
         From plan and config alone: it is asked before anything else of the method is built.
         """
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the optimiser is given: parameters of the network and of heads that are not frozen."""
+        return [p for p in self.parameters() if p.requires_grad]
+
     def optimiser(self) -> torch.optim.Optimizer:
         """The optimiser over the trained parameters; AdamW unless the method says otherwise.
 
-        Reads ``lr`` and ``weight_decay`` of the config. The engine multiplies each group's initial lr by
-        :meth:`lr_factor`.
+        Reads ``lr`` and ``weight_decay`` (0 where there is none) of the config. The engine multiplies each group's initial lr
+        by :meth:`lr_factor`.
         """
-        params = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.AdamW(params, lr=self.config.lr, weight_decay=self.config.weight_decay)
+        config: Any = self.config  # options of other names need an optimiser of their own
+        decay = getattr(config, "weight_decay", 0.0)
+        return torch.optim.AdamW(self.trained_parameters(), lr=config.lr, weight_decay=decay)
 
     def lr_factor(self, step: int, steps: int) -> float:
         """Factor on each group's initial learning rate at a step: a pure function. Linear warm-up, then half a cosine.
@@ -182,3 +195,45 @@ class Method(nn.Module, ABC):
         a, b = first["total"], last["total"]
         learnt = b < a
         return learnt, f"The held-out loss {'fell' if learnt else 'did not fall'}: {a:.4g} before, {b:.4g} now."
+
+    def judged(self, learnt: bool, what: str) -> tuple[bool, str]:
+        """A verdict in its usual form: the method's name, whether it learnt, and ``what``, the numbers."""
+        return learnt, f"{self.name} {'learnt' if learnt else 'did not learn'}{what}"
+
+    def warn_once(self, kind: str, text: str, *values: object) -> None:
+        """Log a warning of a kind the first time that it comes up."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            log.warning(text, *values)
+
+
+def encoder_only() -> dict[str, Any]:
+    """:meth:`Method.pretrained_parts` of an objective over the encoder."""
+    return {"encoder": True, "decoder_stages": []}
+
+
+def whole_network(plan: Plan) -> dict[str, Any]:
+    """:meth:`Method.pretrained_parts` of an objective over encoder and decoder: everything but the segmentation heads."""
+    return {"encoder": True, "decoder_stages": list(range(plan.n_stages - 1))}
+
+
+def require_weight(config: Any, *names: str) -> None:
+    """Refuse a config in which all of these weights are 0.
+
+    Raises:
+        NnsslError: they are.
+    """
+    if not any(getattr(config, name) for name in names):
+        both = "both" if len(names) == 2 else "all"
+        raise NnsslError(f"{', '.join(names[:-1])} and {names[-1]} are {both} 0: nothing would be learnt.")
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Sum of those of the terms that there are, each times its weight."""
+    return torch.stack([weight * terms[name] for name, weight in weights.items() if name in terms]).sum()
+
+
+def numbers_of(names: Sequence[str], device: torch.device) -> Tensor:
+    """A number for each name, equal for equal names and the same on all ranks: ``(len(names),)`` int64."""
+    digests = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
+    return torch.tensor([int.from_bytes(d[:7], "big") for d in digests], device=device)

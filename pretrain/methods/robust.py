@@ -11,8 +11,9 @@ small movements.
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +26,11 @@ from nnssl.heads import standardise
 from nnssl.intensity import add_noise, bend, rescale_intensity, restore_intensity
 from nnssl.networks import forward_features
 from nnssl.plans import Plan
-from nnssl.pretrain.augment import StepRNG, central_crop, random_affine
-from nnssl.pretrain.augment.intensity import jitter_rescaled
-from nnssl.pretrain.geometry import choose_crop, read_size_for, rotation_degrees
-from nnssl.pretrain.methods.base import Method
+from nnssl.pretrain.augment import StepRNG, central_crop, random_jitter
+from nnssl.pretrain.augment.spatial import AffineRange
+from nnssl.pretrain.geometry import choose_crop
+from nnssl.pretrain.methods.base import Method, encoder_only, numbers_of
+from nnssl.pretrain.methods.panels import NOTE, as_column, found_curve, parted_curve, slice_at
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Picture, SourceStats
 from nnssl.transferability.distances import DISTANCES
@@ -67,7 +69,7 @@ class RobustConfig:
 
 
 @register("robust", config=RobustConfig)
-class Robust(Method):
+class Robust(Method[RobustConfig]):
     """See the module. There is no projector: the encoder's own pooled features are compared."""
 
     title = "the robustness criterion as objective: views of a crop against other cases (encoder)"
@@ -81,7 +83,6 @@ class Robust(Method):
         super().__init__(network, plan, request, config)
         if config.levels > plan.n_stages:
             raise NnsslError(f"-o levels={config.levels}: the encoder of this plan has {plan.n_stages} stages.")
-        self.rotation = rotation_degrees(plan.spacing, config.rotation)
 
     @classmethod
     def crops(
@@ -92,25 +93,16 @@ class Robust(Method):
             raise NnsslError(f"robust compares cases and needs at least 2 to learn from, there is {stats.n_cases}.")
         median = stats.median_shape[-plan.dim :]
         size, why = choose_crop(plan.patch_size, median, plan.total_stride, size=size, what="the total stride")
-        rotation = rotation_degrees(plan.spacing, config.rotation)
-        window = read_size_for(size, plan.spacing, rotation=rotation, min_scale=config.min_scale, shift=config.shift)
-        return CropRequest(size=size, read_size=window, batch_size=16, min_batch=4, explanation=why)
+        read_size = _movement(plan, config, size).read_size()
+        return CropRequest(size=size, read_size=read_size, batch_size=16, min_batch=4, explanation=why)
 
     def views(self, crops: Crops, rng: StepRNG) -> Batch:
         """Two views of each crop, moved a little and altered, ``(B, C, *size)`` each, and a number for each case ``(B,)``."""
-        spatial = {"rotation": self.rotation, "shift": self.config.shift}
-        spatial["scale"] = (self.config.min_scale, self.config.max_scale)
-        views = []
-        for _ in range(2):
-            view = random_affine(crops.data, rng, self.request.size, self.plan.spacing, **spatial)
-            views.append(self._augment(view.data, crops.intensity, rng))
-        case = torch.tensor([_number(c) for c in crops.case], device=crops.data.device)
-        return {
-            "a": views[0],
-            "b": views[1],
-            "still": central_crop(crops.data, self.request.size).contiguous(),
-            "case": case,
-        }
+        size = self.request.size
+        movement = _movement(self.plan, self.config, size)
+        views = {k: self._augment(movement.view(crops.data, rng), crops.intensity, rng) for k in "ab"}
+        still = central_crop(crops.data, size).contiguous()
+        return {**views, "still": still, "case": numbers_of(crops.case, still.device)}
 
     def _augment(self, x: Tensor, intensity: Tensor, rng: StepRNG) -> Tensor:
         c, u = self.config, rescale_intensity(x, intensity)
@@ -119,7 +111,7 @@ class Robust(Method):
         strength = (1.0 - c.jitter, 1.0 + c.jitter)
         sigma = (0.1, c.blur) if c.blur > 0.1 else None
         radius = max(1, round(3 * c.blur))
-        u = jitter_rescaled(u, rng, brightness=strength, contrast=strength, sigma=sigma, radius=radius)
+        u = random_jitter(u, None, rng, brightness=strength, contrast=strength, sigma=sigma, radius=radius)
         x = restore_intensity(u, intensity)
         if c.noise > 0:
             x = add_noise(x, rng.uniform(0.0, c.noise), rng.noise(*x.shape[1:]))
@@ -135,8 +127,8 @@ class Robust(Method):
         if self.config.batch_standardise:
             a, b = standardise(torch.cat([a, b])).chunk(2)
         a, b = gather_with_grad(a), gather_with_grad(b)
-        kind = {"distance": self.config.distance, "groups": case, "check": False}
-        return [separate(a, b, **kind), separate(b, a, **kind)]
+        kind = self.config.distance
+        return [separate(x, y, distance=kind, groups=case, check=False) for x, y in ((a, b), (b, a))]
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Mean over levels and both directions of the chosen form of the hinge.
@@ -152,8 +144,8 @@ class Robust(Method):
         c, case = self.config, gather_with_grad(batch["case"])
         levels = [self._compare(a, b, case) for a, b in zip(self.features(batch["a"]), self.features(batch["b"]))]
         pairs = [s for both in levels for s in both]
-        form = {"margin": c.margin, "form": c.form, "temperature": c.temperature, "hardest": c.hardest}
-        total = torch.stack([separation_loss(s, **form) for s in pairs]).mean()
+        form = partial(separation_loss, margin=c.margin, form=c.form, temperature=c.temperature, hardest=c.hardest)
+        total = torch.stack([form(s) for s in pairs]).mean()
         with torch.no_grad():
             terms = {
                 "robustness": torch.stack([robustness_loss(s, c.margin) for s in pairs]).mean(),
@@ -166,13 +158,11 @@ class Robust(Method):
 
     def pretrained_parts(self) -> dict[str, Any]:
         """The encoder."""
-        return {"encoder": True, "decoder_stages": []}
+        return encoder_only()
 
     def embed(self, batch: Batch) -> Tensor:
         """Pooled bottleneck of the unaltered crops, standardised like the views where that is on."""
-        z = pool(
-            forward_features(self.network, batch["still"], 0).skips[-1], self.config.pooling, grid=self.config.grid
-        )
+        z = self.features(batch["still"])[-1]
         return standardise(z) if self.config.batch_standardise else z
 
     def pictures(self, batch: Batch) -> Picture:
@@ -189,7 +179,7 @@ class Robust(Method):
             SECOND: batch["b"][:rows],
             OTHER: batch["b"][worst[:rows]],
         }
-        slices = {k: _middle(v).float().cpu().numpy() for k, v in columns.items()}
+        slices = {k: as_column(slice_at(v)) for k, v in columns.items()}
         near = s.positive[:rows].tolist()
         far = (s.positive - s.delta[range(len(worst)), worst])[:rows].tolist()
         tags = {
@@ -198,62 +188,46 @@ class Robust(Method):
         }
         if not s.mask.any():  # of one held-out case there is no other to show
             del slices[OTHER], tags[OTHER]
-        return Picture(slices, "The same crop, moved and with other contrast, must stay itself", NOTE, tags=tags)
+        title = "The same crop, moved and with other contrast, must stay itself"
+        return Picture(slices, title, NOTE + VIEWS_NOTE, tags=tags)
 
     def curves(self) -> list[Curve]:
         """The criterion, how often the other view is found, and both distances."""
+        told, unit = "Is a crop told from other cases?", "crops whose other view is nearer\nthan every other case (%)"
         pairs = {"distance_same": "two views of one crop", "distance_other": "crops of different cases"}
         return [
-            Curve(
-                "Is a crop told from other cases?",
-                "robustness loss (0: always)",
-                {"robustness": ""},
-                hint="lower is better",
-            ),
-            Curve(
-                "Is the other view found?",
-                "crops whose other view is nearer\nthan every other case (%)",
-                {"nearest": "found"},
-                hint="higher is better",
-                percent=True,
-            ),
-            Curve("How far apart are crops?", "distance of the descriptions", pairs, hint="the lines should part"),
+            Curve(told, "robustness loss (0: always)", {"robustness": ""}, hint="lower is better"),
+            found_curve("Is the other view found?", unit, "nearest"),
+            parted_curve("How far apart are crops?", "distance of the descriptions", pairs),
         ]
 
     def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
         """Learnt: the criterion fell, and more crops than before find their own other view first."""
         if first["distance_other"] == last["distance_other"] == 0:
             return False, (
-                "robust cannot be judged: it compares cases, and only one is held out (one in twenty is; from 30 cases on there "
-                "are two)."
+                f"{self.name} cannot be judged: it compares cases, and only one is held out (one in twenty is; from 30 cases on "
+                "there are two)."
             )
         fell, found = last["robustness"] < first["robustness"], last["nearest"] >= first["nearest"]
-        learnt = fell and found and last["distance_same"] < last["distance_other"]
-        return learnt, (
-            f"robust {'learnt' if learnt else 'did not learn'}: on held-out crops the robustness loss is "
-            f"{last['robustness']:.3g} ({first['robustness']:.3g} before), the other view is nearer than every other case for "
-            f"{per_cent(last['nearest'])} ({per_cent(first['nearest'])} before)."
+        return self.judged(
+            fell and found and last["distance_same"] < last["distance_other"],
+            f": on held-out crops the robustness loss is {last['robustness']:.3g} ({first['robustness']:.3g} before), the other "
+            f"view is nearer than every other case for {per_cent(last['nearest'])} ({per_cent(first['nearest'])} before).",
         )
 
 
 CROP, FIRST = "a held-out crop", "view 1: moved, contrast and noise changed"
 SECOND, OTHER = "view 2: the same crop, changed differently", "the other case that view 1 resembles most"
-NOTE = (
-    "How to read it: each row is a slice of another crop of the held-out images; distances are between the network's "
-    "descriptions. Learnt: view 2 is nearer to view 1 than the other case is, so that anatomy "
-    "counts, and contrast, noise and position do not."
+VIEWS_NOTE = (
+    "Distances are between the network's descriptions. Learnt: view 2 is nearer to view 1 than the other case is, so that "
+    "anatomy counts, and contrast, noise and position do not."
 )
+
+
+def _movement(plan: Plan, config: RobustConfig, size: Sequence[int]) -> AffineRange:
+    scale = (config.min_scale, config.max_scale)
+    return AffineRange.of(plan, size, config.rotation, scale, shift=config.shift)
 
 
 def _share(x: Tensor, mask: Tensor) -> Tensor:
     return (x & mask).sum() / mask.sum().clamp_min(1)
-
-
-def _number(case: str) -> int:
-    digest = hashlib.sha256(case.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def _middle(x: Tensor) -> Tensor:
-    """``(B, C, *s)`` -> the first channel's middle slice, ``(B, H, W)``."""
-    return x[:, 0, x.shape[2] // 2] if x.ndim == 5 else x[:, 0]

@@ -32,11 +32,9 @@ def segment(network: nn.Module, skips: Sequence[Tensor], deep: bool = True) -> l
     Returns:
         ``(B, K, *size_s)`` each.
     """
-    heads: Any = unwrap(network).decoder.seg_layers  # type: ignore[union-attr]
-    outputs = partial_decode(network, skips)
-    if not deep:
-        return [heads[-1](outputs[-1])]
-    return [heads[i](outputs[i]) for i in reversed(range(len(outputs)))]
+    decoder: Any = unwrap(network).decoder
+    outputs = list(zip(decoder.seg_layers, partial_decode(network, skips)))
+    return [head(x) for head, x in (reversed(outputs) if deep else outputs[-1:])]
 
 
 def deep_weights(n: int) -> list[float]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnssl.ema import EMA
-from nnssl.networks import unwrap
+from nnssl.networks import encoder_module, unwrap
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.augment.nnunet import (
@@ -30,7 +30,7 @@ from nnssl.pretrain.augment.nnunet import (
     move_label,
 )
 from nnssl.pretrain.augment.spatial import central_crop, warp
-from nnssl.pretrain.methods.base import Method
+from nnssl.pretrain.methods.base import Method, whole_network
 from nnssl.pretrain.omni.auxiliary import OmniCrops
 from nnssl.pretrain.omni.config import OmniConfig
 from nnssl.pretrain.omni.loss import SegmentationLoss, deep_weights, ignore_value, segment
@@ -53,6 +53,7 @@ class OmniMixin(Method):
 
     Attributes:
         omni: the options.
+        omni_base: the method itself.
         omni_varied: whether labelled cases differ in what is annotated.
         omni_largest: classes of which pseudo-labels keep the largest component.
         omni_loss, omni_semi_loss: on labels and on pseudo-labels, whose doubtful voxels are ignored.
@@ -62,6 +63,7 @@ class OmniMixin(Method):
     """
 
     omni: ClassVar[OmniConfig]
+    omni_base: ClassVar[type[Method]]
     omni_varied: ClassVar[bool] = False
     omni_largest: ClassVar[Sequence[Class]] = ()
     default_transfer: ClassVar[str] = "all"
@@ -92,7 +94,7 @@ class OmniMixin(Method):
             (``data``, ``clean``, and how the view lies in the window) where there are such patches.
         """
         found: OmniCrops = crops
-        batch: Batch = {"ssl": super().views(found.ssl, rng)}
+        batch: Batch = {"ssl": self.omni_base.views(self, found.ssl, rng)}
         if found.labelled is not None:
             batch["labelled"] = self._labelled(found.labelled, rng)
         if found.unlabelled is not None:
@@ -138,11 +140,9 @@ class OmniMixin(Method):
     def _changed(self, x: Tensor, rng: StepRNG, strength: float) -> Tensor:
         """Patches with other intensities."""
         masked = self.omni_augmentation.masked
-        return (
-            augment_strongly(x, rng, masked, strength)
-            if self.omni.intensities == "strong"
-            else augment_intensity(x, rng, masked)
-        )
+        if self.omni.intensities == "strong":
+            return augment_strongly(x, rng, masked, strength)
+        return augment_intensity(x, rng, masked)
 
     # ---- the teacher ---------------------------------------------------------------------------------------------
 
@@ -178,8 +178,8 @@ class OmniMixin(Method):
     @torch.no_grad()
     def omni_logits(self, x: Tensor, network: nn.Module | None = None) -> Tensor:
         """What the teacher (or another network) makes of clean patches: logits ``(B, K, *size)`` float32."""
-        teacher: Any = unwrap(self.omni_network() if network is None else network)
-        return segment(teacher, teacher.encoder(x), deep=False)[0].float()
+        network = self.omni_network() if network is None else network
+        return segment(network, encoder_module(network)(x), deep=False)[0].float()
 
     def omni_labels(self, logits: Tensor) -> Tensor:
         """Logits -> label map ``(B, 1, *size)`` int64, as nnU-Net writes it."""
@@ -202,14 +202,13 @@ class OmniMixin(Method):
             ``seg`` and ``semi``, nnU-Net's loss, with their ``_dice`` and ``_ce``; ``confident``, the share of voxels that
             pseudo-labels teach, and ``foreground``, that of their classes; ``stage``, 1 or 2.
         """
-        own = super().loss(batch["ssl"])
+        own = self.omni_base.loss(self, batch["ssl"])
         total = self.omni.ssl_weight * own["total"]
         terms = {"ssl": own["total"].detach()}
         zero = torch.zeros((), device=total.device)
         if "labelled" in batch:
             part = batch["labelled"]
-            network: Any = unwrap(self.network)
-            outputs = segment(network, network.encoder(part["data"]))
+            outputs = segment(self.network, encoder_module(self.network)(part["data"]))
             dice, ce = self.omni_loss(outputs, part["targets"], part["annotated"])
             total = total + self.omni.seg_weight * (dice + ce)
             terms.update(seg=(dice + ce).detach(), seg_dice=dice.detach(), seg_ce=ce.detach())
@@ -226,10 +225,9 @@ class OmniMixin(Method):
     def _semi_loss(self, part: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Dice, cross-entropy, and the shares of voxels that count and that show a class."""
         target = self._pseudo(part)
-        network: Any = unwrap(self.network)
         with torch.set_grad_enabled(self.omni.semi_through_encoder and torch.is_grad_enabled()):
-            skips = network.encoder(part["data"])
-        dice, ce = self.omni_semi_loss(segment(network, skips), self.omni_semi_loss.targets(target))
+            skips = encoder_module(self.network)(part["data"])
+        dice, ce = self.omni_semi_loss(segment(self.network, skips), self.omni_semi_loss.targets(target))
         known = target != self.omni_ignore
         return dice, ce, {"confident": known.float().mean(), "foreground": (known & (target > 0)).float().mean()}
 
@@ -260,7 +258,7 @@ class OmniMixin(Method):
 
     def pretrained_parts(self) -> dict[str, Any]:
         """The encoder and all decoder stages."""
-        return {"encoder": True, "decoder_stages": list(range(self.plan.n_stages - 1))}
+        return whole_network(self.plan)
 
     def optimiser(self) -> torch.optim.Optimizer:
         """The method's own, over what it trains and the rest of the network."""
@@ -323,6 +321,19 @@ def make_omni(
     Returns:
         A class that the engine uses like any other; it is not registered. Its name is that of ``base`` with ``Omni`` behind it.
     """
-    own = {"name": f"{base.name}Omni", "omni": config, "omni_varied": varied, "__doc__": base.__doc__}
+    own = {
+        "name": f"{base.name}Omni",
+        "omni": config,
+        "omni_base": base,
+        "omni_varied": varied,
+        "__doc__": base.__doc__,
+    }
     own["omni_largest"] = tuple(largest)
     return type(f"Omni{base.__name__}", (OmniMixin, base), own)
+
+
+def omni_of(method: Method) -> OmniMixin:
+    """The method of a run with ``--labelled``, which :func:`make_omni` has made."""
+    if not isinstance(method, OmniMixin):
+        raise TypeError(f"{method.name} has no labelled stages")
+    return method

@@ -16,6 +16,7 @@ from nnssl.plans.labels import case_order
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.omni.cases import class_locations, head_names
 from nnssl.pretrain.omni.loss import to_regions
+from nnssl.pretrain.omni.method import omni_of
 from nnssl.pretrain.omni.patches import LabelledDataset
 from nnssl.pretrain.omni.volumes import write_volumes
 from nnssl.weights import case_hash, label_set
@@ -130,7 +131,7 @@ class PseudoMetricsHook(Hook):
     @torch.no_grad()
     def _measure(self, engine: Engine, epoch: int) -> dict[str, float]:
         """Dice of the teacher's labels and of the network's own over all patches of all ranks."""
-        method: Any = engine.method
+        method = omni_of(engine.method)
         data, device, training = self._data, engine.spec.device, method.training
         if data is None:
             raise ValueError("nothing to measure on")

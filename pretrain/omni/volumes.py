@@ -21,6 +21,7 @@ from nnssl.plans.labels import case_order
 from nnssl.preprocessed import CaseRef, open_array
 from nnssl.pretrain.omni.cases import head_names
 from nnssl.pretrain.omni.loss import to_regions
+from nnssl.pretrain.omni.method import omni_of
 from nnssl.properties import read_properties
 
 if TYPE_CHECKING:
@@ -64,9 +65,9 @@ def write_volumes(engine: Engine, auxiliary: OmniLoaders, count: int, folder: Pa
     Raises:
         NnsslError: a case's files are missing or damaged.
     """
-    plan, method = engine.spec.plan, engine.method
+    plan, method = engine.spec.plan, omni_of(engine.method)
     predictor = _predictor(engine)
-    predictor.network = deepcopy(unwrap(method.omni_network())).eval()  # type: ignore[operator]
+    predictor.network = deepcopy(unwrap(method.omni_network())).eval()
     folder.mkdir(parents=True, exist_ok=True)
     labelled = {c.name for c in auxiliary.cases.held_out}
     rows = []
@@ -81,7 +82,7 @@ def write_volumes(engine: Engine, auxiliary: OmniLoaders, count: int, folder: Pa
         row: dict[str, Any] = {"case": ref.key, "file": os.path.relpath(file, engine.spec.folder.path)}
         if ref.source == auxiliary.cases.dataset and ref.name in labelled:
             label = torch.from_numpy(np.asarray(open_array(ref.labels)[:1]))
-            row.update(_dice(plan, method.omni_labels(logits[None]), label[None].long()))  # type: ignore[operator]
+            row.update(_dice(plan, method.omni_labels(logits[None]), label[None].long()))
         export_prediction_from_logits(
             logits,
             properties,

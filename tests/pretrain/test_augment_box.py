@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl.pretrain.augment.box import image_bounds, image_box, outer
+from nnssl.pretrain.augment.box import image_bounds, image_box, in_box, outer
 from nnssl.pretrain.data import CaseFormat, CaseRef, CropDataset, collate
 from nnssl.pretrain.data.reorientation import Orientation
 from nnssl.pretrain.methods import CropRequest
@@ -71,3 +71,13 @@ def test_outer_is_the_product_of_lines():
     got = outer(lines)
     assert got.shape == (2, 1, 3, 4, 5)
     torch.testing.assert_close(got[:, 0], torch.einsum("bi,bj,bk->bijk", *lines))
+
+
+def test_voxels_in_a_box():
+    start, shape = torch.tensor([[-2, 1, 0], [4, 0, -1]]), torch.tensor([[9, 5, 6], [6, 8, 3]])
+    inside = in_box(-start, shape - start, (4, 6, 5))
+    for b in range(2):
+        for z, y, x in torch.cartesian_prod(torch.arange(4), torch.arange(6), torch.arange(5)).tolist():
+            place = [a + int(s) for a, s in zip((z, y, x), start[b])]
+            expected = all(0 <= p < int(n) for p, n in zip(place, shape[b]))
+            assert bool(inside[b, 0, z, y, x]) == expected

@@ -19,7 +19,6 @@ from nnssl.intensity import (
     where_chosen,
 )
 from nnssl.pretrain.augment import StepRNG, random_jitter
-from nnssl.pretrain.augment.intensity import jitter_rescaled
 from nnssl.pretrain.augment.units import unit_range
 
 
@@ -86,7 +85,7 @@ def test_jitter():
     x, intensity = torch.randn(3, 2, 6, 7, 8), torch.tensor([-2.0, 2.0]).expand(3, 2, 2)
     same = random_jitter(x, intensity, StepRNG(0, 0, 3))
     assert torch.allclose(same, x, atol=1e-5) and same.data_ptr() != x.data_ptr()
-    assert torch.allclose(jitter_rescaled(x.clone(), StepRNG(0, 0, 3)), x, atol=1e-5)
+    assert torch.allclose(random_jitter(x.clone(), None, StepRNG(0, 0, 3)), x, atol=1e-5)
     ranges = {"brightness": (0.5, 0.9), "contrast": (0.8, 1.2), "sigma": (1.0, 3.0)}
     once, again, other = (random_jitter(x, intensity, StepRNG(0, s, 3), **ranges) for s in (1, 1, 2))
     assert torch.equal(once, again) and not torch.allclose(once, other)

@@ -9,10 +9,10 @@ from nnssl.pretrain.augment import StepRNG, central_crop, random_affine, spatial
 from nnssl.pretrain.augment.box import ImageBox
 from nnssl.pretrain.augment.spatial import (
     Affine,
+    AffineRange,
     _looks_inside,
     _resample,
     cut_out,
-    draw_affine,
     reach,
     sampling_grid,
     warp,
@@ -85,7 +85,7 @@ def test_quarter_turn_equals_rot90():
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.0, 1.0, 0.7), (0.8, 2.0)])
 def test_rotation_keeps_distances_in_mm(spacing):
     dim, mm = len(spacing), torch.tensor(spacing)
-    affine = draw_affine(StepRNG(1, 2, 5), (8,) * dim, spacing, rotation=(40.0,), scale=(1.0, 1.0))
+    affine = AffineRange((8,) * dim, spacing, rotation=(40.0,), scale=(1.0, 1.0)).draw(StepRNG(1, 2, 5))
     in_mm = mm[None, :, None] * affine.matrix / mm[None, None, :]
     assert torch.allclose(in_mm @ in_mm.transpose(1, 2), torch.eye(dim).expand(5, -1, -1), atol=1e-5)
     assert torch.allclose(torch.linalg.det(in_mm), torch.ones(5), atol=1e-5)
@@ -101,19 +101,23 @@ def test_magnification():
 
 
 def test_rotation_only_about_the_axes_that_may_turn():
-    affine = draw_affine(StepRNG(0, 1, 4), (8, 8, 8), (5.0, 1.0, 1.0), rotation=(30.0, 0.0, 0.0), scale=(1.0, 1.0))
+    affine = AffineRange((8, 8, 8), (5.0, 1.0, 1.0), rotation=(30.0, 0.0, 0.0), scale=(1.0, 1.0)).draw(StepRNG(0, 1, 4))
     assert torch.allclose(affine.matrix[:, 0], torch.tensor([1.0, 0, 0]).expand(4, 3))
     assert torch.allclose(affine.matrix[:, :, 0], torch.tensor([1.0, 0, 0]).expand(4, 3))
     assert (affine.matrix[:, 1, 2].abs() > 1e-3).all()
 
 
 def test_probability_zero_leaves_samples_alone():
-    affine = draw_affine(StepRNG(0, 1, 4), (8, 8), (1.0, 1.0), rotation=(90.0,), scale=(0.5, 2.0), shift=0.5, p=0.0)
+    affine = AffineRange((8, 8), (1.0, 1.0), rotation=(90.0,), scale=(0.5, 2.0), shift=0.5, p=0.0).draw(
+        StepRNG(0, 1, 4)
+    )
     assert torch.equal(affine.matrix, torch.eye(2).expand(4, 2, 2)) and not affine.shift.any()
 
 
 def test_ranges():
-    affine = draw_affine(StepRNG(0, 1, 400), (10, 20, 40), (1.0,) * 3, rotation=(0.0,), scale=(0.5, 2.0), shift=0.1)
+    affine = AffineRange((10, 20, 40), (1.0,) * 3, rotation=(0.0,), scale=(0.5, 2.0), shift=0.1).draw(
+        StepRNG(0, 1, 400)
+    )
     magnification = 1 / affine.matrix[:, 0, 0]
     assert 0.5 <= magnification.min() < 0.6 and 1.8 < magnification.max() <= 2
     assert 0.4 < (magnification < 1).float().mean() < 0.6
@@ -209,7 +213,7 @@ def test_views_are_scaled_both_ways_by_default():
 def test_large_views_are_sampled_plane_by_plane_to_the_same_values(size, window, channels, monkeypatch):
     x = torch.randn(3, channels, *window)
     wide = {"rotation": (60.0,), "scale": (0.6, 1.6), "shift": 0.3, "mirror_axes": (0, 1, 2)}
-    grid = sampling_grid(draw_affine(StepRNG(2, 0, 3), size, (1.0, 2.0, 1.5), **wide), size, window)
+    grid = sampling_grid(AffineRange(size, (1.0, 2.0, 1.5), **wide).draw(StepRNG(2, 0, 3)), size, window)
     fast = warp(x, grid)
     monkeypatch.setattr(spatial, "PLANES_FROM", 10**9)
     exact = warp(x, grid)

@@ -259,7 +259,7 @@ def test_picture_by_hand(dim):
     assert "similarity" in picture.scales[ALIKE] and "yellow frame" in picture.note and "The cross" in picture.note
     for caption, image in ((TURNED, fine[:, 0].numpy()), (TURNED_COARSE, large(coarse[:, 0]))):
         np.testing.assert_allclose(picture.columns[caption], image)
-    still = pair_picture(views, [start[0], start[0]], (), views, spacing=(1.0,) * dim)
+    still = pair_picture(views, [start[0], start[0]], None, views, spacing=(1.0,) * dim)
     assert list(still.columns) == [FINE, COARSE, TURNED, TURNED_COARSE] and not still.boxes and not still.tags
     assert still.points[FINE].tolist() == still.points[COARSE].tolist() == [[4, 5]] * 2
     assert "yellow frame" not in still.note and "The cross" not in still.note

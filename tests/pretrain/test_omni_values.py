@@ -15,10 +15,10 @@ from nnssl.pretrain.data.case_set import CaseRef
 from nnssl.pretrain.methods import SourceStats, get_method
 from nnssl.pretrain.omni import OmniConfig, make_omni
 from nnssl.pretrain.omni import method as omni_method
-from nnssl.pretrain.omni.auxiliary import OmniLoaders, Sizes
+from nnssl.pretrain.omni.auxiliary import OmniLoaders
 from nnssl.pretrain.omni.cases import LabelledCase
 from nnssl.pretrain.omni.loss import SegmentationLoss
-from nnssl.pretrain.omni.patches import COMPARED, LABELLED, UNLABELLED, LabelledDataset, Patches
+from nnssl.pretrain.omni.patches import COMPARED, LABELLED, UNLABELLED, LabelledDataset, Patches, Sizes
 from nnssl.pretrain.omni.pictures import LABELS, PSEUDO, dice_tags, omni_columns
 from nnssl.pretrain.omni.volumes import _dice, choose_volumes
 from nnssl.pretrain.types import Curve
@@ -44,14 +44,12 @@ def build(tiny_plans, tiny_dataset_json):
 def test_no_two_kinds_of_draws_share_their_random_numbers(tiny_plans, tiny_dataset_json):
     plan = Plan.from_dicts(tiny_plans(), "3d_fullres", tiny_dataset_json())
     cases = SimpleNamespace(folder=Path())
-    auxiliary = OmniLoaders(
-        plan, None, cases, Sizes((8, 8, 8), (10, 12, 14), 4, 3, 0.5), seed=0, switch=1, augment=True
-    )
+    auxiliary = OmniLoaders(plan, None, cases, Sizes((8, 8, 8), (10, 12, 14), 4, 3, 0.5), 0, switch=1, augment=True)
     learnt, compared = (
         auxiliary.labelled_dataset([LabelledCase("a")], held_out=h, batch=b) for h, b in ((False, None), (True, 7))
     )
     assert (learnt.stream, compared.stream) == (LABELLED, COMPARED)
-    assert (learnt.in_turn, compared.in_turn, learnt.batch, compared.batch) == (False, True, 4, 7)
+    assert (learnt.held_out, compared.held_out, learnt.batch, compared.batch) == (False, True, 4, 7)
     assert (learnt.read_size, compared.read_size) == ((10, 12, 14), (8, 8, 8))
     assert len({sampling.TRAIN, sampling.HELD_OUT, UNLABELLED, LABELLED, COMPARED}) == 5
 
@@ -183,7 +181,7 @@ def test_patches_of_an_estimate_are_as_those_of_a_step(tiny_plans, tiny_dataset_
 def test_of_a_slice_that_very_slice_is_read(tiny_plans, tiny_dataset_json):
     """The first axis of 2d plans counts slices: a voxel of slice 7 is looked at in that one, and also one of the first."""
     plan = Plan.from_dicts(tiny_plans(2), "2d", tiny_dataset_json())
-    data = LabelledDataset([LabelledCase("a")], Path(), plan, (6, 8), (8, 10), seed=0, batch=2, foreground=1.0)
+    data = LabelledDataset([LabelledCase("a")], Path(), plan, Sizes((6, 8), (8, 10), 2, 2, 1.0), seed=0)
     for place in (7, 0, 19):
         data._voxel = lambda *_, at=place: np.array([at, 9, 12])
         start = data._start(data.cases[0], (20, 30, 25), np.random.default_rng(0), True)

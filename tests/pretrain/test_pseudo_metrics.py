@@ -144,8 +144,9 @@ class Painter(nn.Module):
         return logits.softmax(1).amax(1, keepdim=True)
 
 
-def test_what_is_measured_of_held_out_cases_by_hand(tmp_path, tiny_plans, tiny_dataset_json):
+def test_what_is_measured_of_held_out_cases_by_hand(monkeypatch, tiny_plans, tiny_dataset_json):
     """Two patches of four voxels: one ignored, and in the second only the liver annotated."""
+    monkeypatch.setattr(pseudo_metrics, "omni_of", lambda method: method)
     plan = Plan.from_dicts(tiny_plans(), "3d_fullres", tiny_dataset_json())
     hook = PseudoMetricsHook(OmniConfig(threshold=0.6), SimpleNamespace(plan=plan))
     patches = []

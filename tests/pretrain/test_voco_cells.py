@@ -10,11 +10,9 @@ from nnssl.intensity import gaussian_blur
 from nnssl.losses.overlap import base_crops, overlap_labels
 from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.methods.voco.cells import (
-    augment_crops,
     augment_intensity,
     draw_offsets,
     flip_and_turn,
-    inside_image,
     noise_to_all,
     noise_to_chosen,
     usable_cells,
@@ -134,20 +132,6 @@ def test_quarter_turns_in_planes_of_equal_axes(size, spacing, plane, turns):
     assert torch.equal(flip_and_turn(x, Fixed(3, 2, turns), spacing, mirror=0.5, rot90=0.0), x)
 
 
-def test_voxels_inside_of_the_image():
-    start, shape = torch.tensor([[-2, 1, 0], [4, 0, -1]]), torch.tensor([[9, 5, 6], [6, 8, 3]])
-    inside = inside_image(start, shape, (4, 6, 5))
-    for b in range(2):
-        for z, y, x in torch.cartesian_prod(torch.arange(4), torch.arange(6), torch.arange(5)).tolist():
-            place = [a + int(s) for a, s in zip((z, y, x), start[b])]
-            expected = all(0 <= p < int(n) for p, n in zip(place, shape[b]))
-            assert bool(inside[b, 0, z, y, x]) == expected
-    flat = inside_image(start, shape, (6, 5))  # of slices the last two axes count
-    assert (
-        flat.shape == (2, 1, 6, 5) and torch.equal(flat[0], inside[0, :, 2]) and torch.equal(flat[1], inside[1, :, 0])
-    )
-
-
 def test_usable_cells_on_both_sides_of_each_limit():
     """Cells of 100 voxels, one a row: a quarter in the image, one in a hundred body, and not constant."""
     grid, window = (4, 1), (40, 10)
@@ -195,12 +179,14 @@ def test_random_crops_lie_at_the_first_place_that_fits():
 def test_crops_that_nothing_changes_are_themselves_and_changed_ones_leave_what_was_given():
     x = crops()
     kept = x.clone()
-    off = {"mirror": 0.0, "rot90": 0.0, "intensity": 0.0}
-    assert augment_crops(x, UNIT, StepRNG(0, 0, 2), ISOTROPIC, **off).data_ptr() == x.data_ptr()
-    assert torch.equal(augment_crops(x, UNIT, StepRNG(0, 0, 2), ISOTROPIC, **off), kept)
+    off = {"mirror": 0.0, "rot90": 0.0}
+    assert flip_and_turn(x, StepRNG(0, 0, 2), ISOTROPIC, **off).data_ptr() == x.data_ptr()
+    assert torch.equal(flip_and_turn(x, StepRNG(0, 0, 2), ISOTROPIC, **off), kept)
     for name in off:
-        changed = augment_crops(x, UNIT, StepRNG(0, 0, 2), ISOTROPIC, **{**off, name: 1.0})
+        changed = flip_and_turn(x, StepRNG(0, 0, 2), ISOTROPIC, **{**off, name: 1.0})
         assert torch.equal(x, kept) and (name == "rot90" or not torch.equal(changed, kept))  # no plane of equal axes
+    changed = augment_intensity(x, UNIT, StepRNG(0, 0, 2), ISOTROPIC, p=1.0)
+    assert torch.equal(x, kept) and not torch.equal(changed, kept)
 
 
 def test_a_cell_of_little_contrast_counts():

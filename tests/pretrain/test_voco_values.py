@@ -12,6 +12,7 @@ from nnssl.plans import Plan
 from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.methods import SourceStats, get_method
 from nnssl.pretrain.methods.voco.levels import chance_levels
+from nnssl.pretrain.methods.voco.method import Embeddings
 from nnssl.pretrain.methods.voco.picture import CELLS, GUESS, TRUE, overlap_picture
 
 FLAT = ((1, 1, 1), (1, 2, 2), (2, 2, 2))
@@ -154,7 +155,7 @@ def test_each_rank_embeds_its_own_crops(make, make_batch, monkeypatch):
     monkeypatch.setattr("nnssl.pretrain.methods.voco.method.rank", lambda: 1)
     assert torch.equal(method.embed(batch), whole)
     z = torch.arange(6.0).view(6, 1, 1).expand(6, 9, 2)  # of two ranks
-    method.embeddings = lambda batch, everyone: (z, None, None, None)
+    method.embeddings = lambda batch, everyone: Embeddings(z, None, None, None)
     assert method.embed(batch)[:, 0].unique().tolist() == [3, 4, 5]
 
 

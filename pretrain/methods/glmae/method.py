@@ -12,8 +12,6 @@ What is known of the paper, and what is ours, is in docs/methods/glmae.md.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,20 +25,19 @@ from nnssl.config import option
 from nnssl.errors import NnsslError
 from nnssl.losses.consistency import diagnose
 from nnssl.masking.picture import ERROR
-from nnssl.networks import encoder_channels, encoder_module
+from nnssl.networks import encoder_channels, encoder_module, forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.augment.box import image_box
-from nnssl.pretrain.augment.rng import StepRNG
+from nnssl.pretrain.methods.base import numbers_of, require_weight, weighted_sum
 from nnssl.pretrain.methods.glmae.resized_crop import box_share, copy_box, resized_crop, sample_boxes
 from nnssl.pretrain.methods.glmae.self_distillation import STAGES, SelfDistillation
-from nnssl.pretrain.methods.mae.masked import check_options
-from nnssl.pretrain.methods.mae.method import MAE, PICTURE_NOTE, MaskedConfig, compare, reconstruction_curve
+from nnssl.pretrain.methods.mae.masked import PICTURE_NOTE, MaskedConfig, MaskedReconstruction, check_options
+from nnssl.pretrain.methods.panels import found_curve
 from nnssl.pretrain.methods.registry import register
-from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, Progress, SourceStats
+from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Picture, Progress, SourceStats
 from nnssl.words import per_cent
-
-log = logging.getLogger("nnssl")
 
 WIDER = 1.2  # a global view that is not this much wider than a local one on any axis is no wider
 LOCAL_SHARE = 0.6  # local by global view in mode B, as the paper's 96 by 160
@@ -94,8 +91,17 @@ class GLMAEConfig(MaskedConfig):
 
 
 @register("glmae", config=GLMAEConfig)
-class GLMAE(MAE):
-    """See the module. Views are batched view by view: row ``j * B + i`` is view j of volume i."""
+class GLMAE(MaskedReconstruction[GLMAEConfig]):
+    """See the module. Views are batched view by view: row ``j * B + i`` is view j of volume i.
+
+    Attributes:
+        weight: of the consistency, which rises over the ramp.
+        balance: gradient norm of the encoder by the consistency, as a multiple of that by the reconstruction.
+    """
+
+    agreement: SelfDistillation
+    weight: Tensor
+    balance: Tensor
 
     spoken = {"gg": "agreement of large views", "lg": "of small with large views"}
     title = "global-local masked autoencoder with a teacher, reconstructed (encoder + decoder)"
@@ -123,7 +129,6 @@ class GLMAE(MAE):
         self.request = request
         self.consistent = config.global_views > 0 and config.gg_weight + config.lg_weight > 0
         self.register_buffer("weight", torch.tensor(0.0 if config.ramp > 0 else 1.0))
-        self._warned: set[str] = set()
         self._measure = True
         if self.consistent:
             width = plan.features[0] if plan.is_primus else 2 * sum(encoder_channels(plan)[-STAGES:])
@@ -141,8 +146,7 @@ class GLMAE(MAE):
         Raises:
             NnsslError: options that contradict each other, or no legal crop.
         """
-        if config.global_views + config.local_views == 0:
-            raise NnsslError("global_views and local_views are both 0: nothing would be learnt.")
+        require_weight(config, "global_views", "local_views")
         if config.min_zoom > config.max_zoom:
             raise NnsslError(f"min_zoom={config.min_zoom} exceeds max_zoom={config.max_zoom}.")
         check_options(config, plan)
@@ -150,8 +154,7 @@ class GLMAE(MAE):
             raise NnsslError(
                 f"consistency={config.consistency} without a variance term puts all images at one place: set variance_weight."
             )
-        used = [config.global_views and config.global_weight, config.local_views and config.local_weight]
-        if not any(used):
+        if not (config.global_views and config.global_weight) and not (config.local_views and config.local_weight):
             raise NnsslError(
                 "no reconstruction has a weight: the decoder would not learn. Set global_weight or local_weight."
             )
@@ -185,7 +188,7 @@ class GLMAE(MAE):
         c, dim = self.config, self.plan.dim
         data, box, batch = crops.data, image_box(crops), {}
         image, body = (box.high - box.low).float(), crops.body.to(data.dtype)
-        volume = torch.tensor([_number(name) for name in crops.case], device=data.device)
+        volume = numbers_of(crops.case, data.device)
         for kind, count, size in (
             ("global", c.global_views, self.request.size),
             ("local", c.local_views, self.local_size),
@@ -240,9 +243,8 @@ class GLMAE(MAE):
                 volume = batch["local"]["volume"][: len(features["local"]) // c.local_views]
                 first = batch["global"]["input"][: len(volume)]
                 agreed |= self.agreement.retrieval(features["local"], first, volume)
-            weighted = c.gg_weight * agreed["gg"] + c.lg_weight * agreed.get("lg", 0.0)
-            weighted = weighted + c.variance_weight * agreed.get("variance", 0.0)
-            weighted = weighted + c.koleo_weight * agreed.get("koleo", 0.0)
+            weights = {"gg": c.gg_weight, "lg": c.lg_weight, "variance": c.variance_weight, "koleo": c.koleo_weight}
+            weighted = weighted_sum(agreed, weights)
             if self._measure and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._balance(total, weighted)
             total = total + (self.weight if self.training else 1.0) * weighted
@@ -271,22 +273,18 @@ class GLMAE(MAE):
         if progress.step % CHECK_EVERY == 0:
             self._measure = True
             if progress.step >= 0.05 * progress.steps:
-                self._alarm(progress.step)
-
-    def _alarm(self, step: int) -> None:
-        problem = self.agreement.problem()
-        kind = None if problem is None else problem.split(":")[0]
-        if kind is not None and kind not in self._warned:
-            self._warned.add(kind)
-            log.warning("glmae, step %d: %s", step, problem)
+                problem = self.agreement.problem()
+                if problem is not None:
+                    self.warn_once(problem.split(":")[0], "glmae, step %d: %s", progress.step, problem)
 
     # ---- what a person sees --------------------------------------------------------------------------------------
 
     def embed(self, batch: Batch) -> Tensor:
         """The teacher's embedding of the whole global views, ``(p B, bottleneck)``; without a teacher, as mae's."""
-        if not self.consistent:
-            return super().embed(batch.get("global", batch.get("local")))
-        return self.agreement.embed(batch["global"]["input"])
+        view = batch["global"] if "global" in batch else batch["local"]
+        if self.consistent:
+            return self.agreement.embed(view["input"])
+        return self.summarise(forward_features(self.network, view["input"], 0).skips)
 
     def pictures(self, batch: Batch) -> Picture:
         """As mae's, for the first global and the first local view of each volume."""
@@ -309,16 +307,12 @@ class GLMAE(MAE):
         kinds = {"global": "large views", "local": "small views"}
         views = {"global": self.config.global_views, "local": self.config.local_views}
         made = {k: f"How well are {words} painted?" for k, words in kinds.items() if views[k]}
-        shown = [reconstruction_curve(self.config, f"{k}_", title) for k, title in made.items()]
-        found = Curve(
-            "Is a part recognised as of its image?",
-            "small views whose most similar\nlarge view is of the same image (%)",
-            {"retrieval": "found"},
-            (Level("retrieval_chance", "by chance"),),
-            "higher is better",
-            percent=True,
-        )
-        return [*shown, found]
+        shown = [self.reconstruction_curve(f"{k}_", title) for k, title in made.items()]
+        unit = "small views whose most similar\nlarge view is of the same image (%)"
+        return [
+            *shown,
+            found_curve("Is a part recognised as of its image?", unit, "retrieval", "retrieval_chance"),
+        ]
 
     def note(self, terms: dict[str, float]) -> str:
         """How often a local view finds the global one of its volume, and by chance."""
@@ -331,7 +325,7 @@ class GLMAE(MAE):
         kinds = [k for k in ("local", "global") if f"{k}_inpainting" in last]
         if not kinds:
             return super().verdict(first, last)
-        checks = [compare(self.name, f"hidden voxels in {k} views", last, f"{k}_") for k in kinds]
+        checks = [self.compare(f"hidden voxels in {k} views", last, f"{k}_") for k in kinds]
         learnt, sentences = all(t[0] for t in checks), [t[1] for t in checks]
         if "embedding_spread" in last:
             single, mean = (last.get(f"{k}_entropy", 0.0) for k in ("teacher", "mean"))
@@ -380,8 +374,3 @@ def _local_size(request: CropRequest, plan: Plan, config: GLMAEConfig) -> tuple[
         return tuple(size)
     # An axis of two or more cells keeps two, and a legal crop has such an axis.
     return tuple(min(n, math.ceil(LOCAL_SHARE * n / s) * s) for n, s in zip(size, stride))
-
-
-def _number(case: str) -> int:
-    """A number for a case, the same on all ranks."""
-    return int.from_bytes(hashlib.sha256(case.encode("utf-8", "surrogateescape")).digest()[:7], "big")

@@ -6,7 +6,7 @@ prototypes: cosine or squared distance of embeddings, with a predictor on the st
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from nnssl.losses.consistency import (
     variance_hinge,
 )
 
+if TYPE_CHECKING:
+    from nnssl.pretrain.methods.glmae.method import GLMAEConfig
+
 STAGES = 2  # last encoder stages that stand in for a class token
 
 
@@ -37,7 +40,7 @@ class SelfDistillation(nn.Module):
     Args:
         encoder: the student's, which the teacher follows; it stays outside of this module.
         width: of pooled features.
-        config: of :class:`nnssl.pretrain.methods.glmae.method.GLMAEConfig`.
+        config: the method's.
         maximum: whether features are pooled by their maximum too.
 
     Attributes:
@@ -46,7 +49,7 @@ class SelfDistillation(nn.Module):
 
     seen: Tensor
 
-    def __init__(self, encoder: nn.Module, width: int, config: Any, *, maximum: bool) -> None:
+    def __init__(self, encoder: nn.Module, width: int, config: GLMAEConfig, *, maximum: bool) -> None:
         super().__init__()
         self.config, self.maximum = config, maximum
         self.prototypes = config.prototypes if config.consistency == "ce" else 0

@@ -25,22 +25,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nnssl.config import option
 from nnssl.distributed import gather_with_grad
-from nnssl.errors import NnsslError
 from nnssl.heads.balanced import ScaleProjections, gather_pyramid, voxel_projector
-from nnssl.heads.restoration import restoration_head
+from nnssl.heads.restoration import enlarge, restoration_head
 from nnssl.intensity import rescale_intensity, restore_intensity
-from nnssl.losses.diagnostics import principal_colours, resemblance
 from nnssl.losses.info_nce import InfoNCE, chance_level, nearest_share, similarities
 from nnssl.networks import forward_features
 from nnssl.plans import Plan
+from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.augment.box import image_bounds
 from nnssl.pretrain.augment.pairs import cut, draw_pairs
-from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.geometry import choose_crop, largest_spread
-from nnssl.pretrain.methods.base import Method
+from nnssl.pretrain.methods.base import Method, require_weight, weighted_sum, whole_network
 from nnssl.pretrain.methods.hdense.local import genesis_transforms
 from nnssl.pretrain.methods.hdense.window import window_corruption
+from nnssl.pretrain.methods.panels import NOTE, as_column, found_curve, matching_columns, parted_curve, slice_at
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, SourceStats
 from nnssl.words import per_cent
@@ -82,12 +81,12 @@ class HDenseConfig:
     inpaint_max: int = option(30, "most blocks painted with noise", low=1, high=1000)
     inpaint_p: float = option(0.95, "probability of each further painted block; 0: none", low=0.0, high=1.0)
     crop_voxels: int = option(128 * 128 * 32, "largest crop that is chosen by itself, voxels", low=64)
-    lr: float = option(3e-4, "learning rate of Adam", low=0.0, high=10.0)
+    lr: float = option(3e-4, "learning rate of Adam", low=0.0, high=10.0)  # and no weight decay, as published
     schedule: str = option("constant", "learning rate over the run", choices=("constant", "cosine"))
 
 
 @register("hdense", config=HDenseConfig)
-class HDense(Method):
+class HDense(Method[HDenseConfig]):
     """See the module. View 0 is A, view 1 is B; levels run from fine to coarse."""
 
     title = "hierarchically balanced voxel contrast and restoration (encoder + decoder)"
@@ -137,8 +136,7 @@ class HDense(Method):
         Raises:
             NnsslError: no legal crop, or both terms switched off.
         """
-        if config.contrast_weight == 0 and config.restoration_weight == 0:
-            raise NnsslError("contrast_weight and restoration_weight are both 0: nothing would be learnt.")
+        require_weight(config, "contrast_weight", "restoration_weight")
         median, multiple = stats.median_shape[-plan.dim :], plan.total_stride
         chosen, why = choose_crop(plan.patch_size, median, multiple, size=size, what=f"{cls.name}'s network")
         limit = list(chosen)
@@ -164,11 +162,11 @@ class HDense(Method):
 
     def views(self, crops: Crops, rng: StepRNG) -> Batch:
         """Cut a pair of overlapping crops out of each window and corrupt them; see :meth:`loss` for shapes."""
+        c, size = self.config, self.request.size
         low, high = image_bounds(crops.data, crops.start, crops.shape, crops.extent)
-        options = {"n": self.config.n_voxels, "min_overlap": self.config.min_overlap}
-        pairs = draw_pairs(crops.body, self.request.size, rng, low=low, high=high, **options)
+        pairs = draw_pairs(crops.body, size, rng, n=c.n_voxels, min_overlap=c.min_overlap, low=low, high=high)
         bounds = unit_range(self.plan, crops.intensity)
-        clean = [rescale_intensity(cut(crops.data, s, self.request.size), bounds).clamp(0, 1) for s in pairs.start]
+        clean = [rescale_intensity(cut(crops.data, s, size), bounds).clamp(0, 1) for s in pairs.start]
         seen = torch.cat([self.corrupt(u, rng) for u in clean])
         bounds = bounds.repeat(2, 1, 1)
         return {
@@ -187,13 +185,15 @@ class HDense(Method):
             return u
         if c.corruption == "window":
             return window_corruption(u, rng)
-        shuffle = {
-            "shuffle_p": c.shuffle_p,
-            "shuffle_blocks": c.shuffle_blocks,
-            "independent": c.independent_permutations,
-        }
         return genesis_transforms(
-            u, rng, nonlinear_p=c.nonlinear_p, inpaint_max=c.inpaint_max, inpaint_p=c.inpaint_p, **shuffle
+            u,
+            rng,
+            shuffle_p=c.shuffle_p,
+            shuffle_blocks=c.shuffle_blocks,
+            independent=c.independent_permutations,
+            nonlinear_p=c.nonlinear_p,
+            inpaint_max=c.inpaint_max,
+            inpaint_p=c.inpaint_p,
         )
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -203,16 +203,15 @@ class HDense(Method):
             batch: ``input`` ``(2B, C, *size)`` (all A, then all B) in the network's units; ``target`` ``(2B, C,
                 *size)`` clean, in [0, 1]; ``voxels`` ``(2, B, n, dim)`` int64; ``valid`` ``(B, n)`` bool.
         """
-        levels, terms = self.pyramid(batch["input"]), {}
-        total = levels[0].new_zeros((), dtype=torch.float32)
-        if self.config.contrast_weight > 0:
-            terms.update(self._contrast(levels, batch))
-            total = total + self.config.contrast_weight * terms["contrast"]
-        if self.config.restoration_weight > 0:
+        c, levels = self.config, self.pyramid(batch["input"])
+        terms: dict[str, Tensor] = {}
+        if c.contrast_weight > 0:
+            terms |= self._contrast(levels, batch)
+        if c.restoration_weight > 0:
             restored = self.restored(levels[0], batch["target"].shape[2:])
             terms["restoration"] = F.mse_loss(restored, batch["target"])
-            total = total + self.config.restoration_weight * terms["restoration"]
-        return {"total": total, **terms}
+        weights = {"contrast": c.contrast_weight, "restoration": c.restoration_weight}
+        return {"total": weighted_sum(terms, weights), **terms}
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
         """Decoder outputs from fine to coarse, then the bottleneck: the first of ``n_stages`` levels, ``(2B, C_i, *size_i)``."""
@@ -234,8 +233,7 @@ class HDense(Method):
 
     def restored(self, finest: Tensor, size: Sequence[int]) -> Tensor:
         """Clean crops as the network imagines them, ``(2B, C, *size)`` float32 in units of [0, 1]."""
-        out = self.restore(finest).float()
-        return out if out.shape[2:] == tuple(size) else F.interpolate(out, size=tuple(size), mode=_LINEAR[len(size)])
+        return enlarge(self.restore(finest).float(), size)
 
     def _contrast(self, levels: Sequence[Tensor], batch: Batch) -> dict[str, Tensor]:
         valid, n_pairs = batch["valid"], len(batch["valid"])
@@ -261,11 +259,7 @@ class HDense(Method):
 
     def pretrained_parts(self) -> dict[str, Any]:
         """Everything but the segmentation heads."""
-        return {"encoder": True, "decoder_stages": list(range(self.plan.n_stages - 1))}
-
-    def optimiser(self) -> torch.optim.Optimizer:
-        """Adam without weight decay, as published."""
-        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.config.lr)
+        return whole_network(self.plan)
 
     def lr_factor(self, step: int, steps: int) -> float:
         """1, or half a cosine."""
@@ -289,19 +283,16 @@ class HDense(Method):
         images = {REAL: batch["target"][pick], SEEN: rescale_intensity(x, batch["bounds"][pick])}
         if self.config.restoration_weight > 0:
             images[RESTORED] = self.restored(levels[0], x.shape[2:])
-        shown = {k: _slices(v, anchor)[:, 0].clamp(0, 1) for k, v in images.items()}
-        columns = {k: v[:rows].float().cpu().numpy() for k, v in shown.items()}
+        shown = {k: as_column(slice_at(v, anchor).clamp(0, 1)) for k, v in images.items()}
+        columns = {k: v[:rows] for k, v in shown.items()}
         note = NOTE + (RESTORED_NOTE if RESTORED in columns else "")
         if self.config.contrast_weight == 0:
             return Picture(columns, "A crop is spoilt; the network restores it", note)
         z = self.embedded_slice(levels, anchor, x.shape[2:])
-        at = anchor[:, -2:].cpu()
-        columns[OTHER] = shown[REAL][rows:].float().cpu().numpy()
-        mark = z[list(range(rows)), :, at[:rows, 0], at[:rows, 1]]
-        columns[ALIKE] = resemblance(mark, z[rows:]).float().cpu().numpy()
-        colours = (c.movedim(1, -1).cpu().numpy() for c in principal_colours(z[:rows], z[rows:]))
-        columns |= zip((COLOURS, OTHER_COLOURS), colours)
-        here, there = at[:rows].numpy(), at[rows:].numpy()
+        at = anchor[:, -2:]
+        columns[OTHER] = shown[REAL][rows:]
+        columns |= matching_columns(z[:rows], z[rows:], at[:rows], (ALIKE, COLOURS, OTHER_COLOURS))
+        here, there = at[:rows].cpu().numpy(), at[rows:].cpu().numpy()
         points = {c: there if c in (OTHER, ALIKE, OTHER_COLOURS) else here for c in columns}
         scales = {ALIKE: "similarity (cosine)"}
         title = "The same place, seen in two overlapping crops"
@@ -310,21 +301,12 @@ class HDense(Method):
     def curves(self) -> list[Curve]:
         """The contrast beside its chance level, how often the right voxel is the most similar one, and the restoration."""
         marks = (Level("chance", "all voxels look the same"), Level("chance", "half of it: counts as learnt", 0.5))
-        separation = Curve(
-            "Is a place told from others?", "voxel contrast (nats)", {"contrast": ""}, marks, "lower is better"
-        )
-        found = Curve(
-            "Is the same voxel found again?",
-            "voxels whose most similar one in\nthe other crops is the right one (%)",
-            {"nearest": "found"},
-            (Level("nearest_chance", "by chance"),),
-            "higher is better",
-            percent=True,
-        )
+        question = "Is a place told from others?"
+        separation = Curve(question, "voxel contrast (nats)", {"contrast": ""}, marks, "lower is better")
+        unit = "voxels whose most similar one in\nthe other crops is the right one (%)"
+        found = found_curve("Is the same voxel found again?", unit, "nearest", "nearest_chance")
         pairs = {"positive_cos": "same voxel in both crops", "other_cos": "different voxels"}
-        parted = Curve(
-            "How alike are descriptions?", "cosine (1: equal, 0: unrelated)", pairs, hint="the lines should part"
-        )
+        parted = parted_curve("How alike are descriptions?", "cosine (1: equal, 0: unrelated)", pairs)
         unit = "mean squared error\n(1 = square of the image's range)"
         restored = Curve("How well is a spoilt crop restored?", unit, {"restoration": ""}, hint="lower is better")
         shown = [separation, found, parted] if self.config.contrast_weight > 0 else []
@@ -345,38 +327,25 @@ class HDense(Method):
         if "contrast" not in last:
             learnt = last["restoration"] < 0.5 * first["restoration"]
             was = f"{first['restoration']:.3g} before, {last['restoration']:.3g} now"
-            return learnt, f"{self.name} {_did(learnt)}: the held-out restoration error was {was}; half of it counts."
+            return self.judged(learnt, f": the held-out restoration error was {was}; half of it counts.")
         value, chance = last["contrast"], last["chance"]
         learnt = value < 0.5 * chance
-        sentence = (
-            f"{self.name} {_did(learnt)}: the held-out voxel contrast is {value:.3g}, {'below' if learnt else 'not below'} "
-            f"half of {chance:.3g} (all voxels look the same)"
+        what = (
+            f": the held-out voxel contrast is {value:.3g}, {'below' if learnt else 'not below'} half of {chance:.3g} (all "
+            "voxels look the same)"
         )
-        if "nearest" not in last:
-            return learnt, f"{sentence}."
-        return learnt, (
-            f"{sentence}; the most similar voxel of the other crops is the right one for {per_cent(last['nearest'], 1)} of the "
-            f"voxels ({per_cent(last['nearest_chance'], 1)} by chance)."
-        )
+        if "nearest" in last:
+            found, guessed = (per_cent(last[k], 1) for k in ("nearest", "nearest_chance"))
+            what += "; the most similar voxel of the other crops is the right one for "
+            what += f"{found} of the voxels ({guessed} by chance)"
+        return self.judged(learnt, f"{what}.")
 
 
 REAL, SEEN, RESTORED = "crop 1: real", "crop 1 as the network sees it: spoilt", "crop 1: restored by the network"
 OTHER, ALIKE = "crop 2: overlaps crop 1", "crop 2: bright where it resembles the cross of crop 1"
 COLOURS, OTHER_COLOURS = "crop 1: descriptions as colours", "crop 2: descriptions as colours"
-NOTE = "How to read it: each row is a slice of another crop of the held-out images. "
 RESTORED_NOTE = "Restored: learnt once it looks like the real crop and not like the spoilt one. "
 CROSS_NOTE = (
     "The cross is one and the same place in both crops. Learnt: the bright spot sits on the cross and is small, and both "
     "crops colour the same tissue alike (equal colours: equal descriptions by the network)."
 )
-
-_LINEAR = {2: "bilinear", 3: "trilinear"}
-
-
-def _slices(x: Tensor, anchor: Tensor) -> Tensor:
-    """The slice of each ``(B, C, *size)`` that holds its anchor ``(B, dim)``: ``(B, C, H, W)``."""
-    return x if x.ndim == 4 else x[torch.arange(len(x), device=x.device), :, anchor[:, 0]]
-
-
-def _did(learnt: bool) -> str:
-    return "learnt" if learnt else "did not learn"

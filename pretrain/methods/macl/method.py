@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnssl import losses
@@ -26,11 +26,13 @@ from nnssl.heads import POOLINGS, ImageHead, norm_of, pixel_projector
 from nnssl.networks import PADDINGS, decoder_channels, encoder_channels, forward_features, set_padding
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
-from nnssl.pretrain.augment import StepRNG, central_crop, random_affine, random_jitter
+from nnssl.pretrain.augment import StepRNG, central_crop, random_jitter
 from nnssl.pretrain.augment.offsets import OffsetGrid
 from nnssl.pretrain.augment.pairs import cut
-from nnssl.pretrain.methods.base import Method
+from nnssl.pretrain.augment.spatial import AffineRange
+from nnssl.pretrain.methods.base import Method, require_weight, weighted_sum
 from nnssl.pretrain.methods.macl.picture import pair_picture
+from nnssl.pretrain.methods.panels import parted_curve
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, SourceStats
 
@@ -92,9 +94,21 @@ _PUBLISHED: dict[str, Any] = {
 }  # fmt: skip
 
 
+class DenseMaps(NamedTuple):
+    """What both branches make of the invariance pair.
+
+    Attributes:
+        maps: ``(B, C, *sites)`` each, auxiliary and dominant; None without L_d.
+        bottlenecks: dominant and auxiliary.
+    """
+
+    maps: tuple[Tensor, Tensor] | None
+    bottlenecks: tuple[Tensor, Tensor]
+
+
 @register("macl", config=MACLConfig)
-class MACL(Method):
-    """See the module. ``network`` is walked by its own modules; projectors stay behind after pretraining."""
+class MACL(Method[MACLConfig]):
+    """See the module. Projectors stay behind after pretraining."""
 
     title = "multi-level asymmetric contrast: image-level, dense, equivariant (encoder + lower decoder)"
     citation = ("Zeng et al., Multi-level Asymmetric Contrastive Learning, arXiv:2309.11876, JBHI 2026",)
@@ -107,26 +121,25 @@ class MACL(Method):
         encoder, k = encoder_channels(plan), branches.blocks
         decoded = [encoder[-1], *decoder_channels(plan)][k]
         if c.image_weight > 0:
-            head = {"out": c.proj_dim, "pooling": c.pooling, "batch_standardise": c.batch_standardise}
+            head = partial(ImageHead, out=c.proj_dim, pooling=c.pooling, batch_standardise=c.batch_standardise)
             sources = {"decoder": (decoded, branches.dense_stride), "encoder": (encoder[-1], branches.multiple)}
             width, stride = sources[c.image_source]
-            self.image_aux = ImageHead(encoder[-1], geometry.cells(request.size, plan.total_stride), **head)
-            self.image_dominant = ImageHead(width, geometry.cells(request.size, stride), **head)
+            self.image_aux = head(encoder[-1], geometry.cells(request.size, plan.total_stride))
+            self.image_dominant = head(width, geometry.cells(request.size, stride))
         if c.dense_weight > 0:
             norm = norm_of(network, plan.dim)
             self.pixel_aux = pixel_projector(encoder[branches.aux_stage], decoded, dim=plan.dim, norm=norm)
         most = _most_offset(plan, config, request.size, request.read_size)
         self.offsets = OffsetGrid(most, plan.total_stride, branches.shrink, tuple(request.size))
         set_padding(network, c.padding)
-        self.branches, self.rotation = branches, geometry.rotation_degrees(plan.spacing, c.rotation)
+        self.branches = branches
 
     @classmethod
     def crops(
         cls, plan: Plan, stats: SourceStats, config: MACLConfig, size: tuple[int, ...] | None = None
     ) -> CropRequest:
         """Crops of about two thirds of the image in 3d, slices as large as the patch in 2d, where the slices differ."""
-        if config.image_weight + config.dense_weight + config.equivariance_weight == 0:
-            raise NnsslError("image_weight, dense_weight and equivariance_weight are all 0: nothing would be learnt.")
+        require_weight(config, "image_weight", "dense_weight", "equivariance_weight")
         if config.align_corners and config.offset > 0:
             raise NnsslError("align_corners=true compares the cells of one crop: add offset=0, as preset=code has it.")
         branches, volume = _branches(plan, config), plan.dim == 3
@@ -136,9 +149,7 @@ class MACL(Method):
         size, why = geometry.choose_crop(plan.patch_size, median, multiple, compare=volume, size=size, what=need)
         if geometry.largest_spread(size if volume else (1, *size), stats.median_shape) < config.threshold:
             why += " Crops cannot differ in position: only a crop's own views are positives."
-        rotation = geometry.rotation_degrees(plan.spacing, config.rotation)
-        views = {"rotation": rotation, "min_scale": config.min_scale, "shift": config.shift}
-        read_size = geometry.read_size_for(size, plan.spacing, **views, median=median if volume else None)
+        read_size = _movement(plan, config, size).read_size(median if volume else None)
         if config.dense_weight + config.equivariance_weight > 0 and config.offset > 0:
             most = _most_offset(plan, config, size, median)
             read_size = tuple(
@@ -153,31 +164,24 @@ class MACL(Method):
         """Invariance pair (no geometric change) and variance pair, each full and shrunk; see :meth:`loss` for shapes."""
         c, size, data = self.config, self.request.size, [crops.data, crops.data]
         if c.jitter:  # factors near 0 leave no image: not the authors' U(0, 1)
-            ranges = {"brightness": (0.2, 1.0), "contrast": (0.8, 1.2), "sigma": (1.0, 3.0)}
-            data = [random_jitter(d, crops.intensity, rng, **ranges) for d in data]
+            jitter = partial(random_jitter, brightness=(0.2, 1.0), contrast=(0.8, 1.2), sigma=(1.0, 3.0))
+            data = [jitter(d, crops.intensity, rng) for d in data]
         grid, still = self.offsets, [central_crop(d, self.offsets.voxels) for d in data]
         first = grid.draw(rng) if grid.active else None
         if first is not None:
             still = [cut(d, f * torch.tensor(grid.stride, device=f.device), size) for d, f in zip(still, first[::-1])]
-        spatial = {"rotation": self.rotation, "scale": (c.min_scale, c.max_scale), "shift": c.shift}
-        spatial |= {"mirror_axes": tuple(range(len(size))) if c.mirror else ()}
-        moved = [random_affine(d, rng, size, self.plan.spacing, **spatial).data for d in data]
+        moved = [_movement(self.plan, c, size).view(d, rng) for d in data]
         if c.padding != "zeros":
             grain = _GRAIN * rng.noise(*still[0].shape[1:])
             still, moved = ([_with_grain(v, grain) for v in pair] for pair in (still, moved))
-        body = central_crop(crops.body, grid.voxels).to(crops.data.dtype)
-        room = [c * s - v for c, s, v in zip(grid.cells, grid.stride, grid.voxels)]
-        sites = (
-            losses.shrink(F.pad(body, [n for r in reversed(room) for n in (0, r)]), self.branches.dense_stride)[:, 0]
-            > 0
-        )
+        body = grid.fill_up(central_crop(crops.body, grid.voxels).to(crops.data.dtype))
         return {
             **({} if first is None else {"aux_cell": first[0], "dominant_cell": first[1]}),
             "i_aux": still[1].contiguous(),
             "i_dominant": losses.shrink(still[0], self.branches.shrink, c.align_corners).contiguous(),
             "v_aux": moved[1],
             "v_dominant": losses.shrink(moved[0], self.branches.shrink, c.align_corners),
-            "sites": sites,
+            "sites": losses.shrink(body, self.branches.dense_stride)[:, 0] > 0,
             "valid": central_crop(crops.body, size).flatten(1).any(1),
             "position": crops.position,
         }
@@ -190,35 +194,43 @@ class MACL(Method):
                 ``(B, *(size / dense stride))`` bool, False where the image is empty; ``valid`` ``(B,)`` bool; ``position``
                 ``(B, 3)``.
         """
-        c, terms = self.config, {}
+        c = self.config
+        terms: dict[str, Tensor] = {}
         position = self._everyone(batch["position"])
         axial = position[:, _AXES.index(c.position_axis)]
-        kernel = {"temperature": c.temperature, "base_temperature": c.base_temperature, "contrast": c.contrast}
+        kernel: dict[str, Any] = {
+            "temperature": c.temperature,
+            "base_temperature": c.base_temperature,
+            "contrast": c.contrast,
+        }
         if c.image_weight > 0:
             positives, valid = self._positives(axial), self._everyone(batch["valid"])
             aux, dominant = (self._everyone(z) for z in self.image_vectors(batch["v_aux"], batch["v_dominant"]))
             terms["image"] = losses.supcon(aux, dominant, positives, valid=valid, **kernel)
-            terms["image_collapse"] = losses.collapse_value(valid.sum().clamp(min=1), *list(kernel.values()))
+            terms["image_collapse"] = losses.collapse_value(valid.sum().clamp(min=1), **kernel)
             terms["image_pos_cos"], terms["image_neg_cos"] = losses.pair_similarity(aux, dominant, positives, valid)
-            terms["off_diagonal_cos"] = sum(losses.off_diagonal_cosine(z, valid) for z in (aux, dominant)) / 2
+            off_diagonal = [losses.off_diagonal_cosine(z, valid) for z in (aux, dominant)]
+            terms["off_diagonal_cos"] = torch.stack(off_diagonal).mean()
             terms["n_positives"] = 2.0 * positives.float().sum(1).mean() - 1
             terms["n_negatives"] = 2.0 * (~positives).float().sum(1).mean()
             terms["shortest_norm"] = torch.cat([aux, dominant]).detach().float().norm(dim=1).min()
         if c.dense_weight > 0 or c.equivariance_weight > 0:
             maps, bottlenecks = self.dense_maps(batch["i_aux"], batch["i_dominant"])
             terms["bottleneck_std"] = losses.channel_std(bottlenecks[1])
-            if c.dense_weight > 0:
+            if maps is not None:
                 near = {"position_all_axes": position, "position_axial": axial}.get(c.dense_positives)
                 own = torch.eye(len(position), dtype=torch.bool, device=position.device)
                 terms |= self._dense(maps, batch, own if near is None else self._positives(near), kernel)
             if c.equivariance_weight > 0:
                 terms["equivariance"] = self._equivariance(bottlenecks, batch)
         weights = {"image": c.image_weight, "dense": c.dense_weight, "equivariance": c.equivariance_weight}
-        return {"total": sum(w * terms[k] for k, w in weights.items() if k in terms), **terms}
+        return {"total": weighted_sum(terms, weights), **terms}
 
-    def _dense(self, maps: Any, batch: Batch, positives: Tensor, kernel: dict[str, Any]) -> dict[str, Tensor]:
+    def _dense(
+        self, maps: tuple[Tensor, Tensor], batch: Batch, positives: Tensor, kernel: dict[str, Any]
+    ) -> dict[str, Tensor]:
         """L_d: each site against the same site of other crops, against the other sites of its crop, or the mean of both."""
-        aux, dominant, sites = *maps, batch["sites"]
+        (aux, dominant), sites = maps, batch["sites"]
         if self.offsets.active:
             stride = self.branches.dense_stride
             aux, seen = self.offsets.map(aux, batch["aux_cell"], stride)
@@ -249,13 +261,13 @@ class MACL(Method):
         z_aux = self.image_aux(forward_features(self.network, aux, 0).skips[-1])
         return z_aux, self.image_dominant(forward_features(self.network, dominant, blocks).levels[-1])
 
-    def dense_maps(self, aux: Tensor, dominant: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-        """Aligned maps ``(B, C, *sites)`` (auxiliary, dominant; none without L_d) and bottlenecks (dominant, auxiliary)."""
+    def dense_maps(self, aux: Tensor, dominant: Tensor) -> DenseMaps:
+        """Aligned maps and bottlenecks of the invariance pair."""
         skips = forward_features(self.network, aux, 0).skips
         dense = self.config.dense_weight > 0
         pyramid = forward_features(self.network, dominant, self.branches.blocks if dense else 0)
-        maps = (self.pixel_aux(skips[self.branches.aux_stage]), pyramid.levels[-1]) if dense else ()
-        return maps, (pyramid.skips[-1], skips[-1])
+        maps = (self.pixel_aux(skips[self.branches.aux_stage]), pyramid.levels[-1]) if dense else None
+        return DenseMaps(maps, (pyramid.skips[-1], skips[-1]))
 
     def _everyone(self, x: Tensor) -> Tensor:
         return gather_with_grad(x) if self.config.negatives == "global" else x
@@ -275,8 +287,8 @@ class MACL(Method):
         """SGD as published, or AdamW."""
         if self.config.optimiser == "adamw":
             return super().optimiser()
-        params = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.SGD(params, lr=self.config.lr, momentum=0.9, weight_decay=self.config.weight_decay)
+        c = self.config
+        return torch.optim.SGD(self.trained_parameters(), lr=c.lr, momentum=0.9, weight_decay=c.weight_decay)
 
     def embed(self, batch: Batch) -> Tensor | None:
         """Auxiliary image vectors of the unchanged crops."""
@@ -287,38 +299,30 @@ class MACL(Method):
     def pictures(self, batch: Batch) -> Picture:
         """One place in both branches' crops, where the second resembles it, and the turned pair."""
         rows, size = slice(0, 4), batch["i_aux"].shape[2:]
-        firsts = [
-            batch.get(k, torch.zeros(len(batch["valid"]), len(size)))[rows].cpu() for k in ("aux_cell", "dominant_cell")
-        ]
-        maps: tuple[Tensor, ...] = ()
-        if self.config.dense_weight > 0:
-            maps = self.dense_maps(batch["i_aux"][rows], batch["i_dominant"][rows])[0]
+        same = torch.zeros(len(batch["valid"]), len(size))
+        cells = [batch.get(k, same)[rows].cpu() for k in ("aux_cell", "dominant_cell")]
         views = [batch[k][rows] for k in ("i_aux", "i_dominant")]
         moved = [batch[k][rows] for k in ("v_aux", "v_dominant")]
-        start = [f * torch.tensor(self.plan.total_stride) for f in firsts]
-        return pair_picture(views, start, maps, moved, spacing=self.plan.spacing)
+        start = [c * torch.tensor(self.plan.total_stride) for c in cells]
+        return pair_picture(views, start, self.dense_maps(*views).maps, moved, spacing=self.plan.spacing)
 
     def curves(self) -> list[Curve]:
         """Both contrasts beside what equal vectors give, the likeness of crops, and the equivariance."""
-        c = self.config
-        alike = "all images look the same"
+        c, alike = self.config, "all images look the same"
+        learnt = "learnt once the held-out line is below the grey one"
+        contrast = Curve(
+            "Are crops of one place recognised?",
+            "image-level contrast (nats)",
+            {"image": ""},
+            (Level("image_collapse", alike),),
+            learnt,
+        )
         likeness = {"image_pos_cos": "crops from near places", "image_neg_cos": "crops from distant places"}
-        image = [
-            Curve(
-                "Are crops of one place recognised?",
-                "image-level contrast (nats)",
-                {"image": ""},
-                (Level("image_collapse", alike),),
-                "learnt once the held-out line is below the grey one",
-            ),
-            Curve("How alike are crops?", "cosine (1: equal, 0: unrelated)", likeness, hint="the lines should part"),
-        ]
+        image = [contrast, parted_curve("How alike are crops?", "cosine (1: equal, 0: unrelated)", likeness)]
         level = (Level("dense_collapse", alike),)
         dense = Curve("Are places told from others?", "dense contrast (nats)", {"dense": ""}, level, "lower is better")
-        unit = "mean difference of features (0: the same)"
-        same = Curve(
-            "Does the coarse view agree with the fine one?", unit, {"equivariance": ""}, hint="lower is better"
-        )
+        unit, question = "mean difference of features (0: the same)", "Does the coarse view agree with the fine one?"
+        same = Curve(question, unit, {"equivariance": ""}, hint="lower is better")
         parts = [(c.image_weight, image), (c.dense_weight, [dense]), (c.equivariance_weight, [same])]
         return [curve for weight, curves in parts if weight > 0 for curve in curves]
 
@@ -328,10 +332,11 @@ class MACL(Method):
             return super().verdict(first, last)
         pos, neg = last["image_pos_cos"], last["image_neg_cos"]
         below, alike = last["image"] < 0.99 * last["image_collapse"], pos > neg + 0.01
-        return below and alike, (
-            f"MACL {'learnt' if below and alike else 'did not learn'}: on held-out crops the image-level loss is "
-            f"{last['image']:.3g}, {'' if below else 'not '}clearly below the {last['image_collapse']:.3g} of equal vectors, "
-            f"and crops at one position are {'' if alike else 'not '}more alike (cosine {pos:.2f}) than others ({neg:.2f})."
+        return self.judged(
+            below and alike,
+            f": on held-out crops the image-level loss is {last['image']:.3g}, {'' if below else 'not '}clearly below the "
+            f"{last['image_collapse']:.3g} of equal vectors, and crops at one position are {'' if alike else 'not '}more alike "
+            f"(cosine {pos:.2f}) than others ({neg:.2f}).",
         )
 
 
@@ -342,6 +347,12 @@ def _with_grain(view: Tensor, grain: Tensor) -> Tensor:
     """
     flat = view.flatten(1).float().std(1) < _GRAIN
     return torch.where(flat.view(-1, *[1] * (view.ndim - 1)), view + grain.to(view.dtype), view)
+
+
+def _movement(plan: Plan, config: MACLConfig, size: Sequence[int]) -> AffineRange:
+    """What the variance views are drawn from."""
+    scale = (config.min_scale, config.max_scale)
+    return AffineRange.of(plan, size, config.rotation, scale, shift=config.shift, mirror=config.mirror)
 
 
 def _most_offset(plan: Plan, config: MACLConfig, size: Sequence[int], room: Sequence[int]) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnssl.losses.diagnostics import middle_slice, principal_colours, resemblance
+from nnssl.losses import middle_slice
+from nnssl.pretrain.methods.panels import NOTE, as_column, matching_columns, slice_at
 from nnssl.pretrain.types import Picture
 
 FINE, COARSE = "view 1: a crop in full detail", "view 2: coarser"
@@ -16,7 +17,6 @@ ALIKE = "view 2: bright where it resembles the cross of view 1"
 COLOURS, COARSE_COLOURS = "view 1: descriptions as colours", "view 2: descriptions as colours"
 TURNED, TURNED_COARSE = "the crop once more, turned and scaled", "and again, turned otherwise, coarser"
 
-NOTE = "How to read it: each row is a slice of another crop of the held-out images. "
 FRAME_NOTE = "View 2 is shifted; the yellow frame is the part that both views show. "
 CROSS_NOTE = (
     "The cross is one and the same place. Learnt: in the third column the bright "
@@ -30,7 +30,7 @@ TURNED_NOTE = "The two turned crops are recognised as the same place among the c
 def pair_picture(
     views: Sequence[Tensor],
     start: Sequence[Tensor],
-    maps: Sequence[Tensor],
+    maps: tuple[Tensor, Tensor] | None,
     moved: Sequence[Tensor],
     *,
     spacing: Sequence[float],
@@ -40,7 +40,7 @@ def pair_picture(
     Args:
         views: ``(B, C, *size)`` the fine view, ``(B, C, *s)`` the coarse one of as large a part; the first channel is shown.
         start: ``(B, dim)`` first voxel of each in the common window.
-        maps: features of both, ``(B, C, *m)`` of the fine and ``(B, C, *n)`` of the coarse view; none: not drawn.
+        maps: features of both, ``(B, C, *m)`` of the fine and ``(B, C, *n)`` of the coarse view; None: not drawn.
         moved: the turned pair, as ``views``.
         spacing: mm per voxel and axis.
     """
@@ -53,19 +53,15 @@ def pair_picture(
     boxes = {c: _boxes(low - s, high - s) for c, s in ((FINE, first), (COARSE, second))} if shifted else {}
     crosses = [a[:, -2:].numpy() for a in at]
     points = {FINE: crosses[0], COARSE: crosses[1]}
-    columns = {c: _slices(v, size, a)[:, 0].numpy() for c, v, a in zip((FINE, COARSE), views, at)}
+    columns = {c: as_column(slice_at(_enlarged(v, size), a)) for c, v, a in zip((FINE, COARSE), views, at)}
     scales, tags, notes = {}, {}, [NOTE, FRAME_NOTE if shifted else ""]
-    if maps:
-        found = [_slices(m, size, a) for m, a in zip(maps, at)]
-        rows = list(range(len(place)))
-        mark = found[0][rows, :, at[0][:, -2], at[0][:, -1]]
-        alike = resemblance(mark, found[1])
-        columns[ALIKE] = alike.numpy()
-        colours = principal_colours(*found)
-        columns |= {c: x.movedim(1, -1).numpy() for c, x in zip((COLOURS, COARSE_COLOURS), colours)}
+    if maps is not None:
+        fine, coarse = (slice_at(_enlarged(m, size), a) for m, a in zip(maps, at))
+        columns |= matching_columns(fine, coarse, at[0][:, -2:], (ALIKE, COLOURS, COARSE_COLOURS))
         points |= {ALIKE: crosses[1], COLOURS: crosses[0], COARSE_COLOURS: crosses[1]}
         scales = {ALIKE: "similarity (cosine)"}
-        tags = {ALIKE: [f"brightest {mm:.0f} mm from the cross" for mm in _distances(alike, at[1], spacing)]}
+        away = _distances(torch.from_numpy(columns[ALIKE]), at[1], spacing)
+        tags = {ALIKE: [f"brightest {mm:.0f} mm from the cross" for mm in away]}
         notes.append(CROSS_NOTE)
     for caption, image in zip((TURNED, TURNED_COARSE), moved):
         columns[caption] = middle_slice(image, size)[..., 0].cpu().numpy()
@@ -78,10 +74,9 @@ def _boxes(low: Tensor, high: Tensor) -> np.ndarray:
     return torch.cat([low[:, -2:], (high - low)[:, -2:]], 1).numpy()
 
 
-def _slices(x: Tensor, size: Sequence[int], at: Tensor) -> Tensor:
-    """``(B, C, *s)``, enlarged to ``size`` as it is -> the slice of each through ``at`` ``(B, dim)``: ``(B, C, H, W)``."""
-    x = torch.nn.functional.interpolate(x.float(), size=tuple(size), mode="nearest").cpu()
-    return x if x.ndim == 4 else x[torch.arange(len(x)), :, at[:, 0]]
+def _enlarged(x: Tensor, size: Sequence[int]) -> Tensor:
+    """``(B, C, *s)`` enlarged to ``size`` without smoothing, on the CPU."""
+    return torch.nn.functional.interpolate(x.float(), size=tuple(size), mode="nearest").cpu()
 
 
 def _distances(alike: Tensor, at: Tensor, spacing: Sequence[float]) -> list[float]:

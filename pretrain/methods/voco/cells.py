@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nnssl.intensity import add_noise, bend, gaussian_blur, resample, rescale_intensity, restore_intensity, where_chosen
 from nnssl.losses.overlap import base_crops, overlap_labels
-from nnssl.pretrain.augment.box import outer
 from nnssl.pretrain.augment.rng import StepRNG
 
 TRIES = 16
@@ -23,21 +23,6 @@ LEAST_BODY = 0.01
 """A cell with less body is air; two cells of air look alike."""
 
 _COARSE = 3.0  # an axis this much coarser than the finest is neither blurred nor sampled down, as in nnU-Net
-
-
-def inside_image(start: Tensor, shape: Tensor, window: Sequence[int]) -> Tensor:
-    """Which voxels of windows lie in the image: ``(B, 1, *window)`` bool.
-
-    Args:
-        start: ``(B, 3)`` first voxel of each window in its image; the last ``len(window)`` count.
-        shape: ``(B, 3)`` voxels of the images.
-        window: voxels per axis.
-    """
-    dim, lines = len(window), []
-    for axis, n in enumerate(window):
-        place = start[:, 3 - dim + axis, None] + torch.arange(n, device=start.device)
-        lines.append((place >= 0) & (place < shape[:, 3 - dim + axis, None]))
-    return outer(lines)
 
 
 def usable_cells(windows: Tensor, inside: Tensor, body: Tensor, grid: Sequence[int]) -> Tensor:
@@ -89,57 +74,43 @@ def draw_offsets(
     return places[sample, pick, crop], overlap / kept.clamp_min(1e-6)[..., None], fits.any(1)
 
 
-def augment_crops(
-    x: Tensor,
-    bounds: Tensor,
-    rng: StepRNG,
-    spacing: Sequence[float],
-    *,
-    mirror: float,
-    rot90: float,
-    intensity: float,
-    own: bool = False,
+def flip_and_turn(
+    x: Tensor, rng: StepRNG, spacing: Sequence[float], *, mirror: float, rot90: float, own: bool = False
 ) -> Tensor:
-    """Change each crop by itself, after it was cut: where it lies stays true.
+    """Flip every axis of each crop, and turn it in the last plane of axes whose spacings and sizes are equal (none: no turn).
+
+    Crops are changed by themselves, after they were cut: where one lies stays true.
 
     Args:
         x: ``(B, K, C, *size)``, K crops of each window.
-        bounds: ``(B, C, 2)`` intensities that count as 0 and 1.
         rng: random numbers of this step.
         spacing: mm per voxel and axis.
         mirror: probability of a flip, per axis.
-        rot90: probability of a quarter turn (or two or three) in a plane, see :func:`flip_and_turn`.
-        intensity: probability of each change of :func:`augment_intensity`.
+        rot90: probability of a quarter turn (or two or three).
         own: ``x`` may be changed in place.
 
     Returns:
         The same shape; ``x`` itself where nothing changes.
     """
-    x = flip_and_turn(x, rng, spacing, mirror=mirror, rot90=rot90, own=own)
-    return augment_intensity(x, bounds, rng, spacing, p=intensity) if intensity > 0 else x
-
-
-def flip_and_turn(
-    x: Tensor, rng: StepRNG, spacing: Sequence[float], *, mirror: float, rot90: float, own: bool = False
-) -> Tensor:
-    """Flip every axis, and turn in the last plane of axes whose spacings and sizes are equal (none: no turn).
-
-    Args:
-        x: ``(B, K, C, *size)``.
-        rng, spacing, mirror, rot90, own: see :func:`augment_crops`.
-    """
     k, size, shape = x.shape[1], x.shape[3:], x.shape
     x = x.flatten(0, 1) if own or (mirror <= 0 and rot90 <= 0) else x.flatten(0, 1).clone()
     for axis in range(len(size)):
-        flipped = rng.chance(mirror, k).flatten()
-        x = where_chosen(x, flipped, lambda rows, x=x, axis=2 + axis: x[rows].flip(axis), own=True)
+        x = where_chosen(x, rng.chance(mirror, k).flatten(), partial(_flipped, x, 2 + axis), own=True)
     turned, quarters = rng.chance(rot90, k).flatten(), rng.integers(1, 4, k).flatten()
     planes = [(a, b) for b in range(len(size)) for a in range(b) if size[a] == size[b] and spacing[a] == spacing[b]]
     if planes and rot90 > 0:
         axes = [2 + a for a in planes[-1]]
         for n in (1, 2, 3):  # no crop is chosen twice
-            x = where_chosen(x, turned & (quarters == n), lambda rows, x=x, n=n: x[rows].rot90(n, axes), own=True)
+            x = where_chosen(x, turned & (quarters == n), partial(_turned, x, n, axes), own=True)
     return x.view(shape)
+
+
+def _flipped(x: Tensor, axis: int, rows: Tensor | slice) -> Tensor:
+    return x[rows].flip(axis)
+
+
+def _turned(x: Tensor, quarters: int, axes: list[int], rows: Tensor | slice) -> Tensor:
+    return x[rows].rot90(quarters, axes)
 
 
 def augment_intensity(x: Tensor, bounds: Tensor, rng: StepRNG, spacing: Sequence[float], *, p: float) -> Tensor:
@@ -147,7 +118,8 @@ def augment_intensity(x: Tensor, bounds: Tensor, rng: StepRNG, spacing: Sequence
 
     Args:
         x: ``(B, K, C, *size)``.
-        bounds, rng, spacing: see :func:`augment_crops`.
+        bounds: ``(B, C, 2)`` intensities that count as 0 and 1.
+        rng, spacing: as of :func:`flip_and_turn`.
         p: probability of each.
 
     Returns:

@@ -11,12 +11,10 @@ The encoder is trained; projectors stay behind. What differs from the paper and 
 
 from __future__ import annotations
 
-import logging
-import zlib
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +22,8 @@ from nnssl.config import option
 from nnssl.distributed import gather_with_grad, rank
 from nnssl.ema import EMA
 from nnssl.errors import NnsslError
+from nnssl.heads import pool
 from nnssl.heads.batch_norm import ROW_NORMS, BatchNormMLP, standardise_rows
-from nnssl.heads.image import pool
 from nnssl.losses.diagnostics import off_diagonal_cosine
 from nnssl.losses.overlap import base_crops
 from nnssl.losses.position import (
@@ -40,23 +38,21 @@ from nnssl.losses.position import (
 from nnssl.networks import encoder_channels, forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import StepRNG
+from nnssl.pretrain.augment.box import in_box
 from nnssl.pretrain.augment.pairs import cut
 from nnssl.pretrain.augment.units import unit_range
-from nnssl.pretrain.methods.base import Method
+from nnssl.pretrain.methods.base import Method, encoder_only, numbers_of, require_weight, weighted_sum
+from nnssl.pretrain.methods.panels import found_curve
 from nnssl.pretrain.methods.registry import register
-from nnssl.pretrain.methods.voco.cells import augment_crops, draw_offsets, inside_image, usable_cells
+from nnssl.pretrain.methods.voco.cells import augment_intensity, draw_offsets, flip_and_turn, usable_cells
 from nnssl.pretrain.methods.voco.grid import FEWEST_CELLS, choose_grid
 from nnssl.pretrain.methods.voco.levels import chance_levels
 from nnssl.pretrain.methods.voco.picture import overlap_picture
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Picture, Progress, SourceStats
 from nnssl.words import per_cent
 
-log = logging.getLogger("nnssl")
-
 CLEARLY = 0.9
 """Share of the best constant's loss below which position is learnt."""
-
-PLACE_HINT = "learnt: a tenth below the best guess and a tenth below the start"
 
 FEW_ROWS = 20
 
@@ -101,8 +97,23 @@ _PUBLISHED: dict[str, Any] = {"standardise": False, "gather": False, "intensity"
 _NO_TEACHER: dict[str, Any] = {"teacher": "none", "inter_weight": 0.0, "feature_dropout": 0.0, "proj_dim": 2048}
 
 
+class Embeddings(NamedTuple):
+    """Of K crops of each volume.
+
+    Attributes:
+        student, teacher: vectors ``(B, K, proj_dim)``.
+        pooled: features ``(B, K, features)`` before the projector.
+        batch: what belongs to these volumes.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    pooled: Tensor
+    batch: Batch
+
+
 @register("voco", config=VoCoConfig)
-class VoCo(Method):
+class VoCo(Method[VoCoConfig]):
     """See the module. Of K = n + S crops of a volume the n base crops come first."""
 
     title = "volume contrast: the place of a crop among the cells of a volume (encoder)"
@@ -128,13 +139,13 @@ class VoCo(Method):
         c, self.size = config, tuple(request.size)
         self.grid = tuple(w // s for w, s in zip(request.read_size, request.size))
         self.position_loss = PositionLoss(weighting=c.weighting, negatives=c.negatives, pool=c.pool)
-        levels = {"crops": c.random_crops, "weighting": c.weighting, "negatives": c.negatives}
-        self.levels = chance_levels(self.size, self.grid, **levels)
+        self.levels = chance_levels(
+            self.size, self.grid, crops=c.random_crops, weighting=c.weighting, negatives=c.negatives
+        )
         self.width = sum(encoder_channels(plan))
         self.projector = BatchNormMLP(self.width, c.proj_dim, c.proj_dim, norm=c.proj_norm)
         if c.teacher == "ema":
             self.teacher = EMA(self.projector)
-        self._warned: set[str] = set()
 
     @classmethod
     def crops(
@@ -145,8 +156,7 @@ class VoCo(Method):
         Raises:
             NnsslError: no legal grid; nothing to learn; terms that need a teacher without one.
         """
-        if config.intra_weight + config.inter_weight + config.reg_weight == 0:
-            raise NnsslError("intra_weight, inter_weight and reg_weight are all 0: nothing would be learnt.")
+        require_weight(config, "intra_weight", "inter_weight", "reg_weight")
         if config.teacher == "none" and config.inter_weight > 0:
             raise NnsslError("-o teacher=none: the comparison between volumes needs a teacher; add inter_weight=0.")
         fit, median = config.window == "window", stats.median_shape[-plan.dim :]
@@ -182,36 +192,36 @@ class VoCo(Method):
             "random": found,
             "offset": offset,
             "window": windows[:, :1],
-            "dataset": self._datasets(crops),
+            "dataset": numbers_of(crops.source or [""] * len(crops), x.device),
         }
         if not self.training:
             return {"crops": x, **batch}
-        changes = {"mirror": c.mirror, "rot90": c.rot90, "intensity": c.intensity, "own": True}
         if c.feature_dropout > 0:
             shape = (x.shape[1], 1 if c.drop_rows else self.width)
             kept = [torch.rand(shape, generator=g, device=g.device) >= c.feature_dropout for g in rng.generators()]
             batch["kept"] = torch.stack(kept)
-        return {"crops": augment_crops(x, bounds, rng, self.plan.spacing, **changes), **batch}
+        x = flip_and_turn(x, rng, self.plan.spacing, mirror=c.mirror, rot90=c.rot90, own=True)
+        if c.intensity > 0:
+            x = augment_intensity(x, bounds, rng, self.plan.spacing, p=c.intensity)
+        return {"crops": x, **batch}
 
     def windows(self, crops: Crops, lowest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Windows with ``lowest`` ``(B, C)`` outside of the image, which voxels are inside, and which volumes are finite."""
-        shape = crops.shape
-        if shape is None:  # made by hand: the image ends with the window
-            extent = (1,) * (3 - self.plan.dim) + tuple(crops.data.shape[2:])
-            shape = crops.start + torch.tensor(extent, device=crops.start.device)
-        inside = inside_image(crops.start, shape, crops.data.shape[2:])
+        data, window, first = crops.data, crops.data.shape[2:], 3 - self.plan.dim
+        low = -crops.start[:, first:]
+        if crops.shape is None:  # made by hand: the image ends with the window
+            high = torch.tensor(window, device=low.device).expand_as(low)
+        else:
+            high = crops.shape[:, first:] + low
+        inside = in_box(low, high, window)
         if all(self.plan.config.use_mask_for_norm):  # there nnU-Net itself puts 0 around the patient
             lowest = torch.zeros_like(lowest)
-        data, finite = crops.data, torch.isfinite(crops.data.flatten(1).sum(1))
+        finite = torch.isfinite(data.flatten(1).sum(1))
         if data.device.type != "cpu" or not finite.all():  # a sum may overflow
             finite = torch.isfinite(data).flatten(1).all(1)
             data = data.nan_to_num(0.0, 0.0, 0.0)
         lowest = lowest.to(data.dtype).view(*lowest.shape, *[1] * self.plan.dim)
         return torch.where(inside, data, lowest), inside, finite
-
-    def _datasets(self, crops: Crops) -> Tensor:
-        names = crops.source or [""] * len(crops)
-        return torch.tensor([zlib.crc32(n.encode()) for n in names], device=crops.data.device)
 
     # ---- loss ----------------------------------------------------------------------------------------------------
 
@@ -239,14 +249,14 @@ class VoCo(Method):
             terms["inter"] = z.sum() * 0
         terms["reg"] = orthogonality(q, kind=c.reg, detach=c.reg_detach, relu=c.relu, valid=base)
         weights = {"intra": c.intra_weight, "inter": c.inter_weight, "reg": c.reg_weight}
-        total = sum((w * terms[k] for k, w in weights.items()), z.sum() * 0)  # connected also where no volume counts
+        total = weighted_sum(terms, weights) + z.sum() * 0  # connected also where no volume counts
         with torch.no_grad():
             watched = self._watched(terms["intra"], cosine, overlap, valid, q, base)
             watched["feature_std"] = pooled.flatten(0, 1).std(0).mean()
         return {"total": total, **terms, **watched}
 
-    def embeddings(self, batch: Batch, *, everyone: bool) -> tuple[Tensor, Tensor, Tensor, Batch]:
-        """Student's and teacher's vectors ``(B, K, proj_dim)``, pooled features ``(B, K, features)``, and the batch.
+    def embeddings(self, batch: Batch, *, everyone: bool) -> Embeddings:
+        """What student and teacher make of the crops.
 
         With ``everyone`` the batch is that of all ranks: pooled features are gathered before anything that looks at more than
         one crop, so that any number of ranks gives the same loss.
@@ -257,7 +267,7 @@ class VoCo(Method):
         if everyone:
             pooled, batch = gather_with_grad(pooled), {key: gather_with_grad(x) for key, x in batch.items()}
         rows = torch.cat([batch["base"], batch["random"]], 1).flatten()
-        self._warn_once(rows)
+        self._warn_of_few(rows)
         x = pooled.flatten(0, 1)
         x = standardise_rows(x, rows) if self.config.standardise else x
         seen = x
@@ -265,7 +275,7 @@ class VoCo(Method):
             seen = x * batch["kept"].expand(*pooled.shape[:2], -1).flatten(0, 1) / (1 - self.config.feature_dropout)
         z = self.projector(seen, rows)
         t = self.teacher(x, rows) if self.config.teacher == "ema" else z.detach()
-        return z.view(*pooled.shape[:2], -1), t.view(*pooled.shape[:2], -1), pooled, batch
+        return Embeddings(z.view(*pooled.shape[:2], -1), t.view(*pooled.shape[:2], -1), pooled, batch)
 
     def pooled(self, x: Tensor) -> Tensor:
         """Mean of every encoder stage's map, concatenated: ``(N, C, *size)`` -> ``(N, sum of the stages' channels)`` float32."""
@@ -313,16 +323,14 @@ class VoCo(Method):
             "skipped": 1 - base.any(1).float().mean(),
         }
 
-    def _warn_once(self, rows: Tensor) -> None:
-        b = len(rows) // (self.config.random_crops + int(np.prod(self.grid)))
-        if b < 2 and self.config.inter_weight > 0 and "inter" not in self._warned:
-            self._warned.add("inter")
-            log.warning(
-                "One volume a step: nothing to compare it with, the inter-volume term is off. Raise batch_size."
-            )
-        if len(rows) < FEW_ROWS and "rows" not in self._warned:
-            self._warned.add("rows")
-            log.warning("The batch statistics rest on %d crops only; %d are better.", len(rows), FEW_ROWS)
+    def _warn_of_few(self, rows: Tensor) -> None:
+        volumes = len(rows) // (self.config.random_crops + math.prod(self.grid))
+        if volumes < 2 and self.config.inter_weight > 0:
+            text = "One volume a step: nothing to compare it with, the inter-volume term is off. Raise batch_size."
+            self.warn_once("inter", text)
+        if len(rows) < FEW_ROWS:
+            text = "The batch statistics rest on %d crops only; %d are better."
+            self.warn_once("rows", text, len(rows), FEW_ROWS)
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -333,19 +341,18 @@ class VoCo(Method):
 
     def after_step(self, progress: Progress) -> None:
         """The teacher follows, once per optimiser step."""
-        del progress
         self.update_teacher()
 
     def pretrained_parts(self) -> dict[str, Any]:
         """The encoder."""
-        return {"encoder": True, "decoder_stages": []}
+        return encoder_only()
 
     # ---- what a person sees --------------------------------------------------------------------------------------
 
     def embed(self, batch: Batch) -> Tensor:
         """Student's vectors of this rank's crops, ``(B K, proj_dim)``."""
         b = len(batch["crops"])
-        z = self.embeddings(batch, everyone=self.config.gather)[0]
+        z = self.embeddings(batch, everyone=self.config.gather).student
         first = rank() * b if len(z) > b else 0
         return z[first : first + b].flatten(0, 1)
 
@@ -357,23 +364,14 @@ class VoCo(Method):
 
     def curves(self) -> list[Curve]:
         """The loss of positions beside the best constant, how often the right cell is found, and the two other terms."""
-        marks = (
-            Level("constant", "best guess without looking"),
-            Level("constant", "a tenth below it", CLEARLY),
-        )
-        place = Curve("Is the place of a crop known?", "loss of the positions", {"intra": ""}, marks, PLACE_HINT)
-        found = Curve(
-            "Is the right cell found?",
-            "crops whose most similar cell\nis the right one (%)",
-            {"top1": "found"},
-            (Level("top1_chance", "by chance"),),
-            "higher is better",
-            percent=True,
-        )
+        marks = (Level("constant", "best guess without looking"), Level("constant", "a tenth below it", CLEARLY))
+        learnt = "learnt: a tenth below the best guess and a tenth below the start"
+        place = Curve("Is the place of a crop known?", "loss of the positions", {"intra": ""}, marks, learnt)
+        unit = "crops whose most similar cell\nis the right one (%)"
+        found = found_curve("Is the right cell found?", unit, "top1", "top1_chance")
         spread = {"base_cosine": "neighbouring cells of one image"}
-        apart = Curve(
-            "Are cells told apart?", "cosine (1: all alike, 0: unrelated)", spread, hint="should stay well below 1"
-        )
+        unit, well = "cosine (1: all alike, 0: unrelated)", "should stay well below 1"
+        apart = Curve("Are cells told apart?", unit, spread, hint=well)
         between = Curve("Do different images agree?", "loss between images", {"inter": ""}, hint="lower is better")
         return [place, found, apart, *([between] if self.config.inter_weight > 0 else [])]
 
@@ -389,12 +387,11 @@ class VoCo(Method):
         value, level, before = last["intra"], last["constant"], first["intra"]
         below, fell = value < CLEARLY * level, value < CLEARLY * before
         found = last["top1"] > first["top1"] or last["top1"] == 1
-        learnt = below and fell and found
-        share = per_cent(last["position_learnt"])
-        return learnt, (
-            f"voco {'learnt' if learnt else 'did not learn'} positions (position learnt: {share}): on held-out volumes the "
-            f"intra loss is {value:.3g}, {'' if below else 'not '}clearly below the {level:.3g} of the best constant and "
-            f"{'' if fell else 'not '}clearly below the {before:.3g} before training; the most similar cell is right for "
-            f"{per_cent(last['top1'])} of the crops ({per_cent(first['top1'])} before, {per_cent(last['top1_chance'])} by "
-            "chance)."
+        shares = [per_cent(x) for x in (last["position_learnt"], last["top1"], first["top1"], last["top1_chance"])]
+        return self.judged(
+            below and fell and found,
+            f" positions (position learnt: {shares[0]}): on held-out volumes the intra loss is {value:.3g}, "
+            f"{'' if below else 'not '}clearly below the {level:.3g} of the best constant and {'' if fell else 'not '}clearly "
+            f"below the {before:.3g} before training; the most similar cell is right for {shares[1]} of the crops ({shares[2]} "
+            f"before, {shares[3]} by chance).",
         )

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnssl.pretrain.methods.panels import NOTE
 from nnssl.pretrain.types import Picture
 
 ROWS = 4
 CELLS = "an image in cells (blue lines); yellow: a crop to be located"
 TRUE = "truth: red where the crop overlaps a cell"
 GUESS = "the network's guess: red where it finds the crop similar"
-NOTE = (
-    "How to read it: each row is a slice of another crop of the held-out images. The network gets the crop and the cells, but "
-    "not where the crop was cut. Learnt: the guess is red in the cells of the truth and nowhere else."
+CELLS_NOTE = (
+    "The network gets the crop and the cells, but not where the crop was cut. Learnt: the guess is red in the cells of the "
+    "truth and nowhere else."
 )
 _LINES, _CROP, _HEAT = (0.2, 0.5, 1.0), (1.0, 0.85, 0.0), (1.0, 0.1, 0.1)
 
@@ -35,7 +36,7 @@ def overlap_picture(batch: dict[str, Any], predicted: Tensor, size: Sequence[int
     rows = min(ROWS, len(predicted))
     right: list[str] = []
     slices, offset = [], batch["offset"][:rows, 0].cpu()
-    heat = {TRUE: [], GUESS: []}  # type: dict[str, list[np.ndarray]]
+    heat: dict[str, list[np.ndarray]] = {TRUE: [], GUESS: []}
     for i in range(rows):
         window, at = batch["window"][i, 0].float().cpu(), offset[i].tolist()
         values = {TRUE: batch["overlap"][i, 0], GUESS: predicted[i, 0]}
@@ -55,7 +56,7 @@ def overlap_picture(batch: dict[str, Any], predicted: Tensor, size: Sequence[int
         hit = bool(batch["overlap"][i, 0, best] >= batch["overlap"][i, 0].max() - 1e-6)
         right.append(f"most similar cell (any depth): {'the right one' if hit else 'a wrong one'}")
     columns = {CELLS: np.stack(slices), **{k: np.stack(v) for k, v in heat.items()}}
-    return Picture(columns, "Where in the image does the crop lie?", NOTE, tags={GUESS: right})
+    return Picture(columns, "Where in the image does the crop lie?", NOTE + CELLS_NOTE, tags={GUESS: right})
 
 
 def _spread(y: Tensor, size: Sequence[int], grid: Sequence[int]) -> Tensor:
