@@ -7,66 +7,53 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from nnssl.errors import NnsslError, did_you_mean
 from nnssl.weights.names import from_version_1, is_version_1, looks_like, own_name, without_wrappers
 
+State = dict[str, Tensor]
+Entry = tuple[str, ...]
+"""Keys that lead to a state dict in a file; empty where the file itself is it."""
+
 _STATE_OF_TRAINING = ("optim", "scaler", "scheduler", "nnssl_training", "loops", "callbacks", "hooks", "rng")
 _DEPTH = 3
+_NNUNETS = ("network_weights",)
 
 
 class OtherNetwork(NnsslError):
-    """The file holds weights, but of a network that is not nnU-Net's.
-
-    Attributes:
-        tensors: its tensors by name.
-    """
+    """The file holds weights, ``tensors`` by name, but of a network that is not nnU-Net's."""
 
     def __init__(self, message: str, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(message)
         self.tensors = dict(tensors)
 
 
-@dataclass(frozen=True)
-class Found:
-    """Weights of a network of nnU-Net's.
+class Found(NamedTuple):
+    """Weights of a network of nnU-Net's: by its names, where they lay, and half a sentence for each thing done to find them."""
 
-    Attributes:
-        weights: by nnU-Net's names; aliases as far as the file has them.
-        entry: keys that lead to them in the file; empty where the file itself is the state dict.
-        remarks: half a sentence for each thing that was done to find them.
-    """
-
-    weights: dict[str, Tensor]
-    entry: tuple[str, ...] = ()
-    remarks: list[str] = field(default_factory=list)
+    weights: State
+    entry: Entry
+    remarks: list[str]
 
 
-def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
-
-
-def _states(content: Mapping[Any, Any], path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """All dicts of tensors in a file, with the keys that lead to them; what only a training needs is left out."""
-    found = []
+def _states(content: Mapping[Any, Any], entry: Entry = ()) -> dict[Entry, State]:
+    """All dicts of tensors in a file; what only a training needs is left out."""
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    if tensors:
-        found.append((path, tensors))
-    if len(path) < _DEPTH:
+    found = {entry: tensors} if tensors else {}
+    if len(entry) < _DEPTH:
         for key, value in content.items():
             if isinstance(value, Mapping) and not any(word in str(key).lower() for word in _STATE_OF_TRAINING):
-                found += _states(value, (*path, str(key)))
+                found |= _states(value, (*entry, str(key)))
     return found
 
 
-def _by_prefix(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _by_prefix(weights: Mapping[str, Tensor]) -> dict[str, State]:
     """Prefix -> the weights behind it by nnU-Net's names. Prefixes without a first convolution count only where none has one."""
-    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    groups: dict[str, State] = defaultdict(dict)
     for name, tensor in weights.items():
         split = own_name(name)
         if split:
@@ -79,18 +66,14 @@ def _by_prefix(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return whole or dict(groups)
 
 
-def _show(prefix: str) -> str:
-    return f"'{prefix}'" if prefix else "'' (none)"
-
-
 def _choose_prefix(
-    groups: dict[str, Any], prefix: str | None, key: str | None, recorded: str | None, path: Path
+    groups: Mapping[str, State], prefix: str | None, key: str | None, recorded: str | None, path: Path
 ) -> str:
     """The prefix to strip, as asked for, as the file's adaptation plan says, or the only one."""
-    held, example = ", ".join(_show(p) for p in groups), next((p for p in groups if p), "''")
+    held = ", ".join(f"'{p}'" if p else "'' (none)" for p in groups)
+    example = next((p for p in groups if p), "''")
     if prefix is not None:
-        wanted = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
-        wanted = without_wrappers(wanted)
+        wanted = without_wrappers(prefix if not prefix or prefix.endswith(".") else f"{prefix}.")
         if wanted in groups:
             return wanted
         raise NnsslError(
@@ -103,56 +86,51 @@ def _choose_prefix(
             f"{path}: its adaptation plan says that the encoder lies under '{recorded}encoder', but no name begins so; nnU-Net's "
             f"names stand behind {held}. If these are the weights that you want, name the prefix: --prefix {example}"
         )
-    if key is not None:
-        groups = {p: g for p, g in groups.items() if key in p.split(".")} or groups
-    if len(groups) == 1:
-        return next(iter(groups))
+    fitting = [p for p in groups if key in p.split(".")] or list(groups)
+    if len(fitting) == 1:
+        return fitting[0]
     raise NnsslError(
         f"{path} holds nnU-Net's names more than once, behind {held}. Choose one, for example --prefix {example}"
     )
 
 
-def _choose_state(
-    states: list[tuple[tuple[str, ...], dict[str, Tensor]]], key: str | None, path: Path
-) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+def _choose_entry(states: Mapping[Entry, State], key: str | None, path: Path) -> Entry:
     """The entry that holds a network of nnU-Net's, as asked for or the only one."""
-    fitting = [(p, s) for p, s in states if is_version_1(s) or _by_prefix(s)]
+    fitting = [entry for entry, state in states.items() if is_version_1(state) or _by_prefix(state)]
     if key is not None:
-        named = [(p, s) for p, s in states if key in (".".join(p), *p)]
-        inside = [(p, s) for p, s in fitting if any(key in prefix.split(".") for prefix in _by_prefix(s))]
-        chosen = [pair for pair in named if pair in fitting] or inside
+        named = [entry for entry in states if key in (".".join(entry), *entry)]
+        inside = [entry for entry in fitting if any(key in prefix.split(".") for prefix in _by_prefix(states[entry]))]
+        chosen = [entry for entry in named if entry in fitting] or inside
+        if named and not chosen:
+            raise _other_network({entry: states[entry] for entry in named}, path)
         if not chosen:
-            known = [".".join(p) for p, _ in fitting if p]
-            if named:
-                raise _other_network(named, path)
+            known = [".".join(entry) for entry in fitting if entry]
             raise NnsslError(
                 f"--key {key}: {path} has no such entry.{did_you_mean(key, known)} It has: {', '.join(known) or 'none'}."
             )
         fitting = chosen
-    if len(fitting) == 1:
-        return fitting[0]
     if not fitting:
         raise _other_network(states, path)
-    first = dict(fitting).get(("network_weights",))
-    if key is None and first is not None:  # where nnU-Net itself would look
-        return ("network_weights",), first
-    listed = ", ".join(f"'{'.'.join(p) or '(the file itself)'}'" for p, _ in fitting)
+    if len(fitting) == 1:
+        return fitting[0]
+    if key is None and _NNUNETS in fitting:  # where nnU-Net itself would look
+        return _NNUNETS
+    listed = ", ".join(f"'{'.'.join(entry) or '(the file itself)'}'" for entry in fitting)
     raise NnsslError(
         f"{path} holds {len(fitting)} networks of nnU-Net's, under {listed}. Choose one, for example "
-        f"--key {'.'.join(fitting[0][0] or fitting[1][0])}"
+        f"--key {'.'.join(fitting[0] or fitting[1])}"
     )
 
 
-def _other_network(states: list[tuple[tuple[str, ...], dict[str, Tensor]]], path: Path) -> OtherNetwork:
-    entry, tensors = max(states, key=lambda pair: len(pair[1]))
+def _other_network(states: Mapping[Entry, State], path: Path) -> OtherNetwork:
+    entry, tensors = max(states.items(), key=lambda pair: len(pair[1]))
     known = looks_like(tensors)
     agree = sum(own_name(without_wrappers(name)) is not None for name in tensors)
     where = f" (under '{'.'.join(entry)}')" if entry else ""
     return OtherNetwork(
         f"{path} holds another network{where}: {agree} of {len(tensors)} names are those of nnU-Net's PlainConvUNet, "
-        f"ResidualEncoderUNet or Primus; "
-        + (f"they look like {known}" if known else "it is none that is known here")
-        + f", for example '{next(iter(tensors))}'. Weights cannot move between networks of different layers.",
+        f"ResidualEncoderUNet or Primus; {f'they look like {known}' if known else 'it is none that is known here'}, for example "
+        f"'{next(iter(tensors))}'. Weights cannot move between networks of different layers.",
         tensors,
     )
 
@@ -167,11 +145,11 @@ def recorded_prefix(adaptation: Any) -> str | None:
 
 
 def find_weights_in(content: Any, path: Path, key: str | None = None, prefix: str | None = None) -> Found:
-    """Find the weights of a network of nnU-Net's.
+    """Find the weights of a network of nnU-Net's in what the file ``path`` holds.
 
     Args:
-        content: what the file holds.
-        path: the file, for messages.
+        content: what it holds.
+        path: for messages.
         key: the entry to take, as dotted keys, or the part of a module's names (``student``).
         prefix: what stands before nnU-Net's names.
 
@@ -181,27 +159,28 @@ def find_weights_in(content: Any, path: Path, key: str | None = None, prefix: st
     """
     if not isinstance(content, Mapping):
         raise NnsslError(f"{path} holds no weights but a {type(content).__name__}.")
-    if "network_weights" in content and not _is_state(content["network_weights"]):
-        raise NnsslError(f"'network_weights' of {path} is not a dict of tensors.")
     states = _states(content)
+    if "network_weights" in content and _NNUNETS not in states:
+        raise NnsslError(f"'network_weights' of {path} is not a dict of tensors.")
     if not states:
         held = ", ".join(map(str, list(content)[:6])) or "nothing"
         raise NnsslError(f"{path} holds no weights, neither under 'network_weights' nor elsewhere. It holds: {held}.")
-    entry, weights = _choose_state([(p, {without_wrappers(n): t for n, t in s.items()}) for p, s in states], key, path)
-    remarks = []
-    if entry != ("network_weights",):
+    bare = {entry: {without_wrappers(n): t for n, t in state.items()} for entry, state in states.items()}
+    entry = _choose_entry(bare, key, path)
+    weights, remarks = bare[entry], []
+    if entry != _NNUNETS:
         remarks.append(f"weights found under '{'.'.join(entry)}'" if entry else "the whole file is the weights")
-    wrapped = sum(without_wrappers(n) != n for n in dict(states)[entry])
+    wrapped = sum(without_wrappers(n) != n for n in states[entry])
     if wrapped:
         remarks.append(f"what DDP or torch.compile had put into {wrapped} names dropped")
     if is_version_1(weights):
         return Found(from_version_1(weights), entry, [*remarks, "names of nnU-Net v1 translated"])
     groups = _by_prefix(weights)
     chosen = _choose_prefix(groups, prefix, key, recorded_prefix(content.get("nnssl_adaptation_plan")), path)
-    alone = any(n.startswith(chosen) and f"encoder.{n.removeprefix(chosen)}" in groups[chosen] for n in weights)
+    stripped = groups[chosen]
+    alone = any(n.startswith(chosen) and f"encoder.{n.removeprefix(chosen)}" in stripped for n in weights)
     if not chosen and not alone:
         return Found(weights, entry, remarks)
-    stripped = groups[chosen]
     if chosen:
         remarks.append(f"'{chosen}' stripped from {len(stripped)} names")
     if alone:
