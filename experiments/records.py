@@ -8,25 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from nnssl import files
 from nnssl.errors import NnsslError
 from nnssl.experiments.jobs import Job
 from nnssl.files import read_json, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows: no two starts are told apart there
-    fcntl = None  # type: ignore[assignment]
 
 
 def try_lock(path: Path) -> IO[str] | None:
     """An open file with an exclusive lock, or None where somebody has it. Child processes that get the file keep the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  the lock lives as long as the file is open
-    if fcntl is None:
-        return file
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if files.try_lock(file) is False:
         file.close()
         return None
     return file

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
+import logging
 import os
+import sys
 import tempfile
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from nnssl.errors import NnsslError
+
+log = logging.getLogger("nnssl")
 
 STALE_SECONDS = 3600.0
 
@@ -117,6 +122,29 @@ def write_csv(
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_atomic(path, lambda file: file.write(text.getvalue().encode("utf-8", errors)))
+
+
+def try_lock(file: IO[Any]) -> bool | None:
+    """Whether an exclusive lock of an open file is ours, for as long as it is open; None where the file system has none."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
+            return False
+        text = "The file system of %s has no locks (%s): take care not to start two runs for one folder."
+        log.warning(text, file.name, error.strerror)
+        return None
+    return True
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

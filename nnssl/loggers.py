@@ -62,7 +62,7 @@ class Logger:
             log.warning("%s gets no more numbers (%s: %s); the run goes on.", self.name, type(error).__name__, error)
 
 
-class TensorBoard:
+class _TensorBoard:
     """Event files in ``tensorboard/`` of the run's folder."""
 
     name: ClassVar[str] = "tensorboard"
@@ -75,17 +75,14 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def settings(self, values: Mapping[str, Any]) -> None:
-        """As a table of text."""
         rows = "\n".join(f"| {k} | {v} |" for k, v in values.items())
         self._writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}")
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """One scalar each."""
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
 
     def summary(self, values: Mapping[str, float | str]) -> None:
-        """As text, and numbers as scalars at step 0."""
         for key, value in values.items():
             if isinstance(value, str):
                 self._writer.add_text(key, value)
@@ -93,11 +90,10 @@ class TensorBoard:
                 self._writer.add_scalar(key, value, 0)
 
     def close(self, finished: bool) -> None:
-        """Flush and close; what comes later opens another file."""
         self._writer.close()
 
 
-class WandB:
+class _WandB:
     """Weights & Biases. Its own variables choose where to: ``WANDB_MODE=offline``, ``WANDB_PROJECT``, ``WANDB_API_KEY``."""
 
     name: ClassVar[str] = "wandb"
@@ -117,23 +113,21 @@ class WandB:
         self._run.define_metric("*", step_metric="step")
 
     def settings(self, values: Mapping[str, Any]) -> None:
-        """The run's config."""
         self._run.config.update(dict(values), allow_val_change=True)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """With the step as a number of its own: wandb's counter may not go back, ours may."""
+        # the step is a number of its own: wandb's counter may not go back, ours may
         self._run.log({"step": step, **values})
 
     def summary(self, values: Mapping[str, float | str]) -> None:
-        """The run's summary."""
         self._run.summary.update(dict(values))
 
     def close(self, finished: bool) -> None:
-        """End the run; offline, it stays in ``wandb/`` for ``wandb sync``."""
+        # offline, the run stays in wandb/ for "wandb sync"
         self._run.finish(exit_code=0 if finished else 1)
 
 
-class MLflow:
+class _MLflow:
     """MLflow, where ``MLFLOW_TRACKING_URI`` says (``MLFLOW_EXPERIMENT_NAME``: nnssl), else in ``mlruns/`` of the folder."""
 
     name: ClassVar[str] = "mlflow"
@@ -160,26 +154,23 @@ class MLflow:
         self.identifier = identifier
 
     def settings(self, values: Mapping[str, Any]) -> None:
-        """Parameters, cut to the length that MLflow takes; those of a continued run are already there."""
+        # cut to the length that MLflow takes; those of a continued run are already there
         known = self._client.get_run(self.identifier).data.params
         new = {k: str(v)[:500] for k, v in values.items() if k not in known}
         self._client.log_batch(self.identifier, params=[self._param(_named(k), v) for k, v in new.items()])
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Metrics."""
         now = int(1000 * time.time())
         metrics = [self._metric(_named(k), float(v), now, step) for k, v in values.items()]
         self._client.log_batch(self.identifier, metrics=metrics)
 
     def summary(self, values: Mapping[str, float | str]) -> None:
-        """Texts as tags, numbers as metrics."""
         self.log({k: v for k, v in values.items() if not isinstance(v, str)}, 0)
         for key, value in values.items():
             if isinstance(value, str):
                 self._client.set_tag(self.identifier, _named(key), value[:5000])
 
     def close(self, finished: bool) -> None:
-        """Set the status."""
         self._client.set_terminated(self.identifier, "FINISHED" if finished else "KILLED")
 
 
@@ -188,7 +179,7 @@ def _named(key: str) -> str:
     return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in key)
 
 
-LOGGERS: dict[str, type[Any]] = {c.name: c for c in (TensorBoard, WandB, MLflow)}
+LOGGERS: dict[str, type[Any]] = {c.name: c for c in (_TensorBoard, _WandB, _MLflow)}
 """Adapters by name."""
 
 ADVICE = {"wandb": " WANDB_MODE=offline keeps the run in its folder.", "mlflow": " See MLFLOW_TRACKING_URI."}

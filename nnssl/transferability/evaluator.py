@@ -152,9 +152,6 @@ class RobustnessEvaluator:
         config: how to measure.
         groups, intensity, spacing: see :func:`separate` and :func:`photometric_view`.
 
-    Attributes:
-        fingerprint: hash over configuration, cases and crops, to recognise the same measurement after a restart.
-
     Raises:
         NnsslError: fewer than two crops, or what is not finite.
     """
@@ -186,7 +183,7 @@ class RobustnessEvaluator:
         )
         digest = hashlib.sha256(repr((config_dict(self.config), self.groups, tuple(data.shape))).encode())
         digest.update(data.numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint = digest.hexdigest()  # recognises the same measurement after a restart
         self._warned: set[str] = set()
         if self.n_cases < FEW_CASES:
             self._warn("few", f"it rests on {self.n_cases} cases only; below {FEW_CASES} it is mostly noise.")

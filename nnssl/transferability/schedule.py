@@ -66,8 +66,7 @@ def plan_schedule(
     short for three evaluations of 8 crops and the random initialisations.
 
     Args:
-        epochs: length of the run.
-        crops_per_epoch: crops trained per epoch, in units of a measured crop's voxels.
+        epochs, crops_per_epoch: length of the run; crops trained per epoch, in units of a measured crop's voxels.
         available: held-out cases.
         every: the user's interval; None to choose it.
         budget: share of the run's time.

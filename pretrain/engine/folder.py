@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from nnssl.errors import NnsslError
-from nnssl.files import read_json, remove_temporary, write_json
+from nnssl.files import read_json, remove_temporary, try_lock, write_json
 from nnssl.pretrain.engine.record import check_record
 
 log = logging.getLogger("nnssl")
@@ -86,7 +86,7 @@ class RunFolder:
             if error.errno in (errno.EEXIST, errno.EISDIR):
                 advice = "Something else is in its place: move that away, or give this run a --name."
             raise NnsslError(f"cannot write into {self.path}: {error.strerror or error}. {advice}") from error
-        locked = _try_lock(self._lock)
+        locked = try_lock(self._lock)
         if locked is False:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"
@@ -268,30 +268,4 @@ def _lengthens(saved: dict[str, Any], wanted: dict[str, Any]) -> bool:
             f"--epochs {new}: a run with --labelled cannot be lengthened, since its stages are shares of its {old} epochs. Start "
             "a longer one with --name, from this one's weights with --init."
         )
-    return True
-
-
-def _try_lock(file: IO[str]) -> bool | None:
-    """Whether the lock is ours; None where the file system has none."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
-            return False
-        log.warning(
-            "The file system of %s has no locks (%s): take care not to start two runs for one folder.",
-            file.name,
-            error.strerror,
-        )
-        return None
     return True

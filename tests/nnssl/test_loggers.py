@@ -128,7 +128,7 @@ def test_a_folder_called_like_the_package_is_no_package(monkeypatch, tmp_path):
     """wandb writes into wandb/, and Python takes a folder in the working directory for a namespace package."""
     (tmp_path / "notapackage").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(loggers.WandB, "package", "notapackage")
+    monkeypatch.setattr(loggers.LOGGERS["wandb"], "package", "notapackage")
     assert not loggers.installed("wandb")
 
 
