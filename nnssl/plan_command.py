@@ -14,11 +14,11 @@ from nnssl.files import write_json
 from nnssl.grammar import CommandParser
 from nnssl.options import add_options, asked, from_args
 from nnssl.paths import preprocessed_folder
+from nnssl.plans.commands import preprocess_command, pretrain_command, train_command
 from nnssl.plans.datasets import dataset_id, resolve_dataset
 from nnssl.plans.figures import MEAN_TEACHER, FineTuningConfig, spelt
-from nnssl.plans.labels import fold_to_type
 from nnssl.plans.plan import Plan, load_plan
-from nnssl.plans.unlabelled import list_cases, preprocessing
+from nnssl.plans.unlabelled import list_cases
 from nnssl.plans.variants import LENGTH, WEIGHTS, Changes, Variant, list_variants
 from nnssl.results import find_pretrainings
 from nnssl.streams import show
@@ -54,15 +54,13 @@ def parser() -> CommandParser:
     return p
 
 
+_COLUMNS = ("epochs", "iterations", "schedule", "labels", "seed", "checkpoint")
+
+
 def _table(variants: list[Variant]) -> str:
-    rows: list[tuple[str, ...]] = [
-        (
-            *("plans", "configuration", "base", "patch", "features", "epochs", "iterations"),
-            *("schedule", "labels", "seed", "checkpoint"),
-        )
-    ]
+    rows: list[tuple[str, ...]] = [("plans", "configuration", "base", "patch", "features", *_COLUMNS)]
     for v in variants:
-        entries = [None if v.nnssl.get(key) is None else _said(key, v.nnssl[key]) for key in rows[0][5:]]
+        entries = [None if v.nnssl.get(key) is None else _said(key, v.nnssl[key]) for key in _COLUMNS]
         sizes = [size_text(v.patch_size), ",".join(map(str, v.features))]
         cells = [v.plans_name, v.nnssl.get("configuration"), v.nnssl.get("base_plans"), *sizes, *entries]
         rows.append(tuple("-" if cell is None else str(cell) for cell in cells))
@@ -90,34 +88,26 @@ def _summary(plan: Plan) -> str:
 
 def _next(plan: Plan) -> list[str]:
     """What to type with this plan: the training alone where it finds weights, else what comes before it."""
-    number = dataset_id(plan.dataset_name)
-    train = f"nnUNetv2_train {number} {plan.configuration} {fold_to_type(plan)} -p {plan.plans_name} -tr {{}}"
     finds = bool(plan.nnssl.get("checkpoint"))
     with suppress(NnsslError):  # nnUNet_results may not be set yet
         finds = finds or any(run.finished for run in find_pretrainings(plan))
-    missing = [source for source in plan.nnssl.get("unlabelled") or () if not list_cases(plan, source)]
-    first = [f"First, for the images without labels: {preprocessing(plan, missing)}"] if missing else []
+    pool = plan.nnssl.get("unlabelled") or ()
+    missing = [source for source in pool if not list_cases(plan, source)]
+    first = [f"First, for the images without labels: {preprocess_command(plan, missing)}"] if missing else []
     if finds:
-        return [*first, f"Next: {train.format(plan.trainer())}"]
-    where = f" -c {plan.configuration}" if plan.configuration != "3d_fullres" else ""
-    sources = " ".join(str(dataset_id(name)) for name in plan.nnssl.get("unlabelled") or ())
-    sources = f"{sources} -t {number}" if sources else str(number)
-    pretrain = f"nnssl_pretrain -d {sources} -m mae -p {plan.plans_name}{where}"
+        return [*first, f"Next: {train_command(plan)}"]
+    pretrain = pretrain_command(plan, pool)
     if plan.schedule == MEAN_TEACHER:
         return [
             *first,
-            f"Next, from random weights: {train.format(plan.trainer(False))}",
+            f"Next, from random weights: {train_command(plan, pretrained=False)}",
             f"Or from pretrained ones: {pretrain}, and then -tr {plan.trainer()}",
         ]
-    others = (
-        ""
-        if plan.nnssl.get("unlabelled")
-        else f" (or, on images without labels of another dataset N: -d N -t {number})"
-    )
+    others = f" (or, on images without labels of another dataset N: -d N -t {dataset_id(plan.dataset_name)})"
     return [
-        f"Next, the pretraining{others}, and then the fine-tuning:",
+        f"Next, the pretraining{'' if pool else others}, and then the fine-tuning:",
         f"  {pretrain}",
-        f"  {train.format(plan.trainer())}",
+        f"  {train_command(plan)}",
     ]
 
 
@@ -146,9 +136,7 @@ def _lengthen(args: argparse.Namespace) -> None:
     write_json(path, {**plan.plans, "nnssl": {**plan.nnssl, "epochs": new}})
     log.info(
         f"{path}: {old} -> {new} epochs. A training goes on after its last epoch, at the learning rate that one of "
-        f"{new} epochs has there.\nNext: nnUNetv2_train {dataset_id(plan.dataset_name)} {plan.configuration} "
-        f"{fold_to_type(plan)} -p {args.plans} "
-        f"-tr {plan.trainer()} --c"
+        f"{new} epochs has there.\nNext: {train_command(plan)} --c"
     )
 
 

@@ -46,26 +46,14 @@ TRAINERS: dict[str, tuple[str, str]] = {
         "nnssl.trainers.other_schedules",
         "pretrained parts frozen for a third of the run, then raised exponentially",
     ),
-    "nnUNetTrainerPretrainedSawtooth": (
-        "nnssl.trainers.other_schedules",
-        "decoder and heads first, then everything",
-    ),
-    "nnUNetTrainerPretrainedFrozen": (
-        "nnssl.trainers.other_schedules",
-        "the encoder stays frozen",
-    ),
-    "nnUNetTrainerPretrainedHeadOnly": (
-        "nnssl.trainers.other_schedules",
-        "only the segmentation heads are trained",
-    ),
+    "nnUNetTrainerPretrainedSawtooth": ("nnssl.trainers.other_schedules", "decoder and heads first, then everything"),
+    "nnUNetTrainerPretrainedFrozen": ("nnssl.trainers.other_schedules", "the encoder stays frozen"),
+    "nnUNetTrainerPretrainedHeadOnly": ("nnssl.trainers.other_schedules", "only the segmentation heads are trained"),
     "nnUNetTrainerPretrainedMeanTeacher": (
         "nnssl.trainers.mean_teacher",
         "for few labels: also learns from images without labels, by an averaged teacher's pseudo-labels",
     ),
-    "nnUNetTrainerMeanTeacher": (
-        "nnssl.trainers.mean_teacher",
-        "the same from random weights",
-    ),
+    "nnUNetTrainerMeanTeacher": ("nnssl.trainers.mean_teacher", "the same from random weights"),
     "nnUNetTrainerPretrainedPrimus": (
         "nnssl.trainers.primus",
         "pretrained weights for plans whose network is a Primus; the plan says which schedule",

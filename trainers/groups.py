@@ -48,14 +48,7 @@ def _depth(group: Part) -> tuple[int, int]:
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """All parameters of a network in named groups, the heads first and the stem last.
-
-    Args:
-        network: also wrapped by DDP or torch.compile.
-
-    Returns:
-        ``[{"name": str, "params": [...]}, ...]``: each parameter in exactly one.
-    """
+    """All parameters of a network, also a wrapped one, each in one named group; the heads' first and the stem's last."""
     groups: dict[Part, list[nn.Parameter]] = {}
     for name, parameter in unwrap(network).named_parameters():
         groups.setdefault(group_of(name), []).append(parameter)
@@ -86,14 +79,7 @@ def changed_parts(network: nn.Module, names: Iterable[str]) -> list[Part]:
 
 
 def build_optimizer(parameters: Any, kind: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """nnU-Net's SGD, Adam without weight decay, or AdamW as nnU-Net's Primus trainers have it.
-
-    Args:
-        parameters: parameters or groups.
-        kind: ``"sgd"``, ``"adam"`` or ``"adamw"``.
-        lr: learning rate of the groups that name none.
-        weight_decay: of SGD and AdamW.
-    """
+    """nnU-Net's SGD, Adam without weight decay, or AdamW as nnU-Net's Primus trainers have it; of parameters or groups."""
     if kind == "adamw":
         return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, betas=(0.9, 0.98))
     if kind == "adam":

@@ -15,18 +15,11 @@ _TIMES = ("epoch_start_timestamps", "epoch_end_timestamps")
 
 
 class FineTuningLogger:
-    """What nnU-Net's ``MetaLogger`` calls, passed on: numbers only, never plans, paths or lists of cases.
-
-    Args:
-        inner: where they go.
-
-    Attributes:
-        finished: whether the training has come to its end; logged when the process ends.
-    """
+    """What nnU-Net's ``MetaLogger`` calls, passed on: numbers only, never plans, paths or lists of cases."""
 
     def __init__(self, inner: Logger) -> None:
         self.inner = inner
-        self.finished = False
+        self.finished = False  # whether the training has come to its end; logged when the process ends
         atexit.register(self.close)  # nnU-Net validates after the training's end, and tells the result
 
     def update_config(self, config: Mapping[str, Any]) -> None:
@@ -61,22 +54,15 @@ def _number(value: Any) -> float | None:
 
 
 def add_loggers(trainer: Any, settings: Mapping[str, Any]) -> list[FineTuningLogger]:
-    """Open the loggers that ``nnssl_logger`` names and put them into the trainer's; rank 0 only.
+    """Open the loggers that ``nnssl_logger`` names, on rank 0, and put them into the trainer's; with ``--c`` they go on.
 
     Weights & Biases is left to nnU-Net where ``nnUNet_wandb_enabled`` is set.
-
-    Args:
-        trainer: an nnU-Net trainer; a continued training goes on in the same run of each program.
-        settings: plain values that describe the training.
 
     Raises:
         NnsslError: an unknown name, a missing package, a program that refuses.
     """
-    names = [
-        n
-        for n in logger_names()
-        if n != "wandb" or os.environ.get("nnUNet_wandb_enabled", "0") in ("0", "false", "False")
-    ]
+    own_wandb = os.environ.get("nnUNet_wandb_enabled", "0") not in ("0", "false", "False")
+    names = [name for name in logger_names() if not (name == "wandb" and own_wandb)]
     if trainer.local_rank != 0 or not names:
         return []
     folder = Path(trainer.output_folder)

@@ -12,7 +12,7 @@ Sources: :mod:`nnssl.teacher`. Labels are hard, without a threshold: nearly all 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,8 +43,6 @@ from nnssl.weights import Checkpoint
 
 TEACHER = "nnssl_mean_teacher"
 """Key of a fine-tuned checkpoint: the teacher, the steps that it has followed, and what was measured after each epoch."""
-BEGUN = ("intensities", "strength", "shift", "momentum", "largest")
-"""Figures of which a continued training keeps what it began with, unless the plan names them: defaults have changed."""
 BEFORE = {"intensities": "nnunet", "shift": 0.0}
 """What versions did that did not know these figures."""
 
@@ -61,7 +59,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
     """
 
     schedule: ClassVar[str] = MEAN_TEACHER
-
+    begun_figures: ClassVar[tuple[str, ...]] = ("optimizer", "intensities", "strength", "shift", "momentum", "largest")
     dataloader_train: Any
 
     def constructed(self) -> None:
@@ -231,14 +229,9 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
 
     @torch.no_grad()
     def pseudo_labels(self, seen: Tensor, outside: Tensor) -> Tensor:
-        """The teacher's label map of patches as it sees them.
+        """The teacher's label map ``(B, 1, *size)`` int16 of patches as it sees them.
 
-        Args:
-            seen: ``(B, C, *size)``.
-            outside: ``(B, 1, *size)``, below 0 where there is no image; there it is background, as nnU-Net's labels are.
-
-        Returns:
-            ``(B, 1, *size)`` int16.
+        ``outside`` is below 0 where there is no image; there it is background, as nnU-Net's labels are.
         """
         teacher = self.teacher or self._make_teacher()
         # on one thread torch leaves oneDNN for a batch of one, which takes more than twice as long as a batch of two
@@ -316,34 +309,20 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
     def take_extra_content(self, content: dict[str, Any]) -> None:
         """The teacher, its step, and what was measured come back with ``--c``."""
         super().take_extra_content(content)
-        self._keep_begun()
         own = content.get(TEACHER) or {}
         self.trace, self._pretrained_on = list(own.get("trace", [])), dict(own.get("pretrained_on", {}))
         if "teacher" in own:
             self._make_teacher().module.load_state_dict(own["teacher"])
             self._followed = int(own["followed"])
 
-    def _keep_begun(self) -> None:
-        """Take the figures that the training began with where the plan names none, and tell where they are others by now."""
-        if "momentum" not in self.provenance:  # of no version that wrote figures
-            return
-        begun = {**BEFORE, **self.provenance}
-        if self.figures.strength is None:
-            labelled = begun.get("labelled_cases") or len(self.do_split()[0])
-            self.figures = replace(self.figures, strength=self.figures.strength_for(labelled))
-        now = self.figures.to_dict()
-        other = {k: begun[k] for k in BEGUN if k in begun and begun[k] != now[k]}
-        named = {k for k in other if self.told.get(k) is not None}
-        kept = {k: v for k, v in other.items() if k not in named}
-        if kept:
-            self.figures = replace(self.figures, **kept)
-            text = ", ".join(f"{k} {v} (now {now[k]})" for k, v in kept.items())
-            self.print_to_log_file(
-                f"nnssl: this training keeps what it began with, as defaults have changed since: {text}"
-            )
-        if named:
-            text = ", ".join(f"{k} {other[k]} -> {now[k]}" for k in BEGUN if k in named)
-            self.print_to_log_file(f"nnssl: WARNING: the plan has changed since this training began: {text}")
+    def keep_begun(self, begun: Mapping[str, Any]) -> None:
+        """As the parent, with what versions did that did not know all figures."""
+        if "momentum" in begun:  # any version that wrote figures
+            begun = {**BEFORE, **begun}
+            if self.figures.strength is None:
+                labelled = begun.get("labelled_cases") or len(self.do_split()[0])
+                self.figures = replace(self.figures, strength=self.figures.strength_for(labelled))
+        super().keep_begun(begun)
 
     def on_train_end(self) -> None:
         """As nnU-Net; the pool's processes end too."""

@@ -31,22 +31,14 @@ from nnssl.teacher import changes
 
 
 class UnlabelledDataset:
-    """Preprocessed images of any folders, as nnU-Net's loader reads them. Labels that lie beside an image are not read.
-
-    Args:
-        cases: the images.
-    """
+    """Preprocessed images of any folders, as nnU-Net's loader reads them; labels beside them only tell where no image is."""
 
     def __init__(self, cases: Sequence[CaseRef]) -> None:
         self._cases = {case.key: case for case in cases}
         self.identifiers = list(self._cases)
 
     def load_case(self, key: str) -> tuple[Any, Any, None, dict[str, Any]]:
-        """``(image (C, *size), segmentation (1, *size), None, properties)``; both are read where they are cut.
-
-        Raises:
-            NnsslError: a file is missing or damaged.
-        """
+        """``(image (C, *size), segmentation (1, *size), None, properties)``; both are read where they are cut."""
         case = self._cases[key]
         try:
             data = open_array(case.image)
@@ -59,13 +51,7 @@ class UnlabelledDataset:
 
 
 class TwoViews(BasicTransform):
-    """One patch, seen by the teacher and by the student.
-
-    Args:
-        spatial: what moves voxels.
-        intensity: what changes intensities.
-        mask: sets what lies outside of the non-zero image to zero, in both.
-    """
+    """One patch as the teacher sees it, after ``spatial`` and ``mask``, and as the student does, after ``intensity`` too."""
 
     def __init__(
         self, spatial: Sequence[BasicTransform], intensity: Sequence[BasicTransform], mask: Sequence[BasicTransform]
@@ -103,9 +89,7 @@ class _Shifted(SpatialTransform):
 def shifted(transforms: BasicTransform, shift: float) -> BasicTransform:
     """Move patches by up to ``shift`` of their size along each axis; nnU-Net moves a volume smaller than the patch nowhere.
 
-    Args:
-        transforms: from ``nnUNetTrainer.get_training_transforms``; changed in place where it has a ``SpatialTransform``.
-        shift: share of the patch; 0 changes nothing.
+    ``transforms`` from ``nnUNetTrainer.get_training_transforms`` are changed in place where there is a ``SpatialTransform``.
     """
     if shift > 0 and isinstance(transforms, ComposeTransforms):
         for i, transform in enumerate(transforms.transforms):
@@ -125,9 +109,6 @@ def strong_changes(strength: float) -> list[BasicTransform]:
     """What a student must not mind: noise, contrast, brightness and gamma, each on its own with probability ``0.3 strength``.
 
     Stronger than nnU-Net's, without its blur and its low resolution; see :mod:`nnssl.teacher.changes`.
-
-    Args:
-        strength: at least 0.
     """
     kinds = (
         GaussianNoiseTransform((0, changes.NOISE * strength), p_per_channel=1, synchronize_channels=False),
@@ -158,9 +139,9 @@ def _changes_intensities(transform: BasicTransform) -> bool:
 def with_strong_changes(transforms: BasicTransform) -> BasicTransform:
     """Put :func:`strong_changes` where nnU-Net's augmentation changes intensities; in place where it is a sequence."""
     if isinstance(transforms, ComposeTransforms):
-        old = [i for i, t in enumerate(transforms.transforms) if _changes_intensities(t)]
-        kept = [t for t in transforms.transforms if not _changes_intensities(t)]
-        at = old[0] if old else 0  # before mirroring, and before what lies outside of the image becomes zero
+        old = [_changes_intensities(t) for t in transforms.transforms]
+        kept = [t for t, changes_them in zip(transforms.transforms, old) if not changes_them]
+        at = old.index(True) if any(old) else 0  # before mirroring, and before what lies outside becomes zero
         transforms.transforms = [*kept[:at], *strong_changes(1.0), *kept[at:]]
     return transforms
 
@@ -180,9 +161,6 @@ def split_transforms(
 
     Returns:
         what makes the two views of an image, and what makes targets of a label map ``(1, *size)``: regions, deep supervision.
-
-    Raises:
-        NnsslError: the augmentation is not a sequence of transforms.
     """
     if not isinstance(transforms, ComposeTransforms):
         raise NnsslError(
@@ -208,12 +186,8 @@ class Halves:
     """Batches of the second stage: half of them labelled, half not.
 
     A batch of nnU-Net's labelled loader is used up over several steps, so that nothing is augmented in vain, and each of its
-    places (random, around a class) takes its turn.
-
-    Args:
-        labelled: gives ``data``, ``target`` (one tensor, or one a level) and ``keys``.
-        unlabelled: gives ``data`` ``(B, 2 C, *size)`` and ``target`` ``(B, 1, *size)``, see :class:`TwoViews`.
-        share: labelled patches of a batch.
+    places (random, around a class) takes its turn. ``share`` is the number of labelled patches of a batch; the others are made
+    by :class:`TwoViews`.
     """
 
     def __init__(self, labelled: Iterator[dict[str, Any]], unlabelled: Iterator[dict[str, Any]], share: int) -> None:
@@ -228,10 +202,8 @@ class Halves:
         while len(self._left) < self.share:
             batch = next(self.labelled)
             target = batch["target"]
-            levels = target if isinstance(target, (list, tuple)) else None
-            for i, key in enumerate(batch["keys"]):
-                one = [level[i] for level in levels] if levels is not None else target[i]
-                self._left.append((batch["data"][i], one, key))
+            each = [list(one) for one in zip(*target)] if isinstance(target, (list, tuple)) else target
+            self._left += zip(batch["data"], each, batch["keys"])
         taken, self._left = self._left[: self.share], self._left[self.share :]
         data, targets, keys = zip(*taken)
         several = isinstance(targets[0], list)

@@ -27,7 +27,7 @@ from nnssl.networks import canonical_state_dict
 from nnssl.paths import encode_path
 from nnssl.plans import Plan, dataset_id
 from nnssl.plans.figures import DEFAULT_SCHEDULE, MEAN_TEACHER, FineTuningConfig, followers, trainer_for
-from nnssl.plans.labels import ALL, FOLDS, SPLITS, folds_of, restrict, too_few
+from nnssl.plans.labels import ALL, FOLDS, folds_of, restrict, too_few
 from nnssl.plans.parts import parts_for
 from nnssl.plans.primus import CLASSES
 from nnssl.threads import keep_to_threads
@@ -81,6 +81,8 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
     pretrained: ClassVar[bool] = True
     control_note: ClassVar[str] = " (the control without pretraining)"
     primus: ClassVar[bool] = False
+    begun_figures: ClassVar[tuple[str, ...]] = ("optimizer",)
+    """Figures of which a continued training keeps what it began with, unless the plan names them."""
 
     def __init__(
         self,
@@ -130,12 +132,8 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         chosen = self.told.get("train_cases")
         if not chosen:
             return super().do_split()
-        if self.fold == ALL or Path(self.preprocessed_dataset_folder_base, SPLITS).is_file():
-            train, val = super().do_split()
-        else:
-            folds = folds_of(self.plan())
-            train, val = folds.get(str(self.fold), ([], []))
-        train, val = restrict(self.fold, list(train), list(val), chosen, self.told.get("val_cases"))
+        train, val = folds_of(self.plan()).get(str(self.fold), ([], []))
+        train, val = restrict(self.fold, train, val, chosen, self.told.get("val_cases"))
         self.print_to_log_file(f"nnssl: the plan trains this fold on {len(train)}: {', '.join(train)}")
         return train, val
 
@@ -329,26 +327,31 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
     def take_extra_content(self, content: dict[str, Any]) -> None:
         """Take back :meth:`extra_content` from a loaded checkpoint."""
 
-    def _keep_optimizer(self, begun: Mapping[str, Any]) -> None:
-        """Continue with the optimiser that the training began with where the plan names none: defaults go by the length."""
-        optimizer = begun.get("optimizer", self.figures.optimizer)
-        if optimizer == self.figures.optimizer or self.told.get("optimizer") is not None:
-            return
-        peak = self.figures.peak_lr if self.told.get("peak_lr") is not None else begun["peak_lr"]
-        self.figures = replace(self.figures, optimizer=optimizer, peak_lr=peak)
-        self.initial_lr = peak
-        if self.was_initialized:
-            self.optimizer, self.lr_scheduler = self.configure_optimizers()
-        self.print_to_log_file(
-            f"nnssl: this training keeps what it began with: {optimizer}, largest learning rate {peak:g}"
-        )
+    def keep_begun(self, begun: Mapping[str, Any]) -> None:
+        """Go on with figures that the training began with where the plan names none: defaults change, and go by the length."""
+        now = self.figures.to_dict()
+        other = {k: begun[k] for k in self.begun_figures if k in begun and begun[k] != now[k]}
+        kept = {k: v for k, v in other.items() if self.told.get(k) is None}
+        changed = ", ".join(f"{k} {v} -> {now[k]}" for k, v in other.items() if k not in kept)
+        if "optimizer" in kept and self.told.get("peak_lr") is None:
+            kept["peak_lr"] = begun["peak_lr"]
+        self.figures = replace(self.figures, **kept)
+        if "optimizer" in kept:
+            self.initial_lr = self.figures.peak_lr
+            if self.was_initialized:
+                self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        if kept:
+            text = ", ".join(f"{k} {v} (now {now[k]})" for k, v in kept.items())
+            self.print_to_log_file(f"nnssl: this training keeps what it began with: {text}")
+        if changed:
+            self.print_to_log_file(f"nnssl: WARNING: the plan has changed since this training began: {changed}")
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """As nnU-Net; the provenance and the learning rates so far come along."""
         content = filename_or_checkpoint
         if not isinstance(content, dict):  # nnU-Net itself would run whatever the file asks for
             content = read_file(Path(content))
-        self._keep_optimizer(content.get(PROVENANCE, {}))
+        self.keep_begun(content.get(PROVENANCE, {}))
         with plain_loading():
             super().load_checkpoint(filename_or_checkpoint)
         self.provenance = content.get(PROVENANCE, {})

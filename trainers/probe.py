@@ -10,7 +10,8 @@ import torch
 from nnssl import transfer
 from nnssl.errors import NnsslError
 from nnssl.networks import unwrap
-from nnssl.plans import Plan, dataset_id
+from nnssl.plans import Plan
+from nnssl.plans.commands import plan_command
 from nnssl.plans.figures import FineTuningConfig
 from nnssl.plans.probe import from_probe, to_probe
 from nnssl.trainers.pretrained import check_network, nnUNetTrainerPretrained
@@ -74,11 +75,10 @@ class nnUNetTrainerLinearProbe(nnUNetTrainerPretrained):
         """Refuse to probe decoder stages that are random."""
         random = report.random_decoder if self.figures.levels == "decoder" else []
         if random:
-            plan = self.plan()
+            command = plan_command(self.plan(), f"--checkpoint {path} --schedule linear-probe -o levels=encoder")
             raise NnsslError(
                 f"{path} holds no weights for {', '.join(random)}, which a probe of the decoder looks at. Probe the encoder: "
-                f"nnssl_plan -d {dataset_id(plan.dataset_name)} -c {plan.configuration} -p {plan.base_plans} --checkpoint {path} "
-                "--schedule linear-probe -o levels=encoder --name NAME"
+                f"{command}"
             )
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:

@@ -15,13 +15,8 @@ COLLAPSE = 0.1
 def overlap_sums(made: Tensor, own: Tensor, truth: Tensor) -> Tensor:
     """Of one batch, to be added up: overlap and sizes of teacher's and student's foreground, and voxels of both halves.
 
-    Args:
-        made: ``(B, 1, *size)`` the teacher's labels.
-        own: the student's, of the same patches.
-        truth: bool, foreground of the labelled patches.
-
-    Returns:
-        ``(6,)`` float64.
+    ``made`` and ``own`` are the teacher's and the student's labels of the same patches, ``truth`` is the labelled patches'
+    foreground (bool); all ``(B, 1, *size)``. Gives ``(6,)`` float64.
     """
     same = ((made == own) & (made > 0)).sum()
     sums = torch.stack([2 * same, (made > 0).sum() + (own > 0).sum(), (made > 0).sum(), truth.sum()]).double()
@@ -59,13 +54,8 @@ def draw_trace(trace: Sequence[Mapping[str, Any]], ax: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in trace]
-    ax.plot(
-        epochs,
-        [row["agreement"] for row in trace],
-        "b",
-        linewidth=4,
-        label="teacher and student, on images without labels",
-    )
+    label = "teacher and student, on images without labels"
+    ax.plot(epochs, [row["agreement"] for row in trace], "b", linewidth=4, label=label)
     ax.set_ylim(0, 1)
     ax.set_xlabel("epoch", fontsize=30)
     ax.set_ylabel("Dice between them", fontsize=30)

@@ -61,11 +61,9 @@ def freeze_unfreeze(
 class LearningRates:
     """The learning rate of each parameter group at each step of a training.
 
-    Attributes:
-        schedule: name of the schedule.
-        figures: its figures, with the length of this training.
-        groups: names of the groups, from the heads down to the stem (see :func:`nnssl.trainers.groups.group_of`).
-        backbone: the groups that ``freeze_unfreeze`` freezes first; the others are trained at the full rate throughout.
+    ``figures`` have the length of this training. ``groups`` go from the heads down to the stem
+    (:func:`nnssl.trainers.groups.group_of`); of them ``freeze_unfreeze`` first freezes the ``backbone``, and trains the others at
+    the full rate throughout.
     """
 
     schedule: str
@@ -104,15 +102,10 @@ class LearningRates:
 
 
 class EpochSchedule:
-    """Sets each group's learning rate to its own initial one times :func:`warmup_poly` of the epoch.
+    """Sets each group's learning rate to its present one, the peak, times :func:`warmup_poly` of the epoch.
 
     nnU-Net calls ``step(current_epoch)`` before each epoch, so a resumed training needs no state of this. Unlike nnU-Net's
     schedulers it keeps the groups' ratio, and a group with learning rate 0 stays frozen.
-
-    Args:
-        optimizer: its groups' present learning rates are the peaks.
-        epochs: epochs in all.
-        warmup_epochs: of which warm-up.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, epochs: int, warmup_epochs: int) -> None:
@@ -129,12 +122,7 @@ class EpochSchedule:
 
 
 class StepSchedule:
-    """Sets each named group's learning rate for a step; :meth:`step` is what nnU-Net calls before each epoch.
-
-    Args:
-        optimizer: its groups have a ``"name"`` each.
-        rates: the learning rates; may be exchanged for others with the same groups.
-    """
+    """Sets each named group's learning rate for a step; :meth:`step` is what nnU-Net calls before each epoch."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, rates: LearningRates) -> None:
         self.optimizer = optimizer

@@ -30,8 +30,6 @@ class StepwiseTrainer(nnUNetTrainer):
     bit-identical and takes no part in the norm. ``requires_grad`` is only ever changed before DDP wraps the network, for
     groups that no step trains.
 
-    Attributes:
-        clip: largest norm of all gradients together.
     """
 
     schedule: ClassVar[str] = "warmup_poly"
@@ -107,9 +105,8 @@ class StepwiseTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """As nnU-Net, at this step's learning rates and without the gradients of what is frozen."""
-        held: list[nn.Parameter] = []
-        if isinstance(self.lr_scheduler, StepSchedule):
-            held = [p for p in self._set_rates(self.lr_scheduler) if p.requires_grad]
+        by_step = isinstance(self.lr_scheduler, StepSchedule)
+        held = [p for p in self._set_rates(self.lr_scheduler) if p.requires_grad] if by_step else []
         if held or self.clip != CLIP or self.own_loss(batch) or self._cpu_bfloat16():
             return self._optimise(batch, held)
         return super().train_step(batch)

@@ -9,6 +9,7 @@ from nnssl.errors import NnsslError
 from nnssl.files import sha256_of
 from nnssl.paths import decode_path
 from nnssl.plans import Plan, dataset_id
+from nnssl.plans.commands import plan_command, pretrain_command
 from nnssl.results import PretrainingRun, find_pretrainings, find_pretrainings_elsewhere, list_pretrainings
 
 
@@ -60,12 +61,12 @@ def _named(plan: Plan, text: str) -> Source:
     if made_for != plan.configuration:
         raise NnsslError(
             f"{where} {text}, for configuration {made_for}, not {plan.configuration}. Train {made_for}, or name a file "
-            f"for {plan.configuration}: {_plan_command(plan)}"
+            f"for {plan.configuration}: {_naming(plan)}"
         )
     path = decode_path(text)
     if not path.is_file():
         raise NnsslError(
-            f"{where} {text}, which is not on this machine ({path}). Copy it there, or name another: {_plan_command(plan)}"
+            f"{where} {text}, which is not on this machine ({path}). Copy it there, or name another: {_naming(plan)}"
         )
     digest, expected = sha256_of(path), plan.nnssl.get("sha256")
     if expected and digest != expected:
@@ -74,7 +75,7 @@ def _named(plan: Plan, text: str) -> Source:
                 return Source(kept, expected, f"named by plans '{plan.plans_name}' before the run was lengthened")
         raise NnsslError(
             f"{where} {path}, whose content has changed since (sha256 {digest[:12]}... instead of {expected[:12]}...). "
-            f"Restore it, or name what is there now: {_plan_command(plan, str(path))}"
+            f"Restore it, or name what is there now: {_naming(plan, path)}"
         )
     return Source(path, digest, f"named by plans '{plan.plans_name}'", dict(plan.nnssl.get("place") or {}))
 
@@ -83,71 +84,60 @@ def _describe(run: PretrainingRun) -> str:
     return f"{run.method}, from {', '.join(run.sources)}: {run.folder}"
 
 
-def _plan_command(plan: Plan, checkpoint: str = "FILE") -> str:
-    return (
-        f"nnssl_plan -d {dataset_id(plan.dataset_name)} -c {plan.configuration} -p {plan.plans_name} "
-        f"--checkpoint {checkpoint} --name NAME"
-    )
+def _naming(plan: Plan, checkpoint: object = "FILE") -> str:
+    return plan_command(plan, f"--checkpoint {checkpoint}")
+
+
+def _listed(runs: list[PretrainingRun]) -> list[str]:
+    return [f"  - {_describe(run)}" for run in runs]
 
 
 def _several(plan: Plan, runs: list[PretrainingRun]) -> str:
-    lines = "\n".join(f"  - {_describe(run)}" for run in runs)
+    lines = "\n".join(_listed(runs))
     return (
         f"{len(runs)} finished pretrainings fit plans '{plan.plans_name}' ({plan.configuration}) of {plan.dataset_name}:\n"
         f"{lines}\nChoose one by giving it a name, for example:\n"
-        f"  {_plan_command(plan, str(runs[0].checkpoint))}\n"
+        f"  {_naming(plan, runs[0].checkpoint)}\n"
         f"and train with -p {plan.plans_name}_NAME."
     )
 
 
 def _none(plan: Plan) -> str:
-    number = dataset_id(plan.dataset_name)
+    """Why nothing is found, in lines: what there is instead, and what to type."""
     if plan.is_second_stage:
-        return _second_stage(plan)
-    options = f"-c {plan.configuration} -p {plan.plans_name}"
-    text = [f"No finished pretraining fits plans '{plan.plans_name}' ({plan.configuration}) of {plan.dataset_name}."]
-    here, others = list_pretrainings(plan.dataset_name), find_pretrainings_elsewhere(plan)
-    unfinished = [run for run in here if run.made_for(plan) and not run.finished]
-    if unfinished:
-        text.append("Not finished; continue with the command that started it and --c:")
-        text += [f"  - {_describe(run)}" for run in unfinished]
-    unfit = [run for run in here if not run.made_for(plan)]
-    if unfit:
-        text.append("For other plans, another configuration or another network of this dataset:")
-        text += [f"  - {_describe(run)}" for run in unfit]
-    if others:
-        text.append("For the plans of other datasets, which do not count here:")
-        text += [f"  - {_describe(run)}" for run in others]
-        source = next((s for run in others for s in run.sources), others[0].dataset_name)
-        text.append(
-            f"To learn from {source} for these plans, type: nnssl_pretrain -d {_number(source)} -t {number} {options} -m mae"
-        )
+        text = _second_stage(plan)
     else:
-        pool = " ".join(str(dataset_id(source)) for source in plan.nnssl.get("unlabelled") or ())
-        sources = f"{pool} -t {number}" if pool else number
-        text.append(f"Type: nnssl_pretrain -d {sources} {options} -m mae   (from other images: -d SOURCE -t {number})")
+        here, others = list_pretrainings(plan.dataset_name), find_pretrainings_elsewhere(plan)
+        text = [
+            f"No finished pretraining fits plans '{plan.plans_name}' ({plan.configuration}) of {plan.dataset_name}."
+        ]
+        unfinished = [run for run in here if run.made_for(plan) and not run.finished]
+        unfit = [run for run in here if not run.made_for(plan)]
+        for heading, runs in (
+            ("Not finished; continue with the command that started it and --c:", unfinished),
+            ("For other plans, another configuration or another network of this dataset:", unfit),
+            ("For the plans of other datasets, which do not count here:", others),
+        ):
+            text += [heading, *_listed(runs)] if runs else []
+        if others:
+            source = next((s for run in others for s in run.sources), others[0].dataset_name)
+            text.append(f"To learn from {source} for these plans, type: {pretrain_command(plan, [source])}")
+        else:
+            command = pretrain_command(plan, plan.nnssl.get("unlabelled") or ())
+            text.append(f"Type: {command}   (from other images: -d SOURCE -t {dataset_id(plan.dataset_name)})")
     text.append(f"To train without pretraining: -tr {plan.trainer(pretrained=False)}")
     return "\n".join(text)
 
 
-def _second_stage(plan: Plan) -> str:
+def _second_stage(plan: Plan) -> list[str]:
     """A cascade's second stage is not pretrained itself: it takes the weights for the same network on the image alone."""
-    fitting = [
-        run for run in list_pretrainings(plan.dataset_name) if run.finished and run.base_plans == plan.base_plans
-    ]
+    runs = [run for run in list_pretrainings(plan.dataset_name) if run.finished and run.base_plans == plan.base_plans]
     text = [
         f"{plan.configuration} of plans '{plan.plans_name}' is the second stage of a cascade. It takes the image channels' "
         "weights of a pretraining for 3d_fullres, which has the same network; name one:",
-        f"  {_plan_command(plan, str(fitting[0].checkpoint) if fitting else 'FILE')}",
+        f"  {_naming(plan, runs[0].checkpoint if runs else 'FILE')}",
     ]
-    if fitting:
-        text += ["There are:", *(f"  - {_describe(run)}" for run in fitting)]
-    else:
-        number = dataset_id(plan.dataset_name)
-        text.append(f"There is none yet. Type: nnssl_pretrain -d {number} -c 3d_fullres -p {plan.plans_name} -m mae")
-    text.append(f"To train without pretraining: -tr {plan.trainer(pretrained=False)}")
-    return "\n".join(text)
-
-
-def _number(dataset: str) -> str:
-    return dataset if dataset.isdecimal() else str(dataset_id(dataset))
+    if runs:
+        return [*text, "There are:", *_listed(runs)]
+    number = dataset_id(plan.dataset_name)
+    return [*text, f"There is none yet. Type: nnssl_pretrain -d {number} -c 3d_fullres -p {plan.plans_name} -m mae"]

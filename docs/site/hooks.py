@@ -94,6 +94,7 @@ def options_page() -> str:
 def objectives_page() -> str:
     """All ``-o`` options: of the loop, of the labelled stages, of each objective, with presets."""
     from nnssl.config import describe_options
+    from nnssl.plans.figures import FineTuningConfig
     from nnssl.pretrain.engine.config import EngineConfig
     from nnssl.pretrain.methods import list_methods
     from nnssl.pretrain.omni import OmniConfig
@@ -101,7 +102,7 @@ def objectives_page() -> str:
     parts = [
         "# Options of the objectives (`-o`)",
         "",
-        "Made from the configs: what `nnssl_pretrain --list -m NAME` says.",
+        "Made from the configs: what `nnssl_pretrain --list -m NAME` says; at the end those of `nnssl_plan`.",
     ]
     tables = [
         ("The loop, for every objective", EngineConfig, ""),
@@ -109,6 +110,7 @@ def objectives_page() -> str:
     ]
     methods = list_methods()
     tables += [(name, cls.Config, "") for name, cls in methods.items()]
+    tables.append(("Schedules of fine-tuning (`nnssl_plan -o`)", FineTuningConfig, ""))
     for title, config, prefix in tables:
         parts += ["", f"## {title}", ""]
         if title in methods:

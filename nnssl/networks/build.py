@@ -45,18 +45,9 @@ def build_network(plan: Plan, n_classes: int | None = None, deep_supervision: bo
 
 
 def build_primus(config: ConfigurationManager, n_channels: int, n_classes: int) -> nn.Module:
-    """The Primus that a configuration of plans describes, for its patch.
-
-    Args:
-        config: nnU-Net's manager of the configuration; ``architecture`` as :func:`nnssl.plans.primus.architecture` makes it.
-        n_channels: image channels.
-        n_classes: channels of the output.
-    """
-    kwargs = dict(config.network_arch_init_kwargs)
-    kwargs |= {
-        "patch_embed_size": tuple(kwargs["patch_embed_size"]),
-        "input_shape": tuple(int(n) for n in config.patch_size),
-    }
+    """The Primus that ``architecture`` of a configuration describes (:func:`nnssl.plans.primus.architecture`), for its patch."""
+    kwargs = {**config.network_arch_init_kwargs, "input_shape": tuple(int(n) for n in config.patch_size)}
+    kwargs["patch_embed_size"] = tuple(kwargs["patch_embed_size"])
     return get_network_from_plans(
         config.network_arch_class_name, kwargs, [], n_channels, n_classes, allow_init=True, deep_supervision=None
     )

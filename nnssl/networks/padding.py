@@ -24,12 +24,8 @@ def set_padding(network: nn.Module, mode: str) -> None:
     Zeros tell each voxel how far away the border is; repeated voxels hardly do. Weights and their names stay as they are, and
     a network that is built anew, as nnU-Net does for fine-tuning, pads with zeros.
 
-    Args:
-        network: any network, also wrapped.
-        mode: one of :data:`PADDINGS`.
-
     Raises:
-        ValueError: for another mode.
+        ValueError: for a mode that is not one of :data:`PADDINGS`.
     """
     if mode not in PADDINGS:
         raise ValueError(f"padding is one of {', '.join(PADDINGS)}, not {mode!r}")

@@ -58,8 +58,9 @@ class LinearProbe(nn.Module):
         )
         self.backbone.requires_grad_(False)
         self.backbone.eval()
-        widths = list(reversed(self.backbone.encoder.output_channels))
-        self.heads = nn.ModuleList(conv_op(c, num_classes, 1, bias=c_last) for c, c_last in _with_last(widths))
+        *lower, finest = reversed(self.backbone.encoder.output_channels)
+        heads = [*(conv_op(c, num_classes, 1, bias=False) for c in lower), conv_op(finest, num_classes, 1)]
+        self.heads = nn.ModuleList(heads)
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
@@ -85,15 +86,7 @@ class LinearProbe(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, num_classes, *size)`` of images ``(B, C, *size)``."""
-        out: Tensor | None = None
-        for feature, head in zip(self.features(x), self.heads):
-            here = head(feature)
-            if out is not None:
-                here = here + functional.interpolate(out, size=here.shape[2:], mode="nearest")
-            out = here
-        assert out is not None  # a U-Net has levels
+        out, *finer = (head(feature) for feature, head in zip(self.features(x), self.heads))
+        for here in finer:
+            out = here + functional.interpolate(out, size=here.shape[2:], mode="nearest")
         return out if out.shape[2:] == x.shape[2:] else functional.interpolate(out, size=x.shape[2:], mode="nearest")
-
-
-def _with_last(widths: list[int]) -> list[tuple[int, bool]]:
-    return [(c, i == len(widths) - 1) for i, c in enumerate(widths)]

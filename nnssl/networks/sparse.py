@@ -8,7 +8,7 @@ anisotropic strides work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,11 +46,7 @@ class Active:
 
 
 def check_sparse(encoder: nn.Module) -> None:
-    """Whether each layer of an encoder has a sparse counterpart here.
-
-    Raises:
-        NnsslError: names the first layer that has none.
-    """
+    """Raise :class:`NnsslError` for the first layer of an encoder that has no sparse counterpart here."""
     for name, module in encoder.named_modules():
         known = (
             isinstance(module, (_ConvNd, _InstanceNorm, *_POOLS, *_PLAIN)) or next(module.children(), None) is not None
@@ -79,7 +75,8 @@ def sparse_encoder(encoder: nn.Module, visible: Tensor) -> Iterator[Active]:
     def normalise(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return masked_instance_norm(module, inputs[0], active.at(output.shape[2:])).to(output.dtype)
 
-    handles = [module.register_forward_hook(hook) for module, hook in _hooked(encoder, empty, normalise)]
+    handles = [m.register_forward_hook(empty) for m in encoder.modules() if isinstance(m, (_ConvNd, *_POOLS))]
+    handles += [m.register_forward_hook(normalise) for m in encoder.modules() if isinstance(m, _InstanceNorm)]
     try:
         yield active
     finally:
@@ -87,25 +84,8 @@ def sparse_encoder(encoder: nn.Module, visible: Tensor) -> Iterator[Active]:
             handle.remove()
 
 
-def _hooked(encoder: nn.Module, empty: Callable, normalise: Callable) -> Iterator[tuple[nn.Module, Callable]]:
-    for module in encoder.modules():
-        if isinstance(module, (_ConvNd, *_POOLS)):
-            yield module, empty
-        elif isinstance(module, _InstanceNorm):
-            yield module, normalise
-
-
 def masked_instance_norm(norm: Any, x: Tensor, active: Tensor) -> Tensor:
-    """InstanceNorm over active places, 0 elsewhere.
-
-    Args:
-        norm: its ``eps``, ``weight`` and ``bias`` are used.
-        x: ``(B, C, *size)``.
-        active: ``(B, 1, *size)`` bool; a sample without any gives 0.
-
-    Returns:
-        ``(B, C, *size)`` float32 (float64 for float64).
-    """
+    """InstanceNorm of ``(B, C, *size)`` over active places ``(B, 1, *size)``, 0 elsewhere; in float32, or float64 for that."""
     with torch.autocast(x.device.type, enabled=False):
         x = at_least_float32(x)
         axes = tuple(range(2, x.ndim))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def partial_decode(network: nn.Module, skips: Sequence[Tensor], n_stages: int | 
     Args:
         network: PlainConvUNet or ResidualEncoderUNet, also wrapped.
         skips: encoder outputs, highest resolution first.
-        n_stages: number of decoder stages to run, from the bottleneck up.
+        n_stages: from the bottleneck up.
 
     Returns:
         Output of each stage run, stage 0 first; stage ``i`` has the size and channels of ``skips[-(i + 2)]``.
@@ -74,10 +75,7 @@ def forward_features(network: nn.Module, x: Tensor, n_decoder_stages: int | None
         tokens = PrimusEncoder(network)(x)
         return FeaturePyramid(skips=list(tokens), levels=list(tokens))
     encoder: Any = unwrap(network).encoder
-    total = [1] * (x.ndim - 2)
-    for stride in encoder.strides:
-        total = [a * int(b) for a, b in zip(total, stride)]
-    for axis, (size, stride) in enumerate(zip(x.shape[2:], total)):
+    for axis, (size, stride) in enumerate(zip(x.shape[2:], map(prod, zip(*encoder.strides)))):
         if size % stride:
             raise ValueError(
                 f"axis {axis} of the input has {size} voxels, which the total stride {stride} does not divide"

@@ -51,15 +51,10 @@ _ARCHITECTURE = {
 }
 
 
-def check_part(name: str, what: str) -> str:
-    """``name`` where it can be a folder or file of its own below nnU-Net's folders.
-
-    Raises:
-        NnsslError: it holds a separator or leads elsewhere.
-    """
+def check_part(name: str, what: str) -> None:
+    """Refuse a name that cannot be a folder or file of its own below nnU-Net's folders: it has a separator or leads elsewhere."""
     if not part.fits(name):
         raise NnsslError(f"{what} {name!r} cannot be used: it must be {part.words}.")
-    return name
 
 
 def check_plans(plans: Any, what: str) -> None:

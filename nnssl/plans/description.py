@@ -51,17 +51,11 @@ def _is_v1(content: Mapping[str, Any]) -> bool:
     """Entries of v1 beside all that v2 needs do no harm: nnU-Net's own conversion of the decathlon leaves some."""
     if "channel_names" in content and "file_ending" in content:
         return False
+    if isinstance(content.get("training"), list) or "tensorImageSize" in content:
+        return True
     labels = content.get("labels")
-    swapped = (
-        isinstance(labels, dict)
-        and bool(labels)
-        and all(str(k).isdecimal() and isinstance(v, str) for k, v in labels.items())
-    )
-    return (
-        isinstance(content.get("training"), list)
-        or "tensorImageSize" in content
-        or (swapped and "channel_names" not in content)
-    )
+    swapped = isinstance(labels, dict) and all(str(k).isdecimal() and isinstance(v, str) for k, v in labels.items())
+    return bool(labels) and swapped and "channel_names" not in content
 
 
 def _as_v2(content: Mapping[str, Any], folder: Path | None) -> str:
@@ -88,29 +82,19 @@ def _channels(content: Mapping[str, Any]) -> list[str]:
     names = content.get(key)
     if names is None:
         return []
-    right = None
-    if isinstance(names, dict):
-        if all(str(k).isdecimal() for k in names):
-            numbers = sorted(int(k) for k in names)
-            if numbers == list(range(len(numbers))):
-                return []
-            right = {str(i): str(names[k]) for i, k in enumerate(sorted(names, key=int))}
-            return [
-                f'"{key}": {json.dumps(names)} does not count the channels from 0. Write "{key}": {json.dumps(right)}'
-            ]
-        if all(isinstance(v, int) or str(v).isdecimal() for v in names.values()):
-            right = {str(v): str(k) for k, v in sorted(names.items(), key=lambda item: int(item[1]))}
-    elif isinstance(names, list):
-        right = {str(i): str(n) for i, n in enumerate(names)}
-    elif isinstance(names, str):
-        right = {"0": names}
-    shown = json.dumps(right if right is not None else {"0": "MR"}, ensure_ascii=False)
-    why = (
-        "has number and name the wrong way round"
-        if right and isinstance(names, dict)
-        else "does not name each channel's number"
-    )
-    return [f'"{key}": {json.dumps(names, ensure_ascii=False)} {why}. Write "{key}": {shown}']
+    right, why = {"0": "MR"}, "does not name each channel's number"
+    if isinstance(names, dict) and all(str(k).isdecimal() for k in names):
+        if sorted(map(int, names)) == list(range(len(names))):
+            return []
+        right = {str(i): str(names[k]) for i, k in enumerate(sorted(names, key=int))}
+        why = "does not count the channels from 0"
+    elif isinstance(names, dict) and all(isinstance(v, int) or str(v).isdecimal() for v in names.values()):
+        right = {str(v): str(k) for k, v in sorted(names.items(), key=lambda item: int(item[1]))}
+        why = "has number and name the wrong way round"
+    elif isinstance(names, (list, str)):
+        right = {str(i): str(n) for i, n in enumerate([names] if isinstance(names, str) else names)}
+    is_now, shall_be = (json.dumps(form, ensure_ascii=False) for form in (names, right))
+    return [f'"{key}": {is_now} {why}. Write "{key}": {shall_be}']
 
 
 def _ending(content: Mapping[str, Any]) -> list[str]:

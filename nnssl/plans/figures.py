@@ -250,8 +250,12 @@ def followers(schedule: str) -> list[str]:
     """The trainers of U-Nets that follow a schedule, the one from pretrained weights first; none of an unknown schedule."""
     if schedule not in SCHEDULES:
         return []
-    teacher, control = [TEACHER] * (schedule == MEAN_TEACHER), [SCRATCH] * (schedule != LINEAR_PROBE)
-    return [SCHEDULES[schedule], *teacher, *control]
+    found = [SCHEDULES[schedule]]
+    if schedule == MEAN_TEACHER:
+        found.append(TEACHER)
+    if schedule != LINEAR_PROBE:
+        found.append(SCRATCH)
+    return found
 
 
 def trainer_for(schedule: str, primus: bool = False, pretrained: bool = True) -> str:

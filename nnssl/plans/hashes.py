@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
+
+from nnssl.files import hash_of
 
 _WITHOUT_STATISTICS = ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
 _PER_STAGE = ("features_per_stage", "n_conv_per_stage", "n_blocks_per_stage")
@@ -12,7 +13,7 @@ _DEFAULTS = {"deep_supervision": False, "nonlin_first": False, "conv_bias": Fals
 
 
 def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hash_of(json.dumps(content, sort_keys=True, separators=(",", ":")))
 
 
 def _plain(value: Any) -> Any:
@@ -34,12 +35,7 @@ def _per_axis(value: Any, n_stages: int, dim: int) -> list[list[int]]:
 
 
 def canonical_arch_kwargs(arch_kwargs: dict[str, Any], dim: int) -> dict[str, Any]:
-    """The network's arguments with every number spelt out: per stage, and strides and kernels per axis.
-
-    Args:
-        arch_kwargs: ``architecture.arch_kwargs`` of a configuration.
-        dim: spatial axes.
-    """
+    """``arch_kwargs`` of a configuration with every number spelt out: per stage, and strides and kernels per axis."""
     kwargs = {k: _plain(v) for k, v in arch_kwargs.items()}
     if "eva_depth" in kwargs:
         return _primus_kwargs(kwargs)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from nnssl.case_lists import read_known_cases
 from nnssl.errors import NnsslError
+from nnssl.files import hash_of
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import dataset_id
 from nnssl.plans.plan import Plan
@@ -28,7 +28,7 @@ def case_order(cases: Iterable[str], seed: int) -> list[str]:
     The first n are a subset: nested over n, and the same for every method, machine and version. Over folds the order is one, so
     that two folds share as many of their cases as they can.
     """
-    return sorted(set(cases), key=lambda case: (hashlib.sha256(f"{seed}:{case}".encode()).digest(), case))
+    return sorted(set(cases), key=lambda case: (hash_of(f"{seed}:{case}"), case))
 
 
 def small_split(cases: Sequence[str]) -> list[Split]:
@@ -120,28 +120,30 @@ def choose_cases(folds: Mapping[str, Split], labels: str | int, seed: int = 0) -
         NnsslError: more cases than there are, an unknown case, or nothing left to train on.
     """
     text = str(labels).strip()
+    neither = f"--labels {text}: neither a number, a percentage such as 25%, nor a file."
     if text.endswith("%"):
-        share = _number(text[:-1], text)
+        try:
+            share = float(text[:-1])
+        except ValueError:
+            raise NnsslError(neither) from None
         if not 0 < share <= 100:
             raise NnsslError(f"--labels {text}: a share lies above 0 % and at most at 100 %.")
         return {f: case_order(tr, seed)[: max(1, int(share / 100 * len(tr) + 0.5))] for f, (tr, _) in folds.items()}
     if text.lstrip("+-").isdecimal():
         number = int(text)
-        few = {f: len(tr) for f, (tr, _) in folds.items() if len(tr) < number}
         if number < 1:
             raise NnsslError(f"--labels {number}: at least 1.")
+        few = ", ".join(f"fold {f}: {len(tr)}" for f, (tr, _) in folds.items() if len(tr) < number)
         if few:
-            held = ", ".join(f"fold {f}: {n}" for f, n in few.items())
-            raise NnsslError(f"--labels {number}: there are fewer training cases ({held}).")
+            raise NnsslError(f"--labels {number}: there are fewer training cases ({few}).")
         return {f: case_order(tr, seed)[:number] for f, (tr, _) in folds.items()}
-    return _from_file(Path(text), folds)
-
-
-def _number(text: str, whole: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise NnsslError(f"--labels {whole}: neither a number, a percentage such as 25%, nor a file.") from None
+    if not Path(text).is_file():
+        raise NnsslError(neither)
+    named = read_known_cases(Path(text), "--labels", _all_cases(folds))
+    chosen = {fold: [case for case in named if case in train] for fold, (train, _) in folds.items()}
+    if not any(chosen.values()):
+        raise NnsslError(f"--labels {text} names no case to train on.")
+    return {fold: cases for fold, cases in chosen.items() if cases}
 
 
 def _all_cases(folds: Mapping[str, Split]) -> set[str]:
@@ -157,17 +159,6 @@ def choose_validating(folds: Mapping[str, Split], path: Path) -> dict[str, list[
     if not path.is_file():
         raise NnsslError(f"--validate {path}: there is no such file.")
     return {ALL: read_known_cases(path, "--validate", _all_cases(folds))}
-
-
-def _from_file(path: Path, folds: Mapping[str, Split]) -> dict[str, list[str]]:
-    if not path.is_file():
-        raise NnsslError(f"--labels {path}: neither a number, a percentage such as 25%, nor a file.")
-    named = read_known_cases(path, "--labels", _all_cases(folds))
-    chosen = {fold: [case for case in named if case in train] for fold, (train, _) in folds.items()}
-    chosen = {fold: cases for fold, cases in chosen.items() if cases}
-    if not chosen:
-        raise NnsslError(f"--labels {path} names no case to train on.")
-    return chosen
 
 
 def restrict(
@@ -194,9 +185,9 @@ def restrict(
         unknown = sorted(set(val) - set(train))
         if unknown:
             raise NnsslError(f"The plan validates on '{unknown[0]}', which is no preprocessed case.")
-    foreign = sorted(set(mine) - set(train))
-    if foreign or (str(fold) != ALL and set(mine) & set(val)):
-        wrong = foreign or sorted(set(mine) & set(val))
+    validated = set() if str(fold) == ALL else set(mine) & set(val)
+    wrong = sorted(set(mine) - set(train)) or sorted(validated)
+    if wrong:
         raise NnsslError(
             f"The plan trains fold {fold} on '{wrong[0]}', which is not among the fold's training cases: splits_final.json has "
             "changed since the plan was written. Restore it, or write a new variant: nnssl_plan --labels ..."

@@ -20,11 +20,7 @@ HEADS_ONLY = ("head_only", "linear_probe")
 
 
 def check_parts(choice: str) -> str:
-    """Return ``choice`` where it is one of :data:`CHOICES`.
-
-    Raises:
-        NnsslError: names the nearest.
-    """
+    """Return ``choice`` where it is one of :data:`CHOICES`; else raise :class:`NnsslError` with the nearest."""
     if choice not in CHOICES:
         raise NnsslError(f"parts '{choice}': it can be {', '.join(CHOICES)}.{did_you_mean(str(choice), CHOICES)}")
     return choice
@@ -33,12 +29,7 @@ def check_parts(choice: str) -> str:
 def parts_for(metadata: Mapping[str, Any], schedule: str | None = None) -> str:
     """What ``plans["nnssl"]`` asks for: its ``parts``, else everything where only heads are trained, else the default.
 
-    Args:
-        metadata: ``plans["nnssl"]``, empty where there is none.
-        schedule: the schedule that is followed; by default the one that ``metadata`` names.
-
-    Raises:
-        NnsslError: an unknown word.
+    ``schedule`` is the one that is followed, by default the one that ``metadata`` names.
     """
     if metadata.get("parts") is not None:
         return check_parts(str(metadata["parts"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -59,36 +60,34 @@ class Plan:
         if missing:
             raise NnsslError(f"These are not plans of nnU-Net v2: {', '.join(missing)} is missing.")
         what = f"Plans '{plans['plans_name']}' of {plans['dataset_name']}"
+        where = f"Configuration '{configuration}' of plans '{plans['plans_name']}'"
         check_plans(plans, what)
         check_description(dataset_json, f"dataset.json of {plans['dataset_name']}", labels=True)
-        name, known = plans["plans_name"], list(plans["configurations"])
+        known = list(plans["configurations"])
         if configuration not in known:
             raise NnsslError(
-                f"Plans '{name}' of {plans['dataset_name']} have no configuration '{configuration}'."
-                f"{did_you_mean(configuration, known)} They have: {', '.join(known)}. Choose one with -c."
+                f"{what} have no configuration '{configuration}'.{did_you_mean(configuration, known)} They have: "
+                f"{', '.join(known)}. Choose one with -c."
             )
         plan = cls(plans, configuration, dataset_json)
         try:
             previous = plan.config.previous_stage_name
         except _UNREADABLE as error:
-            raise NnsslError(f"Configuration '{configuration}' of plans '{name}' cannot be read: {error!r}") from error
+            raise NnsslError(f"{where} cannot be read: {error!r}") from error
         check_configuration(plan.config.configuration, what, configuration)
         if previous is not None and not second_stage:
             raise NnsslError(
-                f"Configuration '{configuration}' is the second stage of a cascade: its network takes a segmentation as "
-                f"an extra input, which pretraining does not have. Use '{previous}' or 3d_fullres (-c)."
+                f"{where} is the second stage of a cascade: its network takes a segmentation as an extra input, which "
+                f"pretraining does not have. Use '{previous}' or 3d_fullres (-c)."
             )
         if plan.network_class not in NETWORKS:
-            raise NnsslError(
-                f"Configuration '{configuration}' of plans '{name}' uses the network {plan.network_class}; "
-                f"supported are {', '.join(NETWORKS)}."
-            )
+            raise NnsslError(f"{where} uses the network {plan.network_class}; supported are {', '.join(NETWORKS)}.")
+        kwargs = plan.config.network_arch_init_kwargs
         if plan.is_primus:
-            where, kwargs = f"Configuration '{configuration}' of plans '{name}'", plan.config.network_arch_init_kwargs
             raise_problems(problems_of(kwargs), where)
             check_patch(plan.patch_size, kwargs["patch_embed_size"], where)
         else:
-            check_arguments(plan.config.network_arch_init_kwargs, what, configuration, plan.dim)
+            check_arguments(kwargs, what, configuration, plan.dim)
         named = dataset_json.get("channel_names") or dataset_json.get("modality")
         if named and len(plan.normalization_schemes) != len(named):
             raise NnsslError(
@@ -211,11 +210,7 @@ class Plan:
     @property
     def cumulative_strides(self) -> tuple[tuple[int, ...], ...]:
         """Input voxels per voxel of each encoder stage's output, per axis, stage 0 first."""
-        total, product = [], [1] * self.dim
-        for stride in self.strides:
-            product = [a * b for a, b in zip(product, stride)]
-            total.append(tuple(product))
-        return tuple(total)
+        return tuple(accumulate(self.strides, lambda total, stride: tuple(a * b for a, b in zip(total, stride))))
 
     @property
     def total_stride(self) -> tuple[int, ...]:
@@ -338,7 +333,7 @@ def load_plan(
     """
     name = resolve_dataset(dataset)
     check_part(plans_name, "-p")
-    folder = preprocessed_folder() / name
+    folder, raw = preprocessed_folder() / name, set_folders().get("nnUNet_raw")
     path = folder / f"{plans_name}.json"
     if not path.is_file():
         number, others = dataset_id(name), plans_in(folder) if folder.is_dir() else []
@@ -347,16 +342,12 @@ def load_plan(
                 f"{name} has no plans '{plans_name}'.{did_you_mean(plans_name, others)} It has: {', '.join(others)}. "
                 f"Choose one with -p, or plan anew: nnUNetv2_plan_and_preprocess -d {number}"
             )
-        raw = set_folders().get("nnUNet_raw")
-        unlabelled = raw is not None and (raw / name / "imagesTr").is_dir() and not (raw / name / "labelsTr").is_dir()
-        advice = (
-            f"It has no labels: nnssl_pretrain -d {number} -m mae plans it from its images, or takes a target's plans with -t"
-            if unlabelled
-            else f"Type: nnUNetv2_plan_and_preprocess -d {number}"
-        )
+        advice = f"Type: nnUNetv2_plan_and_preprocess -d {number}"
+        if raw is not None and (raw / name / "imagesTr").is_dir() and not (raw / name / "labelsTr").is_dir():
+            plans_it = f"nnssl_pretrain -d {number} -m mae plans it from its images, or takes a target's plans with -t"
+            advice = f"It has no labels: {plans_it}"
         raise NnsslError(f"{name} has not been planned: {path} does not exist. {advice}")
     description = folder / "dataset.json"
-    raw = set_folders().get("nnUNet_raw")
     if not description.is_file() and raw is not None:
         description = raw / name / "dataset.json"
     dataset_json = read_json(description)

@@ -50,15 +50,7 @@ def parse_network(text: str) -> dict[str, Any]:
 
 
 def architecture(class_name: str, width: int, depth: int, heads: int, **others: Any) -> dict[str, Any]:
-    """The ``architecture`` entry of a Primus with everything else as nnU-Net's trainers have it.
-
-    Args:
-        class_name: ``"Primus"``, ``"PrimusV2"`` or ``"PrimusV3"``.
-        width: length of a token.
-        depth: transformer blocks.
-        heads: of the attention.
-        others: further arguments of the class, over those of nnU-Net's trainers.
-    """
+    """The ``architecture`` entry of a Primus of ``depth`` blocks; ``others`` replace what nnU-Net's trainers give the class."""
     kwargs = {"embed_dim": width, "eva_depth": depth, "eva_numheads": heads, **_STOCK, **others}
     return {
         "network_class_name": f"{_MODULE}.{class_name}",
@@ -90,11 +82,7 @@ def problems_of(kwargs: Mapping[str, Any]) -> list[str]:
 
 
 def check_patch(patch: Sequence[int], token: Sequence[int], what: str) -> None:
-    """Whether tokens fill a patch, with two or more of them.
-
-    Raises:
-        NnsslError: they do not; names the nearest patch.
-    """
+    """Raise :class:`NnsslError`, with the nearest patch, where tokens do not fill a patch, or where one does alone."""
     if len(patch) != 3:
         raise NnsslError(
             f"{what}: Primus is 3D only (its position codes and its decoder are), and this configuration has {len(patch)} axes. "
@@ -113,12 +101,7 @@ def check_patch(patch: Sequence[int], token: Sequence[int], what: str) -> None:
 
 
 def stock_trainer(class_name: str, kwargs: Mapping[str, Any]) -> str | None:
-    """The trainer of nnU-Net that builds the same network from a patch, ``"nnUNet_Primus_S_Trainer"``; None where none does.
-
-    Args:
-        class_name: of the network.
-        kwargs: its arguments, ``arch_kwargs`` of a plan.
-    """
+    """The trainer of nnU-Net that builds the same network from a patch, ``"nnUNet_Primus_S_Trainer"``; None where none does."""
     given = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in kwargs.items()}
     for size, numbers in _SIZES.items():
         if class_name in CLASSES.values() and given == architecture(class_name, *numbers)["arch_kwargs"]:

@@ -12,12 +12,7 @@ CLASS = "nnssl.networks.probe.LinearProbe"
 
 
 def to_probe(plan: Plan, levels: str) -> dict[str, Any]:
-    """The plan's file with the network of one configuration replaced by its linear probe; the others stay as they are.
-
-    Args:
-        plan: of a U-Net.
-        levels: ``"decoder"`` or ``"encoder"``, see :class:`nnssl.networks.probe.LinearProbe`.
-    """
+    """The plan's file with its U-Net replaced by the :class:`nnssl.networks.probe.LinearProbe`; the other configurations stay."""
     plans = deepcopy(plan.plans)
     free_children(plans, plan)
     config = deepcopy(plan.config.configuration)

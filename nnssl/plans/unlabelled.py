@@ -15,7 +15,7 @@ from nnssl import preprocessed
 from nnssl.errors import NnsslError
 from nnssl.files import hash_of
 from nnssl.paths import preprocessed_folder
-from nnssl.plans.datasets import dataset_id
+from nnssl.plans.commands import plan_command, preprocess_command
 from nnssl.plans.plan import Plan
 from nnssl.preprocessed import CaseRef
 
@@ -65,40 +65,29 @@ def list_cases(plan: Plan, source: str) -> list[CaseRef]:
     return [CaseRef(name, folder, source) for name in preprocessed.list_cases(folder)]
 
 
-def preprocessing(plan: Plan, sources: Iterable[str]) -> str:
-    """The command that preprocesses the images of datasets for a plan."""
-    numbers = " ".join(str(dataset_id(source)) for source in sources)
-    return (
-        f"nnssl_pretrain -d {numbers} -t {dataset_id(plan.dataset_name)} -c {plan.configuration} -p {plan.plans_name} "
-        "-m mae --preprocess-only"
-    )
-
-
-def _named(plan: Plan, sources: Iterable[str]) -> tuple[list[CaseRef], list[str]]:
-    cases, why = [], []
+def _named(plan: Plan, sources: Iterable[str]) -> dict[str, list[CaseRef]]:
+    """The images of the datasets that the plans name, by why they are learnt from."""
+    found = {}
     for source in sources:
-        found = list_cases(plan, source)
-        if not found:
+        cases = list_cases(plan, source)
+        if not cases:
             raise NnsslError(
                 f"Plans '{plan.plans_name}' name {source} as images without labels, and it is not preprocessed for them "
-                f"({source_folder(plan, source)} holds no case). Type: {preprocessing(plan, [source])}"
+                f"({source_folder(plan, source)} holds no case). Type: {preprocess_command(plan, [source])}"
             )
-        cases += found
-        why.append(f"{len(found)} of {source}, named by the plans")
-    return cases, why
+        found[f"of {source}, named by the plans"] = cases
+    return found
 
 
-def _pretrained_on(plan: Plan, data: Mapping[str, Any]) -> tuple[list[CaseRef], list[str]]:
+def _pretrained_on(plan: Plan, data: Mapping[str, Any]) -> dict[str, list[CaseRef]]:
     """The pool of a pretraining: the images of its datasets whose hashes the checkpoint holds, or all where it holds none."""
-    cases, why = [], []
     hashes = set(data.get("case_hashes") or ())
-    for source in data.get("sources") or ():
-        there = list_cases(plan, str(source))
-        found = [c for c in there if not hashes or case_key_hash(c.key) in hashes]
-        if found:
-            cases += found
-            why.append(f"{len(found)} of {source}, which the weights were pretrained on")
-    return cases, why
+    return {
+        f"of {source}, which the weights were pretrained on": [
+            c for c in list_cases(plan, str(source)) if not hashes or case_key_hash(c.key) in hashes
+        ]
+        for source in data.get("sources") or ()
+    }
 
 
 def _leaks(plan: Plan) -> set[str]:
@@ -134,14 +123,14 @@ def find_unlabelled(
     """
     named = plan.nnssl.get("unlabelled")
     if named:
-        cases, why = _named(plan, named)
+        found = _named(plan, named)
     else:
-        own = {c.name: c for c in list_cases(plan, plan.dataset_name)} if rest else {}
-        cases = [own[name] for name in rest if name in own]
-        why = [f"{len(cases)} of {plan.dataset_name}, whose labels the plans leave out"] if cases else []
-        more, reasons = _pretrained_on(plan, pretrained_on or {})
-        cases, why = cases + more, why + reasons
-    unique = sorted({c.key: c for c in cases}.values(), key=lambda c: (c.source, c.name))
+        wanted = set(rest)
+        own = [c for c in list_cases(plan, plan.dataset_name) if c.name in wanted]
+        left_out = {f"of {plan.dataset_name}, whose labels the plans leave out": own}
+        found = {**left_out, **_pretrained_on(plan, pretrained_on or {})}
+    why = [f"{len(cases)} {place}" for place, cases in found.items() if cases]
+    unique = sorted({c.key: c for cases in found.values() for c in cases}.values(), key=lambda c: (c.source, c.name))
     mine = {f"{plan.dataset_name}/{name}" for name in train}
     held = {"labelled training cases": mine}
     if not plan.nnssl.get("transductive"):
@@ -150,13 +139,10 @@ def find_unlabelled(
     counts = {reason: sum(c.key in keys for c in unique) for reason, keys in held.items()}
     left = [c for c in unique if not any(c.key in keys for keys in held.values())]
     if not left:
-        number = dataset_id(plan.dataset_name)
         raise NnsslError(
             f"There are no images without labels to learn from for plans '{plan.plans_name}' of {plan.dataset_name}"
             + "".join(f"; {n} are {reason}" for reason, n in counts.items() if n)
-            + f". Name a dataset of images: nnssl_plan -d {number} -c {plan.configuration} -p {plan.plans_name} "
-            f"--unlabelled DATASET --name NAME (preprocessed before by: nnssl_pretrain -d DATASET -t {number} -c "
-            f"{plan.configuration} -p {plan.plans_name} -m mae --preprocess-only), or start from weights that were pretrained on "
-            "some."
+            + f". Name a dataset of images: {plan_command(plan, '--unlabelled DATASET')} (preprocessed before by: "
+            f"{preprocess_command(plan, ['DATASET'])}), or start from weights that were pretrained on some."
         )
     return UnlabelledPool(left, why, counts)

@@ -17,15 +17,7 @@ from nnssl.grammar import SHARED, pair, whole_numbers
 from nnssl.options import given
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import resolve_dataset
-from nnssl.plans.figures import (
-    MEAN_TEACHER,
-    SCHEDULES,
-    USED,
-    FineTuningConfig,
-    check_options,
-    schedule_name,
-    spelt,
-)
+from nnssl.plans.figures import MEAN_TEACHER, SCHEDULES, USED, FineTuningConfig, check_options, schedule_name, spelt
 from nnssl.plans.labels import choose_cases, choose_validating, folds_of
 from nnssl.plans.parts import CHOICES, check_parts
 from nnssl.plans.plan import Plan, plans_in

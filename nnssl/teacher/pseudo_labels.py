@@ -45,11 +45,7 @@ def confidence(logits: Tensor, regions: bool = False) -> Tensor:
 
 
 def pseudo_label(
-    logits: Tensor,
-    threshold: float,
-    ignore: int,
-    order: Sequence[int] | None = None,
-    largest: Sequence[Class] = (),
+    logits: Tensor, threshold: float, ignore: int, order: Sequence[int] | None = None, largest: Sequence[Class] = ()
 ) -> Tensor:
     """Label map in which voxels below the threshold are ignored.
 

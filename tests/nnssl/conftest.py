@@ -1,4 +1,4 @@
-"""Made-up label-efficiency experiments: numbers with known gains and small ellipsoids as images, and jobs that only pretend."""
+"""A planned dataset; made-up label-efficiency experiments: numbers with known gains, ellipsoids, and jobs that pretend."""
 
 from __future__ import annotations
 
@@ -246,3 +246,41 @@ def lab(tiny_preprocessed, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "need_surface_library", lambda: None)
     monkeypatch.setattr(report, "write", lambda folder, experiment, published=None: None)
     return Lab(tmp_path)
+
+
+STRIDES = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2))
+KERNELS = ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))
+
+
+@pytest.fixture
+def folder(nnunet_env, tiny_plans, tiny_dataset_json) -> Path:
+    """A planned dataset with a 2d and a 3d configuration, two plans files and no cases."""
+    folder = nnunet_env.preprocessed / "Dataset004_Hippocampus"
+    folder.mkdir()
+    options = {"strides": STRIDES, "kernels": KERNELS, "patch": (16, 32, 24), "both": True, "dataset_name": folder.name}
+    for arch, name in (("plain", "nnUNetPlans"), ("resenc", "nnUNetResEncUNetMPlans")):
+        plans = tiny_plans(3, arch, plans_name=name, **options)
+        kwargs = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+        kwargs["n_conv_per_stage_decoder"] = [3, 2, 1]  # from the bottleneck up
+        (folder / f"{name}.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text(json.dumps(tiny_dataset_json()))
+    return folder
+
+
+@pytest.fixture
+def save_pretrained() -> Callable[..., Path]:
+    """``save_pretrained(path, plan)``: a checkpoint of random weights whose encoder counts as pretrained; returns its path."""
+
+    from nnssl.networks import build_network
+    from nnssl.weights import build_payload, save
+
+    def make(path: Path, plan) -> Path:
+        payload = build_payload(
+            build_network(plan), plan, method="macl", config={}, crop_size=plan.patch_size, data={},
+            pretrained_parts={"encoder": True, "decoder_stages": []},
+        )  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path, payload)
+        return path
+
+    return make

@@ -1,3 +1,5 @@
+"""Plan variants: what changes and what stays, what is refused, and checkpoints that are named."""
+
 import json
 import os
 import shutil
@@ -9,38 +11,8 @@ from nnssl.errors import NnsslError
 from nnssl.files import sha256_of
 from nnssl.networks import build_network, canonical_state_dict
 from nnssl.paths import decode_path
-from nnssl.plan_command import main
-from nnssl.plans import Changes, Plan, check_name, derive, list_variants, load_plan
-from nnssl.plans.unlabelled import prepared_folder
-from nnssl.weights import build_payload, save, write_variant
-
-STRIDES = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2))
-KERNELS = ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))
-
-
-@pytest.fixture
-def folder(nnunet_env, tiny_plans, tiny_dataset_json):
-    """A planned dataset with a 2d and a 3d configuration, two plans files and no cases."""
-    folder = nnunet_env.preprocessed / "Dataset004_Hippocampus"
-    folder.mkdir()
-    options = {"strides": STRIDES, "kernels": KERNELS, "patch": (16, 32, 24), "both": True, "dataset_name": folder.name}
-    for arch, name in (("plain", "nnUNetPlans"), ("resenc", "nnUNetResEncUNetMPlans")):
-        plans = tiny_plans(3, arch, plans_name=name, **options)
-        kwargs = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
-        kwargs["n_conv_per_stage_decoder"] = [3, 2, 1]  # from the bottleneck up
-        (folder / f"{name}.json").write_text(json.dumps(plans))
-    (folder / "dataset.json").write_text(json.dumps(tiny_dataset_json()))
-    return folder
-
-
-def _save(path, plan, parts=None):
-    parts = parts or {"encoder": True, "decoder_stages": []}
-    payload = build_payload(
-        build_network(plan), plan, method="macl", config={}, crop_size=plan.patch_size, pretrained_parts=parts, data={}
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, payload)
-    return path
+from nnssl.plans import Changes, check_name, derive, load_plan
+from nnssl.weights import write_variant
 
 
 @pytest.mark.parametrize("plans_name", ["nnUNetPlans", "nnUNetResEncUNetMPlans"])
@@ -173,9 +145,11 @@ def test_interrupted_write_leaves_nothing(folder, monkeypatch):
     assert sorted(os.listdir(folder)) == before
 
 
-def test_checkpoint_below_the_results_stays_there(folder, nnunet_env):
+def test_checkpoint_below_the_results_stays_there(folder, nnunet_env, save_pretrained):
     plan = load_plan(4)
-    file = _save(nnunet_env.results / folder.name / "nnsslMACL__nnUNetPlans__3d_fullres" / "checkpoint_final.pth", plan)
+    file = save_pretrained(
+        nnunet_env.results / folder.name / "nnsslMACL__nnUNetPlans__3d_fullres" / "checkpoint_final.pth", plan
+    )
     write_variant(plan, "macl", checkpoint=file)
     told = load_plan(4, plans_name="nnUNetPlans_macl").nnssl
     assert told["checkpoint"] == (
@@ -185,9 +159,11 @@ def test_checkpoint_below_the_results_stays_there(folder, nnunet_env):
     assert not (nnunet_env.results / folder.name / "nnssl_imported").exists()
 
 
-def test_checkpoint_from_elsewhere_is_copied_once_and_moves_with_the_results(folder, nnunet_env, tmp_path, monkeypatch):
+def test_checkpoint_from_elsewhere_is_copied_once_and_moves_with_the_results(
+    folder, nnunet_env, tmp_path, monkeypatch, save_pretrained
+):
     plan = load_plan(4)
-    file = _save(tmp_path / "download" / "weights.pth", plan)
+    file = save_pretrained(tmp_path / "download" / "weights.pth", plan)
     write_variant(plan, "a", checkpoint=file)
     write_variant(plan, "b", checkpoint=str(file))
     digest = sha256_of(file)
@@ -202,12 +178,14 @@ def test_checkpoint_from_elsewhere_is_copied_once_and_moves_with_the_results(fol
         assert sha256_of(decode_path(told["checkpoint"])) == digest == told["sha256"]
 
 
-def test_checkpoint_that_does_not_fit_is_refused_with_the_reason_and_nothing_is_left(folder, nnunet_env, tmp_path):
+def test_checkpoint_that_does_not_fit_is_refused_with_the_reason_and_nothing_is_left(
+    folder, nnunet_env, tmp_path, save_pretrained
+):
     plan = load_plan(4)
-    file = _save(tmp_path / "weights.pth", load_plan(4, plans_name="nnUNetResEncUNetMPlans"))
+    file = save_pretrained(tmp_path / "weights.pth", load_plan(4, plans_name="nnUNetResEncUNetMPlans"))
     with pytest.raises(NnsslError, match="(?s)does not fit plans 'nnUNetPlans_x'.*ResidualEncoderUNet.*PlainConvUNet"):
         write_variant(plan, "x", checkpoint=file)
-    fits = _save(tmp_path / "fits.pth", plan)
+    fits = save_pretrained(tmp_path / "fits.pth", plan)
     with pytest.raises(NnsslError, match="does not fit plans"):
         write_variant(plan, "x", checkpoint=fits, features=(4, 8, 16))
     (tmp_path / "text.pth").write_text("no")
@@ -225,9 +203,9 @@ def test_a_stock_checkpoint_of_a_supervised_training_can_be_named(folder, tmp_pa
     assert "nnssl_imported" in load_plan(4, plans_name="nnUNetPlans_stock").nnssl["checkpoint"]
 
 
-def test_truncating_a_variant_that_names_a_checkpoint_is_refused(folder, tmp_path):
+def test_truncating_a_variant_that_names_a_checkpoint_is_refused(folder, tmp_path, save_pretrained):
     plan = load_plan(4)
-    write_variant(plan, "a", checkpoint=_save(tmp_path / "w.pth", plan))
+    write_variant(plan, "a", checkpoint=save_pretrained(tmp_path / "w.pth", plan))
     with pytest.raises(NnsslError, match=r"Derive from nnUNetPlans instead \(-p nnUNetPlans\)"):
         write_variant(load_plan(4, plans_name="nnUNetPlans_a"), "b", features=(4, 8, 16))
     write_variant(load_plan(4, plans_name="nnUNetPlans_a"), "b", epochs=3)
@@ -281,124 +259,6 @@ def test_stock_trainer_builds_the_variants_network(tiny_preprocessed):
     assert str(trainer.preprocessed_dataset_folder) == str(folder / "nnUNetPlans_3d_fullres")
 
 
-# ------------------------------------------------------------------------------------------------ the command
-
-
-def test_command_writes_and_says_what_is_next(folder, capsys):
-    arguments = "-d 4 -c 3d_fullres -p nnUNetPlans --name cpu --features 8,16,32 --patch 16,20,16 --iterations 50"
-    assert main([*arguments.split(), "--epochs", "5", "--val-iterations", "7", "--batch-size", "3"]) == 0
-    out = capsys.readouterr().out
-    assert f"Wrote {folder / 'nnUNetPlans_cpu.json'}" in out
-    assert out.endswith(
-        "Next, the pretraining (or, on images without labels of another dataset N: -d N -t 4), and then the fine-tuning:\n"
-        "  nnssl_pretrain -d 4 -m mae -p nnUNetPlans_cpu\n"
-        "  nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlans_cpu -tr nnUNetTrainerPretrained\n"
-    )
-    plan = load_plan(4, plans_name="nnUNetPlans_cpu")
-    assert (plan.features, plan.patch_size, plan.batch_size) == ((8, 16, 32), (16, 20, 16), 3)
-    told = [plan.nnssl[k] for k in ("iterations", "epochs", "val_iterations", "schema")]
-    assert told == [50, 5, 7, 1] and "schedule" not in plan.nnssl
-
-
-def test_command_says_the_training_alone_where_it_finds_weights(folder, monkeypatch, capsys):
-    from types import SimpleNamespace
-
-    from nnssl import plan_command
-
-    monkeypatch.setattr(plan_command, "find_pretrainings", lambda plan: [SimpleNamespace(finished=True)])
-    assert main(["-d", "4", "--name", "a", "--epochs", "5"]) == 0
-    line = "Next: nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlans_a -tr nnUNetTrainerPretrained\n"
-    assert capsys.readouterr().out.endswith(line)
-
-
-def test_command_says_what_a_mean_teacher_can_start_from(folder, capsys):
-    assert main(["-d", "4", "-c", "2d", "--name", "few", "--schedule", "mean-teacher"]) == 0
-    assert capsys.readouterr().out.endswith(
-        "Next, from random weights: nnUNetv2_train 4 2d 0 -p nnUNetPlans_few -tr nnUNetTrainerMeanTeacher\n"
-        "Or from pretrained ones: nnssl_pretrain -d 4 -m mae -p nnUNetPlans_few -c 2d, and then "
-        "-tr nnUNetTrainerPretrainedMeanTeacher\n"
-    )
-
-
-def test_command_says_what_comes_before_a_pool_that_is_not_preprocessed(folder, capsys):
-    (folder.with_name("Dataset500_Scans")).mkdir()
-    first = (
-        "First, for the images without labels: "
-        "nnssl_pretrain -d 500 -t 4 -c 3d_fullres -p nnUNetPlans_few -m mae --preprocess-only\nNext, from random weights: "
-    )
-    assert main(["-d", "4", "--name", "few", "--unlabelled", "500"]) == 0
-    assert first in capsys.readouterr().out
-    plan = load_plan(4, plans_name="nnUNetPlans_few")
-    there = prepared_folder(plan, "Dataset500_Scans")
-    there.mkdir()
-    (there / "scan.b2nd").touch()
-    (there / "scan.pkl").touch()
-    assert main(["-d", "4", "--name", "few2", "--unlabelled", "500"]) == 0
-    assert "First" not in capsys.readouterr().out
-
-
-def test_command_2d(folder):
-    assert main(["-d", "4", "-c", "2d", "--name", "cpu", "--features", "8,16,16", "--patch", "20,12"]) == 0
-    assert load_plan(4, "2d", "nnUNetPlans_cpu").patch_size == (20, 12)
-    assert load_plan(4, "3d_fullres", "nnUNetPlans_cpu").patch_size == (16, 32, 24)
-
-
-def test_command_refuses_without_traceback(folder, capsys):
-    assert main(["-d", "4", "--name", "cpu", "--epochs", "5"]) == 0
-    capsys.readouterr()
-    for arguments, message in [
-        ("-d 4 --name cpu --epochs 6", "exists already"),
-        ("-d 9 --name cpu --epochs 6", "Nearest: Dataset004_Hippocampus"),
-        ("-d 4 -p other --name cpu --epochs 6", "has no plans 'other'"),
-        ("-d 4 -c 3d_lowres --name x --epochs 6", "They have: 2d, 3d_fullres"),
-        ("-d 4 --name a__b --epochs 6", "'a__b' cannot be used"),
-        ("-d 4 --name x --patch 16,31,24", "axis y has 31 voxels"),
-        ("-d 4 --name x --checkpoint absent.pth", "Error: --checkpoint: There is no checkpoint absent.pth."),
-        ("-d 4 --name x", "Nothing to change"),
-        ("-d 4 --epochs 5", "--name is missing"),
-    ]:
-        usage = message in ("Nothing to change", "--name is missing")
-        assert main(arguments.split()) == (2 if usage else 1), arguments
-        captured = capsys.readouterr()
-        assert message in captured.err
-        assert captured.err.startswith("Error: ")
-        assert "Traceback" not in captured.err
-
-
-def test_command_takes_no_abbreviations_and_no_text_for_numbers(folder, capsys):
-    for arguments in ("-d 4 --name x --feat 4,8", "-d 4 --name x --features 4;8", "--name x"):
-        with pytest.raises(SystemExit) as caught:
-            main(arguments.split())
-        assert caught.value.code == 2
-    assert "not a list of whole numbers such as 8,16,32" in capsys.readouterr().err
-
-
-def test_command_lists_variants(folder, capsys, tmp_path):
-    assert main(["-d", "4", "--list"]) == 0
-    assert "has no plan variants" in capsys.readouterr().out
-    plan = load_plan(4)
-    write_variant(plan, "cpu", features=(4, 8, 16), patch=(4, 8, 8), epochs=5, iterations=50)
-    write_variant(plan, "macl", checkpoint=_save(tmp_path / "w.pth", plan))
-    (folder / "broken.json").write_text("{")
-    (folder / "nnUNetPlans_odd.json").write_text(json.dumps({"configurations": {}, "nnssl": {}}))
-    assert main(["-d", "4", "--list"]) == 0
-    out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines() if line.startswith("nnUNet")] == [
-        "nnUNetPlans_cpu",
-        "nnUNetPlans_macl",
-    ]
-    assert "4x8x8" in out and "nnssl_imported" in out
-    assert "nnUNetPlans_odd.json is left out" in out
-    assert [v.plans_name for v in list_variants(4)] == ["nnUNetPlans_cpu", "nnUNetPlans_macl"]
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    assert "--checkpoint FILE" in capsys.readouterr().out
-
-
 def test_defects_keep_their_traceback_and_interrupts_end_quietly(capsys):
     from nnssl.command import run_command
 
@@ -419,10 +279,6 @@ def test_defects_keep_their_traceback_and_interrupts_end_quietly(capsys):
     assert run_command(lambda: 3) == 3
     err = capsys.readouterr().err
     assert "No space left on device" in err and "x.pth" in err
-
-
-def test_plan_is_only_a_plan_with_the_right_type(folder):
-    assert isinstance(derive(load_plan(4), "x", epochs=2), Plan)
 
 
 def test_changes_are_one_object_or_arguments_or_both(folder):

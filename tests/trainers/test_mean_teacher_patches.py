@@ -198,7 +198,8 @@ def test_the_pool_gets_half_of_the_processes(build, monkeypatch, allowed, proces
     trainer.figures, trainer.batch_size = FineTuningConfig(strength=1.0), 2
     trainer.pool = type("Pool", (), {"cases": []})()
     transforms_of(trainer)
-    monkeypatch.setattr(mean_teacher, "nnUNetDataLoader", lambda *a, **k: SimpleNamespace())
+    made = SimpleNamespace()
+    monkeypatch.setattr(mean_teacher, "nnUNetDataLoader", lambda *a, **how: made.__dict__.update(how) or made)
     monkeypatch.setattr(mean_teacher, "get_allowed_n_proc_DA", lambda: allowed)
     monkeypatch.setattr(mean_teacher, "SingleThreadedAugmenter", lambda loader, _: told.append((0, 0, 0)))
     monkeypatch.setattr(
@@ -207,5 +208,6 @@ def test_the_pool_gets_half_of_the_processes(build, monkeypatch, allowed, proces
         lambda loader, _, n, num_cached, seeds, **how: told.append((n, num_cached, len(set(seeds)), how)),
     )
     trainer._load_pool()
+    assert made.oversample_foreground_percent == 0 and made.has_ignore is False, "patches anywhere, none around a class"
     as_nnunets = {"pin_memory": False, "wait_time": 0.002}
     assert told == [(processes, cached, processes, as_nnunets)] if allowed else told == [(0, 0, 0)]

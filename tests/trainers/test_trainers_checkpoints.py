@@ -101,7 +101,7 @@ def test_a_training_keeps_the_optimiser_that_it_began_with(pretraining, build, s
     assert states[0] and all(
         torch.equal(states[1][k]["momentum_buffer"], v["momentum_buffer"]) for k, v in states[0].items()
     )
-    assert "keeps what it began with: sgd, largest learning rate 0.01" in log_of(again)
+    assert "keeps what it began with: optimizer sgd (now adam), peak_lr 0.01 (now 0.002)" in log_of(again)
 
 
 def test_stock_nnunet_predicts_with_the_checkpoint(pretraining, build, start):
