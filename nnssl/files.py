@@ -59,7 +59,8 @@ def remove_temporary(folder: Path) -> None:
             stale.unlink()
 
 
-def _place(temporary: str, path: Path, overwrite: bool) -> None:
+def move_into_place(temporary: str, path: Path, *, overwrite: bool) -> None:
+    """Rename a file of the same file system; raises ``FileExistsError`` where it exists and ``overwrite`` is False."""
     if overwrite:
         os.replace(temporary, path)
         return
@@ -97,7 +98,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, _mode(path))
-        _place(temporary, path, overwrite)
+        move_into_place(temporary, path, overwrite=overwrite)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
@@ -202,10 +203,11 @@ def hash_of(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """sha256 (hex) of a file's content, read in pieces."""
+def sha256_of(path: str | os.PathLike[str], start: int = 0) -> str:
+    """sha256 (hex) of a file's content from a byte on, read in pieces."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
+        file.seek(start)
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

@@ -66,7 +66,7 @@ def add_options(parser: CommandParser, cls: Any, titles: Sequence[str] = ()) -> 
 
 
 def from_args(cls: Callable[..., O], args: Any, **others: Any) -> O:
-    """The options of a parsed command line, and fields that the command has no option of.
+    """The options of a parsed command line; others are of Python only, or go before what was typed.
 
     Raises:
         NnsslError: a text that cannot be read.
@@ -75,7 +75,7 @@ def from_args(cls: Callable[..., O], args: Any, **others: Any) -> O:
     for f in command_fields(cls):
         value, read = getattr(args, _dest(f)), f.metadata["read"]
         values[f.name] = value if value is None or read is None else read(value)
-    return cls(**values, **others)
+    return cls(**{**values, **others})
 
 
 def asked(options: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -92,18 +92,14 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def as_function(
-    name: str, cls: Callable[P, Any], body: Callable[[Any], R], summary: str, returns: str, raises: str
-) -> Callable[P, R]:
+def as_function(name: str, cls: Callable[P, Any], body: Callable[[Any], R]) -> Callable[P, R]:
     """A function with the fields of a dataclass as arguments; type checkers and ``help`` see each of them.
 
     Args:
         name: of the function.
-        cls: the dataclass.
-        body: what is done with its instance.
-        summary, returns, raises: of the docstring; its arguments are the fields' own texts.
+        cls: the dataclass; its fields' own texts are those of the arguments.
+        body: what is done with its instance; its docstring is the function's, with the arguments put in before "Returns:".
     """
-
     options: Any = cls
     about = {f.name: f.metadata.get("help", "") for f in fields(options)}
 
@@ -116,7 +112,7 @@ def as_function(
     made: Any = function
     made.__signature__ = inspect.signature(cls).replace(return_annotation=inspect.signature(body).return_annotation)
     made.__module__, made.__name__, made.__qualname__ = body.__module__, name, name
+    head, returns, rest = (inspect.getdoc(body) or "").partition("Returns:")
     lines = [f"    {argument}: {text}." for argument, text in about.items()]
-    head = [summary, "", "Args:", *lines, "", "Returns:", f"    {returns}", "", "Raises:", f"    {raises}"]
-    made.__doc__ = "\n".join(head)
+    made.__doc__ = head + "\n".join(["Args:", *lines, "", returns]) + rest
     return function

@@ -16,6 +16,11 @@ def size_text(values: Sequence[float]) -> str:
     return "x".join(f"{v:g}" for v in values)
 
 
+def first_few(texts: Sequence[str], most: int, between: str = ", ") -> str:
+    """``"a, b, c ..."`` of many texts."""
+    return between.join(texts[:most]) + (" ..." if len(texts) > most else "")
+
+
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Rows of cells as lines of columns of one width: the first ``left`` columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -72,9 +72,19 @@ class RunResult:
 
 
 def pretrain(asked: RunOptions) -> RunResult:
-    """What :func:`run` does, with its arguments as one object."""
+    """Pretrain the network of a dataset's plans on unlabelled images.
+
+    Returns:
+        Where the results are and whether the method learnt.
+
+    Raises:
+        NnsslError: for everything that the user can mend.
+    """
     with keep_lines() as said:
         return _pretrain(asked, said)
+
+
+run = as_function("run", RunOptions, pretrain)
 
 
 def _pretrain(asked: RunOptions, said: MemoryHandler) -> RunResult:
@@ -155,16 +165,6 @@ def _pretrain(asked: RunOptions, said: MemoryHandler) -> RunResult:
             "environment": variables(),
         }
         return _execute(spec, auto or bool(go_on), record, said, loggers)
-
-
-run = as_function(
-    "run",
-    RunOptions,
-    pretrain,
-    "Pretrain the network of a dataset's plans on unlabelled images.",
-    "Where the results are and whether the method learnt.",
-    "NnsslError: for everything that the user can mend.",
-)
 
 
 def _labelled_target(asked: RunOptions, options: Mapping[str, Any]) -> int | str | None:

@@ -101,23 +101,9 @@ def _body(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _preprocess(args: argparse.Namespace) -> int:
-    from nnssl.pretrain.prepare.preparation import preprocess
+    from nnssl.pretrain.prepare.preparation import PrepareOptions, prepare
 
-    preprocess(
-        args.sources,
-        target=args.target or args.labelled,
-        configuration=args.configuration,
-        plans=args.plans,
-        method=args.method,
-        part=args.part,
-        cases=args.cases,
-        exclude=args.exclude,
-        skip_bad=args.skip_bad,
-        allow_mismatch=args.allow_mismatch,
-        processes=args.processes,
-        planner=args.planner,
-        gpu_memory_target=args.gpu_memory_target,
-    )
+    prepare(from_args(PrepareOptions, args, target=args.target or args.labelled, part=args.part))
     return 0
 
 

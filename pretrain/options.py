@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -199,6 +199,12 @@ class RunOptions:
     def asked(self) -> dict[str, Any]:
         """What differs from the defaults, as JSON-ready values: for the run's record."""
         return asked(self, without=("hooks", "continue_run", "dry_run"))
+
+
+def as_in_run(name: str, **changes: Any) -> Any:
+    """A field that :class:`RunOptions` has too, with another default where one is given."""
+    known = next(f for f in fields(RunOptions) if f.name == name)
+    return field(**{"default": known.default, "metadata": known.metadata, **changes})
 
 
 def command_of(options: RunOptions) -> str:

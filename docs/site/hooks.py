@@ -135,11 +135,14 @@ def arguments(title: str, module: str, name: str) -> list[str]:
 
 
 TABLES = {
-    "pretrain": ("Arguments of `nnssl.pretrain.run`", "nnssl.pretrain.options", "RunOptions"),
-    "plans": ("Arguments of `nnssl.plans.Changes`", "nnssl.plans", "Changes"),
-    "transferability": ("Arguments of `nnssl.probe.probe`", "nnssl.probe.options", "ProbeOptions"),
+    "pretrain": [
+        ("Arguments of `nnssl.pretrain.run`", "nnssl.pretrain.options", "RunOptions"),
+        ("Arguments of `nnssl.pretrain.preprocess`", "nnssl.pretrain.prepare.preparation", "PrepareOptions"),
+    ],
+    "plans": [("Arguments of `nnssl.plans.Changes`", "nnssl.plans", "Changes")],
+    "transferability": [("Arguments of `nnssl.probe.probe`", "nnssl.probe.options", "ProbeOptions")],
 }
-"""Page of the API -> title, module and dataclass of the table at its end."""
+"""Page of the API -> title, module and dataclass of the tables at its end."""
 
 
 def api_pages() -> dict[str, str]:
@@ -149,7 +152,7 @@ def api_pages() -> dict[str, str]:
         parts = [f"# {title}"]
         for module in modules:
             parts += ["", f"## `{module}`", "", f"::: {module}", "    options:", "      heading_level: 3"]
-        parts += arguments(*TABLES[page]) if page in TABLES else []
+        parts += [line for table in TABLES.get(page, ()) for line in arguments(*table)]
         pages[f"reference/{page}.md"] = "\n".join(parts) + "\n"
     return pages
 

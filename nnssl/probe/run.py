@@ -28,7 +28,14 @@ log = logging.getLogger("nnssl")
 
 
 def run_probe(asked: ProbeOptions) -> Probe:
-    """What :func:`probe` does, with its arguments as one object."""
+    """Fit linear layers on the frozen features of random weights and of checkpoints, and score them.
+
+    Returns:
+        The table, a sentence on each checkpoint, and what was written.
+
+    Raises:
+        NnsslError: for everything that the user can mend.
+    """
     began = time.monotonic()
     plan = load_plan(resolve_dataset(asked.dataset), asked.configuration, asked.plans)
     classes = Classes.of(plan)
@@ -52,14 +59,7 @@ def run_probe(asked: ProbeOptions) -> Probe:
     return found
 
 
-probe = as_function(
-    "probe",
-    ProbeOptions,
-    run_probe,
-    "Fit linear layers on the frozen features of random weights and of checkpoints, and score them.",
-    "The table, a sentence on each checkpoint, and what was written.",
-    "NnsslError: for everything that the user can mend.",
-)
+probe = as_function("probe", ProbeOptions, run_probe)
 
 
 def _measure_all(

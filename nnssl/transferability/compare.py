@@ -116,6 +116,14 @@ def make_evaluator(
 
 
 def _compare(asked: CompareOptions) -> Comparison:
+    """Measure checkpoints on a dataset's images, without labels; choose cases (or name them) that no run was pretrained on.
+
+    Returns:
+        Runs, random initialisations, TIS, and the files written: none without ``output``.
+
+    Raises:
+        NnsslError: for everything that the user can mend.
+    """
     if not asked.checkpoints:
         raise NnsslError("no checkpoint to measure: name at least one.")
     if asked.random_inits < 2:
@@ -135,14 +143,7 @@ def _compare(asked: CompareOptions) -> Comparison:
     return Comparison(runs, baseline, rows, files)
 
 
-compare = as_function(
-    "compare",
-    CompareOptions,
-    _compare,
-    "Measure checkpoints on a dataset's images, without labels; choose cases (or name them) that no run was pretrained on.",
-    "Runs, random initialisations, TIS, and the files written: none without ``output``.",
-    "NnsslError: for everything that the user can mend.",
-)
+compare = as_function("compare", CompareOptions, _compare)
 
 
 def _write(folder: Path, runs: list[Run], baseline: Baseline, rows: list[TISRow]) -> list[Path]:

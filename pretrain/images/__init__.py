@@ -13,10 +13,6 @@ __all__ = ["Rejected", "Summary", "add_images"]
 
 def __getattr__(name: str) -> Any:
     # nnU-Net reads its variables while it is imported: the command checks them before
-    if name == "Rejected":
-        from nnssl.pretrain.images.items import Rejected
-
-        return Rejected
     if name in __all__:
         from nnssl.pretrain.images import add
 

@@ -9,28 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnssl.errors import NnsslError
+from nnssl.plans import resolve_dataset
+from nnssl.pretrain.images.dataset import Dataset
 from nnssl.pretrain.images.items import Item, Rejected
+from nnssl.pretrain.images.options import AddOptions
 from nnssl.pretrain.images.scan import dataset_channels
 from nnssl.pretrain.prepare.channels import modality_of, same_name
-from nnssl.pretrain.prepare.raw import describe
+from nnssl.pretrain.prepare.raw import channel_names, describe
 from nnssl.words import counted
 
 log = logging.getLogger("nnssl")
 
-NAMES = {"CT": "CT", "MR": "MR", "PT": "PET", "US": "US"}
-"""DICOM's modality -> channel name."""
+NAMES = {"CT": "CT", "MR": "MR", "PT": "PET", "US": "US"}  # DICOM's modality -> channel name
 
 
 @dataclass
 class Channels:
-    """What is decided.
-
-    Attributes:
-        names: of the channels.
-        items: images that are of that kind.
-        patterns: channel name -> regular expression, in the order of the names; None where there is one channel.
-        rejected: images of another kind.
-    """
+    """Names of the channels, images that are of that kind, and patterns by name, None where there is one channel."""
 
     names: tuple[str, ...]
     items: Sequence[Item]
@@ -38,39 +33,25 @@ class Channels:
     rejected: list[Rejected] = field(default_factory=list)
 
 
-def choose_channels(
-    items: Sequence[Item],
-    dataset: str,
-    there: Sequence[str],
-    *,
-    target: int | str | None,
-    modality: str | None,
-    patterns: Mapping[str, str] | None,
-) -> Channels:
-    """Decide on channels.
-
-    Args:
-        items: all images found.
-        dataset: that they are added to.
-        there: its channels; none where it is new.
-        target: dataset whose names are taken.
-        modality: name of the only channel.
-        patterns: of ``--channels``.
-
-    Raises:
-        NnsslError: the names contradict each other, or stand nowhere.
-    """
+def choose_channels(items: Sequence[Item], dataset: Dataset, asked: AddOptions) -> Channels:
+    """Decide on the channels of a dataset; raises :class:`NnsslError` where names contradict each other, or stand nowhere."""
+    patterns, modality = asked.channels, asked.modality
     if patterns and modality:
         raise NnsslError("--channels names the channels; leave out --modality.")
-    wanted, who = tuple(there), dataset
-    if target is not None:
-        wanted, who = _channels_of_target(target)
-        if there and not _same(there, wanted):
-            raise NnsslError(f"{dataset} has {_channels(there)}, not those of {who}: {', '.join(wanted)}.")
+    there = dataset.channels
+    wanted, who = there, dataset.name
+    if asked.target is not None:
+        who = resolve_dataset(asked.target)
+        wanted = tuple(channel_names(describe(who)).values())
+        if not wanted:
+            raise NnsslError(f"dataset.json of {who} has no channel_names that could be taken.")
+        if there and not (len(there) == len(wanted) and all(map(same_name, there, wanted))):
+            raise NnsslError(f"{dataset.name} has {_channels(there)}, not those of {who}: {', '.join(wanted)}.")
     if not patterns and not modality:
         patterns = _patterns_of_datasets(items)
     if patterns:
-        return _several(items, dict(patterns), wanted, who)
+        patterns = _ordered(patterns, wanted, who)
+        return Channels(tuple(patterns), items, patterns)
     if len(wanted) > 1:
         raise NnsslError(
             f"{who} has {len(wanted)} channels: give a pattern for each, --channels "
@@ -78,62 +59,45 @@ def choose_channels(
         )
     if modality and wanted and not same_name(modality, wanted[0]):
         raise NnsslError(f"{who} has the channel {wanted[0]}, not {modality}.")
-    return _one(items, wanted[0] if wanted else modality)
-
-
-def _channels_of_target(target: int | str) -> tuple[tuple[str, ...], str]:
-    from nnssl.plans import resolve_dataset
-
-    name = resolve_dataset(target)
-    description = describe(name)
-    names = description.get("channel_names") or description.get("modality")
-    if not isinstance(names, dict) or not names:
-        raise NnsslError(f"dataset.json of {name} has no channel_names that could be taken.")
-    return tuple(str(names[k]) for k in sorted(names, key=int)), name
-
-
-def _same(one: Sequence[str], other: Sequence[str]) -> bool:
-    return len(one) == len(other) and all(map(same_name, one, other))
+    return _one(items, wanted[0] if wanted else modality or _agreed_modality(items))
 
 
 def _patterns_of_datasets(items: Sequence[Item]) -> dict[str, str] | None:
     """Patterns for the files of nnU-Net datasets with several channels, where all images are of such."""
-    folders = {str(Path(item.files[0]).parent) for item in items if not item.dicom}
-    found = {dataset_channels(folder) for folder in folders}
-    names = next(iter(found)) if len(found) == 1 and not any(item.dicom for item in items) else None
+    if any(item.dicom for item in items):
+        return None
+    found = {dataset_channels(folder) for folder in {str(Path(item.files[0]).parent) for item in items}}
+    names = next(iter(found)) if len(found) == 1 else None
     if not names or len(names) < 2 or len(set(names)) != len(names):
         return None
     return {name: rf"_{c:04d}(?=\.)" for c, name in enumerate(names)}
 
 
-def _several(items: Sequence[Item], patterns: dict[str, str], wanted: Sequence[str], who: str) -> Channels:
+def _ordered(patterns: Mapping[str, str], wanted: Sequence[str], who: str) -> Mapping[str, str]:
+    """The patterns under the names that are wanted, in their order."""
     if not wanted:
-        return Channels(tuple(patterns), items, patterns)
+        return patterns
     ordered = {}
     for name in wanted:
-        given = next((g for g in patterns if g == name), None) or next(
-            (g for g in patterns if same_name(g, name)), None
-        )
-        if given is not None:
-            ordered[name] = patterns[given]
+        alike = [given for given in patterns if given == name] or [g for g in patterns if same_name(g, name)]
+        if alike:
+            ordered[name] = patterns[alike[0]]
     if len(ordered) != len(wanted) or len(patterns) != len(wanted):
         raise NnsslError(f"{who} has {_channels(wanted)}, not {', '.join(patterns)}.")
-    return Channels(tuple(ordered), items, ordered)
+    return ordered
 
 
-def _one(items: Sequence[Item], asked: str | None) -> Channels:
+def _one(items: Sequence[Item], name: str) -> Channels:
     """One channel: those images that are not known to be of another modality."""
-    if asked is None:
-        asked = _agreed_modality(items)
-    wanted = modality_of(asked)
-    kept, rejected = [], []
+    wanted = modality_of(name)
+    kept: list[Item] = []
+    chosen = Channels((name,), kept)
     for item in items:
-        kind = modality_of(item.modality)
-        if wanted and item.modality and kind != wanted:
-            rejected.append(Rejected(item.files[0], "another modality", item.modality, len(item.files)))
+        if wanted and item.modality and modality_of(item.modality) != wanted:
+            chosen.rejected.append(item.rejected("another modality", item.modality))
         else:
             kept.append(item)
-    return Channels((asked,), kept, None, rejected)
+    return chosen
 
 
 def _agreed_modality(items: Sequence[Item]) -> str:
@@ -146,9 +110,9 @@ def _agreed_modality(items: Sequence[Item]) -> str:
         raise NnsslError(
             f"The images are of several kinds ({shown} images): choose one with --modality; others are left out."
         )
+    if not items:
+        return "MR"
     if not counts:
-        if not items:
-            return "MR"
         raise NnsslError(
             "The files do not tell what kind of images they are: say it, for example --modality CT or --modality MR, or name the "
             "dataset to be fine-tuned with -t."
@@ -157,12 +121,8 @@ def _agreed_modality(items: Sequence[Item]) -> str:
     kind = next(iter(counts))
     modality = next(iter(names)) if len(names) == 1 and kind not in names else NAMES.get(kind, kind)
     if silent:
-        log.info(
-            "Modality: %s, as %d of %d images say; the others do not tell theirs.",
-            modality,
-            len(items) - silent,
-            len(items),
-        )
+        told = len(items) - silent
+        log.info("Modality: %s, as %d of %d images say; the others do not tell theirs.", modality, told, len(items))
     return modality
 
 

@@ -13,26 +13,26 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from nnssl.pretrain.images.dcm2niix import Unconverted, convert, joined
+from nnssl.pretrain.images.dcm2niix import Unconverted, convert
 from nnssl.pretrain.images.items import Item, Task
 from nnssl.pretrain.images.kinds import LABEL_MAP, looks_like_labels
+from nnssl.pretrain.images.options import AddOptions
 from nnssl.pretrain.images.other import read_nibabel, read_tiff
-from nnssl.pretrain.prepare.integrity import check_header, check_spacing, check_voxels, check_whole, is_nifti2
+from nnssl.pretrain.prepare.integrity import check_header, check_spacing, check_voxels, check_whole, is_nifti2, quiet
 from nnssl.pretrain.prepare.worker import voxel_hash
 from nnssl.words import size_text
 
-LINKS = ("auto", "symbolic", "never")
-"""Whether NIfTI files are linked: by hard link where their header tells nothing of a patient, as they are, or not at all."""
+LARGEST_SPACING = 20.0  # voxel size in mm; with ``--least-spacing`` what a clinical scanner makes
 
-LEAST_SPACING, LARGEST_SPACING = 0.04, 20.0
-"""Voxel sizes in mm that a clinical scanner makes."""
-
-HARMLESS = ("", "fsl", "itk", "spm", "nifti")
+HARMLESS = ("fsl", "itk", "spm", "nifti")
 """Beginnings of the description in a NIfTI header that name software and no patient."""
 
 SAME_GEOMETRY = 1e-3
 
 REASONS = {
+    "truncated": "it is truncated",
+    "voxels are NaN or infinite": "voxels are NaN or infinite",
+    "absurd voxel size": "absurd voxel size",
     "sheared": "its matrix is sheared",
     "too large for 32-bit": "voxels are too large for 32-bit floating point",
     "is constant": "the image is constant",
@@ -52,13 +52,7 @@ class _No(Exception):
 
 @dataclass(frozen=True)
 class Made:
-    """One case that is ready to be put into place.
-
-    Attributes:
-        sha256: hash of its voxels, see :func:`nnssl.pretrain.prepare.worker.voxel_hash`.
-        drafts: its channels, in the temporary folder.
-        linked: channels that are links.
-    """
+    """One case that is ready to be put into place: hash of its voxels, files of its channels, and how many of them are links."""
 
     sha256: str
     drafts: tuple[str, ...]
@@ -88,10 +82,12 @@ def tells_nothing(path: str) -> bool:
         return False
     if not isinstance(header, nibabel.Nifti1Header) or len(header.extensions):
         return False
-    texts = {k: bytes(header[k].tobytes()).rstrip(b"\0 ").decode("latin-1").lower() for k in ("descrip", "aux_file")}
-    old = {k: bytes(header[k].tobytes()).strip(b"\0 ") for k in ("db_name", "data_type") if k in header}
-    software = any(texts["descrip"].startswith(h) if h else not texts["descrip"] for h in HARMLESS)
-    return software and texts["aux_file"] in ("", "none") and not any(old.values())
+
+    def text(key: str) -> str:
+        return str(header[key].tobytes().strip(b"\0 "), "latin-1").lower() if key in header else ""
+
+    software = not text("descrip") or text("descrip").startswith(HARMLESS)
+    return software and text("aux_file") in ("", "none") and not (text("db_name") or text("data_type"))
 
 
 def _plain(image: sitk.Image) -> sitk.Image:
@@ -105,11 +101,9 @@ def _plain(image: sitk.Image) -> sitk.Image:
 
 
 def _volumes(image: sitk.Image, four_d: str) -> list[sitk.Image]:
-    if image.GetNumberOfComponentsPerPixel() > 1:
-        colour = image.GetNumberOfComponentsPerPixel() in (3, 4)
-        raise _No(
-            "colour (RGB)" if colour else "its voxels are vectors", f"{image.GetNumberOfComponentsPerPixel()} values"
-        )
+    components = image.GetNumberOfComponentsPerPixel()
+    if components > 1:
+        raise _No("colour (RGB)" if components in (3, 4) else "its voxels are vectors", f"{components} values")
     if "complex" in image.GetPixelIDTypeAsString():
         raise _No("its voxels are complex numbers")
     size = image.GetSize()
@@ -122,23 +116,6 @@ def _volumes(image: sitk.Image, four_d: str) -> list[sitk.Image]:
     if size[3] > 1 and four_d == "reject":
         raise _No("4D (see --four-d)", f"{size[3]} volumes")
     return [image[..., i] for i in range(size[3] if four_d == "split" else 1)]
-
-
-def _check(image: sitk.Image, least: int, limits: tuple[float, float], keep_labels: bool) -> None:
-    size, spacing = image.GetSize(), image.GetSpacing()
-    if min(size) == 1:
-        raise _No("a single slice")
-    if min(size) < least:
-        raise _No(f"fewer than {least} slices", size_text(size))
-    voxels = sitk.GetArrayViewFromImage(image)
-    try:
-        check_spacing(spacing, size, limits)
-        check_voxels([voxels])
-    except ValueError as error:
-        raise _No(*_unreadable(str(error))) from None
-    labels = "" if keep_labels else looks_like_labels(voxels)
-    if labels:
-        raise _No(LABEL_MAP, labels)
 
 
 def _same_place(images: Sequence[sitk.Image]) -> None:
@@ -154,66 +131,42 @@ def _same_place(images: Sequence[sitk.Image]) -> None:
 
 @dataclass(frozen=True)
 class Converter:
-    """Makes the files of one case in a temporary folder. Pickles.
+    """Makes the files of one case in a temporary folder, on the file system of the dataset. Pickles."""
 
-    Args:
-        temporary: folder on the file system of the dataset.
-        four_d: see :data:`nnssl.pretrain.images.items.FOUR_D`.
-        least: slices that make a volume.
-        link: see :data:`LINKS`.
-        least_spacing: mm; smaller voxel sizes are taken for a damaged header.
-        keep_labels: keep what looks like a label map.
-    """
-
+    asked: AddOptions
     temporary: Path
-    four_d: str
-    least: int
-    link: str
-    least_spacing: float = LEAST_SPACING
-    keep_labels: bool = False
-
-    @property
-    def options(self) -> str:
-        """What decides whether an image is used: one that was not is looked at again only under other options."""
-        return f"2 {self.four_d} {self.least} {self.least_spacing:g} {self.keep_labels}"
 
     @property
     def _limits(self) -> tuple[float, float]:
-        return self.least_spacing, LARGEST_SPACING
+        return self.asked.least_spacing, LARGEST_SPACING
 
     def __call__(self, task: Task) -> Result:
         """Do one task; never raises but for Ctrl-C."""
-        loud = sitk.ProcessObject.GetGlobalWarningDisplay()
-        sitk.ProcessObject.SetGlobalWarningDisplay(False)
         try:
-            return Result(task, tuple(self._cases(task)))
+            with quiet():
+                return Result(task, tuple(self._cases(task)))
         except _No as error:
             reason, *detail = error.args
             return Result(task, reason=reason, detail="; ".join(detail))
         except MemoryError:
             return Result(task, fatal="memory")
-        except OSError as error:
-            return Result(task, fatal=self._why(error))
-        except RuntimeError as error:  # ITK, while it wrote
-            return Result(task, fatal=self._why(error))
-        finally:
-            sitk.ProcessObject.SetGlobalWarningDisplay(loud)
+        except (OSError, RuntimeError) as error:  # RuntimeError: ITK, while it wrote
+            return Result(
+                task, fatal="disk" if self._full() else f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+            )
 
-    def _why(self, error: Exception) -> str:
-        full = shutil.disk_usage(self.temporary).free < 1 << 24
-        return "disk" if full else f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+    def _full(self) -> bool:
+        return shutil.disk_usage(self.temporary).free < 1 << 24
 
     def _cases(self, task: Task) -> list[Made]:
         read, pure = zip(*(self._read(item) for item in task.items))
-        channels = [_volumes(image, self.four_d) for image in read]
-        dimensions = [image.GetDimension() for image in read]
+        channels = [_volumes(image, self.asked.four_d) for image in read]
         if len(channels) > 1 and any(len(volumes) > 1 for volumes in channels):
             raise _No("4D, which cannot be a channel")
         made = []
-        for i in range(len(channels[0])):
-            images = [volumes[i] for volumes in channels]
+        for i, images in enumerate(zip(*channels)):
             for image in images:
-                _check(image, self.least, self._limits, self.keep_labels)
+                self._check(image)
             _same_place(images)
             voxels = np.stack([sitk.GetArrayViewFromImage(image).astype(np.float32) for image in images])
             drafts, linked = [], 0
@@ -221,7 +174,7 @@ class Converter:
                 draft = str(self.temporary / f"{task.key[:32]}_{i:04d}_{c:04d}.nii.gz")
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(draft)
-                if image.GetDimension() == dimensions[c] and self._linked(item, draft, pure[c]):
+                if image.GetDimension() == read[c].GetDimension() and self._linked(item, draft, pure[c]):
                     linked += 1
                 else:
                     sitk.WriteImage(_plain(image), draft, useCompression=True)
@@ -231,12 +184,28 @@ class Converter:
             made.append(Made(voxel_hash(voxels), tuple(drafts), linked))
         return made
 
+    def _check(self, image: sitk.Image) -> None:
+        size, least = image.GetSize(), self.asked.least_slices
+        if min(size) == 1:
+            raise _No("a single slice")
+        if min(size) < least:
+            raise _No(f"fewer than {least} slices", size_text(size))
+        voxels = sitk.GetArrayViewFromImage(image)
+        try:
+            check_spacing(image.GetSpacing(), size, self._limits)
+            check_voxels([voxels])
+        except ValueError as error:
+            raise _unreadable(error) from None
+        labels = "" if "label-maps" in self.asked.keep else looks_like_labels(voxels)
+        if labels:
+            raise _No(LABEL_MAP, labels)
+
     def _linked(self, item: Item, draft: str, pure: bool) -> bool:
         """Link a file that nnU-Net reads as it is; False where it has to be written anew."""
-        file = item.files[0]
-        if item.dicom or not file.lower().endswith(".nii.gz") or self.link == "never" or is_nifti2(file):
+        file, link = item.files[0], self.asked.link
+        if item.dicom or not file.lower().endswith(".nii.gz") or link == "never" or is_nifti2(file):
             return False
-        if self.link == "symbolic":
+        if link == "symbolic":
             os.symlink(file, draft)
             return True
         if not (pure and tells_nothing(file)):
@@ -252,7 +221,7 @@ class Converter:
         file = item.files[0]
         try:
             if item.dicom:
-                return joined(convert(item, self.temporary)), False
+                return convert(item, self.temporary), False
             if file.lower().endswith((".tif", ".tiff")):
                 return read_tiff(file), False
             if file.lower().endswith((".mgz", ".mgh")):
@@ -263,22 +232,14 @@ class Converter:
         except Unconverted as error:
             raise _No("dcm2niix does not convert it as its headers tell", str(error)) from None
         except (RuntimeError, ValueError, OSError, nibabel.filebasedimages.ImageFileError) as error:
-            if isinstance(error, OSError) and item.dicom and shutil.disk_usage(self.temporary).free < 1 << 24:
+            if isinstance(error, OSError) and item.dicom and self._full():
                 raise
-            text = str(error).strip().splitlines() or [""]
-            raise _No(*_unreadable(text[-1])) from None
+            raise _unreadable(error) from None
 
 
-def _unreadable(text: str) -> tuple[str, str]:
-    """Reason and detail of a file that a reader or a check refused."""
-    if "truncated" in text:
-        return "it is truncated", text
-    if "NaN or infinite" in text and "voxels" in text:
-        return "voxels are NaN or infinite", text
-    if "absurd voxel size" in text:
-        hint = " (see --least-spacing)" if "taken for possible" in text else ""
-        return "absurd voxel size", text.partition(": ")[2] + hint
-    for known, reason in REASONS.items():
-        if known in text:
-            return reason, text
-    return "it cannot be read", text
+def _unreadable(error: Exception) -> _No:
+    """Why a reader or a check refused a file."""
+    text = (str(error).strip().splitlines() or [""])[-1]
+    hint = " (see --least-spacing)" if "taken for possible" in text else ""
+    reason = next((reason for known, reason in REASONS.items() if known in text), "it cannot be read")
+    return _No(reason, text + hint)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nnssl.errors import NnsslError
-from nnssl.files import read_json, write_json
+from nnssl.files import move_into_place, read_json, write_json
 from nnssl.journal import append_line, read_lines
 from nnssl.paths import raw_folder
 from nnssl.plans import dataset_id, list_datasets
 from nnssl.plans.description import check_description
+from nnssl.pretrain.prepare.raw import channel_names
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 ENDING = ".nii.gz"
@@ -23,14 +24,9 @@ INDEX = "nnssl_images.jsonl"
 
 @dataclass(frozen=True)
 class Line:
-    """What became of one task in an earlier call. It holds hashes and neutral names, no path.
+    """What became of one task in an earlier call: its cases with the hash of each, or why it gave none under which options.
 
-    Attributes:
-        key: of the task.
-        cases: that it gave.
-        sha256: of each.
-        reason: why it gave none.
-        options: under which that was so.
+    It holds hashes and neutral names, no path.
     """
 
     key: str
@@ -41,11 +37,7 @@ class Line:
 
 
 def find_dataset(number: int | str, name: str | None) -> str:
-    """The full name of a dataset, which need not exist yet.
-
-    Args:
-        number: its id, or its full name.
-        name: what follows the id; may be left out where the dataset exists.
+    """The full name of a dataset, from its id or full name and from what follows the id; it need not exist yet.
 
     Raises:
         NnsslError: a name that nnU-Net cannot take, or another one than the dataset's.
@@ -77,14 +69,7 @@ def find_dataset(number: int | str, name: str | None) -> str:
 
 @dataclass
 class Dataset:
-    """``nnUNet_raw/<name>``; call :meth:`open` first.
-
-    Attributes:
-        name: full name.
-        channels: channel names; empty until they are known.
-        lines: of earlier calls by key.
-        hashes: voxel hash -> case.
-    """
+    """``nnUNet_raw/<name>``; call :meth:`open` first. ``lines``: of earlier calls by key. ``hashes``: of voxels -> case."""
 
     name: str
     channels: tuple[str, ...] = ()
@@ -103,42 +88,34 @@ class Dataset:
         return self.folder / "imagesTr"
 
     @property
-    def prefix(self) -> str:
-        """What case names begin with."""
-        return self.name.partition("_")[2]
-
     def _json(self) -> Path:
         return self.folder / "dataset.json"
 
-    def open(self) -> None:
-        """Look at what is there.
+    @property
+    def _prefix(self) -> str:
+        return self.name.partition("_")[2]
 
-        Raises:
-            NnsslError: the dataset has labels, or images of another format.
-        """
+    def open(self) -> None:
+        """Look at what is there; raises :class:`NnsslError` where it has labels, or images of another format."""
         labels = self.folder / "labelsTr"
         if labels.is_dir() and any(labels.iterdir()):
             raise NnsslError(
                 f"{self.name} has labels; images without labels would break it. Take a dataset of its own."
             )
-        if self._json().is_file():
-            description = read_json(self._json())
-            check_description(description, self._json())
+        if self._json.is_file():
+            description = read_json(self._json)
+            check_description(description, self._json)
             ending = description.get("file_ending", ENDING)
             if ending != ENDING or description.get("dataset"):
                 what = f"holds {ending} files" if ending != ENDING else "names its images one by one"
                 raise NnsslError(f"{self.name} {what}; images are added as {ENDING}. Take a dataset of its own.")
-            names = description.get("channel_names") or description.get("modality") or {}
-            self.channels = tuple(str(names[k]) for k in sorted(names, key=int))
+            self.channels = tuple(channel_names(description).values())
         self._read_index()
-        pattern = re.compile(re.escape(self.prefix) + r"_(\d+)_\d{4}" + re.escape(ENDING))
-        if self.images.is_dir():
-            numbers = [int(m[1]) for f in os.listdir(self.images) if (m := pattern.fullmatch(f))]
-            self._next = max(numbers, default=0) + 1
-            self._check_whole(numbers)
-
-    def _check_whole(self, numbers: Sequence[int]) -> None:
-        odd = [case for n in sorted(set(numbers)) if not self._whole(case := f"{self.prefix}_{n:04d}")]
+        pattern = re.compile(re.escape(self._prefix) + r"_(\d+)_\d{4}" + re.escape(ENDING))
+        files = os.listdir(self.images) if self.images.is_dir() else []
+        numbers = sorted({int(m[1]) for f in files if (m := pattern.fullmatch(f))})
+        self._next = max(numbers, default=0) + 1
+        odd = [case for n in numbers if not self._whole(case := f"{self._prefix}_{n:04d}")]
         if odd:
             raise NnsslError(
                 f"{self.name}: {', '.join(odd[:3])} has fewer than {len(self.channels)} channels, as an interrupted call leaves "
@@ -149,12 +126,13 @@ class Dataset:
         def made(content: dict[str, Any]) -> Line:
             return Line(**{**content, **{k: tuple(content[k]) for k in ("cases", "sha256")}})
 
-        self.lines.update((line.key, line) for line in read_lines(self.folder / INDEX, made))
-        for key, line in list(self.lines.items()):
-            whole = [self._whole(case) for case in line.cases]
-            if not all(whole):
-                del self.lines[key]  # removed by the user, or a killed process was about to put it into place
-            self.hashes.update({sha: case for sha, case, there in zip(line.sha256, line.cases, whole) if there})
+        for line in read_lines(self.folder / INDEX, made):
+            self.lines[line.key] = line
+        for line in list(self.lines.values()):
+            there = {sha: case for sha, case in zip(line.sha256, line.cases) if self._whole(case)}
+            self.hashes.update(there)
+            if len(there) < len(line.cases):  # removed by the user, or a killed process was about to put it into place
+                del self.lines[line.key]
 
     def _whole(self, case: str) -> bool:
         return all(os.path.exists(self.images / f"{case}_{c:04d}{ENDING}") for c in range(max(1, len(self.channels))))
@@ -164,28 +142,25 @@ class Dataset:
         append_line(self.folder / INDEX, vars(line))
         self.lines[line.key] = line
 
-    def place(self, drafts: Sequence[str], announce: Callable[[str], None]) -> str:
+    def place(self, drafts: Sequence[str], sha256: str, line: Line) -> Line:
         """Move the channels of a case into place under the next free number.
 
-        Args:
-            drafts: files of its channels.
-            announce: called with the case's name before anything is moved.
-
-        Returns:
-            The case's name.
+        Returns the line of its task with this case, which is appended before anything is moved.
         """
         while True:
-            case = f"{self.prefix}_{self._next:04d}"
+            case = f"{self._prefix}_{self._next:04d}"
             self._next += 1
             finals = [self.images / f"{case}_{c:04d}{ENDING}" for c in range(len(drafts))]
-            announce(case)
+            told = replace(line, cases=(*line.cases, case), sha256=(*line.sha256, sha256))
+            self.append(told)
             try:
                 _move(drafts[0], finals[0])
             except FileExistsError:  # another call on another machine has just taken it
                 continue
             for draft, final in zip(drafts[1:], finals[1:]):
                 os.replace(draft, final)
-            return case
+            self.hashes[sha256] = case
+            return told
 
     def describe(self) -> None:
         """Write dataset.json with the number of cases; what else is in it stays."""
@@ -196,23 +171,15 @@ class Dataset:
             "numTraining": count,
             "file_ending": ENDING,
         }
-        if self._json().is_file():
-            content = {**content, **read_json(self._json()), "numTraining": count}
-        write_json(self._json(), content)
+        if self._json.is_file():
+            content |= {**read_json(self._json), "numTraining": count}
+        write_json(self._json, content)
 
 
 def _move(draft: str, final: Path) -> None:
     """Rename, but never over a file that exists."""
     if os.path.islink(draft):
         os.symlink(os.readlink(draft), final)
+        os.unlink(draft)
     else:
-        try:
-            os.link(draft, final)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            if final.exists():
-                raise FileExistsError(final) from None
-            os.replace(draft, final)
-            return
-    os.unlink(draft)
+        move_into_place(draft, final, overwrite=False)

@@ -31,28 +31,11 @@ BESIDE = re.compile(r"_(Eq|Tilt)(_\d+)?\.nii$")
 SAME_STEP = 0.02
 SECONDS = 3600
 
-
 SAME = (
-    *(
-        "StudyInstanceUID",
-        "SeriesInstanceUID",
-        "SeriesNumber",
-        "AcquisitionNumber",
-        "StudyDate",
-        "StudyTime",
-        "SeriesDate",
-    ),
-    *(
-        "SeriesTime",
-        "AcquisitionDate",
-        "AcquisitionTime",
-        "ContentDate",
-        "ContentTime",
-        "ImageOrientationPatient",
-        "EchoTime",
-    ),
-    *("PixelSpacing", "TriggerTime", "TemporalPositionIdentifier", "ImageType", "SeriesDescription", "ProtocolName"),
-)
+    "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "AcquisitionNumber", "StudyDate", "StudyTime", "SeriesDate",
+    "SeriesTime", "AcquisitionDate", "AcquisitionTime", "ContentDate", "ContentTime", "ImageOrientationPatient", "EchoTime",
+    "PixelSpacing", "TriggerTime", "TemporalPositionIdentifier", "ImageType", "SeriesDescription", "ProtocolName",
+)  # fmt: skip
 """What dcm2niix tells stacks apart by, and some anonymisers and scanners write anew into each slice."""
 
 
@@ -165,17 +148,11 @@ def _checked(image: sitk.Image, item: Item) -> sitk.Image:
     return image
 
 
-def convert(item: Item, temporary: Path) -> list[sitk.Image]:
-    """The volumes of an image.
+def convert(item: Item, temporary: Path) -> sitk.Image:
+    """The image of DICOM files, of four axes where they hold several volumes; raises ``Unconverted`` or ``OSError`` (no space).
 
-    Args:
-        item: DICOM files.
-        temporary: folder for the voxels on their way; links and rewritten files, which hold what headers and paths tell, go to
-            the system's own.
-
-    Raises:
-        Unconverted: dcm2niix fails, or makes something else than the headers tell.
-        OSError: no space.
+    Voxels on their way go to ``temporary``; links and rewritten files, which hold what headers and paths tell, to the system's
+    own folder.
     """
     images = []
     with tempfile.TemporaryDirectory(prefix="nnssl_") as name, tempfile.TemporaryDirectory(dir=temporary) as out:
@@ -199,13 +176,6 @@ def convert(item: Item, temporary: Path) -> list[sitk.Image]:
                     made.unlink()
                 images.append(_checked(_run(_copies(item.files, links / "copies"), target), item))
             shutil.rmtree(target)
-    return images
-
-
-def joined(images: Sequence[sitk.Image]) -> sitk.Image:
-    """One image, of four axes where there are several volumes."""
-    if len(images) == 1:
-        return images[0]
-    kinds = {i.GetPixelID() for i in images}
-    same = images if len(kinds) == 1 else [sitk.Cast(i, sitk.sitkFloat32) for i in images]
-    return sitk.JoinSeries(list(same))
+    if len({image.GetPixelID() for image in images}) > 1:
+        images = [sitk.Cast(image, sitk.sitkFloat32) for image in images]
+    return images[0] if len(images) == 1 else sitk.JoinSeries(images)

@@ -15,20 +15,23 @@ import numpy as np
 
 from nnssl.pretrain.images.headers import Frame, Header
 from nnssl.pretrain.images.items import Item, Rejected
+from nnssl.pretrain.images.options import AddOptions
+
+Sorted = list[Item | Rejected]
 
 NO_FILMS = frozenset({"US", "XA", "RF", "ES", "IVUS", "OCT", "OP", "GM", "SM", "MG", "DX", "CR", "NM"})
 """Modalities whose multi-frame files are films or stacks of other things than slices."""
 
+FOUR_D, LATER = "4D (see --four-d)", "a later volume of 4D (see --four-d)"
+
 NO_IMAGES = {"SEG": "a DICOM segmentation", "RTDOSE": "a dose distribution"}
 
-SAME_PLACE = 0.01
-"""Slices this near to each other, in mm, lie at one place: of several volumes, or twice the same."""
+SAME_PLACE = 0.01  # slices this near to each other, in mm, lie at one place: of several volumes, or twice the same
 
 SAME_ORIENTATION = 0.01
 """Largest difference of direction cosines within a volume (0.6 degrees): slices of one scan are written with rounded numbers."""
 
-SAME_SPACING = 0.01
-"""Largest difference of pixel spacings within a volume, as a share."""
+SAME_SPACING = 0.01  # largest difference of pixel spacings within a volume, as a share
 
 UNEVEN = 0.1
 """Largest difference of a slice distance from the median, as a share of it: more means that slices are missing."""
@@ -42,8 +45,11 @@ class _Slice:
     """One slice: a file, or a frame of one."""
 
     header: Header
-    place: Header | Frame
     frame: int = 0
+
+    @property
+    def place(self) -> Frame:
+        return self.header.frames[self.frame]
 
     @property
     def order(self) -> tuple:
@@ -117,61 +123,63 @@ def _levels(slices: Sequence[_Slice]) -> tuple[list[list[_Slice]], dict[_Slice, 
     return [sorted(level, key=lambda s: s.order) for level in levels], at
 
 
-def _volumes(slices: Sequence[_Slice], four_d: str, least: int) -> tuple[list[list[_Slice]], float] | Rejected:
+def _volumes(slices: Sequence[_Slice], asked: AddOptions) -> tuple[list[list[_Slice]], float] | Rejected:
     """The volumes of slices with one series, size and orientation, and the distance of their slices."""
     headers = [s.header for s in slices]
     if any(len(s.place.position) != 3 or len(s.place.orientation) != 6 for s in slices):
         return _all(headers, "its slices have no positions" if len(slices) > 1 else "a single slice")
     levels, at = _levels(slices)
-    if len(levels) < least:
-        few = "a single slice" if len(levels) == 1 else f"fewer than {least} slices"
+    if len(levels) < asked.least_slices:
+        few = "a single slice" if len(levels) == 1 else f"fewer than {asked.least_slices} slices"
         return _all(headers, few, f"{len(levels)} positions")
     counts = sorted({len(level) for level in levels})
     if len(counts) > 1:
         return _all(headers, "some positions have more slices than others", f"{counts[0]} to {counts[-1]} slices")
-    if counts[0] > 1 and four_d == "reject":
-        return _all(headers, "4D (see --four-d)", f"{counts[0]} volumes")
-    volumes = [[level[i] for level in levels] for i in range(counts[0] if four_d == "split" else 1)]
-    steps = [_spaced(v, np.array([at[s] for s in v])) for v in volumes]
-    bad = next((s for s in steps if isinstance(s, Rejected)), None)
-    return bad or (volumes, float(np.mean([s for s in steps if isinstance(s, float)])))
+    if counts[0] > 1 and asked.four_d == "reject":
+        return _all(headers, FOUR_D, f"{counts[0]} volumes")
+    volumes = [[level[i] for level in levels] for i in range(counts[0] if asked.four_d == "split" else 1)]
+    steps = []
+    for volume in volumes:
+        step = _spaced(volume, np.array([at[s] for s in volume]))
+        if isinstance(step, Rejected):
+            return step
+        steps.append(step)
+    return volumes, float(np.mean(steps))
 
 
-def _stack(headers: Sequence[Header], four_d: str, least: int) -> tuple[list[Item], list[Rejected]]:
+def _stack(headers: Sequence[Header], asked: AddOptions) -> Sorted:
     """Volumes of single-slice files."""
-    found = _volumes([_Slice(h, h) for h in headers], four_d, least)
+    found = _volumes([_Slice(h) for h in headers], asked)
     if isinstance(found, Rejected):
-        return [], [found]
+        return [found]
     volumes, step = found
-    items = [_item([volume], step) for volume in volumes]
-    unused = sorted({h.file for h in headers} - {f for i in items for f in i.files})
-    over = [Rejected(unused[0], "a later volume of 4D (see --four-d)", "", len(unused))] if unused else []
-    return items, over
+    used = {s.header.file for volume in volumes for s in volume}
+    unused = sorted({h.file for h in headers} - used)
+    over = [Rejected(unused[0], LATER, "", len(unused))] if unused else []
+    return [*[_item([volume], step) for volume in volumes], *over]
 
 
-def _multi_frame(header: Header, four_d: str, least: int) -> Item | Rejected:
+def _multi_frame(header: Header, asked: AddOptions) -> Item | Rejected:
     """The image of a multi-frame file."""
     if header.modality in NO_FILMS:
         return Rejected(header.file, "a film, or frames that are no slices", header.modality)
     if len(header.frames) != header.n_frames or not all(f.position and f.orientation for f in header.frames):
         return Rejected(header.file, "its frames have no positions", f"{header.n_frames} frames")
-    if any(_differs(header.frames[0].orientation, f.orientation) for f in header.frames):
+    if any(_turned(header.frames[0], f) for f in header.frames):
         return Rejected(header.file, "its frames have several orientations")
-    slices = [_Slice(header, frame, i) for i, frame in enumerate(header.frames)]
-    found = _volumes(slices, four_d, least)
-    if not isinstance(found, Rejected):
-        return _item(*found)
-    return found
+    found = _volumes([_Slice(header, i) for i in range(header.n_frames)], asked)
+    return found if isinstance(found, Rejected) else _item(*found)
 
 
-def _differs(one: Sequence[float], other: Sequence[float]) -> bool:
-    return len(one) != len(other) or any(abs(a - b) > SAME_ORIENTATION for a, b in zip(one, other))
+def _turned(frame: Frame, other: Frame) -> bool:
+    one, two = frame.orientation, other.orientation
+    return len(one) != len(two) or any(abs(a - b) > SAME_ORIENTATION for a, b in zip(one, two))
 
 
 def _alike(one: Header, other: Header) -> bool:
     """Whether two slices can be of one volume."""
     spacings = len(one.spacing) == len(other.spacing) and np.allclose(one.spacing, other.spacing, rtol=SAME_SPACING)
-    return one.size == other.size and bool(spacings) and not _differs(one.orientation, other.orientation)
+    return one.size == other.size and bool(spacings) and not _turned(one.frames[0], other.frames[0])
 
 
 def _clusters(headers: Iterable[Header]) -> list[list[Header]]:
@@ -186,20 +194,22 @@ def _clusters(headers: Iterable[Header]) -> list[list[Header]]:
     return clusters
 
 
-def _place_key(header: Header) -> tuple:
-    return (header.instance, *(round(p, 2) for p in header.position))
-
-
-def _without_copies(headers: Sequence[Header]) -> tuple[list[Header], list[Rejected]]:
-    """Files of one folder without those that are there twice: the same identifier, place and voxels."""
-    by_key: dict[tuple, list[Header]] = {}
+def _by_place(headers: Iterable[Header]) -> dict[tuple, list[Header]]:
+    """Files with one identifier and place (0.01 mm): copies of each other, where their voxels are equal too."""
+    found: dict[tuple, list[Header]] = {}
     for header in headers:
-        by_key.setdefault(_place_key(header), []).append(header)
-    kept, copies = [], []
-    for several in by_key.values():
-        seen: set[bytes] = set()
+        found.setdefault((header.instance, *(round(p, 2) for p in header.frames[0].position)), []).append(header)
+    return found
+
+
+def _without_copies(headers: Sequence[Header]) -> tuple[list[Header], Sorted]:
+    """Files of one folder without those that are there twice."""
+    kept: list[Header] = []
+    copies: Sorted = []
+    for several in _by_place(headers).values():
+        seen: set[str] = set()
         for header in several:
-            content = header.voxel_hash() if len(several) > 1 else b""
+            content = header.voxel_hash() if len(several) > 1 else ""
             if content and content in seen:
                 copies.append(Rejected(header.file, "duplicate", "the same slice twice"))
             else:
@@ -210,73 +220,63 @@ def _without_copies(headers: Sequence[Header]) -> tuple[list[Header], list[Rejec
 
 def _is_copy(folder: Sequence[Header], others: Iterable[Header]) -> bool:
     """Whether each file of a folder is in the others too."""
-    known: dict[tuple, list[Header]] = {}
-    for header in others:
-        known.setdefault(_place_key(header), []).append(header)
-    return all(any(h.voxel_hash() == o.voxel_hash() for o in known.get(_place_key(h), ())) for h in folder)
+    known = _by_place(others)
+    return all(
+        any(h.voxel_hash() == o.voxel_hash() for o in known.get(place, ()))
+        for place, several in _by_place(folder).items()
+        for h in several
+    )
 
 
-def _of_folders(headers: Sequence[Header], four_d: str, least: int) -> tuple[list[Item], list[Rejected]]:
+def _of_folders(headers: Sequence[Header], asked: AddOptions) -> Sorted:
     """One series: a volume spread over folders is one, folders with a volume each (two patients under one identifier) are two."""
     folders: dict[str, list[Header]] = {}
     for header in headers:
         folders.setdefault(header.folder, []).append(header)
-    rejected: list[Rejected] = []
+    copies: Sorted = []
     for name in folders:
-        folders[name], copies = _without_copies(folders[name])
-        rejected += copies
-    for name in sorted(folders, key=lambda n: (len(folders[n]), n)) if len(folders) > 1 else ():
+        folders[name], twice = _without_copies(folders[name])
+        copies += twice
+    for name in sorted(folders, key=lambda n: (len(folders[n]), n)):
         others = [h for other, several in folders.items() if other != name for h in several]
         if others and _is_copy(folders[name], others):
-            rejected.append(_all(folders.pop(name), "duplicate", "the same slices in another folder"))
+            copies.append(_all(folders.pop(name), "duplicate", "the same slices in another folder"))
     together = [h for several in folders.values() for h in several]
-    items, bad = _stack(together, four_d, least)
-    several_times = len({h.order[1] for h in together}) > 1
-    if len(folders) > 1 and (not items or len(items) > 1) and not several_times:
-        apart = [_stack(several, four_d, least) for several in folders.values()]
-        if all(good for good, _ in apart):
-            items, bad = [i for good, _ in apart for i in good], [b for _, more in apart for b in more]
-    return items, [*rejected, *bad]
+    found, several_times = _stack(together, asked), len({h.frames[0].order[1] for h in together}) > 1
+    if len(folders) > 1 and sum(isinstance(f, Item) for f in found) != 1 and not several_times:
+        apart = [_stack(several, asked) for several in folders.values()]
+        if all(any(isinstance(f, Item) for f in one) for one in apart):
+            found = [f for one in apart for f in one]
+    return [*copies, *found]
 
 
-def volumes_of(headers: Iterable[Header], *, four_d: str, least: int) -> tuple[list[Item], list[Rejected]]:
-    """Sort files into volumes.
+def _mosaics(headers: Sequence[Header], asked: AddOptions) -> Sorted:
+    ordered = sorted(headers, key=lambda h: _Slice(h).order)
+    if len(ordered) > 1 and asked.four_d == "reject":
+        return [_all(ordered, FOUR_D, f"{len(ordered)} volumes")]
+    used = len(ordered) if asked.four_d == "split" else 1
+    return [*map(_mosaic, ordered[:used]), *([_all(ordered[used:], LATER)] if ordered[used:] else [])]
 
-    Args:
-        headers: of all files, in any order and of any number of patients, studies and series.
-        four_d: see :data:`nnssl.pretrain.images.items.FOUR_D`.
-        least: slices that make a volume.
-    """
-    items: list[Item] = []
-    rejected: list[Rejected] = []
+
+def volumes_of(headers: Iterable[Header], asked: AddOptions) -> Sorted:
+    """Sort files, in any order and of any number of patients, studies and series, into volumes."""
+    found: Sorted = []
     series: dict[tuple, list[Header]] = {}
     for h in headers:
         if h.modality in NO_IMAGES:
-            rejected.append(Rejected(h.file, NO_IMAGES[h.modality], h.modality))
+            found.append(Rejected(h.file, NO_IMAGES[h.modality], h.modality))
         elif "LOCALIZER" in h.kind:
-            rejected.append(Rejected(h.file, "a scout"))
+            found.append(Rejected(h.file, "a scout"))
         elif h.samples > 1:
-            rejected.append(Rejected(h.file, "colour (RGB)"))
+            found.append(Rejected(h.file, "colour (RGB)"))
         elif h.n_frames > 1:
-            found = _multi_frame(h, four_d, least)
-            (items if isinstance(found, Item) else rejected).append(found)  # type: ignore[arg-type]
+            found.append(_multi_frame(h, asked))
         else:
             where = h.series or h.folder  # some anonymisers wipe identifiers out
             series.setdefault((h.patient, h.study, where, "MOSAIC" in h.kind), []).append(h)
     for (*_, mosaic), several in series.items():
         if mosaic:
-            good, bad = _mosaics(several, four_d)
+            found += _mosaics(several, asked)
         else:
-            parts = [_of_folders(cluster, four_d, least) for cluster in _clusters(several)]
-            good, bad = [i for g, _ in parts for i in g], [r for _, b in parts for r in b]
-        items += good
-        rejected += bad
-    return items, rejected
-
-
-def _mosaics(headers: Sequence[Header], four_d: str) -> tuple[list[Item], list[Rejected]]:
-    ordered = sorted(headers, key=lambda h: (h.order, h.file))
-    if len(ordered) > 1 and four_d == "reject":
-        return [], [_all(ordered, "4D (see --four-d)", f"{len(ordered)} volumes")]
-    used, rest = (ordered, []) if four_d == "split" else (ordered[:1], ordered[1:])
-    return [_mosaic(h) for h in used], [_all(rest, "a later volume of 4D (see --four-d)")] if rest else []
+            found += [f for cluster in _clusters(several) for f in _of_folders(cluster, asked)]
+    return found

@@ -6,7 +6,6 @@ Who the patient is enters a digest that tells two patients apart within one call
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import struct
@@ -15,12 +14,10 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from nnssl.errors import NnsslError
-from nnssl.files import hash_of
+from nnssl.files import hash_of, sha256_of
 from nnssl.pretrain.images.items import Rejected
 
-GROUPS = (0x0002, 0x0008)
-"""What a DICOM file without preamble begins with."""
-
+GROUPS = (0x0002, 0x0008)  # what a DICOM file without preamble begins with
 ELEMENTS = (
     "SpecificCharacterSet", "TransferSyntaxUID", "ImageType", "SOPInstanceUID", "Modality", "SeriesDescription",
     "PatientName", "PatientID", "PatientBirthDate", "StudyInstanceUID", "SeriesInstanceUID", "AcquisitionNumber",
@@ -37,7 +34,7 @@ UNDEFINED = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Frame:
-    """Place of one slice of a multi-frame file; its order among frames at the same place."""
+    """Place of one slice, three and six numbers (mm) or none, and what tells slices at one place apart, such as a time point."""
 
     position: tuple[float, ...]
     orientation: tuple[float, ...]
@@ -49,16 +46,11 @@ class Header:
     """What sorting takes of a file.
 
     Attributes:
-        file, root: its path, and the folder that it was found under.
         patient: digest of who it is.
         kind: DICOM's ImageType, upper case.
         size: columns and rows.
         spacing: between rows and between columns in mm, or none.
-        orientation: six numbers, or none.
-        position: three numbers in mm, or none.
-        order: acquisition, time point and number of the instance: tells slices at one place apart.
-        frames: of a multi-frame file.
-        n_frames: of a multi-frame file, also where nothing is said of each.
+        frames: one of a single slice; none of a multi-frame file that does not tell each one's place.
         voxels_at: where the voxels begin in the file.
     """
 
@@ -74,9 +66,6 @@ class Header:
     samples: int
     size: tuple[int, int]
     spacing: tuple[float, ...]
-    orientation: tuple[float, ...]
-    position: tuple[float, ...]
-    order: tuple[float, float, float]
     frames: tuple[Frame, ...]
     n_frames: int
     voxels_at: int
@@ -86,14 +75,9 @@ class Header:
         """Where the file lies."""
         return os.path.dirname(self.file)
 
-    def voxel_hash(self) -> bytes:
+    def voxel_hash(self) -> str:
         """Of the voxels as the file holds them. Raises ``OSError``."""
-        digest = hashlib.sha256()
-        with open(self.file, "rb") as stream:
-            stream.seek(self.voxels_at)
-            while piece := stream.read(1 << 20):
-                digest.update(piece)
-        return digest.digest()
+        return sha256_of(self.file, self.voxels_at)
 
 
 def dcm2niix_program() -> str | None:
@@ -175,8 +159,8 @@ def _frames(data: Any) -> tuple[Frame, ...]:
             _first(group, name) or _first(shared, name)
             for name in ("PlanePositionSequence", "PlaneOrientationSequence", "FrameContentSequence")
         )
-        index = content.get("DimensionIndexValues")
-        index = () if index is None else tuple(map(float, index)) if hasattr(index, "__iter__") else (float(index),)
+        index = content.get("DimensionIndexValues") or ()
+        index = tuple(map(float, index if hasattr(index, "__iter__") else (index,)))
         found.append(
             Frame(
                 _numbers(place, "ImagePositionPatient", 3),
@@ -238,7 +222,8 @@ def _read(root: str, file: str) -> Header | Rejected:
         return Rejected(file, voxels)
     who = "\0".join(_text(data, name) for name in ("PatientName", "PatientID", "PatientBirthDate"))
     measures = _first(data, "SharedFunctionalGroupsSequence", "PixelMeasuresSequence")
-    order = [_number(data, n, 0.0) for n in ("AcquisitionNumber", "TemporalPositionIdentifier", "InstanceNumber")]
+    position, orientation = _numbers(data, "ImagePositionPatient", 3), _numbers(data, "ImageOrientationPatient", 6)
+    order = tuple(_number(data, n, 0.0) for n in ("AcquisitionNumber", "TemporalPositionIdentifier", "InstanceNumber"))
     kind, modality = data.get("ImageType") or "", _text(data, "Modality")
     return Header(
         file,
@@ -253,10 +238,7 @@ def _read(root: str, file: str) -> Header | Rejected:
         samples=samples,
         size=(int(data.Columns), int(data.Rows)),
         spacing=_numbers(data, "PixelSpacing", 2) or _numbers(measures, "PixelSpacing", 2),
-        orientation=_numbers(data, "ImageOrientationPatient", 6),
-        position=_numbers(data, "ImagePositionPatient", 3),
-        order=(order[0], order[1], order[2]),
-        frames=_frames(data) if n_frames > 1 else (),
+        frames=_frames(data) if n_frames > 1 else (Frame(position, orientation, order),),
         n_frames=n_frames,
         voxels_at=voxels,
     )

@@ -10,10 +10,29 @@ from dataclasses import dataclass
 
 from nnssl.errors import NnsslError
 
-ENDINGS = re.compile(r"\.?(nii\.gz|nii|nrrd|nhdr|mha|mhd|gipl|gipl\.gz|mgz|mgh|hdr|tif|tiff)$", re.IGNORECASE)
+VOLUMES = (
+    ".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl.gz", ".gipl", ".mgz", ".mgh", ".hdr", ".tif", ".tiff",
+)  # fmt: skip
+"""Endings of files that hold an image each; DICOM is known by its content."""
 
-FOUR_D = ("reject", "split", "first")
-"""What becomes of an image with several volumes: nothing, a case of each, or a case of the first."""
+_ENDING = re.compile(rf"\.?({'|'.join(re.escape(v[1:]) for v in VOLUMES)})$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """What is not used.
+
+    Attributes:
+        file: it, or the first of several.
+        reason: the same for all of a kind; it names nobody.
+        detail: what is special here; it may hold paths.
+        count: files.
+    """
+
+    file: str
+    reason: str
+    detail: str = ""
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -42,22 +61,9 @@ class Item:
     step: float = 0.0
     volumes: tuple[tuple[int, ...], ...] = ()
 
-
-@dataclass(frozen=True)
-class Rejected:
-    """What is not used.
-
-    Attributes:
-        file: it, or the first of several.
-        reason: the same for all of a kind; it names nobody.
-        detail: what is special here; it may hold paths.
-        count: files.
-    """
-
-    file: str
-    reason: str
-    detail: str = ""
-    count: int = 1
+    def rejected(self, reason: str, detail: str = "") -> Rejected:
+        """The line of the table where it is not used."""
+        return Rejected(self.files[0], reason, detail, len(self.files))
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,9 @@ class Task:
                 digest.update(text.encode("utf-8", "surrogateescape"))
         return cls(digest.hexdigest(), tuple(items))
 
-
-def single_channels(items: Sequence[Item]) -> list[Task]:
-    """Each image is a case."""
-    return [Task.of([item]) for item in items]
+    def rejected(self, reason: str, detail: str = "") -> Rejected:
+        """The line of the table where it gives no case."""
+        return Rejected(self.items[0].files[0], reason, detail, sum(len(item.files) for item in self.items))
 
 
 def _pattern(name: str, pattern: str) -> re.Pattern[str]:
@@ -92,19 +97,11 @@ def _pattern(name: str, pattern: str) -> re.Pattern[str]:
 
 
 def group_channels(items: Sequence[Item], patterns: Mapping[str, str]) -> tuple[list[Task], list[Rejected]]:
-    """Images that differ in their channel only become one case.
+    """Images that differ in their channel only become one case; those of which no case can be made are rejected.
 
-    Args:
-        items: all of them.
-        patterns: channel name -> regular expression, upper and lower case alike, that is looked for in :attr:`Item.text`.
-            Of several that match, the one with the longest match counts (``_t1ce`` and not ``_t1``). DICOM series belong together
-            where their study is the same, other files where their path is but for the match and the ending.
-
-    Returns:
-        The cases, and the images of which no case can be made.
-
-    Raises:
-        NnsslError: a pattern is none.
+    Patterns (channel name -> regular expression, upper and lower case alike) are looked for in :attr:`Item.text`. Of several
+    that match, the one with the longest match counts (``_t1ce`` and not ``_t1``). DICOM series belong together where their
+    study is the same, other files where their path is but for the match and the ending.
     """
     compiled = {name: _pattern(name, pattern) for name, pattern in patterns.items()}
     groups: dict[str, dict[str, list[Item]]] = {}
@@ -115,10 +112,10 @@ def group_channels(items: Sequence[Item], patterns: Mapping[str, str]) -> tuple[
         found = {name: match for name, match in found.items() if len(match[0]) == longest}
         if len(found) != 1:
             reason = "it matches several channels" if found else "it matches no channel"
-            rejected.append(Rejected(item.files[0], reason, ", ".join(found), len(item.files)))
+            rejected.append(item.rejected(reason, ", ".join(found)))
             continue
         (name, match), *_ = found.items()
-        rest = item.study or item.text[: match.start()] + "\0" + ENDINGS.sub("", item.text[match.end() :])
+        rest = item.study or item.text[: match.start()] + "\0" + _ENDING.sub("", item.text[match.end() :])
         groups.setdefault(f"{item.root}\0{rest}", {}).setdefault(name, []).append(item)
     tasks = []
     for channels in groups.values():
@@ -126,8 +123,8 @@ def group_channels(items: Sequence[Item], patterns: Mapping[str, str]) -> tuple[
         twice = [name for name, several in channels.items() if len(several) > 1]
         if missing or twice:
             reason = "a channel of its case is missing" if missing else "its case has several images for a channel"
-            members = [i for several in channels.values() for i in several]
-            rejected += [Rejected(i.files[0], reason, ", ".join(missing or twice), len(i.files)) for i in members]
+            members = [item for several in channels.values() for item in several]
+            rejected += [item.rejected(reason, ", ".join(missing or twice)) for item in members]
         else:
             tasks.append(Task.of([channels[name][0] for name in compiled]))
     return tasks, rejected

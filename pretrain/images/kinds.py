@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
 from nnssl.pretrain.prepare.channels import modality_of
-
-KEEP = ("label-maps", "test-images")
-"""What ``--keep`` keeps."""
 
 LABEL_MAP = "looks like a label map (see --keep label-maps)"
 TEST_IMAGE = "test images of an nnU-Net dataset (see --keep test-images)"
@@ -31,17 +27,13 @@ WORDS = frozenset(
 )
 """Words in a file's name that say so."""
 
-FEW_VALUES = 16
-"""So few different whole numbers are labels, whatever lies beside what."""
+FEW_VALUES = 16  # so few different whole numbers are labels, whatever lies beside what
 
 MOST_VALUES = 512
 """Up to so many are labels where neighbours are nearly always equal, as in label maps and not in images, whose noise differs."""
 
-EQUAL_NEIGHBOURS = 0.8
-"""Share of neighbouring voxels, away from the background, that are equal in a label map."""
-
-SAMPLED = 1 << 16
-"""Voxels that are looked at before all are."""
+EQUAL_NEIGHBOURS = 0.8  # share of neighbouring voxels, away from the background, that are equal in a label map
+SAMPLED = 1 << 16  # voxels that are looked at before all are
 
 
 def _words(name: str) -> list[str]:
@@ -50,11 +42,7 @@ def _words(name: str) -> list[str]:
 
 
 def label_path(text: str) -> bool:
-    """Whether a path says that it is a label map.
-
-    Args:
-        text: below the folder that was given.
-    """
+    """Whether a path, below the folder that was given, says that it is a label map."""
     *folders, name = os.path.normpath(text).replace("\\", "/").split("/")
     words = [w.lower() for w in _words(name)]
     whole = {w.lower() for w in re.split(r"[^A-Za-z]+", name)}
@@ -73,16 +61,16 @@ def _whole_numbers(values: np.ndarray) -> bool:
 
 
 def looks_like_labels(voxels: np.ndarray) -> str:
-    """Why an array of voxels looks like a label map; empty where it does not.
-
-    Args:
-        voxels: (z, y, x), stored as whole numbers or not.
-    """
+    """Why an array of voxels (z, y, x), stored as whole numbers or not, looks like a label map; empty where it does not."""
     sample = voxels.reshape(-1)[:: max(1, voxels.size // SAMPLED)]
     if not _whole_numbers(sample) or len(np.unique(sample)) > MOST_VALUES:
         return ""
-    values = _few(voxels)
-    if values is None or not _whole_numbers(values):
+    values = np.unique(voxels[:1])
+    for slice_ in voxels[1:]:
+        values = np.union1d(values, np.unique(slice_))
+        if len(values) > MOST_VALUES:
+            return ""
+    if not _whole_numbers(values):
         return ""
     if len(values) <= FEW_VALUES:
         return f"{len(values)} different whole numbers"
@@ -92,30 +80,18 @@ def looks_like_labels(voxels: np.ndarray) -> str:
     return ""
 
 
-def _few(voxels: np.ndarray) -> np.ndarray | None:
-    """The different values, or None where there are more than :data:`MOST_VALUES`; slice by slice."""
-    found = np.unique(voxels[:1])
-    for slice_ in voxels[1:]:
-        found = np.union1d(found, np.unique(slice_))
-        if len(found) > MOST_VALUES:
-            return None
-    return found
-
-
 def _equal_neighbours(voxels: np.ndarray) -> float:
-    """Share of equal neighbours along each axis, among those of which not both have the most frequent value of the border."""
+    """Share of equal neighbours along each axis, among those of which not both have the most frequent value of the border.
+
+    Looks at about 32 pairs of slices of each axis.
+    """
     background = voxels[0, 0, 0]
     equal = pairs = 0
     for axis in range(voxels.ndim):
-        one = np.moveaxis(voxels, axis, 0)
-        for a, b in _pairs(one):
-            inside = (a != background) | (b != background)
+        slices = np.moveaxis(voxels, axis, 0)
+        for i in range(0, len(slices) - 1, max(1, (len(slices) - 1) // 32)):
+            one, next_ = slices[i], slices[i + 1]
+            inside = (one != background) | (next_ != background)
             pairs += int(np.count_nonzero(inside))
-            equal += int(np.count_nonzero((a == b) & inside))
+            equal += int(np.count_nonzero((one == next_) & inside))
     return equal / pairs if pairs else 1.0
-
-
-def _pairs(voxels: np.ndarray) -> Sequence[tuple[np.ndarray, np.ndarray]]:
-    """Neighbouring slices, of at most 32 places."""
-    places = range(0, len(voxels) - 1, max(1, (len(voxels) - 1) // 32))
-    return [(voxels[i], voxels[i + 1]) for i in places]

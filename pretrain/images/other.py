@@ -17,16 +17,14 @@ MM = {"mm": 1.0, "cm": 10.0, "micron": 1e-3, "um": 1e-3, "\u00b5m": 1e-3, "\\u00
 
 
 def read_nibabel(path: str) -> sitk.Image:
-    """An image that nibabel reads.
-
-    Raises:
-        ValueError: its matrix cannot be that of an image, its voxels are no numbers; other kinds for damaged files.
-    """
+    """An image that nibabel reads; raises many kinds where it cannot be an image or is damaged."""
     loaded = nibabel.load(path)
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ loaded.affine  # type: ignore[attr-defined]
+    if not isinstance(loaded, nibabel.spatialimages.SpatialImage):
+        raise ValueError("it holds no volume")
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ loaded.affine
     check_axes(affine[:3, :3])
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    voxels = np.asanyarray(loaded.dataobj)  # type: ignore[attr-defined]
+    voxels = np.asanyarray(loaded.dataobj)
     if voxels.dtype.fields or voxels.dtype.kind not in "iufb":
         raise ValueError(f"its voxels are colour or complex numbers ({voxels.dtype})")
     if voxels.ndim == 2:
@@ -45,8 +43,7 @@ def read_nibabel(path: str) -> sitk.Image:
 def read_tiff(path: str) -> sitk.Image:
     """A TIFF of several pages; its voxel size is in ``<name>.json`` as nnU-Net wants it, or ImageJ's own.
 
-    Raises:
-        ValueError: it tells no voxel size, or is no stack of pictures; other kinds for damaged files.
+    Raises ``ValueError`` where it tells no voxel size, or is no stack of pictures; other kinds for damaged files.
     """
     with tifffile.TiffFile(path) as file:
         series, spacing = file.series[0], _imagej(file)
@@ -74,7 +71,7 @@ def read_tiff(path: str) -> sitk.Image:
 
 def _imagej(file: tifffile.TiffFile) -> tuple[float, ...] | None:
     """Voxel size (z, y, x) in mm that ImageJ has written."""
-    metadata, tags = file.imagej_metadata or {}, file.pages[0].tags  # type: ignore[union-attr]
+    metadata, tags = file.imagej_metadata or {}, file.pages.first.tags
     scale = MM.get(str(metadata.get("unit", "")).strip())
     try:
         x, y = (tags[name].value for name in ("XResolution", "YResolution"))

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from nnssl.errors import NnsslError
 from nnssl.files import is_text, read_json
 from nnssl.pretrain.images.headers import is_dicom
-from nnssl.pretrain.images.items import Item, Rejected
+from nnssl.pretrain.images.items import VOLUMES, Item, Rejected
 from nnssl.pretrain.images.kinds import LABEL_MAP, TEST_IMAGE, label_path, modality_of_path
+from nnssl.pretrain.prepare.raw import channel_names
 
-VOLUMES = (
-    *(".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".gipl.gz"),
-    *(".mgz", ".mgh", ".hdr", ".tif", ".tiff"),
-)
 DICOM = (".dcm", ".dicom", ".ima")
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".rar", ".7z", ".tar.bz2", ".tar.xz")
 DETACHED = {
@@ -34,21 +30,8 @@ DETACHED = {
 NOT_TEXT = "its path is no UTF-8 text: rename it"
 
 
-@dataclass
-class Found:
-    """What lies in the folders.
-
-    Attributes:
-        images: files that hold an image each.
-        dicom: (root, path) of DICOM files, which still have to be sorted into series.
-        rejected: the rest.
-        keep: what is not left out, see :data:`nnssl.pretrain.images.kinds.KEEP`.
-    """
-
-    images: list[Item] = field(default_factory=list)
-    dicom: list[tuple[str, str]] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-    keep: Sequence[str] = ()
+Found = Item | Rejected | tuple[str, str]
+"""An image, what is not used, or (root, path) of a DICOM file, which still has to be sorted into a series."""
 
 
 def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
@@ -72,12 +55,8 @@ def _starts_like_dicom(path: str) -> bool:
 
 
 def _belongs_to_header(path: str) -> bool:
-    for ending, headers in DETACHED.items():
-        if path.lower().endswith(ending):
-            stem = path[: -len(ending)]
-            if any(os.path.exists(stem + h) for h in headers):
-                return True
-    return False
+    stems = ((path[: -len(ending)], headers) for ending, headers in DETACHED.items() if path.lower().endswith(ending))
+    return any(os.path.exists(stem + header) for stem, headers in stems for header in headers)
 
 
 @lru_cache(maxsize=1024)
@@ -89,60 +68,58 @@ def dataset_channels(folder: str) -> tuple[str, ...] | None:
     if not (parent / "dataset.json").is_file():
         return () if (parent / "imagesTr").is_dir() else None
     try:
-        description = read_json(parent / "dataset.json")
-        names = description.get("channel_names") or description.get("modality") or {}
-        return tuple(str(names[k]) for k in sorted(names, key=int))
-    except (NnsslError, AttributeError, TypeError, ValueError):
+        return tuple(channel_names(read_json(parent / "dataset.json")).values())
+    except NnsslError:
         return ()
 
 
-def _image(path: str, root: str, found: Found) -> Item | Rejected:
-    text = os.path.relpath(path, root)
-    folder = os.path.dirname(path)
-    names = dataset_channels(folder)
+def _image(path: str, root: str, keep: Sequence[str]) -> Item | Rejected:
+    text, folder = os.path.relpath(path, root), os.path.dirname(path)
+    names, own = dataset_channels(folder), os.path.basename(folder)
     # the folder itself may have been given, so that the text does not name it
-    if "label-maps" not in found.keep and (label_path(text) or os.path.basename(folder) in ("labelsTr", "labelsTs")):
+    if "label-maps" not in keep and (label_path(text) or own in ("labelsTr", "labelsTs")):
         return Rejected(path, LABEL_MAP, "by its path")
-    if names is not None and os.path.basename(folder) != "imagesTr" and "test-images" not in found.keep:
+    if names is not None and own != "imagesTr" and "test-images" not in keep:
         return Rejected(path, TEST_IMAGE)
     modality = names[0] if names and len(names) == 1 else modality_of_path(text)
     return Item((os.path.abspath(path),), root, text, modality=modality)
 
 
-def _sort(path: str, root: str, found: Found) -> None:
+def _sorted(path: str, root: str, keep: Sequence[str]) -> Found | None:
+    """What a file or a folder with an odd name is; None for one that belongs to an image beside it."""
     name = os.path.basename(path)
     lower = name.lower()
     if not is_text(path):
-        several = sum(len(files) for _, _, files in os.walk(path)) if os.path.isdir(path) else 1
-        found.rejected.append(Rejected(path, NOT_TEXT, "a folder" if os.path.isdir(path) else "", several))
-    elif name.startswith("."):
-        found.rejected.append(Rejected(path, "a hidden file"))
-    elif not os.path.isfile(path):
-        found.rejected.append(Rejected(path, "it cannot be reached (a dead link?)"))
-    elif lower.endswith(VOLUMES):
-        one = _image(path, root, found)
-        (found.images if isinstance(one, Item) else found.rejected).append(one)  # type: ignore[arg-type]
-    elif lower.endswith(ARCHIVES):
-        found.rejected.append(Rejected(path, "an archive, which has to be unpacked first"))
-    elif lower == "dicomdir":
-        found.rejected.append(Rejected(path, "an index of DICOM files"))
-    elif lower.endswith(DICOM) or _starts_like_dicom(path):
-        found.dicom.append((root, os.path.abspath(path)))
-    elif not _belongs_to_header(path):
-        found.rejected.append(Rejected(path, "no image format that is read", os.path.splitext(lower)[1]))
+        if os.path.isdir(path):
+            return Rejected(path, NOT_TEXT, "a folder", sum(len(files) for _, _, files in os.walk(path)))
+        return Rejected(path, NOT_TEXT)
+    if name.startswith("."):
+        return Rejected(path, "a hidden file")
+    if not os.path.isfile(path):
+        return Rejected(path, "it cannot be reached (a dead link?)")
+    if lower.endswith(VOLUMES):
+        return _image(path, root, keep)
+    if lower.endswith(ARCHIVES):
+        return Rejected(path, "an archive, which has to be unpacked first")
+    if lower == "dicomdir":
+        return Rejected(path, "an index of DICOM files")
+    if lower.endswith(DICOM) or _starts_like_dicom(path):
+        return root, os.path.abspath(path)
+    return (
+        None if _belongs_to_header(path) else Rejected(path, "no image format that is read", os.path.splitext(lower)[1])
+    )
 
 
-def scan(folders: Sequence[str | os.PathLike[str]], keep: Sequence[str] = ()) -> Found:
+def scan(
+    folders: Sequence[str | os.PathLike[str]], keep: Sequence[str]
+) -> tuple[list[Item | Rejected], list[tuple[str, str]]]:
     """Look through folders, recursively; single files may be named too. A file that is reached twice counts once.
 
-    Args:
-        folders: where to look.
-        keep: see :data:`nnssl.pretrain.images.kinds.KEEP`.
-
-    Raises:
-        NnsslError: a folder does not exist or cannot be listed.
+    Returns images and what is not used, and (root, path) of DICOM files. Raises :class:`NnsslError` where a folder does not exist
+    or cannot be listed.
     """
-    found, seen, files = Found(keep=keep), set[tuple[int, int]](), set[str]()
+    found: list[Found | None] = []
+    seen, files = set[tuple[int, int]](), set[str]()
     dataset_channels.cache_clear()
     for given in folders:
         root = os.fspath(given)
@@ -158,9 +135,9 @@ def scan(folders: Sequence[str | os.PathLike[str]], keep: Sequence[str] = ()) ->
                     continue
                 files.add(real)
                 try:
-                    _sort(path, os.path.dirname(root) if single else root, found)
+                    found.append(_sorted(path, os.path.dirname(root) if single else root, keep))
                 except OSError as error:
-                    found.rejected.append(Rejected(path, "it cannot be opened", str(error.strerror)))
+                    found.append(Rejected(path, "it cannot be opened", str(error.strerror)))
         except OSError as error:
             raise NnsslError(f"{error.filename or root} cannot be listed: {error.strerror}.") from error
-    return found
+    return [f for f in found if isinstance(f, (Item, Rejected))], [f for f in found if isinstance(f, tuple)]

@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import random
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import blosc2
 import numpy as np
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
-from nnssl.preprocessed import IMAGE, PROPERTIES, open_array
+from nnssl.preprocessed import IMAGE, PROPERTIES, list_cases, open_array
 from nnssl.pretrain.data.case_set import CaseRef, CaseSet
 from nnssl.pretrain.data.folders import beside, body_folder
 from nnssl.pretrain.data.orientation import Geometry
 from nnssl.pretrain.prepare.body import body_of_raw, resize_mask
 from nnssl.pretrain.prepare.index import Entry, Index
-from nnssl.pretrain.prepare.preprocess import done_cases, in_memory, raise_fatal, temporary_folder
-from nnssl.pretrain.prepare.raw import RawSource, list_raw
-from nnssl.pretrain.prepare.worker import Result, Task
+from nnssl.pretrain.prepare.integrity import quiet
+from nnssl.pretrain.prepare.preprocess import do_all
+from nnssl.pretrain.prepare.raw import RawCase, RawSource, list_raw
+from nnssl.pretrain.prepare.worker import Result, Task, move_synced, reason
 from nnssl.properties import read_properties
-from nnssl.words import counted
+from nnssl.words import counted, first_few
 
 log = logging.getLogger("nnssl")
 
@@ -54,19 +51,11 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class BodyWorker:
-    """Makes masks one by one. Pickles, so that it can be sent to processes once.
+    """Makes masks one by one in ``folder``, first in ``temporary``, of the cases in ``cases``. Pickles."""
 
-    Args:
-        plans: the target's plans.
-        is_ct: of each channel of the raw images.
-        cases: folder of the preprocessed cases.
-        folder: where masks go.
-        temporary: folder on the same file system where they are written first.
-    """
-
-    plans: dict[str, Any]
+    plan: Plan
     is_ct: tuple[bool, ...]
     cases: Path
     folder: Path
@@ -74,36 +63,33 @@ class BodyWorker:
 
     def __call__(self, task: Task) -> Result:
         """Make one mask; an image that cannot be read, or is not the one that was preprocessed, gives an entry that says so."""
-        name, stamps, saving = task.case.name, task.case.stamps, False
-        draft = self.temporary / f"{name}.b2nd"
-        try:
-            mask = self._mask(task)
-            saving = True
-            write_mask(draft, mask)
-            with open(draft, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(draft, self.folder / f"{name}.b2nd")
-            return Result(Entry(name, stamps, mask.shape))
-        except MemoryError:
-            return Result(Entry(name, stamps), "memory", "out of memory")
-        except Exception as error:  # readers raise anything on broken files
-            if saving:
-                full = shutil.disk_usage(self.folder).free < 1 << 20
-                return Result(Entry(name, stamps), "disk" if full else "write", str(error), mask.nbytes)
-            return Result(
-                Entry(name, stamps, bad=f"{type(error).__name__}: {error}"[:300], bad_file=task.case.files[0])
-            )
-        finally:
-            with contextlib.suppress(OSError):
-                draft.unlink()
+        name, entry, saving = task.case.name, Entry(task.case.name, task.case.stamps), False
+        draft, final = self.temporary / f"{name}.b2nd", self.folder / f"{name}.b2nd"
+        with quiet() as printed:
+            try:
+                mask = self._mask(task.case)
+                saving = True
+                write_mask(draft, mask)
+                move_synced(draft, final)
+                return Result(replace(entry, shape=mask.shape))
+            except MemoryError:
+                return Result(entry, "memory", "out of memory")
+            except Exception as error:  # readers raise anything on broken files
+                if saving:
+                    full = shutil.disk_usage(self.folder).free < 1 << 20
+                    return Result(entry, "disk" if full else "write", str(error), mask.nbytes)
+                final.unlink(missing_ok=True)  # of another image
+                return Result(replace(entry, bad=reason(error, printed.getvalue()), bad_file=task.case.files[0]))
+            finally:
+                with contextlib.suppress(OSError):
+                    draft.unlink()
 
-    def _mask(self, task: Task) -> np.ndarray:
-        name, manager = task.case.name, PlansManager(self.plans)
-        shape = open_array(self.cases / f"{name}{IMAGE}", mapped=False).shape[1:]
-        properties = read_properties(self.cases / f"{name}{PROPERTIES}")
-        order = manager.transpose_forward
+    def _mask(self, case: RawCase) -> np.ndarray:
+        order = self.plan.transpose_forward
+        shape = open_array(self.cases / f"{case.name}{IMAGE}", mapped=False).shape[1:]
+        properties = read_properties(self.cases / f"{case.name}{PROPERTIES}")
         place = Geometry.from_properties(properties, shape, order, self.folder.parent.name)
-        data, _ = manager.image_reader_writer_class().read_images(list(task.case.files))
+        data, _ = self.plan.manager.image_reader_writer_class().read_images(list(case.files))
         data = data.transpose(0, *[i + 1 for i in order])
         if data.shape[1:] != place.full:
             raise ValueError(
@@ -116,48 +102,34 @@ class BodyWorker:
 
 def _is_ct(raw: RawSource, plan: Plan) -> tuple[bool, ...]:
     """Of each channel of the raw images: by the source's channel name or the target's normalisation."""
-    schemes = plan.normalization_schemes
     named = [get_normalization_scheme(raw.channel_names.get(c, "")).__name__ for c in range(raw.n_channels)]
-    ours = [schemes[c] if c < len(schemes) else "" for c in range(raw.n_channels)]
-    return tuple("CTNormalization" in pair for pair in zip(named, ours))
+    ours = plan.normalization_schemes
+    return tuple("CTNormalization" in (name, *ours[c : c + 1]) for c, name in enumerate(named))
 
 
-def _tasks(raw: RawSource, refs: Sequence[CaseRef], index: Index, done: Mapping[str, Any]) -> list[Task]:
-    tasks = []
-    for ref in refs:
-        case = raw.cases.get(ref.name)
-        if case is None:
-            continue
-        entry = index.entries.get(ref.name)
-        if entry is None or entry.files != case.stamps or not (entry.bad or ref.name in done):
-            tasks.append(Task(case))
-    random.Random(os.getpid()).shuffle(tasks)  # several machines may work on it and seldom meet
-    return tasks
-
-
-def _make(plan: Plan, source: str, refs: Sequence[CaseRef], raw: RawSource, n_processes: int) -> list[Entry]:
+def _make(plan: Plan, source: str, refs: Sequence[CaseRef], n_processes: int) -> list[Entry]:
     """Make what is missing of one source; returns the cases that have no mask because their raw image gives none."""
+    try:
+        raw = list_raw(source, plan)
+    except NnsslError as error:
+        log.debug("No raw images of %s: %s", source, error)
+        raw = None
+    if raw is None:
+        return []
     folder = body_folder(plan, source)
-    index = Index(beside(folder, "index.jsonl"))
-    tasks = _tasks(raw, refs, index, done_cases(folder, image_only=True))
+    index, done, tasks = Index(beside(folder, "index.jsonl")), set(list_cases(folder)), []
+    for ref in refs:
+        case, entry = raw.cases.get(ref.name), index.entries.get(ref.name)
+        if case is not None and not (entry and entry.files == case.stamps and (entry.bad or ref.name in done)):
+            tasks.append(Task(case))
     if tasks:
-        with temporary_folder(folder) as temporary:
-            worker = BodyWorker(plan.plans, _is_ct(raw, plan), refs[0].folder, folder, temporary)
-            results = in_memory(worker, tasks, n_processes, f"Body masks of {source}")
-            with contextlib.closing(results):
-                for count, result in enumerate(results):
-                    if result.fatal:
-                        raise_fatal(result, folder, len(tasks) - count)
-                    if result.entry.bad:
-                        (folder / f"{result.entry.name}.b2nd").unlink(missing_ok=True)  # of another image
-                    index.append(result.entry)
+        is_ct = _is_ct(raw, plan)
+
+        def worker(temporary: Path) -> BodyWorker:
+            return BodyWorker(plan, is_ct, refs[0].folder, folder, temporary)
+
+        do_all(worker, tasks, index, folder, n_processes, f"Body masks of {source}")
     return [e for ref in refs if (e := index.entries.get(ref.name)) is not None and e.bad]
-
-
-def _have(plan: Plan, source: str) -> set[str]:
-    """Cases of a source that have a mask, from a listing that looks at no file."""
-    folder = body_folder(plan, source)
-    return {name[: -len(".b2nd")] for name in os.listdir(folder)} if folder.is_dir() else set()
 
 
 def prepare_bodies(plan: Plan, case_set: CaseSet, *, n_processes: int, thorough: bool = False) -> int:
@@ -184,33 +156,19 @@ def prepare_bodies(plan: Plan, case_set: CaseSet, *, n_processes: int, thorough:
         sources.setdefault(ref.source, []).append(ref)
     masks, failed = 0, []
     for source, refs in sources.items():
-        if thorough or not _have(plan, source) >= {ref.name for ref in refs}:
-            try:
-                raw = list_raw(source, plan)
-            except NnsslError as error:
-                log.debug("No raw images of %s: %s", source, error)
-                raw = None
-            if raw is not None:
-                failed += _make(plan, source, refs, raw, n_processes)
-        done = _have(plan, source)
-        masks += sum(ref.name in done for ref in refs)
+        names, folder = {ref.name for ref in refs}, body_folder(plan, source)
+        if thorough or not names <= set(list_cases(folder)):
+            failed += _make(plan, source, refs, n_processes)
+        masks += len(names.intersection(list_cases(folder)))
     rest = len(case_set.cases) - masks
     if failed:
-        shown = "; ".join(f"{e.name}: {e.bad}" for e in failed[:NAMED])
-        log.warning(
-            "No body mask could be made from %s: %s%s",
-            counted(len(failed), "raw image"),
-            shown,
-            " ..." if len(failed) > NAMED else "",
-        )
+        shown = first_few([f"{e.name}: {e.bad}" for e in failed], NAMED, "; ")
+        log.warning("No body mask could be made from %s: %s", counted(len(failed), "raw image"), shown)
     if not rest:
         log.info("Masks of the body: made from the raw images of all %d cases.", masks)
     elif masks:
-        log.info(
-            "Masks of the body: from the raw images of %d cases, preprocessed intensities for the other %d.",
-            masks,
-            rest,
-        )
+        text = "Masks of the body: from the raw images of %d cases, preprocessed intensities for the other %d."
+        log.info(text, masks, rest)
     else:
         log.info("Masks of the body: from preprocessed intensities; the raw images (nnUNet_raw) are not there.")
     return masks

@@ -13,20 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-AIR_HU = -500.0
-"""CT voxels above this are no air."""
-
-FLOOR = 0.1
-"""A class of voxels whose median lies in this lowest share of the range of intensities is air."""
-
-QUIET = 0.02
-"""Air is at least this share of the range wide, even where it is free of noise."""
-
-NOISE = 4.0
-"""Standard deviations of air's noise above its median where tissue begins."""
-
-LEVELS = 2
-"""Times that the darker class is split again to find air."""
+AIR_HU = -500.0  # CT voxels above this are no air
+FLOOR = 0.1  # A class of voxels whose median lies in this lowest share of the range of intensities is air
+QUIET = 0.02  # air is at least this share of the range wide, even where it is free of noise
+NOISE = 4.0  # standard deviations of air's noise above its median where tissue begins
+LEVELS = 2  # times that the darker class is split again to find air
 
 PIECE_SHARE = 0.2
 """Pieces smaller than this share of the largest are a table, a cable or noise; two legs are two pieces."""
@@ -48,13 +39,9 @@ def _otsu(values: np.ndarray) -> float:
 
 
 def tissue_threshold(image: np.ndarray) -> float | None:
-    """The intensity above which an image without units shows tissue.
+    """The intensity above which an image without units shows tissue, from at most :data:`SAMPLES` of its voxels.
 
-    Args:
-        image: of any shape; at most :data:`SAMPLES` of its voxels are looked at.
-
-    Returns:
-        None where no air is found, as in a crop from inside the body: then all of it is body.
+    None where no air is found, as in a crop from inside the body: then all of it is body.
     """
     flat = image.reshape(-1)
     values = flat[:: max(1, flat.size // SAMPLES)].astype(np.float64)
@@ -98,7 +85,7 @@ def _fill(tissue: np.ndarray, cut: int) -> np.ndarray:
 
 
 def body_of_raw(data: np.ndarray, is_ct: Sequence[bool], cut: int) -> np.ndarray:
-    """Where the body is.
+    """Where the body is: in any channel, its holes filled. All True where no air is found at all.
 
     Args:
         data: ``(C, Z, Y, X)`` raw intensities; CT in HU.
@@ -106,7 +93,7 @@ def body_of_raw(data: np.ndarray, is_ct: Sequence[bool], cut: int) -> np.ndarray
         cut: axis (0 to 2) that runs from feet to head.
 
     Returns:
-        ``(Z, Y, X)`` bool: body in any channel, its holes filled. All True where no air is found at all.
+        ``(Z, Y, X)`` bool.
     """
     tissue = None
     for channel, ct in zip(data, is_ct):

@@ -46,24 +46,15 @@ def same_name(one: str, other: str) -> bool:
 
 def modality_of(text: str) -> str:
     """DICOM's code of the modality that a channel name means (``MRI`` and ``FLAIR``: ``"MR"``); empty where it is not known."""
-    name = _name(text)
-    return "MR" if name in _MR else name if name in SPELLINGS else ""
+    name = "MR" if _name(text) in _MR else _name(text)
+    return name if name in SPELLINGS else ""
 
 
 def match_channels(raw: RawSource, source: str, plan: Plan, *, allow_mismatch: bool) -> tuple[int, ...] | None:
-    """Decide which channel of the source feeds which input channel of the target.
+    """Source channel for each target channel, or None where the files are to be taken as they are.
 
-    Args:
-        raw: the source's images.
-        source: its name.
-        plan: of the target.
-        allow_mismatch: accept other names: channels are then taken by name where all of the target's are there, else in order.
-
-    Returns:
-        Source channel for each target channel, or None where the files are to be taken as they are.
-
-    Raises:
-        NnsslError: names, order, count or modality differ and ``allow_mismatch`` is False, or nothing can be matched.
+    With ``allow_mismatch`` other names are accepted: channels are then taken by name where all of the target's are there, else in
+    order. Raises :class:`NnsslError` where names, order, count or modality differ without it, or nothing can be matched.
     """
     target, names = plan.channel_names, raw.channel_names
     clean = {c: _name(n) for c, n in names.items()}

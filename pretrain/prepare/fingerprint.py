@@ -8,15 +8,12 @@ non-zero, how much cropping took away) comes from the images anyway. Here intens
 from __future__ import annotations
 
 import contextlib
-import io
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
 from nnssl.errors import NnsslError
@@ -24,16 +21,16 @@ from nnssl.files import hash_of
 from nnssl.journal import append_line, read_lines
 from nnssl.pretrain.data.orientation import direction_matrix, patient_axes
 from nnssl.pretrain.prepare.body import AIR_HU, body_of_raw
-from nnssl.pretrain.prepare.integrity import check_header, check_same_size, check_voxels, check_whole
+from nnssl.pretrain.prepare.integrity import check_files, check_voxels, quiet
 from nnssl.pretrain.prepare.processes import run_tasks
-from nnssl.pretrain.prepare.raw import RawCase
+from nnssl.pretrain.prepare.raw import RawCase, Stamp
+from nnssl.pretrain.prepare.worker import reason
 from nnssl.words import counted
 
 MOST_IMAGES = 2000
 """Images that are looked at; medians of more do not differ. They are chosen by the hash of their names."""
 
-QUANTILES = 1001
-"""Quantiles of each image's intensities that are kept: percentile 0, 0.1, ..., 100."""
+QUANTILES = 1001  # quantiles of each image's intensities that are kept: percentile 0, 0.1, ..., 100
 
 CT_SHARE = 0.9
 """Share of the images that must reach down to air in Hounsfield units for a nameless channel to be taken for CT."""
@@ -41,22 +38,18 @@ CT_SHARE = 0.9
 
 @dataclass(frozen=True)
 class CaseFigures:
-    """What one image adds to the fingerprint, or why it cannot.
+    """What one image, ``"<source>/<case>"``, adds to the fingerprint, or why it cannot (``bad``).
 
     Attributes:
-        name: ``"<source>/<case>"``.
-        files: stamps of its files, see :data:`nnssl.pretrain.prepare.raw.Stamp`.
         shape: voxels after cropping to non-zero, (z, y, x) of the file.
         spacing: in mm, same axes.
         kept: share of the voxels that cropping keeps.
         low: smallest intensity of each channel, air included.
-        mean, std: of each channel inside the body.
-        quantiles: :data:`QUANTILES` of each channel inside the body.
-        bad: why the image cannot be used; all else is empty then.
+        mean, std, quantiles: of each channel inside the body; :data:`QUANTILES` of them.
     """
 
     name: str
-    files: tuple[tuple[str, int, int], ...]
+    files: tuple[Stamp, ...]
     shape: tuple[int, ...] = ()
     spacing: tuple[float, ...] = ()
     kept: float = 1.0
@@ -69,20 +62,15 @@ class CaseFigures:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> CaseFigures:
         """Raises ``ValueError``, ``TypeError`` or ``KeyError`` for a damaged line."""
-        content["files"] = tuple((str(n), int(s), int(m)) for n, s, m in content["files"])
-        content["quantiles"] = tuple(tuple(q) for q in content["quantiles"])
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        known["files"] = tuple((str(n), int(s), int(m)) for n, s, m in content["files"])
+        known["quantiles"] = tuple(map(tuple, content["quantiles"]))
         return cls(**known)
 
 
 @dataclass(frozen=True)
 class FigureWorker:
-    """Measures one image. Pickles.
-
-    Args:
-        reader: name of nnU-Net's reader.
-        is_ct: of each channel; None where the channels' names do not tell.
-    """
+    """Measures one image with a reader of nnU-Net's. Pickles. ``is_ct``: of each channel; None where their names do not tell."""
 
     reader: str
     is_ct: tuple[bool, ...] | None = None
@@ -90,26 +78,18 @@ class FigureWorker:
     def __call__(self, task: tuple[str, RawCase]) -> CaseFigures:
         """Measure an image; never raises but for Ctrl-C and lack of memory."""
         name, case = task
-        loud = sitk.ProcessObject.GetGlobalWarningDisplay()
-        sitk.ProcessObject.SetGlobalWarningDisplay(False)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                for file in case.files:
-                    check_header(file)
-                    check_whole(file)
-                check_same_size(case.files)
+        with quiet() as printed:
+            try:
+                check_files(case.files)
                 reader = recursive_find_reader_writer_by_name(self.reader)()
                 data, properties = reader.read_images(list(case.files))
                 return self._figures(name, case, data, properties)
-        except MemoryError:
-            raise
-        except ValueError as error:  # of the checks
-            return CaseFigures(name, case.stamps, bad=str(error)[:300])
-        except Exception as error:  # readers raise anything on broken files
-            return CaseFigures(name, case.stamps, bad=f"{type(error).__name__}: {error}"[:300])
-        finally:
-            sitk.ProcessObject.SetGlobalWarningDisplay(loud)
+            except MemoryError:
+                raise
+            except ValueError as error:  # of the checks
+                return CaseFigures(name, case.stamps, bad=str(error)[:300])
+            except Exception as error:  # readers raise anything on broken files
+                return CaseFigures(name, case.stamps, bad=reason(error, printed.getvalue()))
 
     def _figures(self, name: str, case: RawCase, data: np.ndarray, properties: Mapping[str, Any]) -> CaseFigures:
         check_voxels(data)
@@ -137,29 +117,20 @@ class FigureWorker:
 
 def sample_cases(cases: Mapping[str, RawCase], most: int) -> dict[str, RawCase]:
     """At most ``most`` of the cases: the same on each machine, and nearly the same with a few cases more or less."""
-    names = sorted(cases, key=lambda n: hash_of(n))[:most]
-    return {name: cases[name] for name in sorted(names)}
+    return {name: cases[name] for name in sorted(sorted(cases, key=hash_of)[:most])}
 
 
 def measure(
-    cases: Mapping[str, RawCase], worker: FigureWorker, *, n_processes: int, notes: Path | None, description: str
+    cases: Mapping[str, RawCase], worker: FigureWorker, *, n_processes: int, notes: Path | None
 ) -> list[CaseFigures]:
-    """Measure images, in parallel and with a progress bar.
+    """Measure images, by ``"<source>/<case>"``, in parallel and with a progress bar; the figures come in the same order.
 
-    Args:
-        cases: by ``"<source>/<case>"``.
-        worker: measures one.
-        n_processes: 0 and 1 work in this process.
-        notes: file of one JSON line per image, so that an interrupted call is continued by the next; None for none.
-        description: of the progress bar.
-
-    Returns:
-        In the order of ``cases``.
+    ``notes``: file of one JSON line per image, so that an interrupted call is continued by the next; None for none.
     """
     before = {f.name: f for f in (read_lines(notes, CaseFigures.from_json) if notes is not None else ())}
     known = {n: f for n, f in before.items() if n in cases and f.files == cases[n].stamps}
     tasks = [(name, case) for name, case in cases.items() if name not in known]
-    with contextlib.closing(run_tasks(worker, tasks, n_processes, description)) as results:
+    with contextlib.closing(run_tasks(worker, tasks, n_processes, "Fingerprint")) as results:
         for figures in results:
             known[figures.name] = figures
             if notes is not None:
@@ -173,11 +144,7 @@ def looks_like_ct(figures: Sequence[CaseFigures], channel: int) -> bool:
 
 
 def combine(figures: Sequence[CaseFigures]) -> dict[str, Any]:
-    """nnU-Net's ``dataset_fingerprint.json`` from the figures of good images.
-
-    Raises:
-        NnsslError: images with different numbers of channels.
-    """
+    """nnU-Net's ``dataset_fingerprint.json`` from the figures of good images, which must have one number of channels."""
     n_channels = len(figures[0].mean)
     odd = next((f for f in figures if len(f.mean) != n_channels), None)
     if odd is not None:

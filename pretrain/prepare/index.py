@@ -20,13 +20,11 @@ class Entry:
     """What is known of one case.
 
     Attributes:
-        name: case identifier.
         files: name, size and modification time of its raw files, in channel order.
         shape: after preprocessing, (z, y, x) after transpose; empty for a bad case.
         spacing: of the raw image in mm, (z, y, x) before transpose.
         sha256: hash (hex) of the raw image's shape and voxels.
-        bad: why it cannot be used; empty for a good case.
-        bad_file: the file that is to blame.
+        bad, bad_file: why it cannot be used, and which file is to blame; empty for a good case.
     """
 
     name: str
@@ -40,10 +38,9 @@ class Entry:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Entry:
         """Raises ``ValueError``, ``TypeError`` or ``KeyError`` for a line that is damaged."""
-        content["files"] = tuple((str(n), int(s), int(m)) for n, s, m in content["files"])
-        content["shape"] = tuple(int(i) for i in content["shape"])
-        content["spacing"] = tuple(float(i) for i in content["spacing"])
-        return cls(**content)
+        files = tuple((str(n), int(s), int(m)) for n, s, m in content["files"])
+        shape, spacing = tuple(map(int, content["shape"])), tuple(map(float, content["spacing"]))
+        return cls(**{**content, "files": files, "shape": shape, "spacing": spacing})
 
     def to_json(self) -> dict[str, Any]:
         """What is written."""
@@ -64,11 +61,9 @@ def journals(path: Path) -> list[Path]:
 
 
 class Index:
-    """Reads and appends to an index file. Of several lines for a case the last counts; damaged lines are passed over.
+    """Reads and appends to an index file and those of parts beside it (:func:`journals`).
 
-    Args:
-        path: the file; it need not exist. What other machines wrote beside it is read too, see :func:`journals`.
-        part: label of the part of the preprocessing that is worked on, which then gets the lines.
+    Of several lines for a case the last counts; damaged lines are passed over. ``part``: label of the part that gets the lines.
     """
 
     def __init__(self, path: Path, part: str = "") -> None:
@@ -85,11 +80,7 @@ class Index:
 
 
 def write_report(path: Path, bad: Sequence[BadCase]) -> Path | None:
-    """Write the table of bad images (case, file, reason), or remove an outdated one where there are none.
-
-    Returns:
-        The file, or None where nothing is bad.
-    """
+    """Write the table of bad images (case, file, reason), or remove an outdated one where there are none; gives the file."""
     if not bad:
         path.unlink(missing_ok=True)
         return None

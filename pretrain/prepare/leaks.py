@@ -13,12 +13,11 @@ from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan
 from nnssl.pretrain.prepare.processes import run_tasks
 from nnssl.pretrain.prepare.raw import RawCase, list_raw
-from nnssl.pretrain.prepare.worker import CaseWorker, Task
+from nnssl.pretrain.prepare.worker import HashWorker
 
 log = logging.getLogger("nnssl")
 
-FEW_BYTES = 200e6
-"""Up to here test images are hashed in this process: sooner done than processes are started."""
+FEW_BYTES = 200e6  # up to here test images are hashed in this process: sooner done than processes are started
 
 MOST_FILES_HASHED = 1000
 """Files of a preprocessed dataset that are read for comparison; sizes are equal by chance or in uncompressed formats."""
@@ -36,35 +35,24 @@ def list_test_images(plan: Plan) -> dict[str, RawCase]:
     return found.cases if found else {}
 
 
-def _read_cache(path: Path) -> dict[str, list]:
-    try:
-        content = read_json(path)
-    except NnsslError:
-        return {}
-    return {k: v for k, v in content.items() if isinstance(v, list) and len(v) == 2 and isinstance(v[1], str)}
-
-
 def test_hashes(plan: Plan, images: Mapping[str, RawCase], n_processes: int) -> set[str]:
     """Content hashes of the target's test images.
 
-    They are kept in ``nnUNet_preprocessed/<target>/nnssl_test_hashes.json`` with the files' sizes and times, so that each
-    image is read once.
+    Kept in ``nnUNet_preprocessed/<target>/nnssl_test_hashes.json`` with sizes and times, so that each image is read once.
     """
     path = preprocessed_folder() / plan.dataset_name / "nnssl_test_hashes.json"
-    cache = _read_cache(path)
-    current: dict[str, list] = {name: [list(map(list, case.stamps)), ""] for name, case in images.items()}
-    tasks = []
-    for name, case in images.items():
-        if name in cache and cache[name][0] == current[name][0]:
-            current[name] = cache[name]
-        else:
-            tasks.append(Task(case, hash_only=True))
+    stamps = {name: list(map(list, case.stamps)) for name, case in images.items()}
+    try:
+        cache = read_json(path)
+    except NnsslError:
+        cache = {}
+    kept = {n: k for n, k in cache.items() if isinstance(k, list) and len(k) == 2 and isinstance(k[1], str)}
+    current = {name: known for name, known in kept.items() if known[0] == stamps.get(name)}
+    tasks = [case for name, case in images.items() if name not in current]
     if tasks:
-        nowhere = Path()
-        worker = CaseWorker(plan.plans, plan.configuration, plan.dataset_json, plan.n_channels, nowhere, nowhere)
-        n = n_processes if sum(s[1] for j in tasks for s in j.case.stamps) > FEW_BYTES else 0
-        for result in run_tasks(worker, tasks, n, f"Hashing test images of {plan.dataset_name}"):
-            current[result.entry.name][1] = result.entry.sha256
+        n = n_processes if sum(s[1] for case in tasks for s in case.stamps) > FEW_BYTES else 0
+        for name, sha in run_tasks(HashWorker(plan), tasks, n, f"Hashing test images of {plan.dataset_name}"):
+            current[name] = [stamps[name], sha]
         with contextlib.suppress(OSError):  # a read-only folder: they are read again the next time
             write_json(path, current)
     return {sha for _, sha in current.values() if sha}
@@ -106,16 +94,7 @@ def find_leaks(images: Mapping[str, RawCase], candidates: Mapping[str, RawCase])
 
 
 def warn_of_leaks(leaks: list[str], plan: Plan, report: Path) -> Path | None:
-    """Name the leaks in the log and write them to a file that ``--exclude`` takes.
-
-    Args:
-        leaks: ``"<source>/<case>"``.
-        plan: of the target.
-        report: where the file goes; an outdated one is removed.
-
-    Returns:
-        The file, or None where there is none.
-    """
+    """Name the leaks, ``"<source>/<case>"``, in the log and in a file that ``--exclude`` takes; an outdated one is removed."""
     written = None
     with contextlib.suppress(OSError):
         if leaks:
@@ -128,26 +107,13 @@ def warn_of_leaks(leaks: list[str], plan: Plan, report: Path) -> Path | None:
         log.warning(
             "Among the pretraining images are test images of %s (%d): %s%s. Results on its test images will look better "
             "than they are. To leave them out: --exclude %s",
-            plan.dataset_name,
-            len(leaks),
-            ", ".join(leaks[:NAMED]),
-            more,
-            written or "FILE (one name a line)",
+            *(plan.dataset_name, len(leaks), ", ".join(leaks[:NAMED]), more, written or "FILE (one name a line)"),
         )
     return written
 
 
 def duplicates(hashes: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Pairs (first, other) of cases with the same hash.
-
-    Args:
-        hashes: (case, hash) pairs.
-    """
+    """Pairs (first, other) of cases with the same hash, from (case, hash) pairs."""
     first: dict[str, str] = {}
-    pairs = []
-    for case, sha in sorted(hashes):
-        if sha in first:
-            pairs.append((first[sha], case))
-        elif sha:
-            first[sha] = case
-    return pairs
+    found = ((first.setdefault(sha, case), case) for case, sha in sorted(hashes) if sha)
+    return [(one, other) for one, other in found if one != other]

@@ -12,18 +12,11 @@ from nnssl.errors import NnsslError
 
 @dataclass(frozen=True)
 class Part:
-    """Part ``index`` of ``of``: the cases whose name's hash says so.
+    """Part ``index``, from 1, of ``of``: the cases whose name's hash says so.
 
     A case's part depends on its name alone: no machine needs to know what the others do, the parts of one number are disjoint and
     together everything, and a case more or less moves no other. Parts are equally large up to chance (a standard deviation of
     about the root of a part's size).
-
-    Attributes:
-        index: from 1.
-        of: number of parts.
-
-    Raises:
-        NnsslError: ``index`` is not between 1 and ``of``.
     """
 
     index: int
@@ -35,11 +28,7 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """``"3/8"``, the third of eight parts.
-
-        Raises:
-            NnsslError: another form, or numbers that do not fit.
-        """
+        """``"3/8"``, the third of eight parts; raises :class:`NnsslError` for another form, or numbers that do not fit."""
         match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
         if match is None:
             raise NnsslError(

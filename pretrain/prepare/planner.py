@@ -28,11 +28,7 @@ PLANNERS: dict[str, tuple[str, str, str]] = {
 
 
 def plans_name(planner: str | None, plans: str) -> str:
-    """The plans' name: as given; where it was not (``"nnUNetPlans"``), the name that the planner gives.
-
-    Raises:
-        NnsslError: no such planner.
-    """
+    """The plans' name: as given; where it was not (``"nnUNetPlans"``), the name that the planner gives."""
     if planner is None:
         return plans
     if planner not in PLANNERS:
@@ -60,30 +56,22 @@ def _in_own_process(module: str, name: str, owner: str, options: Mapping[str, An
 
 
 def run_planner(
-    owner: str,
     planner: str,
     wanted: str,
     gpu_memory_target: float | None,
-    description: Mapping[str, Any],
+    *,
+    owner: str,
+    dataset_json: Mapping[str, Any],
     fingerprint: Mapping[str, Any],
     reader: str,
 ) -> dict[str, Any]:
-    """Run one of nnU-Net's planners.
+    """The plans that one of nnU-Net's planners (a key of :data:`PLANNERS`) makes; raises :class:`NnsslError` with its last line.
 
     Args:
-        owner: dataset name.
-        planner: key of :data:`PLANNERS`.
-        wanted: name of the plans.
+        planner, wanted: which, and the name of the plans.
         gpu_memory_target: GB; the planner's own default where None.
-        description: dataset.json.
-        fingerprint: dataset_fingerprint.json.
+        owner, dataset_json, fingerprint: the dataset.
         reader: name of nnU-Net's reader for the images.
-
-    Returns:
-        The plans as their file holds them.
-
-    Raises:
-        NnsslError: the planner ended with an error; its last line is named.
     """
     module, name, _ = PLANNERS[planner]
     one = {"any": {"images": ["any"], "label": ""}}  # the planner lists images only to try a reader on one
@@ -93,8 +81,8 @@ def run_planner(
         raw, preprocessed = Path(place, "raw", owner), Path(place, "preprocessed", owner)
         for folder in (raw, preprocessed, Path(place, "results")):
             folder.mkdir(parents=True)
-        dataset_json = {**description, "labels": labels, "dataset": one, "overwrite_image_reader_writer": reader}
-        write_json(raw / "dataset.json", dataset_json)
+        content = {**dataset_json, "labels": labels, "dataset": one, "overwrite_image_reader_writer": reader}
+        write_json(raw / "dataset.json", content)
         write_json(preprocessed / "dataset_fingerprint.json", fingerprint)
         _in_own_process(module, name, owner, {"plans_name": wanted, **options}, Path(place))
         return read_json(preprocessed / f"{wanted}.json")

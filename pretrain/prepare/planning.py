@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,26 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
+from nnssl.config import option
 from nnssl.distributed import rank
 from nnssl.errors import NnsslError
 from nnssl.files import read_json, write_json
+from nnssl.options import as_function
 from nnssl.paths import preprocessed_folder, set_folders
 from nnssl.plans import Plan, dataset_id, load_plan, resolve_dataset
+from nnssl.pretrain.options import as_in_run
 from nnssl.pretrain.prepare.channels import same_name
 from nnssl.pretrain.prepare.fingerprint import MOST_IMAGES, FigureWorker, combine, looks_like_ct, measure, sample_cases
+from nnssl.pretrain.prepare.integrity import quiet
 from nnssl.pretrain.prepare.planner import PLANNERS, plans_name, run_planner
 from nnssl.pretrain.prepare.raw import RawCase, RawSource, describe, list_unplanned
-from nnssl.words import counted, size_text
+from nnssl.words import counted, first_few, size_text
 
 log = logging.getLogger("nnssl")
 
-ESTIMATE_IMAGES = 32
-"""Images that a dry run looks at."""
-
+ESTIMATE_IMAGES = 32  # images that a dry run looks at
 NAMED = 3
+NOTES = "nnssl_fingerprint_notes.jsonl"
 POLL_SECONDS = 1.0
 
 
@@ -60,36 +64,40 @@ def _is_pool_of(owner: str, names: Sequence[str], path: Path) -> bool:
     return isinstance(recorded, dict) and recorded.get("sources") == list(names)
 
 
-def planned(
-    names: Sequence[str],
-    target: int | str | None = None,
-    configuration: str = "3d_fullres",
-    plans: str = "nnUNetPlans",
-    *,
-    planner: str | None = None,
-    gpu_memory_target: float | None = None,
-    n_processes: int | None = None,
-    write: bool = True,
-) -> Plan:
+@dataclass(frozen=True)
+class PlanRequest:
+    """Whose plans a run takes, and how they are made where there are none."""
+
+    names: Sequence[str] = field(
+        metadata={
+            "help": "datasets to learn from, sorted. Without a target their plans are those of the first; several must then all "
+            "be without labels, and the plans are made from the images of all of them"
+        }
+    )
+    target: int | str | None = as_in_run("target")
+    configuration: str = as_in_run("configuration")
+    plans: str = as_in_run("plans")
+    _: KW_ONLY
+    planner: str | None = as_in_run("planner")
+    gpu_memory_target: float | None = as_in_run("gpu_memory_target")
+    n_processes: int | None = option(None, "for reading images; nnU-Net's default where None or 0")
+    write: bool = option(True, "False makes missing plans from a few images and writes nothing")
+
+
+def _plan(asked: PlanRequest) -> Plan:
     """The plans of a run; where the dataset whose plans are wanted has neither labels nor plans, they are made.
 
-    Args:
-        names: datasets to learn from, sorted. Without a target their plans are those of the first; several must then all be
-            without labels, and the plans are made from the images of all of them.
-        target: dataset whose plans are used.
-        configuration, plans: which of its plans.
-        planner: key of :data:`PLANNERS` that makes missing plans; the one whose name ``plans`` is, or nnU-Net's default.
-        gpu_memory_target: GB that the planner fills; its own default where None.
-        n_processes: for reading images; nnU-Net's default where None.
-        write: False makes missing plans from a few images and writes nothing.
+    Returns:
+        The plan.
 
     Raises:
         NnsslError: it is not clear whose plans are wanted; a labelled dataset without plans; no usable image; another planner
             made the existing plans.
     """
-    owner = resolve_dataset(target) if target is not None else names[0]
-    sources = [owner] if target is not None else list(names)
-    wanted = plans_name(planner, plans)
+    names, planner, configuration = asked.names, asked.planner, asked.configuration
+    owner = resolve_dataset(asked.target) if asked.target is not None else names[0]
+    sources = [owner] if asked.target is not None else list(names)
+    wanted = plans_name(planner, asked.plans)
     path = preprocessed_folder() / owner / f"{wanted}.json"
     if len(sources) > 1 and not _is_pool_of(owner, sources, path):
         raise NnsslError(
@@ -97,21 +105,36 @@ def planned(
             "neither labels nor plans are planned together.)"
         )
     if path.is_file():
-        _check_same(path, planner, gpu_memory_target)
+        _check_same(path, planner, asked.gpu_memory_target)
         return load_plan(owner, configuration, wanted)
     if planner is None:
         planner = next((key for key, (_, _, name) in PLANNERS.items() if name == wanted), None)
     if planner is None or not is_unlabelled(owner):
         return load_plan(owner, configuration, wanted)  # which says what to type
-    if write and int(os.environ.get("RANK", rank())) != 0:
-        _wait_for(path)
+    if asked.write and int(os.environ.get("RANK", rank())) != 0:
+        while not path.is_file():  # the launcher ends this process if the one that plans fails
+            time.sleep(POLL_SECONDS)
         return load_plan(owner, configuration, wanted)
-    content, description = _make(
-        owner, sources, planner, wanted, gpu_memory_target, n_processes or default_num_processes, write
+    log.info("%s has neither labels nor plans: it is planned from its images alone.", " + ".join(sources))
+    images = _Images.of(sources)
+    fingerprint, dataset_json = _fingerprint(images, asked)
+    content = run_planner(
+        planner,
+        wanted,
+        asked.gpu_memory_target,
+        owner=owner,
+        dataset_json={**dataset_json, "numTraining": len(images.cases)},
+        fingerprint=fingerprint,
+        reader=images.reader,
     )
-    plan = Plan.from_dicts(content, configuration, description)
-    _tell(plan, path if write else None)
+    if asked.write:
+        _write(owner, dataset_json, fingerprint, content, wanted)
+    plan = Plan.from_dicts(content, configuration, dataset_json)
+    _tell(plan, path if asked.write else None)
     return plan
+
+
+planned = as_function("planned", PlanRequest, _plan)
 
 
 def _check_same(path: Path, planner: str | None, gpu_memory_target: float | None) -> None:
@@ -124,31 +147,42 @@ def _check_same(path: Path, planner: str | None, gpu_memory_target: float | None
         log.warning("%s exists: -gpu_memory_target is not looked at.", path)
 
 
-def _wait_for(path: Path) -> None:
-    """Until another process has planned; the launcher ends this one if that fails."""
-    while not path.is_file():
-        time.sleep(POLL_SECONDS)
+@dataclass(frozen=True)
+class _Images:
+    """The images, by ``"<source>/<case>"``, of datasets that are planned together; the first of these gets the plans.
 
+    ``channels``, ``description`` (dataset.json), ``ending`` and ``reader`` are those of the first, as far as it tells them.
+    """
 
-def _list(sources: Sequence[str]) -> tuple[dict[str, RawCase], RawSource]:
-    """All images as ``"<source>/<case>"``, and what the first source says of its channels."""
-    cases: dict[str, RawCase] = {}
-    first: RawSource | None = None
-    for source in sources:
-        raw = list_unplanned(source)
-        if raw is None or not raw.cases:
-            raise NnsslError(f"{source} has no usable images in nnUNet_raw/{source}/imagesTr.")
-        first = first or raw
-        ours, theirs = list(first.channel_names.values()), list(raw.channel_names.values())
-        if raw.n_channels != first.n_channels or (ours and theirs and not _same_channels(ours, theirs)):
-            raise NnsslError(
-                f"{sources[0]} and {source} differ in their channels ({', '.join(ours) or first.n_channels} and "
-                f"{', '.join(theirs) or raw.n_channels}), so they cannot be planned together. Name one with -t."
-            )
-        cases.update({f"{source}/{name}": case for name, case in raw.cases.items()})
-    if first is None:
-        raise NnsslError("There is no dataset to plan.")
-    return cases, first
+    sources: Sequence[str]
+    cases: dict[str, RawCase]
+    channels: dict[int, str]
+    description: dict[str, Any]
+    ending: str
+    reader: str
+
+    @classmethod
+    def of(cls, sources: Sequence[str]) -> _Images:
+        """Raises :class:`NnsslError` where there are none, or their channels differ."""
+        found: dict[str, RawSource] = {}
+        for source in sources:
+            raw = list_unplanned(source)
+            if raw is None or not raw.cases:
+                raise NnsslError(f"{source} has no usable images in nnUNet_raw/{source}/imagesTr.")
+            found[source] = raw
+            first = found[sources[0]]
+            ours, theirs = list(first.channel_names.values()), list(raw.channel_names.values())
+            if raw.n_channels != first.n_channels or (ours and theirs and not _same_channels(ours, theirs)):
+                raise NnsslError(
+                    f"{sources[0]} and {source} differ in their channels ({', '.join(ours) or first.n_channels} and "
+                    f"{', '.join(theirs) or raw.n_channels}), so they cannot be planned together. Name one with -t."
+                )
+        cases = {f"{source}/{name}": case for source, raw in found.items() for name, case in raw.cases.items()}
+        description, file = describe(sources[0]), next(iter(cases.values())).files[0]
+        ending = ".nii.gz" if file.lower().endswith(".nii.gz") else Path(file).suffix
+        ending = description.get("file_ending") or ending
+        reader = _reader(cases, {**description, "file_ending": ending})
+        return cls(sources, cases, dict(first.channel_names), description, ending, reader)
 
 
 def _same_channels(ours: Sequence[str], theirs: Sequence[str]) -> bool:
@@ -157,103 +191,73 @@ def _same_channels(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     return len(ours) == len(theirs) and all(map(same_name, ours, theirs)) and schemes[0] == schemes[1]
 
 
-def _reader(cases: Mapping[str, RawCase], description: Mapping[str, Any], ending: str) -> str:
+def _reader(cases: Mapping[str, RawCase], description: dict[str, Any]) -> str:
     """The reader that nnU-Net would take, tried on one of the first images that any takes."""
-    for case in list(cases.values())[:NAMED]:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            with contextlib.suppress(RuntimeError):
-                content = {**description, "file_ending": ending}
-                return determine_reader_writer_from_dataset_json(content, case.files[0], verbose=False).__name__
-    case = next(iter(cases.values()))
-    raise NnsslError(f"None of nnU-Net's readers reads {case.files[0]}, nor the images after it.")
+    first = [case.files[0] for case in list(cases.values())[:NAMED]]
+    for file in first:
+        with quiet(), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(RuntimeError):
+            return determine_reader_writer_from_dataset_json(description, file, verbose=False).__name__
+    raise NnsslError(f"None of nnU-Net's readers reads {first[0]}, nor the images after it.")
 
 
-def _make(
-    owner: str,
-    sources: Sequence[str],
-    planner: str,
-    wanted: str,
-    gpu_memory_target: float | None,
-    n_processes: int,
-    write: bool,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Plans and dataset.json of a dataset without labels; written beside the fingerprint unless ``write`` is False."""
-    log.info("%s has neither labels nor plans: it is planned from its images alone.", " + ".join(sources))
-    folder, (cases, raw) = preprocessed_folder() / owner, _list(sources)
-    if write:
+def _fingerprint(images: _Images, asked: PlanRequest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fingerprint, and dataset.json with all that nnU-Net asks for."""
+    owner, cases, names = images.sources[0], images.cases, images.channels
+    folder = preprocessed_folder() / owner
+    if asked.write:
         folder.mkdir(parents=True, exist_ok=True)
-    description = describe(owner)
-    first = next(iter(cases.values())).files[0]
-    ending = description.get("file_ending") or (".nii.gz" if first.lower().endswith(".nii.gz") else Path(first).suffix)
-    reader = _reader(cases, description, ending)
-    names = dict(raw.channel_names)
     made = folder / "dataset_fingerprint.json"
     if made.is_file() and names:
-        fingerprint = read_json(made)
-    else:
-        chosen = sample_cases(cases, MOST_IMAGES if write else ESTIMATE_IMAGES)
-        if len(chosen) < len(cases):
-            log.info("%d of its %d images are looked at.", len(chosen), len(cases))
-        is_ct = tuple(get_normalization_scheme(n).__name__ == "CTNormalization" for n in names.values()) or None
-        notes = folder / "nnssl_fingerprint_notes.jsonl" if write else None
-        found = measure(
-            chosen, FigureWorker(reader, is_ct), n_processes=n_processes, notes=notes, description="Fingerprint"
+        return read_json(made), _complete(images, names)
+    chosen = sample_cases(cases, MOST_IMAGES if asked.write else ESTIMATE_IMAGES)
+    if len(chosen) < len(cases):
+        log.info("%d of its %d images are looked at.", len(chosen), len(cases))
+    is_ct = tuple(get_normalization_scheme(n).__name__ == "CTNormalization" for n in names.values()) or None
+    worker = FigureWorker(images.reader, is_ct)
+    notes = folder / NOTES if asked.write else None
+    found = measure(chosen, worker, n_processes=asked.n_processes or default_num_processes, notes=notes)
+    bad, good = [f for f in found if f.bad], [f for f in found if not f.bad]
+    if bad:
+        shown = first_few([f"{f.name}: {f.bad}" for f in bad], NAMED, "; ")
+        log.warning("Left out of the planning, since they cannot be used: %s: %s", counted(len(bad), "image"), shown)
+    if not good:
+        raise NnsslError(f"No image of {', '.join(images.sources)} can be used: nothing to plan from.")
+    if not names:
+        names = {c: "CT" if looks_like_ct(good, c) else "MR" for c in range(len(good[0].low))}
+        log.warning(
+            "%s has no dataset.json: its channels are taken for %s by their intensities. If that is wrong, write "
+            "dataset.json yourself and delete %s.",
+            *(owner, ", ".join(names.values()), folder),
         )
-        bad, good = [f for f in found if f.bad], [f for f in found if not f.bad]
-        if bad:
-            shown = "; ".join(f"{f.name}: {f.bad}" for f in bad[:NAMED])
-            log.warning(
-                "Left out of the planning, since they cannot be used: %s: %s", counted(len(bad), "image"), shown
-            )
-        if not good:
-            raise NnsslError(f"No image of {', '.join(sources)} can be used: nothing to plan from.")
-        if not names:
-            names = {c: "CT" if looks_like_ct(good, c) else "MR" for c in range(len(good[0].low))}
-            log.warning(
-                "%s has no dataset.json: its channels are taken for %s by their intensities. If that is wrong, write "
-                "dataset.json yourself and delete %s.",
-                owner,
-                ", ".join(names.values()),
-                folder,
-            )
-        fingerprint = combine(good)
-        fingerprint["nnssl"] = {"foreground": "body", "sources": list(sources), "images": len(good)}
-    description = _complete(description, names, len(cases), ending)
-    dataset_json = {**description, "numTraining": len(cases)}
-    content = run_planner(owner, planner, wanted, gpu_memory_target, dataset_json, fingerprint, reader)
-    if write:
-        _write(owner, description, fingerprint, content, wanted)
-    return content, description
+    origin = {"foreground": "body", "sources": list(images.sources), "images": len(good)}
+    return {**combine(good), "nnssl": origin}, _complete(images, names)
 
 
-def _complete(description: dict[str, Any], names: Mapping[int, str], n: int, ending: str) -> dict[str, Any]:
+def _complete(images: _Images, names: Mapping[int, str]) -> dict[str, Any]:
     """dataset.json with all that nnU-Net asks for; what the user wrote stays."""
-    if not (description.get("channel_names") or description.get("modality")):
-        description = {"channel_names": {str(c): name for c, name in names.items()}, **description}
-    rest = {"labels": {"background": 0}, "numTraining": n, "file_ending": ending}
-    return {**description, **{k: v for k, v in rest.items() if not description.get(k)}}
+    content = images.description
+    if not (content.get("channel_names") or content.get("modality")):
+        content = {"channel_names": {str(c): name for c, name in names.items()}, **content}
+    rest = {"labels": {"background": 0}, "numTraining": len(images.cases), "file_ending": images.ending}
+    return {**content, **{k: v for k, v in rest.items() if not content.get(k)}}
 
 
 def _write(
-    owner: str, description: dict[str, Any], fingerprint: dict[str, Any], content: dict[str, Any], wanted: str
+    owner: str, dataset_json: dict[str, Any], fingerprint: dict[str, Any], content: dict[str, Any], wanted: str
 ) -> None:
     """Write what is missing; the plans last, they say that all is there."""
     folder = preprocessed_folder() / owner
-    with contextlib.suppress(FileExistsError):
-        write_json(folder / "dataset.json", description, overwrite=False)
-    raw = set_folders()["nnUNet_raw"] / owner / "dataset.json"
     with contextlib.suppress(OSError):  # FileExistsError: the user's own stays; a read-only raw folder has none
-        write_json(raw, description, overwrite=False)
-    with contextlib.suppress(FileExistsError):
-        write_json(folder / "dataset_fingerprint.json", fingerprint, overwrite=False)
-    with contextlib.suppress(FileExistsError):
-        write_json(folder / f"{wanted}.json", content, overwrite=False)
-    (folder / "nnssl_fingerprint_notes.jsonl").unlink(missing_ok=True)
+        write_json(set_folders()["nnUNet_raw"] / owner / "dataset.json", dataset_json, overwrite=False)
+    files = {"dataset": dataset_json, "dataset_fingerprint": fingerprint, wanted: content}
+    for name, what in files.items():
+        with contextlib.suppress(FileExistsError):
+            write_json(folder / f"{name}.json", what, overwrite=False)
+    (folder / NOTES).unlink(missing_ok=True)
 
 
 def _tell(plan: Plan, path: Path | None) -> None:
     """What the planner chose."""
-
     log.info(
         "nnU-Net's %s chose for %s: spacing %s mm, median image %s, patch %s, batch %d, %s with %d stages, %s.",
         plan.plans["experiment_planner_used"],

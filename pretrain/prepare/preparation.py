@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nnunetv2.configuration import default_num_processes
 
-from nnssl.config import make_config
-from nnssl.plans import Plan
+from nnssl.config import make_config, option
+from nnssl.options import as_function
 from nnssl.pretrain.data.weights import parse_sources
 from nnssl.pretrain.methods import get_method
-from nnssl.pretrain.options import Sources
+from nnssl.pretrain.options import Sources, as_in_run
 from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
 from nnssl.pretrain.prepare.parts import Part
 from nnssl.pretrain.prepare.planning import planned
-from nnssl.pretrain.types import SourceStats
 
 log = logging.getLogger("nnssl")
 
@@ -39,67 +37,72 @@ class Prepared:
     folders: list[Path] = field(default_factory=list)
 
 
-def preprocess(
-    sources: Sources,
-    *,
-    target: int | str | None = None,
-    configuration: str = "3d_fullres",
-    plans: str = "nnUNetPlans",
-    method: str | None = None,
-    part: str | Part | None = None,
-    cases: str | Path | None = None,
-    exclude: str | Path | None = None,
-    skip_bad: bool = False,
-    allow_mismatch: bool = False,
-    processes: int | None = None,
-    planner: str | None = None,
-    gpu_memory_target: float | None = None,
-) -> Prepared:
-    """Preprocess pretraining images; a later :func:`nnssl.pretrain.run` finds them done.
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What :func:`preprocess` takes, and ``nnssl_pretrain --preprocess-only`` with it."""
+
+    sources: Sources = as_in_run("sources")
+    _: KW_ONLY
+    target: int | str | None = as_in_run("target")
+    configuration: str = as_in_run("configuration")
+    plans: str = as_in_run("plans")
+    method: str | None = as_in_run("method", default=None)
+    part: str | Part | None = option(None, '``"3/8"``: only the third of eight parts of the cases')
+    cases: str | Path | None = as_in_run("cases")
+    exclude: str | Path | None = as_in_run("exclude")
+    skip_bad: bool = as_in_run("skip_bad")
+    allow_mismatch: bool = as_in_run("allow_mismatch")
+    processes: int | None = as_in_run("processes")
+    planner: str | None = as_in_run("planner")
+    gpu_memory_target: float | None = as_in_run("gpu_memory_target")
+
+
+def prepare(asked: PrepareOptions) -> Prepared:
+    """Preprocess pretraining images, and what the method needs beside them; a later :func:`nnssl.pretrain.run` finds them done.
 
     Every raw file's size and time are compared with what was preprocessed, so this is also the way to find images that were
     overwritten in place. An interrupted call is continued by the next. Several machines may work at a time: with ``part`` each
     takes its own cases; without, or on the same part, they go through the cases in different orders and pass over what another
-    has finished.
+    has finished. Where there are no plans, let one machine finish this call before others start.
 
-    Args:
-        sources, target, configuration, plans, cases, exclude, skip_bad, allow_mismatch: see :func:`nnssl.pretrain.run`.
-        method: objective that will be trained; also prepares what it needs beside the images (body masks).
-        part: ``"3/8"``: only the third of eight parts of the cases.
-        processes: nnU-Net's default unless given.
-        planner, gpu_memory_target: see :func:`nnssl.pretrain.run`. Where there are no plans, let one machine finish this call
-            before others start.
+    Returns:
+        What is preprocessed.
 
     Raises:
-        NnsslError: unknown names, images that cannot be used (all others are done by then), no space; see
-            :func:`nnssl.pretrain.prepare.prepare_sources`.
+        NnsslError: unknown names, images that cannot be used (all others are done by then), no space.
     """
-    names = list(parse_sources(sources)[0])
-    share = Part.parse(part) if isinstance(part, str) else part
-    n_processes = processes or default_num_processes
-    planning: dict[str, Any] = {"planner": planner, "gpu_memory_target": gpu_memory_target, "n_processes": n_processes}
-    plan = planned(names, target, configuration, plans, **planning)
+    names = list(parse_sources(asked.sources)[0])
+    part = Part.parse(asked.part) if isinstance(asked.part, str) else asked.part
+    n_processes = asked.processes or default_num_processes
+    plan = planned(
+        names,
+        asked.target,
+        asked.configuration,
+        asked.plans,
+        planner=asked.planner,
+        gpu_memory_target=asked.gpu_memory_target,
+        n_processes=n_processes,
+    )
     case_set = prepare_sources(
         plan,
         names,
-        cases=Path(cases) if cases else None,
-        exclude=Path(exclude) if exclude else None,
-        skip_bad=skip_bad,
+        cases=Path(asked.cases) if asked.cases else None,
+        exclude=Path(asked.exclude) if asked.exclude else None,
+        skip_bad=asked.skip_bad,
         n_processes=n_processes,
         held_out=0.0,
-        allow_mismatch=allow_mismatch,
+        allow_mismatch=asked.allow_mismatch,
         thorough=True,
-        part=share,
+        part=part,
     )
-    if method is not None and case_set.cases and _needs_bodies(plan, method, case_set.stats()):
-        prepare_bodies(plan, case_set, n_processes=n_processes, thorough=True)
+    if asked.method is not None and case_set.cases:
+        cls = get_method(asked.method)
+        if cls.crops(plan, case_set.stats(), make_config(cls.Config, {})).body:
+            prepare_bodies(plan, case_set, n_processes=n_processes, thorough=True)
     folders = sorted({case.folder for case in case_set.cases})
-    what = "" if share is None else f" of part {share.index} of {share.of}"
+    what = "" if part is None else f" of part {part.index} of {part.of}"
     log.info("%d cases%s are preprocessed: %s", len(case_set.cases), what, ", ".join(map(str, folders)) or "none")
     return Prepared(len(case_set.cases), [str(b) for b in case_set.bad], list(case_set.reports), folders)
 
 
-def _needs_bodies(plan: Plan, method: str, stats: SourceStats) -> bool:
-    """Whether an objective, with its default options, looks at body masks."""
-    cls = get_method(method)
-    return cls.crops(plan, stats, make_config(cls.Config, {})).body
+preprocess = as_function("preprocess", PrepareOptions, prepare)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import random
 import shutil
 import socket
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -24,25 +23,20 @@ from nnssl.preprocessed import IMAGE, LABELS, PROPERTIES, complete
 from nnssl.pretrain.data.case_set import BadCase
 from nnssl.pretrain.data.folders import beside, own_folder
 from nnssl.pretrain.prepare.index import Entry, Index
+from nnssl.pretrain.prepare.integrity import quiet
 from nnssl.pretrain.prepare.processes import KILLED, run_tasks
 from nnssl.pretrain.prepare.raw import RawCase
+from nnssl.pretrain.prepare.request import SourceRequest
 from nnssl.pretrain.prepare.worker import CaseWorker, Result, Task
 
 log = logging.getLogger("nnssl")
 
-ABANDONED_SECONDS = 24 * 3600.0
-"""After this a temporary folder of another machine counts as left behind."""
-
+ABANDONED_SECONDS = 24 * 3600.0  # after this a temporary folder of another machine counts as left behind
 GB = 1e9
 
 
-def done_cases(folder: Path, *, image_only: bool = False) -> dict[str, tuple[int, int]]:
-    """Cases of a folder of preprocessed cases -> (bytes, modification time in ns) of the image; opens nothing.
-
-    Args:
-        folder: of the cases.
-        image_only: a case is done where its image is there (body masks); else its other files are needed too, and none is empty.
-    """
+def done_cases(folder: Path) -> dict[str, tuple[int, int]]:
+    """Cases of a folder whose files are there and not empty -> (bytes, modification time in ns) of the image; opens nothing."""
     if not folder.is_dir():
         return {}
     found, others = {}, set()
@@ -53,9 +47,9 @@ def done_cases(folder: Path, *, image_only: bool = False) -> dict[str, tuple[int
                 info = entry.stat()
                 if info.st_size:
                     found[name[: -len(IMAGE)]] = (info.st_size, info.st_mtime_ns)
-            elif not image_only and name.endswith((PROPERTIES, LABELS)) and entry.stat().st_size:
+            elif name.endswith((PROPERTIES, LABELS)) and entry.stat().st_size:
                 others.add(name)
-    return found if image_only else {n: v for n, v in found.items() if {n + PROPERTIES, n + LABELS} <= others}
+    return {n: v for n, v in found.items() if {n + PROPERTIES, n + LABELS} <= others}
 
 
 def _alive(pid: int) -> bool:
@@ -113,9 +107,8 @@ def _tasks(
         entry = index.entries.get(name)
         settled = entry is not None and (not retry_bad if entry.bad else name in done)
         if entry is not None and settled and entry.files == case.stamps:
-            if folder is None or entry.bad or complete(folder, name):
-                continue
-            tasks.append(Task(case, stale=True))  # damaged after it was made
+            if folder is not None and not entry.bad and not complete(folder, name):
+                tasks.append(Task(case, stale=True))  # damaged after it was made
             continue
         trust = ""
         if name in done and entry is None and done[name][1] > max(s[2] for s in case.stamps):
@@ -123,13 +116,11 @@ def _tasks(
         elif name in done and entry is not None and [s[:2] for s in entry.files] == [s[:2] for s in case.stamps]:
             trust = entry.sha256  # copied or touched: same size, another time
         tasks.append(Task(case, trust, stale=name in done))
-    # in another order in each process: several machines may work on the same folder and seldom meet
-    random.Random(f"{socket.gethostname()}-{os.getpid()}").shuffle(tasks)
     return tasks
 
 
-def raise_fatal(result: Result, folder: Path, left: int) -> None:
-    """Say why nothing can be written at the moment. Raises :class:`NnsslError`."""
+def _raise_fatal(result: Result, folder: Path, left: int) -> NoReturn:
+    """Say why nothing can be written at the moment."""
     if result.fatal == "write":
         raise NnsslError(
             f"{result.entry.name} could not be written into {folder}: {result.detail}. What is done is kept."
@@ -141,6 +132,20 @@ def raise_fatal(result: Result, folder: Path, left: int) -> None:
         f"No space left in {folder}: {left} images are still to be preprocessed, which takes about {need / GB:.2g} GB, and "
         f"{free / GB:.2g} GB are free. What is done is kept: make room and start again, and it goes on from there."
     )
+
+
+def _killed(task: Task, how: str) -> Result:
+    cause = "the image does not fit into this machine's memory" if how == KILLED else "the file is damaged"
+    reason = f"its process {how}, though it worked alone: most likely {cause}"
+    return Result(Entry(task.case.name, task.case.stamps, bad=reason, bad_file=task.case.files[0]))
+
+
+def _too_large(result: Result) -> Result:
+    if result.fatal != "memory":
+        return result
+    file = result.entry.files[0][0] if result.entry.files else ""
+    reason = "it does not fit into this machine's memory, also alone"
+    return Result(replace(result.entry, bad=reason, bad_file=file))
 
 
 def in_memory(
@@ -163,30 +168,48 @@ def in_memory(
         yield _too_large(worker(task))
 
 
-def try_plans(plan: Plan) -> None:
-    """Preprocess a few random voxels, so that plans which cannot are blamed themselves, and not each image in turn.
+def do_all(
+    make_worker: Callable[[Path], Callable[[Task], Result]],
+    tasks: list[Task],
+    index: Index,
+    folder: Path,
+    n_processes: int,
+    description: str,
+) -> None:
+    """Do tasks, and write a line to the index for each; raises :class:`NnsslError` where there is no space or no permission.
 
-    Raises:
-        NnsslError: reader, normalisation, resampling or another field of the plans is at fault.
+    ``make_worker`` gets a temporary folder on the file system of ``folder``, where the results go.
     """
-    shape = (11, 12, 13)
-    data = np.random.default_rng(0).normal(100, 20, (plan.n_channels, *shape)).astype(np.float32)
-    spacing = [float(s) for s in plan.spacing]
-    file_spacing = (
-        [1.0] * 3 if len(spacing) == 2 else [spacing[plan.transpose_forward.index(i)] * 0.9 for i in range(3)]
-    )
+    # in another order in each process: several machines may work on the same folder and seldom meet
+    random.Random(f"{socket.gethostname()}-{os.getpid()}").shuffle(tasks)
+    with temporary_folder(folder) as temporary:
+        with contextlib.closing(in_memory(make_worker(temporary), tasks, n_processes, description)) as results:
+            for count, result in enumerate(results):
+                if result.fatal:
+                    _raise_fatal(result, folder, len(tasks) - count)
+                try:
+                    index.append(result.entry)
+                except OSError as error:
+                    if shutil.disk_usage(folder).free < 1 << 20:
+                        _raise_fatal(Result(result.entry, "disk", nbytes=1), folder, len(tasks) - count)
+                    raise NnsslError(f"Cannot write {index.path}: {error.strerror}.") from error
+
+
+def _try_plans(plan: Plan) -> None:
+    """Preprocess a few random voxels, so that plans which cannot are blamed themselves, and not each image in turn."""
+    data = np.random.default_rng(0).normal(100, 20, (plan.n_channels, 11, 12, 13)).astype(np.float32)
+    spacing = [1.0] * 3
+    if plan.dim == 3:
+        spacing = [plan.spacing[plan.transpose_forward.index(i)] * 0.9 for i in range(3)]
     try:
         plan.manager.image_reader_writer_class  # noqa: B018  looked up by name
-        preprocessor = plan.config.preprocessor_class(verbose=False)
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made, _, _ = preprocessor.run_case_npy(
-                data, None, {"spacing": file_spacing}, plan.manager, plan.config, plan.dataset_json
+        with quiet():
+            made, _, _ = plan.config.preprocessor_class(verbose=False).run_case_npy(
+                data, None, {"spacing": spacing}, plan.manager, plan.config, plan.dataset_json
             )
-        if made.ndim != 4 or made.shape[0] != plan.n_channels or not np.isfinite(made).all():
-            raise ValueError(
-                f"they make an array of shape {made.shape} with {int((~np.isfinite(made)).sum())} odd voxels"
-            )
+        odd = int((~np.isfinite(made)).sum())
+        if made.ndim != 4 or made.shape[0] != plan.n_channels or odd:
+            raise ValueError(f"they make an array of shape {made.shape} with {odd} odd voxels")
     except MemoryError:
         return  # the target spacing is very fine: the images decide
     except Exception as error:  # nnU-Net looks names up and calls what it finds
@@ -197,75 +220,24 @@ def try_plans(plan: Plan) -> None:
         ) from error
 
 
-def _killed(task: Task, how: str) -> Result:
-    cause = "the image does not fit into this machine's memory" if how == KILLED else "the file is damaged"
-    reason = f"its process {how}, though it worked alone: most likely {cause}"
-    return Result(Entry(task.case.name, task.case.stamps, bad=reason, bad_file=task.case.files[0]))
-
-
-def _too_large(result: Result) -> Result:
-    if result.fatal != "memory":
-        return result
-    entry = result.entry
-    file = entry.files[0][0] if entry.files else ""
-    return Result(replace(entry, bad="it does not fit into this machine's memory, also alone", bad_file=file))
-
-
 def preprocess_source(
-    plan: Plan,
-    source: str,
-    cases: Mapping[str, RawCase],
-    *,
-    n_processes: int,
-    retry_bad: bool,
-    part: str = "",
-    thorough: bool = False,
+    asked: SourceRequest, source: str, cases: Mapping[str, RawCase]
 ) -> tuple[dict[str, Entry], list[BadCase]]:
-    """Preprocess those cases that are not done, with nnU-Net's own preprocessor and no labels.
+    """Preprocess those raw images of a dataset that are not done, with nnU-Net's own preprocessor and no labels.
 
-    Args:
-        plan: of the target; decides spacing, normalisation, transpose and file layout.
-        source: name of the dataset.
-        cases: its raw images.
-        n_processes: processes.
-        retry_bad: look again at images that were bad the last time and have not changed since.
-        thorough: open the files of cases that are done; what is damaged is made anew.
-        part: label of the part of the preprocessing that these cases are, see :class:`nnssl.pretrain.prepare.parts.Part`.
-
-    Returns:
-        The index entries of the good cases, and the bad ones.
-
-    Raises:
-        NnsslError: no space or no permission; a second start continues.
+    Returns the index entries of the good cases, and the bad ones.
     """
-    folder = own_folder(plan, source)
-    index = Index(beside(folder, "index.jsonl"), part)
-    tasks = _tasks(cases, index, done_cases(folder), retry_bad, folder if thorough else None)
+    plan, folder = asked.plan, own_folder(asked.plan, source)
+    index = Index(beside(folder, "index.jsonl"), asked.part.label if asked.part is not None else "")
+    tasks = _tasks(cases, index, done_cases(folder), not asked.skip_bad, folder if asked.thorough else None)
     if tasks:
         log.info("Preprocessing %d of %d images of %s into %s", len(tasks), len(cases), source, folder)
-        try_plans(plan)
-        with temporary_folder(folder) as temporary:
-            worker = CaseWorker(plan.plans, plan.configuration, plan.dataset_json, plan.n_channels, folder, temporary)
-            results = in_memory(worker, tasks, n_processes, f"Preprocessing {source}")
-            with contextlib.closing(results):
-                for count, result in enumerate(results):
-                    if result.fatal:
-                        raise_fatal(result, folder, len(tasks) - count)
-                    _append(index, result.entry, folder, len(tasks) - count)
-    good, bad = {}, []
-    for name in cases:
-        entry = index.entries[name]
-        if entry.bad:
-            bad.append(BadCase(name, entry.bad_file, entry.bad))
-        else:
-            good[name] = entry
-    return good, bad
+        _try_plans(plan)
 
+        def worker(temporary: Path) -> CaseWorker:
+            return CaseWorker(plan, folder, temporary)
 
-def _append(index: Index, entry: Entry, folder: Path, left: int) -> None:
-    try:
-        index.append(entry)
-    except OSError as error:
-        if shutil.disk_usage(folder).free < 1 << 20:
-            raise_fatal(Result(entry, "disk", nbytes=1), folder, left)
-        raise NnsslError(f"Cannot write {index.path}: {error.strerror}.") from error
+        do_all(worker, tasks, index, folder, asked.processes, f"Preprocessing {source}")
+    entries = {name: index.entries[name] for name in cases}
+    bad = [BadCase(name, e.bad_file, e.bad) for name, e in entries.items() if e.bad]
+    return {name: e for name, e in entries.items() if not e.bad}, bad

@@ -16,6 +16,7 @@ from multiprocessing.connection import wait as wait_for
 from typing import Any, TypeVar
 
 import torch
+from nnunetv2.configuration import default_num_processes
 from tqdm import tqdm
 
 from nnssl.errors import NnsslError
@@ -23,9 +24,7 @@ from nnssl.words import counted
 
 log = logging.getLogger("nnssl")
 
-IN_FLIGHT = 3
-"""Jobs handed out per process: few, so that 100,000 cases are not queued at once."""
-
+IN_FLIGHT = 3  # jobs handed out per process: few, so that 100,000 cases are not queued at once
 KILLED = "was killed"
 
 J = TypeVar("J")
@@ -61,33 +60,30 @@ def _do(task: Any) -> Any:
 def run_tasks(
     worker: Callable[[J], R],
     tasks: Sequence[J],
-    n_processes: int,
+    n_processes: int | None,
     description: str,
     *,
     killed: Callable[[J, str], R] | None = None,
 ) -> Generator[R, None, None]:
     """Do all tasks and yield results as they come, with a progress bar.
 
+    Where a process ends (most often killed, because memory ran out), what was at work is done again, one task at a time, and
+    the rest goes on with half as many processes.
+
     Args:
         worker: does one; pickles.
         tasks: in any order.
-        n_processes: spawned processes; 0 and 1 work in this process.
+        n_processes: spawned processes; 0 and 1 work in this process. nnU-Net's default where None.
         description: of the progress bar.
         killed: the result of a task whose process ended even when it was the only one, from the task and from how it ended
             ("was killed", "crashed (SIGSEGV)"); None raises.
 
-    Where a process ends (most often killed, because memory ran out), what was at work is done again, one task at a time, and
-    the rest goes on with half as many processes.
-
     Raises:
         NnsslError: no processes can be started, or a task's process ended though it was the only one.
     """
+    n = min(default_num_processes if n_processes is None else n_processes, len(tasks))
     with tqdm(total=len(tasks), desc=description, disable=None if tasks else True, dynamic_ncols=True) as bar:
-        if min(n_processes, len(tasks)) <= 1:
-            results: Iterator[R] = map(worker, tasks)
-        else:
-            results = _in_processes(worker, tasks, min(n_processes, len(tasks)), killed)
-        for result in results:
+        for result in map(worker, tasks) if n <= 1 else _in_processes(worker, tasks, n, killed):
             bar.update()
             yield result
 
@@ -137,8 +133,7 @@ def _how(processes: Sequence[Any]) -> str:
 def _pool(worker: Callable[[J], R], waiting: Iterator[J], n: int, broken: list[J]) -> Generator[R, None, str]:
     """Do tasks in ``n`` processes until all are done or a process ends: ``broken`` gets those at work then.
 
-    Returns:
-        how the process ended; "" where all are done.
+    Returns how the process ended; "" where all are done.
     """
     try:
         executor = ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), _start, (worker,))

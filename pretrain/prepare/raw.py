@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,29 +19,14 @@ from nnssl.paths import set_folders
 from nnssl.plans import Plan
 from nnssl.plans.description import check_description
 from nnssl.pretrain.data.case_set import BadCase
-from nnssl.words import counted
+from nnssl.words import counted, first_few
 
 log = logging.getLogger("nnssl")
 
 IMAGES = (
-    *(
-        ".nii.gz",
-        ".nii",
-        ".nrrd",
-        ".nhdr",
-        ".mha",
-        ".mhd",
-        ".gipl",
-        ".mgz",
-        ".mgh",
-        ".hdr",
-        ".dcm",
-        ".tif",
-        ".tiff",
-        ".png",
-    ),
-    *(".bmp", ".jpg", ".jpeg"),
-)
+    ".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".mgz", ".mgh", ".hdr", ".dcm", ".tif", ".tiff", ".png",
+    ".bmp", ".jpg", ".jpeg",
+)  # fmt: skip
 """Endings of images, in small letters."""
 
 NAMED = 3
@@ -48,16 +34,13 @@ NAMED = 3
 Stamp = tuple[str, int, int]
 """Name of a file, its size in bytes, and its modification time in ns: another content nearly always changes one."""
 
+Listing = tuple[dict[str, dict[int, str]], dict[str, Stamp], list[BadCase]]
+"""``{case: {channel: path}}``, ``{path: stamp}``, and the files that do not fit."""
+
 
 @dataclass(frozen=True)
 class RawCase:
-    """The image files of one case, one per channel.
-
-    Attributes:
-        name: case identifier.
-        files: absolute paths in channel order.
-        stamps: of each file.
-    """
+    """The image files of one case, one per channel: absolute paths in channel order, with the stamp of each."""
 
     name: str
     files: tuple[str, ...]
@@ -69,7 +52,6 @@ class RawSource:
     """The raw images of one dataset.
 
     Attributes:
-        cases: by identifier.
         n_channels: files (or declared channels) per case.
         channel_names: by index; empty where dataset.json does not tell.
         bad: files and cases that do not fit.
@@ -82,11 +64,7 @@ class RawSource:
 
 
 def describe(source: str) -> dict[str, Any]:
-    """The source's dataset.json, from the raw or the preprocessed folder; {} where there is none.
-
-    Raises:
-        NnsslError: it is not of nnU-Net's present form.
-    """
+    """The source's dataset.json, of nnU-Net's present form, from the raw or the preprocessed folder; {} where there is none."""
     folders = set_folders()
     for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
         if variable in folders:
@@ -98,7 +76,8 @@ def describe(source: str) -> dict[str, Any]:
     return {}
 
 
-def _channel_names(description: dict[str, Any]) -> dict[int, str]:
+def channel_names(description: dict[str, Any]) -> dict[int, str]:
+    """Channel names of a dataset.json by index; {} where it has none that can be read."""
     names = description.get("channel_names") or description.get("modality") or {}
     try:
         return {int(k): str(v) for k, v in sorted(names.items(), key=lambda item: int(item[0]))}
@@ -123,58 +102,40 @@ def _scan(folder: Path) -> dict[str, tuple[str, int, int] | None]:
     return found
 
 
-def _ending(names: list[str], declared: str | None, supported: list[str]) -> str:
-    """The declared file ending, else the most frequent one that the target's reader knows."""
-    if declared:
-        return declared
+def _frequent_ending(names: Iterable[str], supported: Sequence[str]) -> str:
+    """The most frequent ending that the reader knows."""
     known = sorted({*supported, ".nii"}, key=len, reverse=True)
     counts = Counter(next((e for e in known if n.lower().endswith(e)), "") for n in names)
     counts.pop("", None)
     return counts.most_common(1)[0][0] if counts else known[0]
 
 
-def _mention_others(folder: Path, names: list[str], ending: str) -> None:
-    """Say which images are passed over because their ending is not the dataset's."""
-    others = [n for n in names if n.lower().endswith(IMAGES) and is_text(n)]
-    if others:
-        shown = ", ".join(others[:NAMED]) + (" ..." if len(others) > NAMED else "")
-        log.warning(
-            "Not used, since the name does not end with %s as the dataset's do: %s in %s: %s",
-            *(ending, counted(len(others), "image"), folder, shown),
-        )
-
-
-def list_images(folder: Path, ending: str | None, supported: list[str]) -> tuple[dict[str, dict[int, str]], dict, list]:
-    """List ``<case>_<4 digits><ending>`` files.
+def _list_folder(folder: Path, ending: str | None, supported: Sequence[str]) -> Listing:
+    """List ``<case>_<4 digits><ending>`` files of a folder; the ending is inferred where it is None.
 
     nnU-Net's own listing compares each case with each file and needs a process pool, which does not end for 100,000 cases;
     this one gives the same in a single pass.
-
-    Args:
-        folder: for example imagesTr.
-        ending: file ending with its dot, or None to infer it.
-        supported: endings that the reader knows.
-
-    Returns:
-        ``{case: {channel: path}}``, ``{path: stamp}`` and the files that do not fit.
     """
     files = _scan(folder)
-    ending = _ending(list(files), ending, supported)
+    ending = ending or _frequent_ending(files, supported)
     pattern = re.compile(r"(.+)_(\d{4})" + re.escape(ending), re.DOTALL)
     cases: dict[str, dict[int, str]] = {}
     stamps: dict[str, Stamp] = {}
     bad = []
-    _mention_others(folder, [n for n in sorted(files) if not n.endswith(ending)], ending)
-    for name in sorted(files):
-        if not name.endswith(ending):
-            continue
-        match, info = pattern.fullmatch(name), files[name]
+    others = [n for n in sorted(files) if not n.endswith(ending) and n.lower().endswith(IMAGES) and is_text(n)]
+    if others:
+        log.warning(
+            "Not used, since the name does not end with %s as the dataset's do: %s in %s: %s",
+            *(ending, counted(len(others), "image"), folder, first_few(others, NAMED)),
+        )
+    for name in sorted(n for n in files if n.endswith(ending)):
+        match, info, path = pattern.fullmatch(name), files[name], str(folder / name)
         if not is_text(name):  # it would crash the reader, and with it the process
-            bad.append(BadCase(name, str(folder / name), "the file's name is no UTF-8 text; rename it"))
+            bad.append(BadCase(name, path, "the file's name is no UTF-8 text; rename it"))
         elif match is None:
-            bad.append(BadCase(name, str(folder / name), f"the name is not <case>_<channel, 4 digits>{ending}"))
+            bad.append(BadCase(name, path, f"the name is not <case>_<channel, 4 digits>{ending}"))
         elif info is None:
-            bad.append(BadCase(match[1], str(folder / name), "the file cannot be reached (a dead link?)"))
+            bad.append(BadCase(match[1], path, "the file cannot be reached (a dead link?)"))
             cases.setdefault(match[1], {})
         else:
             cases.setdefault(match[1], {})[int(match[2])] = info[0]
@@ -182,11 +143,13 @@ def list_images(folder: Path, ending: str | None, supported: list[str]) -> tuple
     return cases, stamps, bad
 
 
-def _declared(description: dict[str, Any], root: Path) -> tuple[dict[str, dict[int, str]], dict, list]:
+def _declared(description: dict[str, Any], root: Path) -> Listing:
     """Images that dataset.json names one by one (nnU-Net's ``"dataset"`` entry); their labels are not looked at."""
-    cases, stamps, bad = {}, {}, []
+    cases: dict[str, dict[int, str]] = {}
+    stamps: dict[str, Stamp] = {}
+    bad = []
     for name, entry in description["dataset"].items():
-        channels = {}
+        cases[name] = {}
         for i, image in enumerate(entry.get("images", [])):
             path = os.path.abspath(root / os.path.expandvars(image))
             try:
@@ -194,9 +157,8 @@ def _declared(description: dict[str, Any], root: Path) -> tuple[dict[str, dict[i
             except OSError as error:
                 bad.append(BadCase(name, path, f"the file cannot be reached: {error.strerror}"))
                 continue
-            channels[i] = path
+            cases[name][i] = path
             stamps[path] = (os.path.basename(path), info.st_size, info.st_mtime_ns)
-        cases[name] = channels
     return cases, stamps, bad
 
 
@@ -222,12 +184,8 @@ def list_raw(source: str, plan: Plan, images: str = "imagesTr") -> RawSource | N
             f"{plan.plans.get('image_reader_writer')!r} is no reader of nnU-Net's."
         ) from error
     supported = [e.lower() for e in reader.supported_file_endings]
-    return _list(
-        source,
-        images,
-        supported,
-        f"the plans of {plan.dataset_name} read images with {reader.__name__}, which does not read",
-    )
+    who = f"the plans of {plan.dataset_name} read images with {reader.__name__}, which does not read"
+    return _list(source, images, supported, who)
 
 
 def list_unplanned(source: str) -> RawSource | None:
@@ -241,7 +199,7 @@ def list_unplanned(source: str) -> RawSource | None:
     return found
 
 
-def _list(source: str, images: str, supported: list[str], who: str) -> RawSource | None:
+def _list(source: str, images: str, supported: Sequence[str], who: str) -> RawSource | None:
     raw = set_folders().get("nnUNet_raw")
     if raw is None:
         return None
@@ -249,7 +207,7 @@ def _list(source: str, images: str, supported: list[str], who: str) -> RawSource
     if images == "imagesTr" and isinstance(description.get("dataset"), dict) and description["dataset"]:
         cases, stamps, bad = _declared(description, raw / source)
     elif folder.is_dir():
-        cases, stamps, bad = list_images(folder, description.get("file_ending"), supported)
+        cases, stamps, bad = _list_folder(folder, description.get("file_ending"), supported)
     else:
         return None
     if not cases:
@@ -257,36 +215,30 @@ def _list(source: str, images: str, supported: list[str], who: str) -> RawSource
         raise NnsslError(
             f"There are no images in {folder}. nnU-Net's form is <case>_0000{ending} (one file per channel)."
         )
-    endings = {e for files in cases.values() for path in files.values() if (e := _suffix(path, supported)) is not None}
+    allowed = tuple([*supported, ".nii"] if ".nii.gz" in supported else supported)  # ITK reads both
+    endings = {os.path.splitext(p.lower())[1] for p in stamps if not p.lower().endswith(allowed)}
     if endings:
         raise NnsslError(f"{source}: {who} {', '.join(sorted(endings))}. Convert them to {' or '.join(supported)}.")
-    names = _channel_names(description)
+    names = channel_names(description)
     declared = len(names) or max(max(files, default=0) + 1 for files in cases.values())
     one_file = declared > 1 and all(set(files) <= {0} for files in cases.values())  # for example RGB
-    found = RawSource(n_channels=declared, channel_names=names, bad=list(bad))
+    found = RawSource(n_channels=declared, channel_names=names, bad=bad)
     known_bad = {b.case for b in bad}
     wanted = {0} if one_file else set(range(declared))
     for name, files in cases.items():
         if name in known_bad:
             continue
         where = next(iter(files.values()), str(folder))
+        lacks, extra = (
+            ", ".join(f"_{c:04d}" for c in sorted(some)) for some in (wanted - set(files), set(files) - wanted)
+        )
         if name.endswith("_seg"):
             found.bad.append(BadCase(name, where, "a name that ends with _seg is taken for a label file; rename it"))
-        elif set(files) != wanted:
-            lacks = ", ".join(f"_{c:04d}" for c in sorted(wanted - set(files)))
-            extra = ", ".join(f"_{c:04d}" for c in sorted(set(files) - wanted))
-            reason = (
-                f"channel {lacks} is missing" if lacks else f"channel {extra} is not one of the dataset's {declared}"
-            )
-            found.bad.append(BadCase(name, where, reason))
+        elif lacks:
+            found.bad.append(BadCase(name, where, f"channel {lacks} is missing"))
+        elif extra:
+            found.bad.append(BadCase(name, where, f"channel {extra} is not one of the dataset's {declared}"))
         else:
             paths = tuple(files[c] for c in sorted(files))
             found.cases[name] = RawCase(name, paths, tuple(stamps[p] for p in paths))
     return found
-
-
-def _suffix(path: str, supported: list[str]) -> str | None:
-    """The ending of a file that no supported ending fits, else None. ITK reads .nii wherever it reads .nii.gz."""
-    lower = os.path.basename(path).lower()
-    allowed = [*supported, ".nii"] if ".nii.gz" in supported else supported
-    return None if lower.endswith(tuple(allowed)) else os.path.splitext(lower)[1]

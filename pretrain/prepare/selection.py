@@ -10,8 +10,7 @@ from nnssl.errors import NnsslError, did_you_mean
 from nnssl.files import same_text
 from nnssl.words import counted
 
-LISTED = 10
-"""Names that an error spells out."""
+LISTED = 10  # names that an error spells out
 
 
 def _find(names: Iterable[str], known: Mapping[str, set[str]], path: Path, option: str) -> dict[str, set[str]]:
@@ -47,19 +46,7 @@ def _find(names: Iterable[str], known: Mapping[str, set[str]], path: Path, optio
 
 
 def select(known: Mapping[str, set[str]], cases: Path | None, exclude: Path | None) -> dict[str, set[str]]:
-    """The cases that a run uses.
-
-    Args:
-        known: all case names by source.
-        cases: file of ``--cases``: only these; None for all.
-        exclude: file of ``--exclude``: not these.
-
-    Returns:
-        Case names by source.
-
-    Raises:
-        NnsslError: a file names a case that does not exist.
-    """
+    """Case names by source that a run uses, of all that there are: only those of ``--cases``, not those of ``--exclude``."""
     chosen = {source: set(names) for source, names in known.items()}
     if cases is not None:
         chosen = _find(read_case_list(cases, "--cases"), known, cases, "--cases")

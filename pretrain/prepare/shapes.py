@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
-
-import SimpleITK as sitk
 
 from nnssl.errors import NnsslError
 from nnssl.files import read_json
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan
+from nnssl.pretrain.prepare.integrity import itk_header
 from nnssl.pretrain.prepare.raw import RawCase
 
-HEADERS_READ = 32
-"""Raw files whose headers are read for the median shape where nothing may be preprocessed."""
+HEADERS_READ = 32  # raw files whose headers are read for the median shape where nothing may be preprocessed
 
 
 def preprocessed_shape(shape: Sequence[int], spacing: Sequence[float], plan: Plan) -> list[int]:
@@ -40,13 +39,8 @@ def header_shapes(cases: dict[str, RawCase], plan: Plan) -> list[list[int]]:
     names = random.Random(0).sample(sorted(cases), min(HEADERS_READ, len(cases)))
     shapes = []
     for name in names:
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(cases[name].files[0])
-        try:
-            reader.ReadImageInformation()
-        except RuntimeError:
-            continue
-        size, spacing = reader.GetSize()[2::-1], reader.GetSpacing()[2::-1]
-        if len(size) == 3:
-            shapes.append(preprocessed_shape(size, spacing, plan))
+        with contextlib.suppress(RuntimeError):
+            header = itk_header(cases[name].files[0])
+            if header.GetDimension() > 2:
+                shapes.append(preprocessed_shape(header.GetSize()[2::-1], header.GetSpacing()[2::-1], plan))
     return shapes or [list(plan.median_shape)]

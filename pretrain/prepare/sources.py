@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nnunetv2.configuration import default_num_processes
 
 from nnssl.collector import paused_collector
 from nnssl.errors import NnsslError
+from nnssl.options import as_function
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
 from nnssl.preprocessed import case_names
@@ -23,12 +23,12 @@ from nnssl.pretrain.prepare.channels import match_channels
 from nnssl.pretrain.prepare.index import Entry, Index, write_report
 from nnssl.pretrain.prepare.leaks import duplicates, find_leaks, list_test_images, test_hashes, warn_of_leaks
 from nnssl.pretrain.prepare.manifest import Manifest
-from nnssl.pretrain.prepare.parts import Part
 from nnssl.pretrain.prepare.preprocess import done_cases, preprocess_source
-from nnssl.pretrain.prepare.raw import RawCase, RawSource, list_raw
+from nnssl.pretrain.prepare.raw import RawCase, list_raw
+from nnssl.pretrain.prepare.request import SourceRequest
 from nnssl.pretrain.prepare.selection import select
 from nnssl.pretrain.prepare.shapes import fingerprint_shapes, header_shapes
-from nnssl.words import counted
+from nnssl.words import counted, first_few
 
 log = logging.getLogger("nnssl")
 
@@ -43,11 +43,10 @@ class _Source:
     """One dataset on its way into the case set.
 
     Attributes:
-        name: of the dataset.
-        folder: of its preprocessed cases.
-        names: its cases.
         raw: raw images to preprocess; None where the folder is used as it is.
+        bad: files and cases that cannot be used.
         entries: index lines, of the cases that are used.
+        pending: cases that are not preprocessed, and may not be.
         manifest: what is to be remembered of all its cases, with its state before they were looked at.
         listed: all its raw images, where they were looked at.
         unsettled: where its cases are known from the manifest, those that have to be looked at.
@@ -64,8 +63,9 @@ class _Source:
     listed: dict[str, RawCase] = field(default_factory=dict)
     unsettled: set[str] = field(default_factory=set)
 
-    def refs(self) -> list[CaseRef]:
-        return [CaseRef(name, self.folder, self.name) for name in self.names]
+    @property
+    def index(self) -> Index:
+        return Index(beside(self.folder, "index.jsonl"))
 
 
 def _as_it_is(plan: Plan, source: str) -> _Source | None:
@@ -73,25 +73,20 @@ def _as_it_is(plan: Plan, source: str) -> _Source | None:
     folder = preprocessed_folder() / plan.dataset_name / plan.data_identifier
     if source != plan.dataset_name or not folder.is_dir():
         return None
-    files = {entry.name for entry in os.scandir(folder)}
+    files = set(os.listdir(folder))
     names = set(case_names(files))
     if not names:
         if any(f.endswith(".npz") for f in files):
             log.warning("%s was preprocessed by an older nnU-Net (.npz files), which is not read here.", folder)
         return None
-    bad = [
-        BadCase(
-            n, str(folder / f"{n}.pkl"), "the file is missing: nnU-Net's preprocessing was interrupted; run it again"
-        )
-        for n in sorted(names)
-        if f"{n}.pkl" not in files
-    ]
-    return _Source(source, folder, names, bad=bad)
+    lacking = sorted(n for n in names if f"{n}.pkl" not in files)
+    why = "the file is missing: nnU-Net's preprocessing was interrupted; run it again"
+    return _Source(source, folder, names, bad=[BadCase(n, str(folder / f"{n}.pkl"), why) for n in lacking])
 
 
-def _own(plan: Plan, source: str, allow_mismatch: bool) -> _Source:
+def _own(asked: SourceRequest, source: str) -> _Source:
     """A dataset that is to be preprocessed, or has been, into a folder of its own."""
-    folder = own_folder(plan, source)
+    plan, folder = asked.plan, own_folder(asked.plan, source)
     manifest = Manifest(source, folder)
     state = manifest.state()
     raw = list_raw(source, plan)
@@ -105,41 +100,42 @@ def _own(plan: Plan, source: str, allow_mismatch: bool) -> _Source:
                 f"{source} is not preprocessed for {plan.plans_name} {plan.configuration}, and its raw images "
                 f"(nnUNet_raw/{source}/imagesTr) are not there.{advice}"
             )
-        index = Index(beside(folder, "index.jsonl"))
-        entries = {n: e for n, e in index.entries.items() if n in done and not e.bad}
         log.warning("%s has no raw images here: its %d preprocessed cases are used, unchecked.", source, len(done))
-        return _Source(source, folder, set(done), entries=entries)
+        found = _Source(source, folder, set(done))
+        found.entries = {n: e for n, e in found.index.entries.items() if n in done and not e.bad}
+        return found
     if same:
         log.info(
             "%s is not preprocessed for %s: its images are preprocessed without labels.", source, plan.configuration
         )
     else:
-        order = match_channels(raw, source, plan, allow_mismatch=allow_mismatch)
+        order = match_channels(raw, source, plan, allow_mismatch=asked.allow_mismatch)
         if order is not None:
             raw.cases = {n: _reorder(c, order, source) for n, c in raw.cases.items()}
         manifest.order = order
+    manifest.raw = replace(raw, cases={}, bad=list(raw.bad))
     names = set(raw.cases) | {b.case for b in raw.bad}
-    manifest.misfits, manifest.n_channels, manifest.channel_names = list(raw.bad), raw.n_channels, raw.channel_names
-    found = _Source(source, folder, names, raw=raw.cases, bad=raw.bad, listed=raw.cases)
-    found.manifest = manifest, state
-    return found
+    return _Source(source, folder, names, raw=raw.cases, bad=raw.bad, listed=raw.cases, manifest=(manifest, state))
 
 
-def _remembered(plan: Plan, source: str, allow_mismatch: bool, retry_bad: bool) -> _Source | None:
+def _remembered(asked: SourceRequest, source: str) -> _Source | None:
     """A source that an earlier start has looked at (see ``manifest.py``); None where it must be looked at."""
-    folder = own_folder(plan, source)
-    known = Manifest.read(source, folder)
+    folder = own_folder(asked.plan, source)
+    known = None if asked.thorough else Manifest.read(source, folder)
     if known is None:
         return None
-    if source != plan.dataset_name:
-        raw = RawSource(n_channels=known.n_channels, channel_names=known.channel_names)
-        if match_channels(raw, source, plan, allow_mismatch=allow_mismatch) != known.order:
-            return None
-    bad = [*known.misfits, *(BadCase(e.name, e.bad_file, e.bad) for e in known.entries.values() if e.bad)]
-    names = {*known.entries, *known.waiting, *(b.case for b in known.misfits)}
-    good = {n: e for n, e in known.entries.items() if not e.bad}
-    unsettled = {*known.waiting, *((n for n, e in known.entries.items() if e.bad) if retry_bad else ())}
-    return _Source(source, folder, names, bad=bad, entries=good, unsettled=unsettled)
+    foreign = source != asked.plan.dataset_name
+    if foreign and match_channels(known.raw, source, asked.plan, allow_mismatch=asked.allow_mismatch) != known.order:
+        return None
+    refused = [e for e in known.entries.values() if e.bad]
+    return _Source(
+        source,
+        folder,
+        {*known.entries, *known.waiting, *(b.case for b in known.raw.bad)},
+        bad=[*known.raw.bad, *(BadCase(e.name, e.bad_file, e.bad) for e in refused)],
+        entries={n: e for n, e in known.entries.items() if not e.bad},
+        unsettled={*known.waiting, *(() if asked.skip_bad else (e.name for e in refused))},
+    )
 
 
 def _remember(source: _Source) -> None:
@@ -151,7 +147,7 @@ def _remember(source: _Source) -> None:
     raw = {path: time for path, time in state["times"].items() if path != str(source.folder)}
     if any(before["times"].get(path) != time for path, time in raw.items()):
         return  # images came or went while others were preprocessed
-    entries, done = Index(beside(source.folder, "index.jsonl")).entries, done_cases(source.folder)
+    entries, done = source.index.entries, done_cases(source.folder)
     for name, case in source.listed.items():
         entry = entries.get(name)
         if entry is not None and entry.files == case.stamps and (entry.bad or name in done):
@@ -170,174 +166,68 @@ def _reorder(case: RawCase, order: Sequence[int], source: str) -> RawCase:
 def _shapes(source: _Source, plan: Plan) -> list[Sequence[int]]:
     if source.entries:
         return [e.shape for e in source.entries.values()]
-    if source.raw is not None:
-        return list(header_shapes(source.raw, plan))
-    return list(fingerprint_shapes(plan))
+    return list(fingerprint_shapes(plan) if source.raw is None else header_shapes(source.raw, plan))
 
 
-def _use(
-    source: _Source,
-    plan: Plan,
-    chosen: set[str],
-    preprocess: bool,
-    n_processes: int,
-    skip_bad: bool,
-    part: Part | None = None,
-    thorough: bool = False,
-) -> None:
+def _use(asked: SourceRequest, source: _Source, chosen: set[str]) -> None:
     """Reduce a source to the chosen cases and preprocess what is missing of them."""
     source.bad = [b for b in source.bad if b.case in chosen]
     source.names = chosen - {b.case for b in source.bad}
     if source.raw is None:
         source.entries = {n: e for n, e in source.entries.items() if n in source.names}
         return
-    source.raw = {n: c for n, c in source.raw.items() if n in source.names}
-    if not preprocess:
-        index, done = Index(beside(source.folder, "index.jsonl")), done_cases(source.folder)
-        source.entries = {
-            n: e for n, e in index.entries.items() if n in done and n in source.raw and e.files == source.raw[n].stamps
-        }
-        source.pending = len(source.raw) - len(source.entries)
+    raw = source.raw = {n: c for n, c in source.raw.items() if n in source.names}
+    if asked.preprocess:
+        source.entries, bad = preprocess_source(asked, source.name, raw)
+        source.bad += bad
+        source.names = set(source.entries)
         return
-    source.entries, bad = preprocess_source(
-        plan,
-        source.name,
-        source.raw,
-        n_processes=n_processes,
-        retry_bad=not skip_bad,
-        part=part.label if part is not None else "",
-        thorough=thorough,
-    )
-    source.bad += bad
-    source.names = set(source.entries)
+    done = done_cases(source.folder)
+    known = {n: e for n, e in source.index.entries.items() if n in done and n in raw}
+    source.entries = {n: e for n, e in known.items() if e.files == raw[n].stamps}
+    source.pending = len(raw) - len(source.entries)
 
 
-def _settle_bad(
-    sources: Sequence[_Source], skip_bad: bool, write: bool, part: Part | None = None
-) -> tuple[list[BadCase], list[Path]]:
+def _settle_bad(asked: SourceRequest, sources: Sequence[_Source]) -> tuple[list[BadCase], list[Path]]:
     """Write the reports; raise one error that names all bad images unless they are to be skipped."""
     bad, reports = [], []
-    name = "report.csv" if part is None else f"report_{part.label}.csv"
+    file = "report.csv" if asked.part is None else f"report_{asked.part.label}.csv"
     for source in sources:
         source.bad.sort(key=lambda b: (b.case, b.file))
         bad += [replace(b, case=f"{source.name}/{b.case}") if len(sources) > 1 else b for b in source.bad]
-        if write and (source.raw is not None or source.bad):
-            report = write_report(beside(source.folder, name), source.bad)
+        if asked.preprocess and (source.raw is not None or source.bad):
+            report = write_report(beside(source.folder, file), source.bad)
             reports += [report] if report else []
     if not bad:
         return bad, reports
     lines = [f"  - {b}" for b in bad[:NAMED]] + ([f"  and {len(bad) - NAMED} more"] if len(bad) > NAMED else [])
     listed = f" All of them: {', '.join(map(str, reports))}." if reports else ""
-    text = f"{len(bad)} of {sum(len(s.names) + len(s.bad) for s in sources)} images cannot be used:\n" + "\n".join(
-        lines
-    )
-    if not skip_bad:
+    count = sum(len(s.names) + len(s.bad) for s in sources)
+    text = "\n".join([f"{len(bad)} of {count} images cannot be used:", *lines])
+    if not asked.skip_bad:
         raise NnsslError(f"{text}\n{listed.strip()} Repair or remove them, or go on without them: --skip-bad")
     log.warning("%s\nGoing on without them, as asked by --skip-bad.%s", text, listed)
     return bad, reports
 
 
-def _leaks(sources: Sequence[_Source], plan: Plan, n_processes: int) -> list[str]:
+def _leaks(asked: SourceRequest, sources: Sequence[_Source]) -> list[str]:
     """Pretraining images that are test images of the target, as ``"<source>/<case>"``."""
-    images = list_test_images(plan)
+    images = list_test_images(asked.plan)
     if not images:
         return []
     leaks = []
-    own = [s for s in sources if s.entries]
-    if own:
-        hashes = test_hashes(plan, images, n_processes)
-        leaks += [f"{s.name}/{n}" for s in own for n, e in s.entries.items() if e.sha256 in hashes]
+    if any(s.entries for s in sources):
+        hashes = test_hashes(asked.plan, images, asked.processes)
+        leaks += [f"{s.name}/{n}" for s in sources for n, e in s.entries.items() if e.sha256 in hashes]
     for source in sources:
         if source.raw is None and not source.entries:
             try:
-                raw = list_raw(source.name, plan)
+                raw = list_raw(source.name, asked.plan)
             except NnsslError:
                 raw = None
             candidates = {n: c for n, c in raw.cases.items() if n in source.names} if raw else {}
             leaks += [f"{source.name}/{n}" for n in find_leaks(images, candidates)]
     return sorted(leaks)
-
-
-def prepare_sources(
-    plan: Plan,
-    sources: Sequence[str],
-    *,
-    cases: Path | None = None,
-    exclude: Path | None = None,
-    skip_bad: bool = False,
-    n_processes: int | None = None,
-    held_out: float = 0.05,
-    allow_mismatch: bool = False,
-    preprocess: bool = True,
-    thorough: bool = False,
-    part: Part | None = None,
-) -> CaseSet:
-    """Find the pretraining images, preprocess those that are not, and check them. Labels are never opened.
-
-    The plan's own dataset is used as nnU-Net preprocessed it; the folder is listed and no file of it is opened. Everything
-    else is preprocessed with the plan by nnU-Net's own preprocessor into
-    ``nnUNet_preprocessed/<source>/nnssl_<target>_<data identifier>_<data hash>``, once: an interrupted start is continued by
-    the next, and several machines may work on it together.
-
-    Args:
-        plan: of the target.
-        sources: dataset names.
-        cases: file that lists the cases to use; all where None.
-        exclude: file that lists cases to leave out.
-        skip_bad: go on without images that cannot be used.
-        n_processes: for preprocessing; 0 and 1 work in this process. nnU-Net's default where None.
-        held_out: share of the cases that only the held-out loss sees.
-        allow_mismatch: accept other channel names, order or modality than the target's.
-        preprocess: False writes nothing; cases that are not preprocessed are in it, counted in ``CaseSet.pending``.
-        thorough: look at every raw and preprocessed file, also where an earlier start did and folders have not changed since.
-        part: take only this part of the cases, for preprocessing by many machines; test images and duplicates are not looked for.
-
-    Returns:
-        The case set. It is the same for the same files, on every rank and machine.
-
-    Raises:
-        NnsslError: no images, unknown case names, other channels, bad images (all of them named in a report), no space.
-    """
-    n_processes = default_num_processes if n_processes is None else n_processes
-    found = []
-    with paused_collector():
-        for name in dict.fromkeys(sources):
-            known = _as_it_is(plan, name)
-            if known is None and not thorough:
-                known = _remembered(plan, name, allow_mismatch, retry_bad=not skip_bad)
-            found.append(known or _own(plan, name, allow_mismatch))
-    chosen = select({s.name: s.names for s in found}, cases, exclude)
-    if part is not None:
-        chosen = {name: part.take(names) for name, names in chosen.items()}
-    for i, source in enumerate(found):
-        if source.unsettled & chosen[source.name]:
-            found[i] = source = _own(plan, source.name, allow_mismatch)
-        _use(source, plan, chosen[source.name], preprocess, n_processes, skip_bad, part, thorough)
-        if preprocess and part is None:
-            _remember(source)
-    bad, reports = _settle_bad(found, skip_bad, preprocess, part)
-    leaks = _leaks(found, plan, n_processes) if preprocess and part is None else []
-    if preprocess and part is None:
-        report = warn_of_leaks(leaks, plan, preprocessed_folder() / plan.dataset_name / _leak_file(found))
-        reports += [report] if report else []
-    pairs = duplicates((f"{s.name}/{n}", e.sha256) for s in found for n, e in s.entries.items())
-    if pairs:
-        shown = ", ".join(f"{a} = {b}" for a, b in pairs[:NAMED])
-        log.warning("There twice: %s: %s%s", counted(len(pairs), "image"), shown, " ..." if len(pairs) > NAMED else "")
-    with paused_collector():
-        shapes = [shape for source in found if source.names for shape in _shapes(source, plan)]
-        return make_case_set(
-            [ref for source in found for ref in source.refs()],
-            np.asarray(shapes or [plan.median_shape]),
-            data_hash=plan.data_hash,
-            held_out=held_out,
-            leaks=leaks,
-            bad=bad,
-            reports=reports,
-            pending=sum(s.pending for s in found),
-            contents={f"{s.name}/{n}": text for s in found for n, text in _contents(s).items()},
-            may_be_empty=part is not None,
-        )
 
 
 def _contents(source: _Source) -> dict[str, str]:
@@ -349,6 +239,66 @@ def _contents(source: _Source) -> dict[str, str]:
     return {name: f"{size} bytes" for name, (size, _) in done_cases(source.folder).items() if name in source.names}
 
 
-def _leak_file(sources: Sequence[_Source]) -> str:
-    """One file per set of sources, beside the target's preprocessed cases."""
-    return "_".join(["nnssl_leaks", *sorted(f"d{dataset_id(s.name)}" for s in sources)]) + ".txt"
+def _find(asked: SourceRequest) -> list[_Source]:
+    """The chosen cases of each dataset, preprocessed unless nothing may be written."""
+    plan = asked.plan
+    with paused_collector():
+        found = [
+            _as_it_is(plan, name) or _remembered(asked, name) or _own(asked, name)
+            for name in dict.fromkeys(asked.sources)
+        ]
+    chosen = select({s.name: s.names for s in found}, asked.cases, asked.exclude)
+    for i, source in enumerate(found):
+        names = chosen[source.name] if asked.part is None else asked.part.take(chosen[source.name])
+        if source.unsettled & names:
+            found[i] = source = _own(asked, source.name)
+        _use(asked, source, names)
+        if asked.whole:
+            _remember(source)
+    return found
+
+
+def _prepare(asked: SourceRequest) -> CaseSet:
+    """Find the pretraining images, preprocess those that are not, and check them. Labels are never opened.
+
+    The plan's own dataset is used as nnU-Net preprocessed it; the folder is listed and no file of it is opened. Everything
+    else is preprocessed with the plan by nnU-Net's own preprocessor into
+    ``nnUNet_preprocessed/<source>/nnssl_<target>_<data identifier>_<data hash>``, once: an interrupted start is continued by
+    the next, and several machines may work on it together.
+
+    Returns:
+        The case set. It is the same for the same files, on every rank and machine.
+
+    Raises:
+        NnsslError: no images, unknown case names, other channels, bad images (all of them named in a report), no space.
+    """
+    plan, found = asked.plan, _find(asked)
+    bad, reports = _settle_bad(asked, found)
+    leaks = []
+    if asked.whole:
+        leaks = _leaks(asked, found)
+        numbers = sorted(f"d{dataset_id(s.name)}" for s in found)  # one file per set of sources
+        file = preprocessed_folder() / plan.dataset_name / f"{'_'.join(['nnssl_leaks', *numbers])}.txt"
+        report = warn_of_leaks(leaks, plan, file)
+        reports += [report] if report else []
+    twice = duplicates((f"{s.name}/{n}", e.sha256) for s in found for n, e in s.entries.items())
+    if twice:
+        shown = first_few([f"{a} = {b}" for a, b in twice], NAMED)
+        log.warning("There twice: %s: %s", counted(len(twice), "image"), shown)
+    with paused_collector():
+        shapes = [shape for source in found if source.names for shape in _shapes(source, plan)]
+        return make_case_set(
+            [CaseRef(name, source.folder, source.name) for source in found for name in source.names],
+            np.asarray(shapes or [plan.median_shape]),
+            data_hash=plan.data_hash,
+            held_out=asked.held_out,
+            leaks=leaks,
+            bad=bad,
+            reports=reports,
+            pending=sum(s.pending for s in found),
+            contents={f"{s.name}/{n}": text for s in found for n, text in _contents(s).items()},
+            may_be_empty=asked.part is not None,
+        )
+
+
+prepare_sources = as_function("prepare_sources", SourceRequest, _prepare)

@@ -1,12 +1,14 @@
-"""What the tests of masked reconstruction share: smooth random crops, batches of views of them, and gradients by name."""
+"""What tests share: smooth random crops, batches of views of them, gradients by name, small datasets, and exports of images."""
 
 import locale
+import os
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl.plans import Plan
+from nnssl.plans import Plan, load_plan
 from nnssl.plans.variants import derive
 from nnssl.pretrain.augment.rng import StepRNG
 from nnssl.pretrain.methods import Crops
@@ -76,6 +78,47 @@ def make_batch():
 def gradients():
     """``gradients(method, batch) -> (terms, {name: gradient})`` of one backward pass from none."""
     return _gradients
+
+
+@pytest.fixture
+def target(tiny_preprocessed):
+    """``target(n=5, **options) -> Plan``: Dataset901_Tiny, preprocessed by nnU-Net, and its plan."""
+
+    def make(n=5, **options) -> Plan:
+        small = {"shape": (12, 16, 12), "plan_options": {"patch": (8, 8, 8)}}
+        tiny_preprocessed(901, "Tiny", n, **{**small, **options})
+        return load_plan(901, options.pop("configuration", "3d_fullres"))
+
+    return make
+
+
+_watched: list[list[str]] = []
+_hooked: list[bool] = []
+
+
+def _hook(event, arguments):
+    if _watched and event == "open" and isinstance(arguments[0], (str, bytes)):
+        _watched[0].append(os.fsdecode(arguments[0]))
+
+
+@pytest.fixture
+def opened():
+    """Names of the files that are opened."""
+    if not _hooked:
+        sys.addaudithook(_hook)  # cannot be removed; it does nothing unless a test watches
+        _hooked.append(True)
+    _watched.append([])
+    yield _watched[0]
+    _watched.clear()
+
+
+@pytest.fixture
+def place(nnunet_env, tmp_path, monkeypatch):
+    """What :func:`exports.place_of` makes."""
+    from exports import place_of
+
+    monkeypatch.chdir(tmp_path)
+    return place_of(nnunet_env, tmp_path)
 
 
 @pytest.fixture

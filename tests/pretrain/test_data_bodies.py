@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+from dataclasses import replace
 
 import blosc2
 import numpy as np
@@ -313,8 +314,9 @@ def test_unlabelled_sources_of_another_dataset_get_masks_too(target, tiny_raw_da
     assert prepare_bodies(plan, pool, n_processes=0) == 2
     folder = body_folder(plan, "Dataset902_Free")
     assert folder.parent.name == "Dataset902_Free" and folder != pool.cases[0].folder
-    worker = BodyWorker(plan.plans, (False,), pool.cases[0].folder, folder, tmp_path)
-    assert pickle.loads(pickle.dumps(worker)) == worker
+    worker = BodyWorker(plan, (False,), pool.cases[0].folder, folder, tmp_path)
+    again = pickle.loads(pickle.dumps(worker))
+    assert replace(again, plan=plan) == worker and again.plan.plans == plan.plans
 
 
 @pytest.mark.parametrize("method, asks", [("mae", False), ("hdense", True), ("vox2vec", True)])

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from nnssl.case_lists import read_case_list
 from nnssl.errors import NnsslError
-from nnssl.plans import load_plan
+from nnssl.plans import Plan, load_plan
 from nnssl.plans.description import check_description
 from nnssl.plans.labels import choose_validating
 from nnssl.pretrain.prepare.fingerprint import FigureWorker
@@ -198,7 +198,7 @@ def test_bad_images_are_named_for_planning_and_for_training(
         assert told in figures.bad
     for folder in ("out", "tmp"):
         (tmp_path / folder).mkdir()
-    plans = tiny_plans()
-    worker = CaseWorker(plans, "3d_fullres", tiny_dataset_json(), len(arrays), tmp_path / "out", tmp_path / "tmp")
+    plan = Plan.from_dicts(tiny_plans(), "3d_fullres", tiny_dataset_json())
+    worker = CaseWorker(plan, tmp_path / "out", tmp_path / "tmp")
     result = worker(Task(case))
     assert result.fatal == "" and told in result.entry.bad

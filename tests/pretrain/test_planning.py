@@ -55,7 +55,7 @@ def snapshot(folder):
 def test_fingerprint_equals_nnunets_where_the_label_is_the_body(free, tmp_path):
     """The reference is nnU-Net's own extractor, given the body as a label."""
     raw = list_unplanned(NAME)
-    found = measure(raw.cases, FigureWorker("SimpleITKIO", (False,)), n_processes=0, notes=None, description="")
+    found = measure(raw.cases, FigureWorker("SimpleITKIO", (False,)), n_processes=0, notes=None)
     ours = combine(found)
     theirs = []
     for case, figures in zip(raw.cases.values(), found):
@@ -111,7 +111,8 @@ def test_memory_target_is_handed_on(free):
         "foreground_intensity_properties_per_channel": {"0": statistics},
         "median_relative_size_after_cropping": 1.0,
     }
-    plans = [run_planner(NAME, "default", "P", gb, description, figures, "SimpleITKIO") for gb in (None, 8, 12)]
+    files = {"owner": NAME, "dataset_json": description, "fingerprint": figures, "reader": "SimpleITKIO"}
+    plans = [run_planner("default", "P", gb, **files) for gb in (None, 8, 12)]
     batch = [p["configurations"]["3d_fullres"]["batch_size"] for p in plans]
     assert batch[0] == batch[1] < batch[2]
 
