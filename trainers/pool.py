@@ -131,15 +131,20 @@ def _stronger(transform: BasicTransform, factor: float) -> BasicTransform:
     return copy
 
 
-def _changes_intensities(transform: BasicTransform) -> bool:
+def _what_it_changes(transform: BasicTransform) -> str:
+    """``"outside"`` (sets it to 0), ``"targets"``, ``"intensity"`` or ``"space"``."""
     kind = _inner(transform)
-    return isinstance(kind, ImageOnlyTransform) and not isinstance(kind, MaskImageTransform)
+    if isinstance(kind, MaskImageTransform):
+        return "outside"
+    if isinstance(kind, SegOnlyTransform):
+        return "targets"
+    return "intensity" if isinstance(kind, ImageOnlyTransform) else "space"
 
 
 def with_strong_changes(transforms: BasicTransform) -> BasicTransform:
     """Put :func:`strong_changes` where nnU-Net's augmentation changes intensities; in place where it is a sequence."""
     if isinstance(transforms, ComposeTransforms):
-        old = [_changes_intensities(t) for t in transforms.transforms]
+        old = [_what_it_changes(t) == "intensity" for t in transforms.transforms]
         kept = [t for t, changes_them in zip(transforms.transforms, old) if not changes_them]
         at = old.index(True) if any(old) else 0  # before mirroring, and before what lies outside becomes zero
         transforms.transforms = [*kept[:at], *strong_changes(1.0), *kept[at:]]
@@ -166,20 +171,13 @@ def split_transforms(
         raise NnsslError(
             f"The trainer's augmentation is a {type(transforms).__name__}; a sequence of transforms is wanted."
         )
-    spatial, intensity, mask, targets = [], [], [], []
+    found: dict[str, list[BasicTransform]] = {"space": [], "intensity": [], "outside": [], "targets": []}
     for transform in transforms.transforms:
-        kind = _inner(transform)
-        if isinstance(kind, MaskImageTransform):
-            mask.append(transform)
-        elif isinstance(kind, SegOnlyTransform):
-            targets.append(transform)
-        elif isinstance(kind, ImageOnlyTransform):
-            intensity.append(_stronger(transform, strength))
-        else:
-            spatial.append(transform)
+        found[_what_it_changes(transform)].append(transform)
+    intensity = [_stronger(t, strength) for t in found["intensity"]]
     if intensities == "strong":
         intensity = strong_changes(strength)
-    return TwoViews(spatial, intensity, mask), ComposeTransforms(targets)
+    return TwoViews(found["space"], intensity, found["outside"]), ComposeTransforms(found["targets"])
 
 
 class Halves:

@@ -126,6 +126,20 @@ def test_legal_names(name):
     assert check_name(name) == name
 
 
+def test_a_variant_in_memory_chooses_its_cases_as_a_written_one(folder):
+    data = folder / load_plan(4).data_identifier
+    data.mkdir()
+    for case in "abc":
+        (data / f"{case}.b2nd").touch()
+    variant = derive(load_plan(4), "x", labels=1, seed=3)
+    assert variant.nnssl["seed"] == 3 and variant.nnssl["labels"] == "1"
+    assert {fold: len(cases) for fold, cases in variant.nnssl["train_cases"].items()} == dict.fromkeys(
+        ["0", "1", "2", "all"], 1
+    )
+    assert variant.nnssl == load_plan(4, plans_name=write_variant(load_plan(4), "x", labels=1, seed=3).stem).nnssl
+    assert derive(load_plan(4), "x", labels=1).nnssl["seed"] == 0
+
+
 def test_existing_variant_is_not_overwritten(folder):
     path = write_variant(load_plan(4), "cpu", epochs=1)
     before = path.read_bytes()

@@ -12,6 +12,7 @@ from nnssl.ema import EMA
 from nnssl.teacher import components
 from nnssl.teacher.averaging import averaging_momentum
 from nnssl.teacher.components import (
+    class_names,
     foreground_classes,
     keep_largest,
     one_piece,
@@ -110,6 +111,14 @@ def test_classes_are_labels_or_regions_without_the_background():
     assert foreground_classes(labels) == [1, 2] and all(type(c) is int for c in foreground_classes(labels))
     regions = SimpleNamespace(has_regions=True, foreground_regions=[(np.int64(1), np.int64(2)), 3, [2, 3]])
     assert foreground_classes(regions) == [(1, 2), 3, (2, 3)]
+
+
+def test_classes_are_named_as_the_dataset_names_them():
+    manager = SimpleNamespace(
+        label_dict={"background": 0, "whole": [1, 2], "core": [2], "edge": 3, "rim": (np.int64(2), 3)}
+    )
+    assert class_names(manager, [(1, 2), 2, 3, (2, 3)]) == ["whole", "core", "edge", "rim"]
+    assert class_names(manager, [7]) == ["7"]
 
 
 def cuts_of(monkeypatch, maps, patch):

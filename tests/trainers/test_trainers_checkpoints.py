@@ -104,6 +104,23 @@ def test_a_training_keeps_the_optimiser_that_it_began_with(pretraining, build, s
     assert "keeps what it began with: optimizer sgd (now adam), peak_lr 0.01 (now 0.002)" in log_of(again)
 
 
+def test_a_plan_that_names_figures_overrules_what_the_training_began_with(build, dataset):
+    path = dataset / "nnUNetPlans.json"
+    plans = path.read_text()
+    began = {"optimizer": "adam", "peak_lr": 2e-3}
+    path.write_text(plans.replace('"nnssl": {', '"nnssl": {"peak_lr": 0.005, '))
+    trainer = build()
+    assert trainer.figures.optimizer == "sgd"
+    trainer.keep_begun(began)
+    assert (trainer.figures.optimizer, trainer.figures.peak_lr, trainer.initial_lr) == ("adam", 5e-3, 5e-3)
+    assert "WARNING" not in log_of(trainer)
+    path.write_text(plans.replace('"nnssl": {', '"nnssl": {"optimizer": "sgd", '))
+    trainer = build()
+    trainer.keep_begun(began)
+    assert (trainer.figures.optimizer, trainer.initial_lr) == ("sgd", 1e-2)
+    assert "WARNING: the plan has changed since this training began: optimizer adam -> sgd" in log_of(trainer)
+
+
 def test_stock_nnunet_predicts_with_the_checkpoint(pretraining, build, start):
     """Through the model folder, with the stock class: no trainer of ours is looked up."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
