@@ -24,6 +24,24 @@ LONGEST_NAME = 255
 """Bytes in a folder's name on nearly all file systems."""
 
 CONFIG, FINAL, LATEST = "config.json", "checkpoint_final.pth", "checkpoint_latest.pth"
+CHECKPOINTS = (FINAL, LATEST, "checkpoint_best.pth", "checkpoint_robust.pth")
+"""Of a run, in the order in which they are meant by its folder."""
+
+
+def checkpoint_in(path: Path) -> Path:
+    """The checkpoint that is meant by the folder of a run; a file is meant itself.
+
+    Raises:
+        NnsslError: the folder holds none.
+    """
+    if not path.is_dir():
+        return path
+    for name in CHECKPOINTS:
+        if (path / name).is_file():
+            return path / name
+    folds = [fold for fold in sorted(path.glob("fold_*")) if any((fold / name).is_file() for name in CHECKPOINTS)]
+    instead = f"Name a fold of this training: {folds[0]}" if folds else "Name the file itself."
+    raise NnsslError(f"{path} is a folder without {', '.join(CHECKPOINTS[:-1])} or {CHECKPOINTS[-1]}. {instead}")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from nnssl.probe.options import ProbeOptions
 from nnssl.probe.report import write_all
 from nnssl.probe.result import Probe
 from nnssl.probe.scores import Setup, measure
-from nnssl.probe.sources import Source, discover, examine, name_checkpoints
+from nnssl.probe.sources import Source, discover, examine, name_checkpoints, open_checkpoint
 from nnssl.probe.verdict import RANDOM, Row, choose_sentence, compare, mean_dice, nanmean, sentence
-from nnssl.weights import Adaptation, apply, load
+from nnssl.weights import Adaptation, apply
 
 log = logging.getLogger("nnssl")
 
@@ -70,7 +70,7 @@ def _measure_all(
     random = {row.n_decoder: row for row in rows}
     for source in sources:
         network = build_network(setup.plan)
-        apply(network, load(source.path), setup.plan, adapt=how, parts="all")
+        apply(network, open_checkpoint(source.path, setup.plan), setup.plan, adapt=how, parts="all")
         for scores in measure(network, setup, sorted({0, source.n_decoder})):
             (cases, classes), stages = mean_dice(scores.dice), scores.stages
             difference = compare(cases, random[stages.n_decoder].cases)

@@ -13,10 +13,8 @@ from nnssl.networks import build_network
 from nnssl.parts import DECODER
 from nnssl.paths import decode_path
 from nnssl.plans import Plan, dataset_id
-from nnssl.results import find_pretrainings, find_pretrainings_elsewhere
-from nnssl.weights import Adaptation, TransferReport, apply, labels_seen, load
-
-USUAL = ("checkpoint_final", "checkpoint_latest", "checkpoint_best", "checkpoint_robust")
+from nnssl.results import CHECKPOINTS, FINAL, checkpoint_in, find_pretrainings, find_pretrainings_elsewhere
+from nnssl.weights import Adaptation, Checkpoint, TransferReport, apply, labels_seen, load
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,23 +74,13 @@ def discover(plan: Plan) -> list[tuple[str, Path]]:
 
 def name_checkpoints(texts: Sequence[str]) -> list[tuple[str, Path]]:
     """``FILE``, a run's folder, or ``NAME=FILE`` each -> distinct names and files."""
-    found: list[tuple[str | None, Path]] = []
-    for text in texts:
-        name, equals, rest = text.partition("=")
-        path = Path(text)
-        given = None
-        if equals and name and rest and not path.exists():
-            given, path = name, Path(rest)
-        if path.is_dir():
-            inside = [path / f"{kind}.pth" for kind in USUAL if (path / f"{kind}.pth").is_file()]
-            if not inside:
-                raise NnsslError(f"{path} is a folder without a checkpoint; name the file.")
-            path = inside[0]
-        found.append((given, path))
     used: Counter[str] = Counter()
     named = []
-    for given, path in found:
-        name = given or _short(path)
+    for text in texts:
+        given, _, rest = text.partition("=")
+        has_name = given and rest and not Path(text).exists()
+        path = checkpoint_in(Path(rest if has_name else text))
+        name = given if has_name else _short(path)
         used[name] += 1
         named.append((name if used[name] == 1 else f"{name} ({used[name]})", path))
     return named
@@ -100,13 +88,21 @@ def name_checkpoints(texts: Sequence[str]) -> list[tuple[str, Path]]:
 
 def _short(path: Path) -> str:
     """``nnsslMae_a`` of ``.../nnsslMae_a__nnUNetPlans__3d_fullres/checkpoint_final.pth``; of other files their own name."""
-    if path.stem not in USUAL:
+    if path.name not in CHECKPOINTS:
         return path.stem
     folder = path.resolve().parent
     if folder.name.startswith("fold_"):
         folder = folder.parent
     name = folder.name.split("__")[0]
-    return name if path.stem == USUAL[0] else f"{name} {path.stem.removeprefix('checkpoint_')}"
+    return name if path.name == FINAL else f"{name} {path.stem.removeprefix('checkpoint_')}"
+
+
+def open_checkpoint(path: Path, plan: Plan) -> Checkpoint:
+    """Read a file; from the one that the plan names, the weights that it says."""
+    named, place = plan.nnssl.get("checkpoint"), plan.nnssl.get("place") or {}
+    if not named or decode_path(str(named)).resolve() != path.resolve():
+        place = {}
+    return load(path, key=place.get("key"), prefix=place.get("prefix"))
 
 
 def examine(
@@ -120,7 +116,7 @@ def examine(
     sources, problems = [], []
     for name, path in named:
         try:
-            checkpoint = load(path)
+            checkpoint = open_checkpoint(path, plan)
             report = apply(build_network(plan), checkpoint, plan, adapt=adapt, parts="all")
         except NnsslError as error:
             problems.append(str(error))

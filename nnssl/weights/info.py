@@ -13,7 +13,7 @@ import numpy as np
 from nnssl.errors import NnsslError
 from nnssl.files import sha256_of
 from nnssl.parts import part_names, part_of
-from nnssl.results import FINAL, LATEST
+from nnssl.results import checkpoint_in
 from nnssl.weights.architecture import inferred, recorded_architecture
 from nnssl.weights.compare import second_stage, trained_on
 from nnssl.weights.continuing import has_state, how_to_continue
@@ -50,7 +50,7 @@ def describe(
     Raises:
         NnsslError: as :func:`nnssl.weights.load`.
     """
-    path = _file_of(path)
+    path = checkpoint_in(Path(path))
     checkpoint = load(path, trusted=trusted, key=key, prefix=prefix, any_network=True)
     content, ours = checkpoint.content, checkpoint.nnssl
     tuned = content.get("nnssl_finetuning")
@@ -86,19 +86,6 @@ def describe(
         found |= trained_on(checkpoint)
     kept = {key: numbers(value) for key, value in found.items() if value is not None}
     return {key: value for key, value in kept.items() if value not in ([], {})}
-
-
-def _file_of(path: str | os.PathLike[str]) -> Path:
-    """The file that is meant by the folder of a run: its end, or where it is now."""
-    given = Path(path)
-    if not given.is_dir():
-        return given
-    found = [given / name for name in (FINAL, LATEST) if (given / name).is_file()]
-    if not found:
-        folds = [fold for fold in sorted(given.glob("fold_*")) if (fold / FINAL).is_file() or (fold / LATEST).is_file()]
-        instead = f"Name a fold of this training: {folds[0]}" if folds else "Name the file itself."
-        raise NnsslError(f"{given} is a folder without {FINAL} or {LATEST}. {instead}")
-    return found[0]
 
 
 def _length(checkpoint: Checkpoint) -> str | None:

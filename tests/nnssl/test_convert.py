@@ -398,7 +398,7 @@ def test_info_of_weights_that_lie_alone(ours, tmp_path):
     assert describe(run)["how_to_continue"].endswith(f"nnssl_pretrain ... --init {run / 'checkpoint_final.pth'}")
     (run / "checkpoint_final.pth").unlink()
     with pytest.raises(
-        NnsslError, match=r"folder without checkpoint_final.pth or checkpoint_latest.pth. Name the file itself\."
+        NnsslError, match=r"folder without checkpoint_final.pth, checkpoint_latest.*. Name the file itself\."
     ):
         describe(run)
     (run / "fold_2").mkdir()  # the folder of a fine-tuning

@@ -263,7 +263,7 @@ def test_names_of_checkpoints(tmp_path):
     named = name_checkpoints([str(t) for t in texts])
     assert [n for n, _ in named] == ["nnsslMae_a", "nnsslMae_a robust", "step_10", "mine", "nnsslMae_a (2)"]
     assert named[0][1] == run / "checkpoint_final.pth"
-    with pytest.raises(NnsslError, match="folder without a checkpoint"):
+    with pytest.raises(NnsslError, match="folder without checkpoint_final.pth, .*Name the file itself"):
         name_checkpoints([str(tmp_path)])
 
 
@@ -330,6 +330,17 @@ def test_checkpoints_are_found_as_the_trainers_find_them(dataset, nnunet_env):
     found = probe(901, labels=3, evaluate="val", random_inits=1)
     assert [s.name for s in found.sources] == ["nnsslMae_x"] and len(found.setup.scored) == 2
     assert any("2 scored cases" in w for w in found.warnings)
+
+
+def test_of_a_file_of_others_the_weights_are_probed_that_the_plan_names(dataset, tmp_path):
+    student, teacher = (random_network(dataset, seed).state_dict() for seed in (0, 5))
+    torch.save({"student": student, "teacher": teacher}, tmp_path / "both.pth")
+    write_variant(dataset, "both", checkpoint=tmp_path / "both.pth", place={"key": "student"})
+    found = probe(901, plans="nnUNetPlans_both", labels=3, evaluate="val", random_inits=1)
+    random, student = (row for row in found.rows if row.stages == "encoder + decoder")
+    assert random.name == "random weights" and student.difference.mean == 0, "the student is the first random network"
+    with pytest.raises(NnsslError, match="Choose one"):
+        probe(901, [tmp_path / "both.pth"])
 
 
 def test_what_does_not_fit_is_refused(dataset, tmp_path, plan_of):
