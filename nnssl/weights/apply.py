@@ -18,7 +18,7 @@ from nnssl.plans import Plan
 from nnssl.plans.parts import parts_for, select_parts
 from nnssl.weights.adapt import Adaptation
 from nnssl.weights.channels import fit_channels
-from nnssl.weights.compare import notes
+from nnssl.weights.compare import notes, trained_on
 from nnssl.weights.label_set import keep_heads
 from nnssl.weights.layout import Layout, shift_parts, shift_stages
 from nnssl.weights.load import Checkpoint, load, read_content
@@ -165,11 +165,11 @@ def _own_grid(network: nn.Module) -> tuple[int, ...] | None:
 
 def _given_grid(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> tuple[int, ...] | None:
     """Tokens per axis in pretraining, from the patch and the size of a token; None where the file does not tell."""
-    adaptation = checkpoint.adaptation_plan or {}
-    configurations = list(((adaptation.get("pretrain_plan") or {}).get("configurations") or {}).values())
-    nested = configurations[0].get("patch_size") if configurations and isinstance(configurations[0], Mapping) else None
-    patch = checkpoint.nnssl.get("patch_size") or adaptation.get("pretrain_patch_size") or nested
-    if patch is None or not Layout.of(weights).is_transformer:
+    if not Layout.of(weights).is_transformer:
+        return None
+    crop = checkpoint.nnssl.get("patch_size") or (checkpoint.adaptation_plan or {}).get("pretrain_patch_size")
+    patch = crop or trained_on(checkpoint).get("patch_size")
+    if patch is None:
         return None
     proj = weights.get("down_projection.proj.weight")
     token = (8, 8, 8) if proj is None else tuple(proj.shape[2:])

@@ -238,12 +238,18 @@ def test_all_but_the_up_projection_is_transferred(make):
     assert check_loadable(payload_of(plan, source), plan).part("encoder").percent == 100
 
 
+def nnunets(plan, network):
+    init = {"plans": plan.plans, "configuration": plan.configuration, "dataset_json": plan.dataset_json}
+    return {"network_weights": network.state_dict(), "init_args": init}
+
+
+@pytest.mark.parametrize("file", [payload_of, nnunets])
 @pytest.mark.parametrize("patch", [(8, 12, 24), (12, 8, 16), (16, 16, 16)])
-def test_positions_of_another_patch_are_interpolated(make, patch):
+def test_positions_of_another_patch_are_interpolated(make, patch, file):
     """Also where the number of tokens is the same, and only their arrangement differs."""
     here, there = make(patch=(8, 12, 16)), make(patch=patch)
     source, target = build_network(here), build_network(there)
-    report = apply(target, payload_of(here, source), there)
+    report = apply(target, file(here, source), there)
     grid = tuple(n // 4 for n in patch)
     assert torch.equal(target.eva.pos_embed, resize_positions(source.eva.pos_embed, (2, 3, 4), grid))
     wanted = f"eva.pos_embed: positions of 2x3x4 tokens -> {'x'.join(map(str, grid))}, interpolated (1 tensor)"
