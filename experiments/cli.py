@@ -84,7 +84,7 @@ def _report(session: Session, *, last: bool) -> None:
     from nnssl.experiments import report
 
     try:
-        report.write(session.folder, session.experiment, session.published)
+        report.write(session.folder, session.published)
     except Exception as error:  # noqa: BLE001  a fault of the report must not end days of training
         if last:
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from nnssl.experiments.statistics import seed_means
 from nnssl.experiments.summary import curves_of, mean_curve
 from nnssl.experiments.tables import labels_text, means
 from nnssl.files import write_atomic
+from nnssl.pictures import new_figure, write_png
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the baseline is grey.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5f3f", "#7a5fc0")
@@ -48,29 +48,16 @@ def colour_of(method: str, methods: Sequence[str]) -> tuple[str, str]:
     return (COLOURS[(i - 1) % len(COLOURS)] if i else GREY), MARKERS[i % len(MARKERS)]
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
-    import matplotlib
+def save(figure: Any, stem: Path) -> Path:
+    """Write ``stem.png`` (160 dpi) and ``stem.svg`` (the same bytes for the same data); returns the latter."""
+    from matplotlib import rc_context
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
-    return figure, list(axes[0])
-
-
-def save(figure: Any, stem: Path) -> list[Path]:
-    """Write ``stem.png`` (160 dpi) and ``stem.svg`` (the same bytes for the same data) and close the figure."""
-    import matplotlib.pyplot as plt
-
-    files = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
-    with plt.rc_context(STYLE):
-        png: dict[str, Any] = {"format": "png", "dpi": 160, "facecolor": "white", "metadata": {"Software": None}}
-        svg: dict[str, Any] = {"format": "svg", "facecolor": "white", "metadata": {"Date": None, "Creator": None}}
-        for file, how in zip(files, (png, svg)):
-            write_atomic(file, partial(figure.savefig, **how))
-    plt.close(figure)
-    return files
+    svg = stem.with_suffix(".svg")
+    with rc_context(STYLE):
+        write_png(stem.with_suffix(".png"), figure, 160, facecolor="white", metadata={"Software": None})
+        how: dict[str, Any] = {"format": "svg", "facecolor": "white", "metadata": {"Date": None, "Creator": None}}
+        write_atomic(svg, lambda file: figure.savefig(file, **how))
+    return svg
 
 
 def dice_over_labels(scores: Scores, rows: pd.DataFrame, setting: str) -> Any | None:
@@ -79,7 +66,7 @@ def dice_over_labels(scores: Scores, rows: pd.DataFrame, setting: str) -> Any | 
     Returns:
         A matplotlib figure; None where there is nothing to draw yet.
     """
-    import matplotlib.pyplot as plt
+    from matplotlib import rc_context
 
     own = means(rows[(rows["setting"] == setting) & rows["measured"]])
     own = own[own["labels"].map(lambda n: isinstance(n, int)).astype(bool)]
@@ -87,8 +74,9 @@ def dice_over_labels(scores: Scores, rows: pd.DataFrame, setting: str) -> Any | 
     if own.empty:
         return None
     methods = scores.methods(setting)
-    with plt.rc_context(STYLE):
-        figure, (axis,) = _figure(6.4, 3.9)
+    with rc_context(STYLE):
+        figure = new_figure(6.4, 3.9, layout="constrained")
+        axis = figure.subplots()
         for i, (method, of) in enumerate(own.groupby("method", sort=False)):
             colour, marker = colour_of(method, methods)
             x, mean, sd = (of[column].to_numpy(dtype=float) for column in ("labels", "dice", "dice_sd"))
@@ -118,15 +106,16 @@ def training_curves(curves: pd.DataFrame, setting: str, methods: Sequence[str]) 
     Returns:
         A matplotlib figure; None without curves.
     """
-    import matplotlib.pyplot as plt
+    from matplotlib import rc_context
     from matplotlib.ticker import MaxNLocator
 
     cells = curves.index.to_frame()
     counts = sorted(set(cells["labels"][cells["setting"] == setting]), key=label_order)
     if not counts:
         return None
-    with plt.rc_context(STYLE):
-        figure, axes = _figure(max(6.4, 3.2 * min(len(counts), 4)), 3.3, len(counts))
+    with rc_context(STYLE):
+        figure = new_figure(max(6.4, 3.2 * min(len(counts), 4)), 3.3, layout="constrained")
+        axes = figure.subplots(1, len(counts), squeeze=False)[0]
         for axis, labels in zip(axes, counts):
             for method in methods:
                 runs = 100 * curves_of(curves, Key(setting, method, labels))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 import pandas as pd
 
 from nnssl.experiments.tables import Table, means
+from nnssl.weights.save import package_versions
 from nnssl.words import counted
 
 FIRST = ("job", "method", "labels", "setting", "seed", "fold", "phase", "reason", "log")
-PACKAGES = ("nnssl", "nnunetv2", "torch", "scipy", "numpy")
 
 
 def lead(about: Mapping[str, Any], rows: pd.DataFrame, failed: pd.DataFrame) -> dict[str, Any]:
@@ -56,16 +54,6 @@ def _text(value: Any) -> str:
     return ", ".join(map(_text, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _versions() -> dict[str, str]:
-    out = {"Python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            out[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return out
-
-
 def _asked(setting: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     """Name, and what one setting came to: network, lengths, number of test cases; no names of cases."""
     plain = {
@@ -84,7 +72,7 @@ def made(about: Mapping[str, Any]) -> dict[str, Any]:
     """Versions, hardware and commands. Versions are those at the time of the runs where they are known, else of this report."""
     versions, hardware = about.get("versions"), about.get("hardware")
     return {
-        "versions": _pairs(versions if isinstance(versions, Mapping) and versions else _versions()),
+        "versions": _pairs(versions if isinstance(versions, Mapping) and versions else package_versions()),
         "of_this_machine": not versions,
         "hardware": _pairs(hardware) if isinstance(hardware, Mapping) else _text(hardware) if hardware else "",
         "asked": [_asked(setting) for setting in about.get("asked") or ()],

@@ -8,7 +8,8 @@ offline and holds all of it. What is read is described in :mod:`nnssl.experiment
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,41 +58,19 @@ class _Data:
     curves: pd.DataFrame
     published: pd.DataFrame
 
+    @property
+    def title(self) -> str:
+        return str(self.about.get("title") or self.about.get("name") or "Label efficiency")
+
     def of(self, setting: str) -> pd.DataFrame:
         return self.rows[self.rows["setting"] == setting]
 
     def figures(self, setting: str) -> pd.DataFrame:
         return of_setting(self.published, setting, self.scores.settings)
 
-    def suffix(self, setting: str) -> str:
-        """What tells the files of several settings apart."""
-        if len(self.scores.settings) < 2:
-            return ""
-        return "_" + "".join(c if c.isalnum() or c == "-" else "_" for c in setting)
 
-
-def described(experiment: object) -> dict[str, Any]:
-    """What an experiment asks for, as ``experiment.json`` has it: from a mapping, or from an ``Experiment``."""
-    if experiment is None:
-        return {}
-    if isinstance(experiment, Mapping):
-        return dict(experiment)
-    about = {k: getattr(experiment, k) for k in ("name", "title", "pictures", "notes") if hasattr(experiment, k)}
-    about["settings"] = [
-        {
-            "name": setting.name or setting.dataset,
-            "methods": [arm.name for arm in setting.arms],
-            "labels": list(setting.labels),
-            "seeds": list(setting.seeds),
-            "folds": list(setting.folds),
-        }
-        for setting in getattr(experiment, "settings", ())
-    ]
-    return about
-
-
-def _read(folder: Path, experiment: object, published: str | Path | None) -> _Data:
-    about = {**described(experiment), **read_json_file(folder / "experiment.json")}
+def _read(folder: Path, published: str | Path | None) -> _Data:
+    about = read_json_file(folder / "experiment.json")
     scores = read_scores(folder, about)
     only = scores.settings[0] if len(scores.settings) == 1 else ""
     curves = read_curves(read_table(folder / "runs.csv", ("method", "labels", "seed", "epoch")), only)
@@ -113,34 +92,30 @@ def _write_text(file: Path, text: str) -> None:
     write_atomic(file, lambda handle: handle.write(text.encode("utf-8")))
 
 
-def _title(data: _Data) -> str:
-    return str(data.about.get("title") or data.about.get("name") or "Label efficiency")
-
-
-def _heading(setting: str) -> str:
-    return setting or "Results"
-
-
 def _write_tables(data: _Data) -> None:
     parts, latex = (
-        [f"# {_title(data)}"],
+        [f"# {data.title}"],
         ["% needs \\usepackage{booktabs} and \\usepackage{graphicx}; table.tex shows them"],
     )
     for setting in data.scores.settings:
-        parts.append(f"## {_heading(setting)}")
-        parts += [f"- {line}" for line in interpretation.answers(data.of(setting))]
+        rows, figures = data.of(setting), data.figures(setting)
+        parts += [f"## {setting or 'Results'}", _listed(interpretation.answers(rows))]
         for content in _tables(data, setting):
             parts += [f"### {content.title}", tables.markdown(content)]
             latex.append(tables.tex(content, f"{setting + ': ' if setting else ''}{content.title}"))
-        parts += [f"- {line}" for line in [*tables.notes(data.of(setting)), *published_notes(data.figures(setting))]]
+        parts.append(_listed([*tables.notes(rows), *published_notes(figures)]))
     rest = left_over(data.published, data.scores.settings)
     if len(rest):
         parts += [f"## {LEFT_OVER}", f"{len(rest)} figures are listed in report.html, of: {_names_of(rest)}."]
-    parts += ["## How to read this", *(f"- {line}" for line in interpretation.EXPLANATIONS)]
-    _write_text(data.folder / "table.md", _joined(parts))
+    parts += ["## How to read this", _listed(interpretation.EXPLANATIONS)]
+    _write_text(data.folder / "table.md", "\n\n".join(part for part in parts if part) + "\n")
     _write_text(data.folder / "table_body.tex", "\n\n".join(latex) + "\n")
     _write_text(data.folder / "table.tex", tables.TEX_PAGE)
     _write_text(data.folder / "table.csv", tables.csv_text(data.rows))
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _names_of(rest: pd.DataFrame) -> str:
@@ -154,25 +129,19 @@ def _left_over(rest: pd.DataFrame) -> dict[str, Any] | None:
     return {"title": title, "table": left_over_table(rest), "notes": published_notes(rest)[1:]}
 
 
-def _joined(parts: Sequence[str]) -> str:
-    """Blank lines between the parts, but not between the items of a list."""
-    out = ""
-    for before, part in zip(["", *parts], parts):
-        out += ("" if not before else "\n" if before.startswith("- ") and part.startswith("- ") else "\n\n") + part
-    return out + "\n"
-
-
 def _pictures(data: _Data, setting: str) -> list[html.Picture]:
+    methods = data.scores.methods(setting)
+    suffix = "" if len(data.scores.settings) < 2 else "_" + re.sub(r"[^\w-]", "_", setting)
+    over_labels = draw.dice_over_labels(data.scores, data.rows, setting)
+    training = draw.training_curves(data.curves, setting, methods)
     out = []
-    suffix, methods = data.suffix(setting), data.scores.methods(setting)
-    figure = draw.dice_over_labels(data.scores, data.rows, setting)
-    if figure is not None:
-        file = draw.save(figure, data.folder / f"dice_over_labels{suffix}")[1]
-        out.append(html.Picture(file, CURVE_CAPTION, f"Dice of {', '.join(methods)} over the number of labelled cases"))
-    figure = draw.training_curves(data.curves, setting, methods)
-    if figure is not None:
-        file = draw.save(figure, data.folder / f"training_curves{suffix}")[1]
-        out.append(html.Picture(file, TRAINING_CAPTION, f"Training curves of {', '.join(methods)}"))
+    for name, figure, caption, shown in (
+        ("dice_over_labels", over_labels, CURVE_CAPTION, "Dice of {} over the number of labelled cases"),
+        ("training_curves", training, TRAINING_CAPTION, "Training curves of {}"),
+    ):
+        if figure is not None:
+            svg = draw.save(figure, data.folder / f"{name}{suffix}")
+            out.append(html.Picture(svg, caption, shown.format(", ".join(methods))))
     return out
 
 
@@ -205,27 +174,25 @@ def _cases(data: _Data, setting: str, drawn: Sequence[CasePicture]) -> dict[str,
 
 
 def _setting(data: _Data, setting: str) -> dict[str, Any]:
-    rows = data.of(setting)
-    shown: dict[str, Any] = {
-        "answers": interpretation.answers(rows),
-        "tables": _tables(data, setting),
-        "published_notes": published_notes(data.figures(setting)),
-        "notes": tables.notes(rows),
-        "pictures": _pictures(data, setting),
-    }
     drawn: list[CasePicture] = []
     if data.about.get("pictures") is not False:
         images = read_json_file(data.folder / "images.json")
         drawn = write_overlays(data.scores, data.rows, images, setting, data.folder / "overlays") if images else []
-    return {**shown, "cases": _cases(data, setting, drawn)}
+    return {
+        "answers": interpretation.answers(data.of(setting)),
+        "tables": _tables(data, setting),
+        "published_notes": published_notes(data.figures(setting)),
+        "notes": tables.notes(data.of(setting)),
+        "pictures": _pictures(data, setting),
+        "cases": _cases(data, setting, drawn),
+    }
 
 
-def write(folder: str | Path, experiment: object = None, published: str | Path | None = None) -> Path:
+def write(folder: str | Path, published: str | Path | None = None) -> Path:
     """Write tables, pictures and ``report.html`` from whatever an experiment has measured so far.
 
     Args:
         folder: the result folder, with the files that :mod:`nnssl.experiments.scores` describes; any may be missing.
-        experiment: what was asked for, a mapping or an ``Experiment``; keys of ``experiment.json`` go before it.
         published: a CSV of published figures to put beside ours, see :mod:`nnssl.experiments.published`.
 
     Returns:
@@ -235,13 +202,13 @@ def write(folder: str | Path, experiment: object = None, published: str | Path |
         NnsslError: a line of a CSV makes no sense, naming file and line.
     """
     folder = Path(folder)
-    data = _read(folder, experiment, published)
+    data = _read(folder, published)
     _write_tables(data)
     remove_overlays(folder / "overlays")
     failures = read_table(folder / "failures.csv")
     rest = left_over(data.published, data.scores.settings)
     sections = [
-        html.Section(f"setting-{i}", _heading(s), "setting", _setting(data, s))
+        html.Section(f"setting-{i}", s or "Results", "setting", _setting(data, s))
         for i, s in enumerate(data.scores.settings)
     ]
     sections += [
@@ -251,7 +218,7 @@ def write(folder: str | Path, experiment: object = None, published: str | Path |
         html.Section("provenance", "How this was made", "provenance", provenance.made(data.about)),
     ]
     page = html.template().render(
-        title=_title(data),
+        title=data.title,
         lead=provenance.lead(data.about, data.rows, failures),
         sections=[section for section in sections if section.content],
         published=PUBLISHED,

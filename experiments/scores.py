@@ -10,9 +10,8 @@
 ``failures.csv``, one line per failed job: any columns; job, method, labels, setting, seed, fold, phase, reason, log are put
     first.
 ``experiment.json``, all optional: name, title, notes (sentences), pictures (false: no image of a case is shown), methods,
-    labels, seeds, folds;
-    asked: per setting an object with setting, arms (by name) and labelled (objects with seed, fold and cases): what was asked
-    for, so that what is missing can be marked; commands (lines), versions, hardware (objects), started, finished, minutes.
+    labels, seeds, folds: what was asked for, so that what is missing can be marked; settings: a list of objects with name and
+    these four where settings differ; asked, commands (lines), versions, hardware (objects), started, finished, minutes.
 ``images.json``: ``{"cases": {case: {"image": path, "reference": path}}, "labels": {name: value or [values]},
     "predictions": [{"method", "labels", "setting", "seed", "fold", "folder"}]}``; ``cases`` may be nested in settings.
 
@@ -184,53 +183,30 @@ def read_cases(file: Path) -> pd.DataFrame:
     return table.drop_duplicates(columns[:7], keep="last")
 
 
-def _names(items: object) -> list[str]:
-    """The names in a list of texts, numbers, or objects with a ``name``."""
-    listed = items if isinstance(items, (list, tuple)) else []
-    return [str(i.get("name", "")) if isinstance(i, dict) else str(i) for i in listed]
-
-
-def settings_of(experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Methods, labels, seeds and folds asked for in each setting; the experiment's where a setting has none of its own."""
-    listed = experiment.get("settings") or []
-    own = {str(s.get("name", "")): s for s in listed if isinstance(s, dict)} or {name: {} for name in _names(listed)}
-    for asked in experiment.get("asked") or ():
-        draws = asked.get("labelled") or []
-        own[str(asked.get("setting", ""))] = {
-            "methods": list(asked.get("arms") or ()),
-            "labels": sorted({len(d["cases"]) for d in draws}),
-            "seeds": list(dict.fromkeys(d["seed"] for d in draws)),
-            "folds": list(dict.fromkeys(d["fold"] for d in draws)),
-        }
-    return {name: {**experiment, **keys} for name, keys in own.items()}
-
-
-def _counts(asked: dict[str, Any], there: list[Key]) -> list[Labels]:
-    """The numbers of labels asked for. A share, whose number of cases is not known, is shown until something is measured."""
-    counts = [parse_labels(n) for n in asked.get("labels") or ()]
-    return [n for n in counts if not there or isinstance(n, int) or n == "all"]
+def _asked(experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was asked for in each setting; of the experiment where a setting has none of its own."""
+    return {str(s.get("name", "")): {**experiment, **s} for s in experiment.get("settings") or ()}
 
 
 def _wanted(lines: pd.DataFrame, experiment: dict[str, Any]) -> list[Key]:
     """All cells of the table: every method with every number of labels, where asked for or found."""
     found = [Key(*cell) for cell in lines[CELL].drop_duplicates().itertuples(index=False)]
-    asked = settings_of(experiment)
+    asked = _asked(experiment)
     wanted = []
     for setting in dict.fromkeys([*asked, *(k.setting for k in found)]) or [""]:
         there = [k for k in found if k.setting == setting]
         own = asked.get(setting, experiment)
-        names = dict.fromkeys([*_names(own.get("methods")), *(k.method for k in there)])
-        labels = sorted({*_counts(own, there), *(k.labels for k in there)}, key=label_order)
-        wanted += [Key(setting, m, n) for m in sorted(names, key=lambda m: m != BASELINE) for n in labels]
+        methods = dict.fromkeys([*(own.get("methods") or ()), *(k.method for k in there)])
+        counts = {*map(parse_labels, own.get("labels") or ()), *(k.labels for k in there)}
+        first = sorted(methods, key=lambda m: m != BASELINE)
+        wanted += [Key(setting, m, n) for m in first for n in sorted(counts, key=label_order)]
     return wanted
 
 
 def _expected(lines: pd.DataFrame, asked: dict[str, Any]) -> set[tuple[str, str]]:
-    seeds = _names(asked.get("seeds")) or lines["seed"].unique()
-    folds, asked_folds = lines["fold"].unique(), _names(asked.get("folds"))
-    if len(asked_folds) > max(1, len(folds)):
-        folds = asked_folds
-    return {(s, f) for s in seeds for f in (folds if len(folds) else ["0"])}
+    seeds = [str(s) for s in asked.get("seeds") or lines["seed"].unique()]
+    folds, asked_folds = list(lines["fold"].unique()) or ["0"], [str(f) for f in asked.get("folds") or ()]
+    return {(s, f) for s in seeds for f in (asked_folds if len(asked_folds) > len(folds) else folds)}
 
 
 def read_scores(folder: Path, experiment: dict[str, Any]) -> Scores:
@@ -247,7 +223,7 @@ def read_scores(folder: Path, experiment: dict[str, Any]) -> Scores:
     means = lines.groupby([*CELL, "seed", "case", "label"], sort=False)[METRICS].mean()
     cells = {Key(*key): cell.droplevel(CELL) for key, cell in means.groupby(level=CELL, sort=False)}
     scores = Scores(lines, cells, _wanted(lines, experiment))
-    asked = settings_of(experiment)
+    asked = _asked(experiment)
     for setting in scores.settings:
         own = lines[lines["setting"] == setting]
         scores.expected[setting] = _expected(own, asked.get(setting, experiment))

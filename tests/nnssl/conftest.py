@@ -244,7 +244,7 @@ def lab(tiny_preprocessed, tmp_path, monkeypatch):
     tiny_preprocessed(901, "Tiny", 5, n_test=2)
     monkeypatch.setattr(executor, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(cli, "need_surface_library", lambda: None)
-    monkeypatch.setattr(report, "write", lambda folder, experiment, published=None: None)
+    monkeypatch.setattr(report, "write", lambda folder, published=None: None)
     return Lab(tmp_path)
 
 

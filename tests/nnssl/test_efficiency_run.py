@@ -111,22 +111,21 @@ def test_slots_run_side_by_side_and_gpus_are_shared_out(lab, tmp_path):
 
 def test_published_figures_and_pictures_reach_the_report(lab, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(
-        report, "write", lambda folder, experiment, published=None: seen.append((folder, experiment, published))
-    )
+    monkeypatch.setattr(report, "write", lambda folder, published=None: seen.append((folder, published)))
     with pytest.raises(NnsslError, match="do not exist"):
         lab.run(compare=tmp_path / "none.csv")
     (tmp_path / "p.csv").write_text("method,labels,dice\n")
     lab.write(published="p.csv", pictures="false")
     lab.run()
-    assert seen[-1][0] == lab.out and seen[-1][2] == tmp_path / "p.csv" and not seen[-1][1].pictures
+    assert seen[-1] == (lab.out, tmp_path / "p.csv")
+    assert json.loads((lab.out / "experiment.json").read_text())["pictures"] is False
     assert len(seen) == 2, "after the only group, and at the end"
 
 
 def test_a_fault_of_the_report_does_not_stop_the_jobs(lab, monkeypatch, caplog):
     calls = []
 
-    def write(folder, experiment, published=None):
+    def write(folder, published=None):
         calls.append(1)
         if len(calls) == 1:
             raise ValueError("no such colour")

@@ -171,14 +171,10 @@ def test_broken_lines_are_named(tmp_path):
 
 def test_settings_have_their_own_axes(tmp_path):
     asked = [
-        {"setting": "B", "arms": {"scratch": {}}, "labelled": [{"seed": 0, "fold": 0, "cases": ["p", "q"]}]},
-        {
-            "setting": "A",
-            "arms": {"scratch": {}, "mae": {}},
-            "labelled": [{"seed": s, "fold": 0, "cases": ["p"]} for s in "01"],
-        },
+        {"name": "B", "methods": ["scratch"], "labels": [2], "seeds": [0]},
+        {"name": "A", "methods": ["scratch", "mae"], "labels": [1], "seeds": [0, 1]},
     ]
-    found = result(tmp_path, [line("scratch", 1, 0, "x", 0.5, setting="A")], asked=asked)
+    found = result(tmp_path, [line("scratch", 1, 0, "x", 0.5, setting="A")], settings=asked)
     assert found.settings == ["B", "A"]
     assert (found.labels("B"), found.labels("A")) == ([2], [1])
     assert found.methods("A") == ["scratch", "mae"] and found.complete_seeds(Key("A", "scratch", 1)) == (1, 2)
