@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.errors import NnsslError, did_you_mean, raise_problems
-from nnssl.experiments.experiment import Arm, Setting
+from nnssl.experiments.experiment import Setting
 from nnssl.paths import raw_folder
 from nnssl.plans import Plan, load_plan
 from nnssl.plans.labels import ALL, case_order, choose_cases, folds_of
@@ -52,7 +53,6 @@ class Resolved:
     """A setting with everything looked up.
 
     Attributes:
-        setting: as in the file.
         name: of the table.
         plan: that the file names; on disk.
         network: the plan of the network that is trained, in memory only where ``setting.network`` changes it.
@@ -97,23 +97,22 @@ def resolve_setting(setting: Setting, prefix: str) -> Resolved:
         made_of.append(sorted(changes.items()))
         network = derive(plan, f"{prefix}-{digest(made_of)}", **changes)
     folds = folds_of(plan)
-    every = folds[ALL][0]
+    pool: Sequence[str] = folds[ALL][0]
     splits = _read_splits(setting.splits, plan.dataset_name) if setting.splits else {}
-    test = _test_cases(setting, plan, splits)
+    test = [] if setting.folds else _test_cases(setting, plan, splits)
     name = setting.name or plan.dataset_name.split("_", 1)[1]
     if setting.max_test_cases and not test:
         raise NnsslError(f"{name}: max_test_cases needs test cases; of folds nnU-Net predicts all validation cases.")
     if test:
         names = {t.name for t in test}
-        pool = [c for c in splits.get("pool", every) if c not in names]
-        _check_pool(pool, splits, every, names, setting)
-        _check_copies(test, pool, plan)
-        if setting.max_test_cases:
-            kept = set(case_order(names, ORDER_SEED)[: setting.max_test_cases])
-            test = [t for t in test if t.name in kept]
-        draws = _draws_of_pool(setting, pool, splits.get("few_label"))
+        listed = [c for c in splits.get("pool", pool) if c not in names]
+        _check_pool(listed, splits, pool, names, setting)
+        _check_copies(names, listed, plan)
+        pool = listed
+        kept = set(case_order(names, ORDER_SEED)[: setting.max_test_cases])
+        test = [t for t in test if t.name in kept]
+        draws = _draws_of_pool(setting, listed, splits.get("few_label"))
     else:
-        pool = list(every)
         draws = _draws_of_folds(setting, folds)
     same: dict[tuple[int, int, str], str] = {}
     for draw in draws:
@@ -128,41 +127,36 @@ def _read_splits(file: Path, dataset: str) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise NnsslError(f"splits: {file} cannot be read: {error}") from error
-    own = content.get(dataset, content) if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    own = content.get(dataset, content)
     if not isinstance(own, dict) or not isinstance(own.get("test"), list):
-        known = [k for k in content if isinstance(content[k], dict)] if isinstance(content, dict) else []
+        known = ", ".join(k for k in content if isinstance(content[k], dict))
         raise NnsslError(
-            f"splits: {file} holds no 'test' list for {dataset}{'; it has ' + ', '.join(known) if known else ''}. Wanted: "
+            f"splits: {file} holds no 'test' list for {dataset}{known and '; it has ' + known}. Wanted: "
             '{"<dataset>": {"test": [...], "pool": [...], "few_label": {"<seed>": {"<n>": [...]}}}}'
         )
     return own
 
 
 def _test_cases(setting: Setting, plan: Plan, splits: Mapping[str, Any]) -> list[TestCase]:
-    """The test cases with their files; none where folds are to be evaluated."""
-    if setting.folds:
-        return []
-    found = {part: cases_in(plan, part) for part in ("Ts", "Tr")}
+    """The test cases with their files; none where the dataset has none, and none are asked for."""
+    extra = cases_in(plan, "Ts")
     wanted: Sequence[str] = splits.get("test") or setting.test
     if not wanted or tuple(wanted) == ("imagesTs",):
-        labelled = [t for t in found["Ts"].values() if Path(t.reference).is_file()]
+        labelled = [t for t in extra.values() if Path(t.reference).is_file()]
         if not labelled and wanted:
             raise NnsslError(
                 f"test: {raw_folder() / plan.dataset_name} has no imagesTs with segmentations in labelsTs."
             )
         return labelled
-    both = {**found["Tr"], **found["Ts"]}
-    unknown = [c for c in wanted if c not in both]
+    both = {**cases_in(plan, "Tr"), **extra}
+    name, known = plan.dataset_name, [c for c in wanted if c in both]
     problems = [
-        f"'{c}' is in neither imagesTs nor imagesTr of {plan.dataset_name}.{did_you_mean(c, both)}" for c in unknown[:5]
+        f"'{c}' is in neither imagesTs nor imagesTr of {name}.{did_you_mean(c, both)}" for c in wanted if c not in both
     ]
-    problems += [
-        f"'{c}' has no segmentation {both[c].reference}"
-        for c in wanted
-        if c in both and not Path(both[c].reference).is_file()
-    ][:5]
-    raise_problems(problems, "test cases")
-    return [both[c] for c in wanted]
+    bare = [c for c in known if not Path(both[c].reference).is_file()]
+    raise_problems(problems[:5] + [f"'{c}' has no segmentation {both[c].reference}" for c in bare[:5]], "test cases")
+    return [both[c] for c in known]
 
 
 def cases_in(plan: Plan, part: str) -> dict[str, TestCase]:
@@ -177,56 +171,43 @@ def _check_pool(
 ) -> None:
     """Nothing that is trained on may be a test case, and everything must be there."""
     few = {c for seeds in (splits.get("few_label") or {}).values() for cases in seeds.values() for c in cases}
-    known = set(every)
-    both = sorted((few | set(splits.get("pool", ()))) & test)
-    problems = [
-        f"'{c}' is a test case and in the pool or among the labelled cases of {setting.splits}" for c in both[:5]
-    ]
-    missing = sorted((set(pool) | few) - known)
-    problems += [f"'{c}' is not among the preprocessed cases.{did_you_mean(c, known)}" for c in missing[:5]]
-    outside = sorted(few - set(pool) - test) if "pool" in splits else []
-    problems += [f"'{c}' is among the labelled cases and not in the pool of {setting.splits}" for c in outside[:5]]
+    both, missing = (few | set(splits.get("pool", ()))) & test, (set(pool) | few) - set(every)
+    outside = few - set(pool) - test if "pool" in splits else set()
+    among = f"among the labelled cases{{}} of {setting.splits}"
+    problems = [f"'{c}' is a test case and in the pool or {among.format('')}" for c in sorted(both)[:5]]
+    problems += [f"'{c}' is not among the preprocessed cases.{did_you_mean(c, every)}" for c in sorted(missing)[:5]]
+    problems += [f"'{c}' is {among.format(' and not in the pool')}" for c in sorted(outside)[:5]]
     raise_problems(problems, f"cases of dataset {setting.dataset}")
 
 
-def _check_copies(test: Sequence[TestCase], pool: Sequence[str], plan: Plan) -> None:
+def _check_copies(test: set[str], pool: Sequence[str], plan: Plan) -> None:
     """No case that labels are drawn from may be a copy of a test case."""
     from nnssl.pretrain.prepare.leaks import find_leaks
 
-    candidates = {n: c for n, c in _raw_cases(plan.dataset_name, plan).items() if n in set(pool)}
-    images = {**_raw_cases(plan.dataset_name, plan), **_raw_cases(plan.dataset_name, plan, "imagesTs")}
-    copies = find_leaks({t.name: images[t.name] for t in test}, candidates)
-    raise_problems(
-        [
-            f"'{c}' is a copy of a test image; leave it out of the pool (splits) or of the test cases"
-            for c in copies[:10]
-        ],
-        f"cases of {plan.dataset_name}",
-    )
+    own = _raw_cases(plan.dataset_name, plan)
+    images = {**own, **_raw_cases(plan.dataset_name, plan, "imagesTs")}
+    copies = find_leaks({t: images[t] for t in test}, {c: own[c] for c in pool if c in own})
+    advice = "leave it out of the pool (splits) or of the test cases"
+    raise_problems([f"'{c}' is a copy of a test image; {advice}" for c in copies[:10]], f"cases of {plan.dataset_name}")
 
 
 def _draws_of_pool(setting: Setting, pool: list[str], few: Mapping[str, Any] | None) -> list[LabelSubset]:
     draws, problems = [], []
-    for text in setting.labels:
-        for seed in setting.seeds:
-            try:
-                cases = _drawn(text, seed, pool, few)
-            except NnsslError as error:
-                problems.append(str(error))
-                continue
-            left = [c for c in case_order(pool, ORDER_SEED) if c not in set(cases)] or list(cases)
-            draws.append(LabelSubset(text, seed, ALL, tuple(cases), tuple(left[: setting_val_cases(setting)])))
+    val_cases = max(arm.training.val_cases for arm in setting.arms)  # they draw the training curve
+    for text, seed in itertools.product(setting.labels, setting.seeds):
+        try:
+            cases = _drawn(text, seed, pool, few)
+        except NnsslError as error:
+            problems.append(str(error))
+            continue
+        left = [c for c in case_order(pool, ORDER_SEED) if c not in set(cases)] or list(cases)
+        draws.append(LabelSubset(text, seed, ALL, tuple(cases), tuple(left[:val_cases])))
     raise_problems(problems, "labels")
     return draws
 
 
-def setting_val_cases(setting: Setting) -> int:
-    """Cases that draw the training curve: the most that a method asks for."""
-    return max(arm.training.val_cases for arm in setting.arms)
-
-
 def _drawn(text: str, seed: int, pool: list[str], few: Mapping[str, Any] | None) -> list[str]:
-    if text == "all" or text == "100%":
+    if text in ("all", "100%"):
         return sorted(pool)
     if few is None:
         return choose_cases({ALL: (pool, [])}, text, seed)[ALL]
@@ -245,22 +226,20 @@ def _drawn(text: str, seed: int, pool: list[str], few: Mapping[str, Any] | None)
 
 def _draws_of_folds(setting: Setting, folds: Mapping[str, tuple[list[str], list[str]]]) -> list[LabelSubset]:
     draws = []
-    for fold in (str(f) for f in setting.folds or (0,)):
+    for fold in map(str, setting.folds or (0,)):
         if fold not in folds:
-            raise NnsslError(
-                f"fold {fold}: dataset {setting.dataset} has the folds {', '.join(f for f in folds if f != ALL)}."
-            )
+            known = ", ".join(f for f in folds if f != ALL)
+            raise NnsslError(f"fold {fold}: dataset {setting.dataset} has the folds {known}.")
         train, val = folds[fold]
-        for text in setting.labels:
-            for seed in setting.seeds:
-                cases = sorted(train) if text == "all" else choose_cases({fold: (train, val)}, text, seed)[fold]
-                draws.append(LabelSubset(text, seed, fold, tuple(cases), tuple(val)))
+        for text, seed in itertools.product(setting.labels, setting.seeds):
+            cases = sorted(train) if text == "all" else choose_cases({fold: (train, val)}, text, seed)[fold]
+            draws.append(LabelSubset(text, seed, fold, tuple(cases), tuple(val)))
     return draws
 
 
-def forbidden_cases(resolved: Resolved, arm: Arm, fold: str, sources: Sequence[str]) -> list[str]:
-    """Cases that a pretraining must not see, as ``<dataset>/<case>``: what the fold tests, what is outside of the pool, copies of
-    test images, and those of ``exclude``.
+def forbidden_cases(resolved: Resolved, fold: str, sources: Sequence[str]) -> list[str]:
+    """Cases that a pretraining must not see, as ``<dataset>/<case>``: tested by the fold, outside of the pool, and copies of test
+    images.
 
     Raises:
         NnsslError: nothing is left of the dataset's own cases.
@@ -274,9 +253,8 @@ def forbidden_cases(resolved: Resolved, arm: Arm, fold: str, sources: Sequence[s
         found += [f"{own}/{c}" for c in sorted(barred)]
         if len(barred) == len(folds[ALL][0]):
             raise NnsslError(f"{resolved.name}: no case of {own} is left to pretrain on.")
-    images = list_test_images(resolved.plan)
     tested = {t.name for t in resolved.test}
-    images.update({n: c for n, c in _raw_cases(own, resolved.plan).items() if n in tested and n not in images})
+    images = {n: c for n, c in _raw_cases(own, resolved.plan).items() if n in tested} | list_test_images(resolved.plan)
     for source in sources:
         if images:
             found += [f"{source}/{c}" for c in find_leaks(images, _raw_cases(source, resolved.plan))]
@@ -287,9 +265,7 @@ def _raw_cases(dataset: str, plan: Plan, folder: str = "imagesTr") -> dict[str, 
     from nnssl.pretrain.prepare.raw import list_raw
 
     place = raw_folder() / dataset / folder
-    if not place.is_dir() or (
-        folder != "imagesTr" and not any(place.iterdir())
-    ):  # many datasets come with an empty imagesTs
+    if not place.is_dir() or (folder != "imagesTr" and not any(place.iterdir())):  # many have an empty imagesTs
         return {}
     raw = list_raw(dataset, plan, folder)
     return dict(raw.cases) if raw else {}

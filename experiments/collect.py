@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from nnssl.errors import NnsslError
-from nnssl.experiments.cases import Resolved, cases_in
+from nnssl.experiments.cases import Resolved, TestCase, cases_in
 from nnssl.experiments.executor import Outcome
 from nnssl.experiments.jobs import Job, Run
 from nnssl.experiments.launch import typed
@@ -95,20 +95,14 @@ def _images(runs: Sequence[Run], labels: Mapping[str, Any]) -> dict[str, Any]:
     """Where images, references and predictions lie; by setting, since two datasets may name a case alike."""
     cases: dict[str, dict[str, Any]] = {}
     for run in runs:
-        mine = cases.setdefault(run.resolved.name, {})
-        for case in run.resolved.test:
-            mine[case.name] = {"image": case.images[0], "reference": case.reference}
+        shown: Iterable[TestCase] = run.resolved.test
         if run.resolved.by_folds:
-            mine.update(_fold_images(run))
+            found = cases_in(run.resolved.plan, "Tr")
+            shown = [found[c] for c in run.draw.validating if c in found]
+        mine = cases.setdefault(run.resolved.name, {})
+        mine.update({c.name: {"image": c.images[0], "reference": c.reference} for c in shown})
     predictions = [{**run.about, "folder": str(run.predictions)} for run in runs]
     return {"cases": cases, "labels": dict(labels), "predictions": predictions}
-
-
-def _fold_images(run: Run) -> dict[str, Any]:
-    found = cases_in(run.resolved.plan, "Tr")
-    return {
-        c: {"image": found[c].images[0], "reference": found[c].reference} for c in run.draw.validating if c in found
-    }
 
 
 def describe(session: Session) -> dict[str, Any]:
@@ -133,7 +127,7 @@ def describe(session: Session) -> dict[str, Any]:
         "hardware": _hardware(session.device),
         "commands": _commands(session),
         "asked": [_asked(s) for s in graph.settings],
-        "jobs": {i: {"command": _command(job, records[i]), **_short(records[i])} for i, job in graph.jobs.items()},
+        "jobs": {i: _told(job, records[i]) for i, job in graph.jobs.items()},
     }
 
 
@@ -152,14 +146,11 @@ def _clock(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-def _short(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: record[k] for k in ("status", "seconds", "reason") if k in record}
-
-
-def _command(job: Job, record: Mapping[str, Any]) -> str:
-    """What was run where it is known, else what would be."""
+def _told(job: Job, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The command that was run where it is known, else what would be, and how it went."""
     run = [str(word) for word in record.get("command") or job.command]
-    return shlex.join(typed(run[:-1] if run[-1] == "--c" else run))
+    command = shlex.join(typed(run[:-1] if run[-1] == "--c" else run))
+    return {"command": command, **{k: record[k] for k in ("status", "seconds", "reason") if k in record}}
 
 
 def _commands(session: Session) -> list[str]:

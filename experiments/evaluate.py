@@ -43,15 +43,9 @@ def need_surface_library() -> None:
 def surface_metrics(
     reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float], tolerance_mm: float
 ) -> tuple[float, float]:
-    """Surface Dice at a tolerance, and the 95th percentile of the Hausdorff distance.
+    """Surface Dice in 0..1 at a tolerance, and the 95th percentile of the Hausdorff distance in mm.
 
-    Args:
-        reference, prediction: boolean masks of equal shape, 2 or 3 axes; an axis of one voxel is left out.
-        spacing: mm per voxel and axis.
-        tolerance_mm: distance up to which surfaces count as equal.
-
-    Returns:
-        Surface Dice in 0..1 and HD95 in mm. (nan, nan) where both are empty, (0, nan) where one is: nothing has no distance.
+    (nan, nan) where both masks are empty, (0, nan) where one is: nothing has no distance. An axis of one voxel is left out.
     """
     if not reference.any() or not prediction.any():
         return (0.0 if reference.any() or prediction.any() else math.nan), math.nan
@@ -69,7 +63,7 @@ def surface_metrics(
 def evaluate_case(
     reference: str, prediction: str, reader: Any, labels: dict[str, Region], ignore: int | None, tolerance_mm: float
 ) -> list[dict[str, Any]]:
-    """The metrics of one case.
+    """The metrics of one case, a row for each label.
 
     Args:
         reference, prediction: segmentation files.
@@ -77,9 +71,6 @@ def evaluate_case(
         labels: name -> label or region, background left out.
         ignore: the ignore label; its voxels count nowhere.
         tolerance_mm: of the surface Dice.
-
-    Returns:
-        A row for each label: label, dice, surface_dice, hd95, reference_voxels, prediction_voxels.
     """
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics, region_or_label_to_mask
 
@@ -101,7 +92,7 @@ def _labels(dataset_json: dict[str, Any], regions: bool) -> dict[str, Region]:
     """Name -> label, or region where the dataset has regions."""
     out: dict[str, Region] = {}
     for name, value in dataset_json["labels"].items():
-        values = tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)
+        values = tuple(int(v) for v in np.atleast_1d(value))
         if name != "ignore" and values != (0,):
             out[name] = values if regions else values[0]
     return out
@@ -149,29 +140,20 @@ def training_curve(checkpoint: Path) -> list[dict[str, Any]]:
     ``minutes`` counts the epochs' own time up to the end of each, so an interruption does not enter.
     """
     content = read_file(checkpoint)
-    logged, iterations = content["logging"], _iterations(content)
-    starts, ends = logged["epoch_start_timestamps"], logged["epoch_end_timestamps"]
+    logged = content["logging"]
+    metadata = (content.get("init_args") or {}).get("plans", {}).get("nnssl") or {}
+    steps = int(metadata.get("iterations") or 250)
     rows, seconds = [], 0.0
-    for epoch in range(len(ends)):
-        seconds += float(ends[epoch]) - float(starts[epoch])
-        row: dict[str, Any] = {"epoch": epoch, "step": (epoch + 1) * iterations, "minutes": round(seconds / 60, 4)}
-        for name, key in LOGGED.items():
-            row[name] = float(logged[key][epoch]) if epoch < len(logged[key]) else math.nan
-        rows.append(row)
+    for epoch, (start, end) in enumerate(zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"])):
+        seconds += float(end) - float(start)
+        values = {k: float(logged[key][epoch]) if epoch < len(logged[key]) else math.nan for k, key in LOGGED.items()}
+        rows.append({"epoch": epoch, "step": (epoch + 1) * steps, "minutes": round(seconds / 60, 4), **values})
     return rows
 
 
-def _iterations(content: dict[str, Any]) -> int:
-    metadata = (content.get("init_args") or {}).get("plans", {}).get("nnssl") or {}
-    return int(metadata.get("iterations") or 250)
-
-
 def drop_unreadable(folder: Path) -> list[str]:
-    """Remove predictions that a killed process left half written, so that ``--continue_prediction`` makes them anew.
-
-    Returns:
-        The names of the removed files.
-    """
+    """Remove predictions that a killed process left half written, so that ``--continue_prediction`` makes them anew; returns
+    their names."""
     import SimpleITK as sitk
 
     dropped = []

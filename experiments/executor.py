@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ LAUNCHER = (sys.executable, "-m", "nnssl.experiments.launch")
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 60.0
 """For jobs to save after they were asked to end."""
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has no SIGKILL
 
 
 class Handle(Protocol):
@@ -44,14 +46,8 @@ class Backend(Protocol):
 
 @dataclass
 class Outcome:
-    """What became of the jobs, by id.
-
-    Attributes:
-        finished: were finished before.
-        done: now.
-        failed: with the reason.
-        blocked: with the failed job that they need.
-    """
+    """What became of the jobs, by id: finished before, done now, failed (with the reason), blocked (with the failed job that they
+    need)."""
 
     finished: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
@@ -68,10 +64,7 @@ class _Process:
     """A process of ours."""
 
     def __init__(self, process: subprocess.Popen) -> None:
-        self.process = process
-
-    def poll(self) -> int | None:
-        return self.process.poll()
+        self.process, self.poll = process, process.poll
 
     def stop(self, wait: bool) -> None:
         end_group(self.process.pid)
@@ -80,20 +73,15 @@ class _Process:
         try:
             self.process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            end_group(self.process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+            end_group(self.process.pid, KILL)
             self.process.wait()
 
 
 class _Left:
-    """A process that an earlier start of the experiment left running: it is waited for, by its lock; how it ended nobody knows.
+    """A process that an earlier start left running: it is waited for, by its lock; how it ended nobody knows."""
 
-    Attributes:
-        age: seconds that it has run already.
-    """
-
-    def __init__(self, lock: Path, started: float | None = None) -> None:
-        self.lock = lock
-        self.age = 0.0 if started is None else max(0.0, time.time() - started)
+    def __init__(self, lock: Path, started: float | None) -> None:
+        self.lock, self.age = lock, max(0.0, time.time() - started) if started else 0.0
 
     def poll(self) -> int | None:
         file = try_lock(self.lock)
@@ -128,17 +116,18 @@ class LocalBackend:
 
     def start(self, job: Job, slot: int) -> Handle:
         """Start a job, or take over the process that an earlier start left running."""
-        lock = try_lock(self.records.lock(job.id))
+        path, record = self.records.lock(job.id), self.records.read(job.id)
+        lock = try_lock(path)
         if lock is None:
-            record = self.records.read(job.id)
             pid = int(record.get("pid") or 0)
             if pid and _alive(pid):
                 log.info("%s is still running from an earlier start (process %d): waiting for it.", job.id, pid)
-                return _Left(self.records.lock(job.id), record.get("started"))
-            end_group(pid, getattr(signal, "SIGKILL", signal.SIGTERM)) if pid else None
-            lock = _wait_for_lock(self.records.lock(job.id))
+                return _Left(path, record.get("started"))
+            if pid:
+                end_group(pid, KILL)
+            lock = _wait_for_lock(path)
             if lock is None:
-                return _Left(self.records.lock(job.id))
+                return _Left(path, None)
         file = self.records.log(job.id)
         file.parent.mkdir(parents=True, exist_ok=True)
         command = full_command(job)
@@ -163,14 +152,9 @@ def _alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    return not _zombie(pid)
-
-
-def _zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
-    except (OSError, IndexError):
-        return False
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    return True
 
 
 def _wait_for_lock(path: Path) -> Any:
@@ -181,6 +165,23 @@ def _wait_for_lock(path: Path) -> Any:
             return lock
         time.sleep(0.1)
     return None
+
+
+@dataclass
+class _Running:
+    """A job that runs, in one of the slots."""
+
+    job: Job
+    slot: int
+    handle: Handle
+    records: Records
+    begin: float = field(default_factory=time.monotonic)
+
+    def record(self, **changes: Any) -> None:
+        """Write down what became of it, and the time of all its starts."""
+        age = self.handle.age if isinstance(self.handle, _Left) else 0.0
+        spent = float(self.records.read(self.job.id).get("seconds") or 0.0) + time.monotonic() - self.begin + age
+        self.records.write(self.job.id, seconds=spent, phase=self.job.phase, **changes)
 
 
 def run_jobs(
@@ -205,40 +206,41 @@ def run_jobs(
     """
     jobs = list(jobs)
     outcome = Outcome(finished=[job.id for job in jobs if records.finished(job)])
-    running: dict[str, tuple[Job, int, Handle, float]] = {}
     waiting = {job.id: job for job in jobs if job.id not in set(outcome.finished)}
+    running: list[_Running] = []
     free = list(range(slots))[::-1]
     with stop_on_signals():
         try:
             while waiting or running:
                 _block(waiting, outcome)
                 for job in _ready(waiting, outcome, len(free)):
-                    slot = free.pop()
-                    del waiting[job.id]
                     log.info("%s: %s", job.id, job.shown)
-                    handle = backend.start(job, slot)
-                    running[job.id] = (job, slot, handle, time.monotonic() - getattr(handle, "age", 0.0))
-                ended = [(i, status) for i, (_, _, h, _) in running.items() if (status := h.poll()) is not None]
-                for job_id, status in ended:
-                    job, slot, handle, begin = running.pop(job_id)
-                    free.append(slot)
-                    if isinstance(handle, _Left) and _missing(job):  # killed late, or failed: a start of our own tells
-                        log.info("%s has ended without its outputs: it is started again.", job_id)
-                        _stopped(job, time.monotonic() - begin, records)
-                        waiting = {job_id: job, **waiting}
+                    slot = free.pop()
+                    running.append(_Running(job, slot, backend.start(job, slot), records))
+                    del waiting[job.id]
+                ended = [(run, status) for run in running if (status := run.handle.poll()) is not None]
+                for run, status in ended:
+                    running.remove(run)
+                    free.append(run.slot)
+                    if isinstance(run.handle, _Left) and _missing(
+                        run.job
+                    ):  # killed late, or failed: a start of our own tells
+                        log.info("%s has ended without its outputs: it is started again.", run.job.id)
+                        run.record(status="stopped")
+                        waiting = {run.job.id: run.job, **waiting}
                         continue
-                    _settle(job, status, time.monotonic() - begin, records, outcome)
+                    _settle(run, status, outcome)
                     if on_end is not None:
-                        on_end(job, outcome)
+                        on_end(run.job, outcome)
                 if running and not ended:
                     time.sleep(POLL_SECONDS)
         except BaseException:
             for wait in (False, True):
-                for _, _, handle, _ in running.values():
-                    handle.stop(wait)
-            for job, _, handle, begin in running.values():
-                if not isinstance(handle, _Left):  # that one goes on, and its record with it
-                    _stopped(job, time.monotonic() - begin, records)
+                for run in running:
+                    run.handle.stop(wait)
+            for run in running:
+                if not isinstance(run.handle, _Left):  # that one goes on, and its record with it
+                    run.record(status="stopped")
             raise
     return outcome
 
@@ -247,31 +249,32 @@ def _missing(job: Job) -> list[Path]:
     return [path for path in job.outputs if not path.is_file()]
 
 
-def _spent(job: Job, seconds: float, records: Records) -> float:
-    return float(records.read(job.id).get("seconds") or 0.0) + seconds
-
-
-def _stopped(job: Job, seconds: float, records: Records) -> None:
-    records.write(job.id, status="stopped", seconds=_spent(job, seconds, records), phase=job.phase)
-
-
 def _ready(waiting: Mapping[str, Job], outcome: Outcome, number: int) -> list[Job]:
     there = {*outcome.finished, *outcome.done}
     return [job for job in waiting.values() if there.issuperset(job.needs)][:number]
 
 
 def _block(waiting: dict[str, Job], outcome: Outcome) -> None:
-    """Take out what needs a job that failed."""
-    while True:
-        gone = {**outcome.failed, **outcome.blocked}
-        blocked = {
-            i: next(n for n in job.needs if n in gone) for i, job in waiting.items() if gone.keys() & set(job.needs)
-        }
-        if not blocked:
-            return
-        for job_id, need in blocked.items():
-            outcome.blocked[job_id] = outcome.blocked.get(need, need)
-            del waiting[job_id]
+    """Take out what needs a job that failed; each stands after those that it needs."""
+    for job in list(waiting.values()):
+        gone = [need for need in job.needs if need in outcome.failed or need in outcome.blocked]
+        if gone:
+            outcome.blocked[job.id] = outcome.blocked.get(gone[0], gone[0])
+            del waiting[job.id]
+
+
+def _settle(run: _Running, status: int, outcome: Outcome) -> None:
+    job, missing = run.job, _missing(run.job)
+    if status == 0 and not missing:
+        run.record(status="done", amount=job.amount, returncode=0)
+        outcome.done.append(job.id)
+        return
+    reason = f"exit status {status}" if status else f"{missing[0]} is missing though the command ended well"
+    last = run.records.last_line(job.id)
+    reason = f"{reason}: {last}" if last else reason
+    run.record(status="failed", returncode=status, reason=reason)
+    outcome.failed[job.id] = reason
+    log.warning("%s FAILED (%s). Its log: %s. The others go on.", job.id, reason, run.records.log(job.id))
 
 
 def settle_lost(jobs: Iterable[Job], records: Records) -> None:
@@ -283,7 +286,7 @@ def settle_lost(jobs: Iterable[Job], records: Records) -> None:
     for job in jobs:
         record = records.read(job.id)
         status, pid = record.get("status"), int(record.get("pid") or 0)
-        whole = not job.recorded and all(path.is_file() for path in job.outputs)
+        whole = not job.recorded and not _missing(job)
         if status == "running" and pid and not _alive(pid):
             started = float(record.get("started") or 0.0)
             signs = [p.stat().st_mtime for p in (records.log(job.id), *job.outputs) if p.is_file()]
@@ -293,17 +296,3 @@ def settle_lost(jobs: Iterable[Job], records: Records) -> None:
             continue
         done = {"status": "done", "amount": job.amount, "phase": job.phase, "reason": ""} if whole else {}
         records.write(job.id, **{**record, **done})
-
-
-def _settle(job: Job, status: int, seconds: float, records: Records, outcome: Outcome) -> None:
-    missing, spent = _missing(job), _spent(job, seconds, records)
-    if status == 0 and not missing:
-        records.write(job.id, status="done", seconds=spent, amount=job.amount, phase=job.phase, returncode=0)
-        outcome.done.append(job.id)
-        return
-    reason = f"exit status {status}" if status else f"{missing[0]} is missing though the command ended well"
-    last = records.last_lines(job.id)
-    reason = f"{reason}: {last[0]}" if last else reason
-    records.write(job.id, status="failed", seconds=spent, phase=job.phase, returncode=status, reason=reason)
-    outcome.failed[job.id] = reason
-    log.warning("%s FAILED (%s). Its log: %s. The others go on.", job.id, reason, records.log(job.id))

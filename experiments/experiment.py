@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,23 +93,17 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class Arm:
-    """One method of the comparison.
+    """One method of the comparison; training and pretraining have this method's own keys filled in."""
 
-    Attributes:
-        name: in tables and file names.
-        method: ``"scratch"``, ``"mean-teacher"``, an objective of ``nnssl_pretrain``, or empty where there is a checkpoint.
-        checkpoint: a file that exists already, in place of a pretraining.
-        adapt, coverage: as for ``nnssl_plan``, where the checkpoint comes from another network.
-        training, pretraining: with this method's own keys filled in.
-    """
-
-    name: str
-    method: str
-    checkpoint: Path | None
-    adapt: dict[str, Any]
-    coverage: float | None
-    training: Training
-    pretraining: Pretraining
+    name: str = option("", "in tables and file names")
+    method: str = option(
+        "", "scratch, mean-teacher, an objective of nnssl_pretrain, or empty where there is a checkpoint"
+    )
+    checkpoint: Path | None = option(None, "a file that exists already, in place of a pretraining")
+    adapt: dict[str, Any] = option({}, "as for nnssl_plan, where the checkpoint comes from another network")
+    coverage: float | None = option(None, "as for nnssl_plan")
+    training: Training = option(Training())
+    pretraining: Pretraining = option(Pretraining())
 
 
 @dataclass(frozen=True)
@@ -136,36 +130,23 @@ class Setting:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a file asks for, defaults filled in.
+    """What a file asks for, defaults filled in."""
 
-    Attributes:
-        name: of variants, pretrainings and the output folder.
-        title: of the report.
-        settings: one for each table.
-        pictures: whether the report may show images of cases.
-        environment: variables exported for the jobs.
-        slurm: parameters of submitit, for ``--executor slurm``.
-        published: a CSV of published figures to put beside ours.
-        notes: sentences for the report.
-        file: the file itself.
-        datasets: number or name -> what it is and where to get it, named where it is missing.
-    """
-
-    name: str
-    title: str
-    settings: tuple[Setting, ...]
-    pictures: bool
-    environment: dict[str, str]
-    slurm: dict[str, Any]
-    published: Path | None
-    notes: tuple[str, ...]
-    file: Path
-    datasets: dict[str, str] = field(default_factory=dict)
+    name: str = option("", "of variants, pretrainings and the output folder")
+    title: str = option("", "of the report")
+    settings: tuple[Setting, ...] = option((), "one for each table")
+    pictures: bool = option(True, "whether the report may show images of cases")
+    environment: dict[str, Any] = option({}, "variables exported for the jobs")
+    slurm: dict[str, Any] = option({}, "parameters of submitit, for --executor slurm")
+    published: Path | None = option(None, "a CSV of published figures to put beside ours")
+    notes: tuple[str, ...] = option((), "sentences for the report")
+    datasets: dict[str, Any] = option({}, "number or name -> what it is and where to get it, named where it is missing")
+    file: Path = option(Path(), "the file itself")
 
 
-_TOP = {"name", "title", "settings", "pictures", "environment", "slurm", "published", "notes", "datasets"}
+_TOP = {f.name for f in fields(Experiment)} - {"file"}
 _OF_SETTING = {f.name for f in fields(Setting)} - {"arms"} | {"methods", "training", "pretraining"}
-_OF_ARM = {"name", "method", "checkpoint", "adapt", "coverage", "options", "training", "pretraining"}
+_OF_ARM = {f.name for f in fields(Arm)} | {"options"}
 
 
 def load_experiment(path: str | Path) -> Experiment:
@@ -176,39 +157,32 @@ def load_experiment(path: str | Path) -> Experiment:
     """
     file = Path(path)
     given = read_yaml(file)
-    several = given.get("settings")
-    known = _TOP | _OF_SETTING - ({"name"} if several is not None else set()) | {"name"}
-    raise_problems(unknown_keys(given, known), str(file))
+    raise_problems(unknown_keys(given, _TOP | _OF_SETTING), str(file))
+    own = {k: v for k, v in given.items() if k in _TOP and k != "settings"}
+    if isinstance(given.get("notes"), str):
+        own["notes"] = [given["notes"]]  # a comma ends no sentence
+    if given.get("published"):
+        own["published"] = resolve_path(str(given["published"]), file.parent)
     shared = {k: v for k, v in given.items() if k in _OF_SETTING and k != "name"}
     try:
-        settings = _settings(several, shared, file.parent)
-        notes = given.get("notes")
-        own = {k: given[k] for k in _TOP & set(given) - {"settings"}}
-        top = build(_Top, own if not isinstance(notes, str) else {**own, "notes": [notes]})  # a comma ends no sentence
+        settings = _settings(given.get("settings"), shared, file.parent)
+        top = build(Experiment, own)
         name = check_name(top.name or re.sub(r"[^A-Za-z0-9]+", "-", file.stem).strip("-"), "name")
     except ProblemsError as error:
         raise_problems(error.problems, str(file))
         raise
     except NnsslError as error:
         raise NnsslError(f"{file}: {error}") from error
-    published = resolve_path(top.published, file.parent) if top.published else None
-    environment = {k: str(v) for k, v in top.environment.items()}
-    sources = {k: str(v) for k, v in top.datasets.items()}
-    return Experiment(
-        name, top.title or name, settings, top.pictures, environment, top.slurm, published, top.notes, file, sources
+    environment, datasets = ({k: str(v) for k, v in texts.items()} for texts in (top.environment, top.datasets))
+    return replace(
+        top,
+        name=name,
+        title=top.title or name,
+        settings=settings,
+        environment=environment,
+        datasets=datasets,
+        file=file,
     )
-
-
-@dataclass(frozen=True)
-class _Top:
-    name: str = ""
-    title: str = ""
-    pictures: bool = True
-    environment: dict[str, Any] = option({})
-    slurm: dict[str, Any] = option({})
-    published: str | None = None
-    notes: tuple[str, ...] = ()
-    datasets: dict[str, Any] = option({})
 
 
 def _settings(several: Any, shared: dict[str, Any], folder: Path) -> tuple[Setting, ...]:
@@ -296,20 +270,12 @@ def _arm(given: Any, training: Training, pretraining: Pretraining, folder: Path,
     if method == TEACHER:
         fitted.setdefault("schedule", MEAN_TEACHER)
     options = {**pretraining.options, **_section(own, "options", f"{at}pretraining: "), **chosen}
-    own.pop("options", None)
-    transfer = build(_ArmKeys, {k: given[k] for k in ("adapt", "coverage") if k in given}, at)
     learnt = replace(_merged(pretraining, own, f"{at}pretraining: "), options=options)
     if learnt.exclude:
         learnt = replace(learnt, exclude=str(resolve_path(learnt.exclude, folder)))
-    arm = Arm(
-        name=check_name(title, f"{where}method"),
-        method=method,
-        checkpoint=_checkpoint(file, folder),
-        adapt=transfer.adapt,
-        coverage=transfer.coverage,
-        training=_merged(training, fitted, f"{at}training: "),
-        pretraining=learnt,
-    )
+    keys = {"name": check_name(title, f"{where}method"), "method": method, "checkpoint": _checkpoint(file, folder),
+            **{k: given[k] for k in ("adapt", "coverage") if k in given}}  # fmt: skip
+    arm = replace(build(Arm, keys, at), training=_merged(training, fitted, f"{at}training: "), pretraining=learnt)
     _check_arm(arm, at)
     return arm
 
@@ -319,12 +285,6 @@ def _section(given: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     value = given.get(key) or {}
     raise_problems([] if isinstance(value, Mapping) else [f"{where}{misfit(key, mapping(), value)}"], THE_FILE)
     return dict(value)
-
-
-@dataclass(frozen=True)
-class _ArmKeys:
-    adapt: dict[str, Any] = option({})
-    coverage: float | None = None
 
 
 def _merged(base: Any, own: Any, where: str) -> Any:

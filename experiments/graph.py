@@ -207,7 +207,7 @@ class _Builder:
         fold = draw.fold if self.resolved.by_folds else ALL
         key = (fold, arm.pretraining.exclude, *sources)
         if key not in self._forbidden:
-            barred = forbidden_cases(self.resolved, arm, fold, sources)
+            barred = forbidden_cases(self.resolved, fold, sources)
             if arm.pretraining.exclude:
                 barred += read_case_list(Path(arm.pretraining.exclude), "exclude:")
             self._forbidden[key] = list(dict.fromkeys(barred))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ log = logging.getLogger("nnssl")
 
 REFERENCE = "#ffffff"
 COLOURS = ("#ffb000", "#35d0e6", "#ff5a8a", "#8ce04a", "#b79bff", "#ff7a2f", "#4f9bff", "#f4f06a")
-ENDINGS = (".nii.gz", ".nrrd", ".mha", ".nii", ".tif", ".png")
+PLANES = {"L": "sagittal", "R": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
+OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "S": "I", "I": "S"}
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,10 @@ class CasePicture:
     """One drawn case.
 
     Attributes:
-        file: the PNG. case: its name. rank: ``"best 1"`` to ``"worst 3"``. key, seed: whose prediction is shown beside the
-            baseline's.
-        dice: its Dice averaged over labels, 0..1. scratch: the same of scratch; NaN where there is none.
+        file: the PNG.
+        rank: ``"best 1"`` to ``"worst 3"``.
+        key, seed: whose prediction is shown beside the baseline's.
+        dice: averaged over labels, 0..1. scratch: the same of the baseline; NaN where there is none.
         where: plane and slice, ``"axial slice 17 of 36"``.
     """
 
@@ -41,7 +44,7 @@ class CasePicture:
     seed: str
     dice: float
     scratch: float
-    where: str = ""
+    where: str
 
 
 def pictured_cell(rows: pd.DataFrame, setting: str) -> Key | None:
@@ -77,24 +80,14 @@ def extreme_cases(scores: Scores, key: Key, seed: str, count: int = 3) -> list[t
 
 
 def best_slice(reference: np.ndarray, prediction: np.ndarray) -> int:
-    """Index on axis 0 of the slice with most labels at once, then with most foreground of either; the middle one where there
-    is none.
-
-    Args:
-        reference, prediction: integer label maps ``(D, H, W)``.
-    """
-    names = np.unique(np.concatenate([np.unique(reference), np.unique(prediction)]))
-    area = [
-        (reference == n).any(axis=(1, 2)).astype(float) + (prediction == n).any(axis=(1, 2)) for n in names if n > 0
-    ]
-    if not area:
+    """Index on axis 0 of the slice with most labels at once, then with most foreground of either label map; the middle one where
+    there is none."""
+    names = np.union1d(reference, prediction)
+    if not names.any():
         return len(reference) // 2
+    labels = [(m == n).any(axis=(1, 2)).astype(int) for m in (reference, prediction) for n in names if n > 0]
     voxels = ((reference > 0) | (prediction > 0)).sum(axis=(1, 2))
-    return int(np.argmax(np.sum(area, axis=0) * (voxels.max() + 1.0) + voxels))
-
-
-PLANES = {"L": "sagittal", "R": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
-OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "S": "I", "I": "S"}
+    return int(np.argmax(np.sum(labels, axis=0) * (voxels.max() + 1) + voxels))
 
 
 def directions(file: Path) -> str:
@@ -115,18 +108,13 @@ def _mark(panel: Any, towards: str, flipped: bool) -> None:
     """Letters at the four sides of a panel; ``towards`` of its rows and columns."""
     down, right = towards[0], towards[1]
     up = OPPOSITE[down]
-    sides = {
-        (0.5, 0.97): down if flipped else up,
-        (0.5, 0.03): up if flipped else down,
-        (0.03, 0.5): OPPOSITE[right],
-        (0.97, 0.5): right,
-    }
-    for (x, y), letter in sides.items():
-        align = {
-            "ha": "center" if x == 0.5 else "left" if x < 0.5 else "right",
-            "va": "center" if y == 0.5 else "top" if y > 0.5 else "bottom",
-        }
-        panel.text(x, y, letter, transform=panel.transAxes, color="#fff27a", fontsize=9, fontweight="bold", **align)
+    if flipped:
+        down, up = up, down
+    how = {"transform": panel.transAxes, "color": "#fff27a", "fontsize": 9, "fontweight": "bold"}
+    panel.text(0.5, 0.97, up, ha="center", va="top", **how)
+    panel.text(0.5, 0.03, down, ha="center", va="bottom", **how)
+    panel.text(0.03, 0.5, OPPOSITE[right], ha="left", va="center", **how)
+    panel.text(0.97, 0.5, right, ha="right", va="center", **how)
 
 
 def _read(file: Path) -> tuple[np.ndarray, tuple[float, ...]]:
@@ -147,24 +135,13 @@ def _thick_axis(spacing: Sequence[float]) -> int:
     return thick if spacing[thick] > 1.5 * sorted(spacing)[1] else 0
 
 
-def _window(image: np.ndarray, box: tuple[slice, slice]) -> tuple[float, float]:
-    inside = image[box]
-    low, high = np.percentile(inside, [1, 99.5])
-    return float(low), float(high if high > low else low + 1)
-
-
-def _box(mask: np.ndarray, spacing: Sequence[float]) -> tuple[slice, slice]:
+def _box(mask: np.ndarray, spacing: Sequence[float]) -> tuple[slice, ...]:
     """A square window in mm around what is drawn, with a margin, within the slice."""
-    shape = mask.shape
-    where = np.argwhere(mask) if mask.any() else np.array([[0, 0], [shape[0] - 1, shape[1] - 1]])
+    where = np.argwhere(mask) if mask.any() else np.array([(0, 0), np.array(mask.shape) - 1])
     low, high = where.min(0), where.max(0) + 1
-    side = max((high - low) * spacing) * 1.5 + 6 * max(spacing)
-    out = []
-    for a in (0, 1):
-        half, middle = side / spacing[a] / 2, (low[a] + high[a]) / 2
-        start = int(max(0, min(round(middle - half), shape[a] - 2 * half)))
-        out.append(slice(start, int(min(shape[a], math.ceil(start + 2 * half)))))
-    return out[0], out[1]
+    half = (max((high - low) * spacing) * 1.5 + 6 * max(spacing)) / np.array(spacing) / 2
+    start = np.clip(np.round((low + high) / 2 - half), 0, np.maximum(0, mask.shape - 2 * half)).astype(int)
+    return tuple(slice(a, int(min(size, b))) for a, b, size in zip(start, np.ceil(start + 2 * half), mask.shape))
 
 
 def draw_case(
@@ -195,24 +172,25 @@ def draw_case(
     axis = _thick_axis(spacing)
     z = best_slice(np.moveaxis(truth, axis, 0), np.moveaxis(maps[-1][1], axis, 0))
     towards = directions(image)
-    flat = [np.take(a, z, axis) for a in (scan, truth, *(m for _, m in maps))]
     pixel = [s for a, s in enumerate(spacing) if a != axis]
-    box = _box(np.any([m > 0 for m in flat[1:]], axis=0), pixel)
-    low, high = _window(flat[0], box)
-    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.06, wspace=0.02)
-    figure = new_figure(2.5 * (len(maps) + 1), 2.85, layout=layout)
-    axes = figure.subplots(1, len(maps) + 1, squeeze=False)
-    for panel, (title, shown) in zip(axes[0], [("reference", None), *zip([t for t, _ in maps], flat[2:])]):
-        panel.imshow(
-            flat[0][box], cmap="gray", vmin=low, vmax=high, aspect=pixel[0] / pixel[1], interpolation="bilinear"
-        )
-        for i, value in enumerate(labels):
-            colour = COLOURS[i % len(COLOURS)]
-            _contour(
-                panel, flat[1][box] == value, colour if shown is None else REFERENCE, 1.6 if shown is None else 0.8
-            )
-            if shown is not None:
-                _contour(panel, shown[box] == value, colour, 1.6)
+    whole, reference_map, *shown = (np.take(a, z, axis) for a in (scan, truth, *(m for _, m in maps)))
+    box = _box(np.any([m > 0 for m in (reference_map, *shown)], axis=0), pixel)
+    seen, reference_map = whole[box], reference_map[box]
+    low, high = np.percentile(seen, [1, 99.5])
+    figure = new_figure(
+        2.5 * (len(maps) + 1), 2.85, layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.06, wspace=0.02)
+    )
+    panels = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
+    titles = ["reference", *(title for title, _ in maps)]
+    for panel, title, found in zip(panels, titles, [None, *(m[box] for m in shown)]):
+        aspect = pixel[0] / pixel[1]
+        panel.imshow(seen, cmap="gray", vmin=low, vmax=max(high, low + 1), aspect=aspect, interpolation="bilinear")
+        for value, colour in zip(labels, itertools.cycle(COLOURS)):
+            if found is None:
+                _contour(panel, reference_map == value, colour, 1.6)
+            else:
+                _contour(panel, reference_map == value, REFERENCE, 0.8)
+                _contour(panel, found == value, colour, 1.6)
         panel.set_title(title, fontsize=11.5, color="#2b2f36")
         panel.axis("off")
         if axis:  # coronal and sagittal slices: the head is up
@@ -230,22 +208,20 @@ def _contour(panel: Any, mask: np.ndarray, colour: str, width: float) -> None:
                       extent=(-1.5, mask.shape[1] + 0.5, -1.5, mask.shape[0] + 0.5))  # fmt: skip
 
 
-def _folder(images: dict[str, Any], key: Key, seed: str, case: str) -> Path | None:
-    """The prediction of a case: the folder of its cell and seed that has the file; with several folds, the first that does."""
+def _prediction(images: dict[str, Any], key: Key, seed: str, name: str) -> Path | None:
+    """A predicted file of a cell and seed; with several folds, of the first that has it."""
     for entry in images.get("predictions") or []:
         same = Key(str(entry.get("setting", "")), str(entry["method"]), parse_labels(entry["labels"])) == key
-        if same and str(entry["seed"]) == seed:
-            for ending in ENDINGS:
-                file = Path(entry["folder"]) / f"{case}{ending}"
-                if file.is_file():
-                    return file
+        file = Path(entry["folder"]) / name
+        if same and str(entry["seed"]) == seed and file.is_file():
+            return file
     return None
 
 
 def _label_values(images: dict[str, Any], names: Sequence[str]) -> list[int]:
     values = images.get("labels") or {}
-    out = [values.get(name) for name in names]
-    flat = [int(v) for o in out if o is not None for v in (o if isinstance(o, list) else [o])]
+    of = [values[name] for name in names if values.get(name) is not None]
+    flat = [int(v) for o in of for v in (o if isinstance(o, list) else [o])]
     return list(dict.fromkeys(flat)) or list(range(1, len(names) + 1))
 
 
@@ -272,43 +248,34 @@ def write_overlays(
     if key is None:
         return []
     cases = images.get("cases") or {}
-    cases = cases.get(setting, cases)
-    drawn = []
+    known = cases.get(setting, cases)
+    names = {case: Path(about.get("reference") or "").name for case, about in known.items()}
     for seed in scores.seeds(setting):
         chosen = extreme_cases(scores, key, seed)
-        if any(_folder(images, key, seed, case) for _, case, _ in chosen):
+        if any(_prediction(images, key, seed, names.get(case, "")) for _, case, _ in chosen):
             break
     else:
         return []
     base = scores.baseline(key)
-    scratch = _case_dice(scores, base, seed)
+    scratch, drawn = _case_dice(scores, base, seed), []
+    values = _label_values(images, scores.label_names(setting))
     out.mkdir(parents=True, exist_ok=True)
     for rank, case, dice in chosen:
-        own, theirs = _folder(images, key, seed, case), _folder(images, base, seed, case) if key != base else None
-        before = float(scratch[case]) if key != base else math.nan
-        known = cases.get(case) or {}
-        if own is None or not known.get("image") or not known.get("reference"):
+        own = _prediction(images, key, seed, names.get(case, ""))
+        if own is None or not known[case].get("image"):
             log.warning("No picture of %s: its prediction, image or reference is not there.", case)
             continue
         panels = [(f"{key.method}: Dice {100 * dice:.1f}", own)]
-        if theirs is not None and not math.isnan(before):
+        before = float(scratch[case]) if key != base else math.nan
+        theirs = _prediction(images, base, seed, names[case]) if not math.isnan(before) else None
+        if theirs is not None:
             panels.insert(0, (f"{base.method}: Dice {100 * before:.1f}", theirs))
-        file = out / f"{_safe(setting)}{rank.replace(' ', '_')}.png"
+        prefix = "".join(c if c.isalnum() or c == "-" else "_" for c in setting)
+        file = out / f"{prefix}{'_' * bool(prefix)}{rank.replace(' ', '_')}.png"
         try:
-            where = draw_case(
-                Path(known["image"]),
-                Path(known["reference"]),
-                panels,
-                _label_values(images, scores.label_names(setting)),
-                file,
-            )
+            where = draw_case(Path(known[case]["image"]), Path(known[case]["reference"]), panels, values, file)
         except (RuntimeError, ValueError, OSError) as error:
             log.warning("No picture of %s: %s", case, error)
             continue
         drawn.append(CasePicture(file, case, rank, key, seed, dice, before, where))
     return drawn
-
-
-def _safe(setting: str) -> str:
-    name = "".join(c if c.isalnum() or c in "-" else "_" for c in setting)
-    return f"{name}_" if name else ""

@@ -88,13 +88,13 @@ class Records:
             return False
         return all(path.is_file() for path in job.outputs)
 
-    def last_lines(self, job_id: str, count: int = 1) -> list[str]:
-        """The last lines of a job's log that say something."""
+    def last_line(self, job_id: str) -> str:
+        """The last line of a job's log that says something; empty where there is none."""
         file = self.log(job_id)
         if not file.is_file():
-            return []
+            return ""
         with file.open("rb") as handle:
             handle.seek(max(0, file.stat().st_size - 20_000))
             text = handle.read().decode(errors="replace")
         lines = [line.rsplit("\r", 1)[-1].strip() for line in text.split("\n")]
-        return [line for line in lines if line][-count:]
+        return next((line for line in reversed(lines) if line), "")

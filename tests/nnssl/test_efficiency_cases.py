@@ -62,9 +62,9 @@ def test_a_splits_file_decides_pool_labels_and_test(dataset, tmp_path):
 
 def test_pretraining_keeps_to_the_pool(dataset, tmp_path):
     found = resolve_setting(setting(tmp_path, splits=splits(tmp_path)), "x")
-    barred = forbidden_cases(found, found.setting.arms[1], "all", ["Dataset901_Tiny"])
+    barred = forbidden_cases(found, "all", ["Dataset901_Tiny"])
     assert barred == ["Dataset901_Tiny/case_004", "Dataset901_Tiny/case_005"], "neither pool nor test"
-    assert forbidden_cases(found, found.setting.arms[1], "all", ["Dataset905_Other"]) == []
+    assert forbidden_cases(found, "all", ["Dataset905_Other"]) == []
 
 
 def test_tested_cases_may_lie_among_the_training_images(dataset, tmp_path):
@@ -72,7 +72,7 @@ def test_tested_cases_may_lie_among_the_training_images(dataset, tmp_path):
     assert [t.name for t in found.test] == ["case_000", "case_006"]
     assert "case_000" not in found.pool
     assert all("case_000" not in (*d.cases, *d.validating) for d in found.draws)
-    barred = forbidden_cases(found, setting(tmp_path).arms[1], "all", ["Dataset901_Tiny"])
+    barred = forbidden_cases(found, "all", ["Dataset901_Tiny"])
     assert barred == ["Dataset901_Tiny/case_000"]
 
 
@@ -83,7 +83,7 @@ def test_folds_validate_where_asked_or_where_there_is_no_test_set(dataset, tmp_p
     for draw in found.draws:
         assert set(draw.cases) <= set(folds[int(draw.fold)]["train"])
         assert list(draw.validating) == folds[int(draw.fold)]["val"]
-    barred = forbidden_cases(found, setting(tmp_path).arms[1], "1", ["Dataset901_Tiny"])
+    barred = forbidden_cases(found, "1", ["Dataset901_Tiny"])
     assert barred == [f"Dataset901_Tiny/{c}" for c in sorted(folds[1]["val"])]
     shutil.rmtree(nnunet_env.raw / "Dataset901_Tiny" / "labelsTs")
     assert {d.fold for d in resolve_setting(setting(tmp_path), "x").draws} == {"0"}
@@ -122,8 +122,7 @@ def test_copies_of_test_images_are_found(dataset, tmp_path, nnunet_env, tiny_raw
     other = tiny_raw_dataset(905, "Other", 3, labelled=False, seed=5)
     shutil.copy(raw / "imagesTs" / "case_006_0000.nii.gz", other / "imagesTr" / "case_001_0000.nii.gz")
     found = resolve_setting(setting(tmp_path), "x")
-    arm = setting(tmp_path, pretraining="{datasets: [905, 901]}").arms[1]
-    assert forbidden_cases(found, arm, "all", ["Dataset901_Tiny", "Dataset905_Other"]) == ["Dataset905_Other/case_001"]
+    assert forbidden_cases(found, "all", ["Dataset901_Tiny", "Dataset905_Other"]) == ["Dataset905_Other/case_001"]
     shutil.copy(raw / "imagesTs" / "case_007_0000.nii.gz", raw / "imagesTr" / "case_002_0000.nii.gz")
     with pytest.raises(NnsslError, match="'case_002' is a copy of a test image"):
         resolve_setting(setting(tmp_path), "x")

@@ -94,7 +94,7 @@ def test_a_process_that_outlives_its_dead_leader_is_ended(lab):
     backend = LocalBackend(records, launcher=[sys.executable, "-S", "-c", "print('hello')"])
     outcome = run_jobs([Job("a", "plan", ("x",), recorded=True)], records, backend)
     assert outcome.done == ["a"], outcome
-    assert records.last_lines("a") == ["hello"]
+    assert records.last_line("a") == "hello"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

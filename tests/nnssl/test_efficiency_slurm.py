@@ -65,7 +65,7 @@ def test_jobs_are_submitted_once_their_needs_are_finished(cluster, tmp_path):
     ]
     outcome = run_jobs(jobs, records, backend, slots=9)
     assert outcome.done == ["a"] and list(outcome.failed) == ["b"] and outcome.blocked == {"c": "b"}
-    assert records.last_lines("a") == ["hi you"] and len(cluster.sent) == 2
+    assert records.last_line("a") == "hi you" and len(cluster.sent) == 2
     assert cluster.parameters[0] == {"name": "a", "timeout_min": 1440, "slurm_partition": "gpu", "gpus_per_node": 1}
     assert "gpus_per_node" not in cluster.parameters[1], "a job that needs no GPU gets none"
 
@@ -108,4 +108,4 @@ def test_with_submitit_itself(tmp_path):
     records = Records(tmp_path)
     backend = SlurmBackend(records, {"timeout_min": 5}, cluster="local", launcher=[sys.executable, "-S"])
     outcome = run_jobs([job("a", "print('hello')"), job("b", "raise SystemExit(2)")], records, backend, slots=2)
-    assert outcome.done == ["a"] and list(outcome.failed) == ["b"] and records.last_lines("a") == ["hello"]
+    assert outcome.done == ["a"] and list(outcome.failed) == ["b"] and records.last_line("a") == "hello"
