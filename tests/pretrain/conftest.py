@@ -1,17 +1,20 @@
-"""What tests share: smooth random crops, batches of views of them, gradients by name, small datasets, and exports of images."""
+"""What tests share: small methods and their crops, batches of views, gradients by name, small datasets, and exports of images."""
 
 import locale
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from nnssl.config import make_config
+from nnssl.networks import build_network
 from nnssl.plans import Plan, load_plan
 from nnssl.plans.variants import derive
 from nnssl.pretrain.augment.rng import StepRNG
-from nnssl.pretrain.methods import Crops
+from nnssl.pretrain.methods import Crops, SourceStats, get_method
 
 
 @pytest.fixture(autouse=True)
@@ -134,5 +137,216 @@ def primus_plan(tiny_plans, tiny_dataset_json):
         entry = architecture(kind, width, depth, heads, patch_embed_size=token, drop_path_rate=0.0, **kwargs)
         plans["configurations"]["3d_fullres"]["architecture"] = entry
         return derive(Plan.from_dicts(plans, "3d_fullres", tiny_dataset_json(channels)), "primus")
+
+    return make
+
+
+# ---- methods, each with a small network and the crops that its tests are about ---------------------------------------------
+
+ISO = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
+ANISO = ((1, 1, 1), (1, 2, 2), (2, 2, 2))
+STRIDED = ((1, 2, 2), (2, 2, 2), (1, 2, 2))
+
+
+def _method(name, plans, description, values, *, stats, crop=None, seeded=True, change=None, **network_options):
+    """The method over a network of the plans' one configuration; ``change`` of the network before."""
+    plan = Plan.from_dicts(plans, next(iter(plans["configurations"])), description)
+    cls = get_method(name)
+    config = make_config(cls.Config, values)
+    request = cls.crops(plan, stats, config, crop)
+    if seeded:
+        torch.manual_seed(0)
+    network = build_network(plan, **network_options)
+    if change:
+        network = change(network) or network
+    return cls(network, plan, request, config)
+
+
+def _perturb_norms(network):
+    """The last norm of a residual branch starts at 0."""
+    for m in network.modules():
+        if isinstance(m, torch.nn.modules.instancenorm._InstanceNorm):
+            torch.nn.init.uniform_(m.weight, 0.5, 1.5)
+
+
+@pytest.fixture
+def make_macl(tiny_plans, tiny_dataset_json):
+    """``make_macl(dim, arch, strides, size=None, median=..., patch=..., perturb=False, channels=1, **options)``."""
+
+    def make(
+        dim=3, arch="plain", strides=ISO, *, size=None, median=(28, 36, 26), patch=(16, 32, 16), perturb=False,
+        channels=1, **options,
+    ):  # fmt: skip
+        features = tuple(4 + 2 * i for i in range(len(strides)))
+        plans = tiny_plans(dim, arch, channels, strides=strides, features=features, patch=patch, median_shape=median)
+        change, stats = _perturb_norms if perturb else None, SourceStats(median, 9)
+        description = tiny_dataset_json(channels)
+        return _method("macl", plans, description, options, stats=stats, crop=size, seeded=False, change=change)
+
+    return make
+
+
+@pytest.fixture
+def macl_crops():
+    """``macl_crops(method, b=4, channels=1, data=None)``: crops whose positions rise along an axis."""
+
+    def make(method, b=4, channels=1, data=None):
+        window = method.request.read_size
+        data = torch.randn(b, channels, *window) if data is None else data
+        along = torch.linspace(0.1, 0.9, b, dtype=torch.float64)
+        position = torch.stack([along.flip(0), torch.full_like(along, 0.5), along], 1)
+        body = torch.ones(b, 1, *window, dtype=torch.bool)
+        intensity, start = torch.tensor([-2.0, 2.0]).expand(b, channels, 2), torch.zeros(b, 3, dtype=torch.long)
+        return Crops(data, body, position, position, intensity, start, [f"case{i}" for i in range(b)])
+
+    return make
+
+
+@pytest.fixture
+def macl_batch(macl_crops):
+    """``macl_batch(method, **crops)``: the method's views of :func:`macl_crops`."""
+
+    def make(method, **kwargs):
+        crops = macl_crops(method, **kwargs)
+        with torch.no_grad():
+            return method.views(crops, StepRNG(0, 0, len(crops)))
+
+    return make
+
+
+@pytest.fixture
+def make_mae(tiny_plans, tiny_dataset_json):
+    """``make_mae(geometry="iso" | "aniso" | "strided", arch, dim, channels, features, **options)``."""
+    geometries = {"iso": (ISO, (8, 12, 16)), "aniso": (ANISO, (4, 16, 12)), "strided": (STRIDED, (4, 16, 8))}
+
+    def make(geometry="iso", arch="plain", dim=3, channels=1, features=(4, 6, 8), **options):
+        strides, size = geometries[geometry]
+        plans = tiny_plans(dim, arch, channels, strides=strides, patch=size, features=features)
+        return _method("mae", plans, tiny_dataset_json(channels), options, stats=SourceStats((30, 40, 35), 5))
+
+    return make
+
+
+@pytest.fixture
+def make_glmae(tiny_plans, tiny_dataset_json):
+    """``make_glmae(geometry="iso" | "aniso", arch, dim, channels, features, median, crop, batch_size, **options)``."""
+    geometries = {"iso": (ISO, (8, 12, 16)), "aniso": (ANISO, (4, 16, 12))}
+
+    def make(
+        geometry="iso", arch="plain", dim=3, channels=1, features=(4, 6, 8), median=(20, 40, 35), crop=None,
+        batch_size=2, **options,
+    ):  # fmt: skip
+        strides, size = geometries[geometry]
+        shape = {"strides": strides, "patch": size, "features": features, "batch_size": batch_size}
+        plans, small = tiny_plans(dim, arch, channels, **shape), {"prototypes": 32, "hidden": 16, "bottleneck": 8}
+        stats = SourceStats(median, 5)
+        return _method("glmae", plans, tiny_dataset_json(channels), {**small, **options}, stats=stats, crop=crop)
+
+    return make
+
+
+@pytest.fixture
+def make_hdense(tiny_plans, tiny_dataset_json):
+    """``make_hdense(name="hdense" | "vox2vec", geometry=as of mae, arch, channels, modality, dim, **options)``."""
+    geometries = {"iso": (ISO, (8, 12, 16)), "aniso": (ANISO, (4, 16, 8)), "strided": (STRIDED, (4, 8, 16))}
+
+    def make(name="hdense", geometry="iso", arch="plain", channels=1, modality="MR", dim=3, **options):
+        strides, size = geometries[geometry]
+        plans = tiny_plans(dim, arch, channels, strides=strides, patch=tuple(2 * s for s in size), modality=modality)
+        small = {"n_voxels": 24, "proj_dim": 8, "level_dim": 4 if name == "hdense" else 0, "pairs_per_volume": 1}
+        about = {"stats": SourceStats((30, 40, 35), 5), "crop": size[-dim:], "seeded": False, "deep_supervision": False}
+        return _method(name, plans, tiny_dataset_json(channels, modality=modality), {**small, **options}, **about)
+
+    return make
+
+
+@pytest.fixture
+def hdense_crops():
+    """``hdense_crops(method, n=2, seed=0, low=-2.0, high=3.0)``: windows in which nearly all is body."""
+
+    def make(method, n=2, seed=0, low=-2.0, high=3.0):
+        g = torch.Generator().manual_seed(seed)
+        window, channels = method.request.read_size, method.plan.n_channels
+        coarse = torch.randn(n, channels, *[w // 4 + 1 for w in window], generator=g)
+        data = F.interpolate(coarse, size=window, mode="trilinear" if len(window) == 3 else "bilinear")
+        data = data + 0.2 * torch.randn(data.shape, generator=g)
+        position, start = torch.rand(n, 3, generator=g).double(), torch.zeros(n, 3, dtype=torch.int64)
+        intensity = torch.tensor([low, high]).expand(n, channels, 2).clone()
+        return Crops(data, data[:, :1] > -1, position, position, intensity, start, ["c"] * n)
+
+    return make
+
+
+@pytest.fixture
+def hdense_batch(hdense_crops):
+    """``hdense_batch(method, n=2, seed=0, step=0)``: the method's views of :func:`hdense_crops`."""
+
+    def make(method, n=2, seed=0, step=0):
+        with torch.no_grad():
+            return method.views(hdense_crops(method, n, seed), StepRNG(0, step, n))
+
+    return make
+
+
+@pytest.fixture
+def make_voco(tiny_plans, tiny_dataset_json):
+    """``make_voco(arch, channels, plan={...}, stats=..., crop=..., dim=3, **options)``: windows of 4x24x16 voxels have 1x3x2
+    cells."""
+
+    def make(arch="plain", channels=1, plan=None, *, stats=(6, 26, 18), crop=(4, 8, 8), dim=3, **options):
+        torch.manual_seed(0)
+        about = {
+            "strides": ((1, 1, 1), (1, 2, 2), (2, 2, 2)),
+            "patch": (8, 24, 16),
+            "features": (4, 6, 8),
+            **(plan or {}),
+        }
+        values, stats = {"proj_dim": 24, "random_crops": 3, **options}, SourceStats(stats, 5)
+        plans = tiny_plans(dim, arch, channels, **about)
+        return _method("voco", plans, tiny_dataset_json(channels), values, stats=stats, crop=crop, seeded=False)
+
+    return make
+
+
+@pytest.fixture
+def voco_crops():
+    """``voco_crops(method, n=3, seed=0, channels=1, shape=None, start=None, **changes)``: smooth windows without air, as from an
+    image that they fill."""
+
+    def make(method, n=3, seed=0, channels=1, shape=None, start=None, **changes):
+        generator = torch.Generator().manual_seed(seed)
+        window = method.request.read_size
+        coarse = torch.randn(n, channels, *[max(2, w // 3) for w in window], generator=generator)
+        data = F.interpolate(coarse, size=window, mode="trilinear" if len(window) == 3 else "bilinear")
+        data = data + 0.1 * torch.randn(data.shape, generator=generator)
+        place, body = torch.full((n, 3), 0.5, dtype=torch.float64), torch.ones(n, 1, *window, dtype=torch.bool)
+        extent = torch.tensor([1] * (3 - len(window)) + list(window)).expand(n, 3).clone()
+        intensity = torch.tensor([-2.0, 2.0]).expand(n, channels, 2).clone()
+        start = torch.zeros(n, 3, dtype=torch.long) if start is None else start
+        names, source = [f"case{i}" for i in range(n)], ["Dataset901_Tiny"] * n
+        crops = Crops(data, body, place, place, intensity, start, names, extent if shape is None else shape, source)
+        return replace(crops, **changes)
+
+    return make
+
+
+@pytest.fixture
+def voco_batch(voco_crops):
+    """``voco_batch(method, n=3, seed=0, step=0, **crops)``: the method's views of :func:`voco_crops`."""
+
+    def make(method, n=3, seed=0, step=0, **options):
+        with torch.no_grad():
+            return method.views(voco_crops(method, n, seed, **options), StepRNG(0, step, n))
+
+    return make
+
+
+@pytest.fixture
+def make_robust(tiny_plans, tiny_dataset_json):
+    """``make_robust(dim=3, arch="plain", channels=1, **options)``."""
+
+    def make(dim=3, arch="plain", channels=1, **options):
+        plans, stats = tiny_plans(dim, arch, channels), SourceStats((28, 36, 28), 12)
+        return _method("robust", plans, tiny_dataset_json(channels), options, stats=stats)
 
     return make

@@ -7,31 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl.config import make_config
 from nnssl.errors import NnsslError
-from nnssl.networks import build_network, encoder_module
-from nnssl.plans import Plan
+from nnssl.networks import encoder_module
 from nnssl.pretrain.augment.rng import StepRNG
-from nnssl.pretrain.methods import Progress, SourceStats, get_method
+from nnssl.pretrain.methods import Progress
 
 SMALL = {"prototypes": 32, "hidden": 16, "bottleneck": 8}
-
-
-@pytest.fixture
-def make(tiny_plans, tiny_dataset_json):
-    """``make(median, crop, batch_size, **options) -> method`` with crops of 8x12x16 in windows of 20x30x35."""
-
-    def build(median=(20, 40, 35), crop=None, batch_size=2, **options):
-        strides = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
-        plans = tiny_plans(strides=strides, patch=(8, 12, 16), features=(4, 6, 8), batch_size=batch_size)
-        plan = Plan.from_dicts(plans, "3d_fullres", tiny_dataset_json())
-        cls = get_method("glmae")
-        config = make_config(cls.Config, {**SMALL, **options})
-        request = cls.crops(plan, SourceStats(median, 5), config, crop)
-        torch.manual_seed(0)
-        return cls(build_network(plan), plan, request, config)
-
-    return build
 
 
 def heard(method, batch):
@@ -46,68 +27,68 @@ def heard(method, batch):
 # ---------------------------------------------------------------------------------------------- choices
 
 
-def test_presets_and_constants(make):
-    presets = make().presets
+def test_presets_and_constants(make_glmae):
+    presets = make_glmae().presets
     assert presets["arm_a"] == {"global_views": 0, "gg_weight": 0.0, "lg_weight": 0.0}
     assert presets["arm_b"] == {"gg_weight": 0.0, "lg_weight": 0.0} and presets["arm_c"] == {"lg_weight": 0.0}
     assert presets["more_views"] == {"global_views": 2, "local_views": 4} and not presets["arm_d"]
     teacher = {"prototypes": 256, "hidden": 256, "bottleneck": 64, "teacher_momentum": 0.99, "centre_momentum": 0.9}
     assert presets["short"] == {**teacher, "gg_weight": 0.3, "lg_weight": 0.3, "koleo_weight": 0.06, "lr": 1e-3}
-    assert make().grad_clip == 1.0
+    assert make_glmae().grad_clip == 1.0
 
 
-def test_what_is_said_of_the_views(make):
-    request = make().request
+def test_what_is_said_of_the_views(make_glmae):
+    request = make_glmae().request
     assert "up to 2.5x2.5x2.19 times as wide; local views have 8x12x16 voxels." in request.explanation
     assert "75 % of the blocks of 2x2x2 voxels are hidden in 3 views" in request.explanation
     assert "nothing wider" not in request.explanation
     narrow = {"median": (9, 13, 17), "crop": (8, 12, 16)}
-    assert "nothing wider" in make(**narrow, views="A").request.explanation
+    assert "nothing wider" in make_glmae(**narrow, views="A").request.explanation
     for options in ({"views": "B"}, {"views": "A", "global_views": 0}):
-        assert "nothing wider" not in make(**narrow, **options).request.explanation
-    assert "8x8x12 voxels" in make(**narrow).request.explanation
+        assert "nothing wider" not in make_glmae(**narrow, **options).request.explanation
+    assert "8x8x12 voxels" in make_glmae(**narrow).request.explanation
 
 
-def test_what_is_asked_of_the_loader(make):
-    request = make().request
-    assert (request.batch_size, request.min_batch) == (4, 2) and make(batch_size=6).request.batch_size == 6
+def test_what_is_asked_of_the_loader(make_glmae):
+    request = make_glmae().request
+    assert (request.batch_size, request.min_batch) == (4, 2) and make_glmae(batch_size=6).request.batch_size == 6
 
 
-def test_one_zoom_is_legal_and_the_decoder_needs_a_reconstruction(make):
-    assert make(min_zoom=2.0, max_zoom=2.0).request.read_size == (16, 24, 32)
+def test_one_zoom_is_legal_and_the_decoder_needs_a_reconstruction(make_glmae):
+    assert make_glmae(min_zoom=2.0, max_zoom=2.0).request.read_size == (16, 24, 32)
     for options in ({"global_views": 0, "local_weight": 0.0}, {"local_views": 0, "global_weight": 0.0}):
         with pytest.raises(NnsslError, match="decoder would not learn"):
-            make(**options)
+            make_glmae(**options)
     for options in ({"local_weight": 0.0}, {"global_weight": 0.0}, {"local_views": 0}, {"global_views": 0}):
-        make(**options)
+        make_glmae(**options)
     with pytest.raises(NnsslError, match="variance_weight"):
-        make(consistency="mse", variance_weight=0.0, gg_weight=0.0)
-    make(consistency="mse", variance_weight=0.0, gg_weight=0.0, lg_weight=0.0)
-    make(variance_weight=0.0)
+        make_glmae(consistency="mse", variance_weight=0.0, gg_weight=0.0)
+    make_glmae(consistency="mse", variance_weight=0.0, gg_weight=0.0, lg_weight=0.0)
+    make_glmae(variance_weight=0.0)
 
 
-def test_a_block_has_to_fit_both_kinds_of_views(make):
+def test_a_block_has_to_fit_both_kinds_of_views(make_glmae):
     """Local views have 8x8x12 voxels, global ones 8x12x16: blocks of 4x8x4 fit the former alone, of 4x4x16 the latter."""
     narrow = {"median": (9, 13, 17), "crop": (8, 12, 16), "views": "B"}
-    make(**narrow, block="4,4,4")
+    make_glmae(**narrow, block="4,4,4")
     for block in ("4,8,4", "4,4,16"):
         with pytest.raises(NnsslError, match="block="):
-            make(**narrow, block=block)
+            make_glmae(**narrow, block=block)
 
 
-def test_two_stages_are_pooled_by_mean_and_maximum(make):
-    agreement = make().agreement
+def test_two_stages_are_pooled_by_mean_and_maximum(make_glmae):
+    agreement = make_glmae().agreement
     assert agreement.projector.mlp[0].in_features == 2 * (6 + 8) and agreement.maximum
     assert agreement.embedding_moments["global"].mean.shape == (8,)
-    assert not hasattr(make(consistency="mse").agreement, "embedding_moments")
+    assert not hasattr(make_glmae(consistency="mse").agreement, "embedding_moments")
 
 
 # ---------------------------------------------------------------------------------------------- views
 
 
-def test_a_voxel_is_valid_where_half_of_it_is_body(make, make_crops):
+def test_a_voxel_is_valid_where_half_of_it_is_body(make_glmae, make_crops):
     """Intensities say how much of a voxel is body; at twice the width some are exactly half of it."""
-    method = make(region="body", min_zoom=2.0, max_zoom=2.0, body_share=0.0)
+    method = make_glmae(region="body", min_zoom=2.0, max_zoom=2.0, body_share=0.0)
     crops = make_crops(method, 6)
     crops.body[:] = False
     crops.body[..., 3:13, 5:, 7:26] = True
@@ -119,9 +100,9 @@ def test_a_voxel_is_valid_where_half_of_it_is_body(make, make_crops):
     assert (batch["global"]["target"] == 1.5).any()
 
 
-def test_zoom_is_the_mean_over_axes(make, make_crops):
+def test_zoom_is_the_mean_over_axes(make_glmae, make_crops):
     """Twice as wide where the image is, but not beyond it: 16 of 20, 12 of 12, 32 of 35 voxels."""
-    method = make(min_zoom=2.0, max_zoom=2.0)
+    method = make_glmae(min_zoom=2.0, max_zoom=2.0)
     crops = make_crops(method, 3)
     crops.data[:, :, :, 12:] = 0
     batch = method.views(crops, StepRNG(0, 0, 3))
@@ -130,8 +111,8 @@ def test_zoom_is_the_mean_over_axes(make, make_crops):
     assert method(batch)["zoom"].item() == pytest.approx(5 / 3)
 
 
-def test_each_axis_is_mirrored_half_of_the_time(make, make_crops):
-    method = make(mirror=True, global_views=0, local_views=1, body_share=0.0)
+def test_each_axis_is_mirrored_half_of_the_time(make_glmae, make_crops):
+    method = make_glmae(mirror=True, global_views=0, local_views=1, body_share=0.0)
     crops = make_crops(method, 200)
     axes = [
         torch.arange(float(n)).view([-1 if i == k else 1 for k in range(3)]) for i, n in enumerate(crops.data.shape[2:])
@@ -146,9 +127,9 @@ def test_each_axis_is_mirrored_half_of_the_time(make, make_crops):
 # ---------------------------------------------------------------------------------------------- loss
 
 
-def test_total_by_hand(make, make_batch):
+def test_total_by_hand(make_glmae, make_batch):
     weights = {"global_weight": 0.5, "local_weight": 2.0, "gg_weight": 0.3, "lg_weight": 0.2, "koleo_weight": 0.05}
-    method = make(ramp=1.0, **weights)
+    method = make_glmae(ramp=1.0, **weights)
     method.weight.fill_(0.25)
     batch = make_batch(method)
     for training, ramp in ((True, 0.25), (False, 1.0)):  # held-out cases are judged by the whole
@@ -156,15 +137,15 @@ def test_total_by_hand(make, make_batch):
         agreed = 0.3 * terms["gg"] + 0.2 * terms["lg"] + 0.05 * terms["koleo"]
         expected = 0.5 * terms["global_reconstruction"] + 2 * terms["local_reconstruction"] + ramp * agreed
         torch.testing.assert_close(terms["total"], expected)
-    alone = make(ramp=0.0, local_views=0, **weights)
+    alone = make_glmae(ramp=0.0, local_views=0, **weights)
     terms = alone(make_batch(alone))
     agreed = 0.3 * terms["gg"] + 0.05 * terms["koleo"]
     torch.testing.assert_close(terms["total"], 0.5 * terms["global_reconstruction"] + agreed)
-    assert make(ramp=0.0).weight == 1 and make(ramp=0.1).weight == 0
+    assert make_glmae(ramp=0.0).weight == 1 and make_glmae(ramp=0.1).weight == 0
 
 
-def test_gradients_of_both_halves_are_compared_every_fifty_steps(make, make_batch):
-    method = make(ramp=1.0)  # the ratio is that without the ramp, which is 0 here
+def test_gradients_of_both_halves_are_compared_every_fifty_steps(make_glmae, make_batch):
+    method = make_glmae(ramp=1.0)  # the ratio is that without the ramp, which is 0 here
     batch = make_batch(method)
     ratio = method(batch)["gradient_ratio"].item()
     terms = method(batch)
@@ -188,9 +169,9 @@ def test_gradients_of_both_halves_are_compared_every_fifty_steps(make, make_batc
     assert method(other)["gradient_ratio"].item() != ratio
 
 
-def test_where_nothing_is_hidden_all_numbers_are_finite(make, make_batch):
+def test_where_nothing_is_hidden_all_numbers_are_finite(make_glmae, make_batch):
     """There is no reconstruction then, nor a gradient of it that the consistency's could be compared with."""
-    method, batch = make(), make_batch(make())
+    method, batch = make_glmae(), make_batch(make_glmae())
     for view in batch.values():
         view["mask"][:] = False
     terms = method(batch)
@@ -199,15 +180,15 @@ def test_where_nothing_is_hidden_all_numbers_are_finite(make, make_batch):
 
 
 @pytest.mark.parametrize(("ramp", "step", "weight"), [(0.5, 2, 0.4), (0.5, 5, 1.0), (0.05, 1, 1.0), (0.0, 1, 1.0)])
-def test_ramp(make, ramp, step, weight):
+def test_ramp(make_glmae, ramp, step, weight):
     """Of ten steps; a ramp of less than a step is over after the first."""
-    method = make(ramp=ramp)
+    method = make_glmae(ramp=ramp)
     method.after_step(Progress(step, 10, 0, 1))
     assert method.weight.item() == pytest.approx(weight)
 
 
-def test_alarm_after_a_twentieth_of_the_run(make, make_batch, caplog):
-    method = make()
+def test_alarm_after_a_twentieth_of_the_run(make_glmae, make_batch, caplog):
+    method = make_glmae()
     method(make_batch(method))
     method.agreement.seen.copy_(torch.tensor([0.0, 0.1, 1.0]))
     with caplog.at_level(logging.WARNING, "nnssl"):
@@ -220,9 +201,9 @@ def test_alarm_after_a_twentieth_of_the_run(make, make_batch, caplog):
 # ---------------------------------------------------------------------------------------------- agreement
 
 
-def test_cross_entropy_by_hand(make, make_batch):
+def test_cross_entropy_by_hand(make_glmae, make_batch):
     """Teacher: softmax((logits - centre) / tau_t) of whole views; student: log softmax(logits / tau_s); mean over all pairs."""
-    method = make(global_views=2, local_views=3, student_temperature=0.2, teacher_temperature=0.05)
+    method = make_glmae(global_views=2, local_views=3, student_temperature=0.2, teacher_temperature=0.05)
     a = method.agreement
     a.centre.value.normal_(0, 0.1)
     centre = a.centre.value.clone()
@@ -256,10 +237,10 @@ def test_cross_entropy_by_hand(make, make_batch):
         torch.testing.assert_close(new, old + share, atol=1e-6, rtol=0)
 
 
-def test_distances_by_hand(make, make_batch):
+def test_distances_by_hand(make_glmae, make_batch):
     """Without prototypes: the predictor's output against the teacher's embedding; the variance over volumes of each view."""
     for form in ("cosine", "mse"):
-        method = make(consistency=form, global_views=2, local_views=2)
+        method = make_glmae(consistency=form, global_views=2, local_views=2)
         a = method.agreement
         terms, features, whole = heard(method, make_batch(method, 4))
         with torch.no_grad():
@@ -279,8 +260,8 @@ def test_distances_by_hand(make, make_batch):
         assert terms["variance"].item() == pytest.approx(float(hinge), rel=1e-3)
 
 
-def test_spread_and_cosine_are_of_global_views(make, make_batch):
-    method = make(global_views=2)
+def test_spread_and_cosine_are_of_global_views(make_glmae, make_batch):
+    method = make_glmae(global_views=2)
     a = method.agreement
     terms, features, whole = heard(method, make_batch(method))
     assert not any(
@@ -300,9 +281,9 @@ def test_spread_and_cosine_are_of_global_views(make, make_batch):
     assert terms["koleo"].item() == pytest.approx(float(-nearest.log().mean()), rel=1e-3)
 
 
-def test_a_teacher_that_sees_what_the_student_sees_agrees_with_it(make, make_batch):
+def test_a_teacher_that_sees_what_the_student_sees_agrees_with_it(make_glmae, make_batch):
     """At the start both are the same: unmasked features of the global views find their volume, at a cosine of 1."""
-    method = make(standardise=False).eval()
+    method = make_glmae(standardise=False).eval()
     a, batch = method.agreement, make_batch(method, 5)
     whole, volume = batch["global"]["input"], torch.arange(5)
     with torch.no_grad():
@@ -316,8 +297,8 @@ def test_a_teacher_that_sees_what_the_student_sees_agrees_with_it(make, make_bat
     torch.testing.assert_close(z.norm(dim=1), torch.ones(5))
 
 
-def test_training_standardises_by_the_batch_and_each_kind_by_itself(make, make_batch):
-    method = make(moments_momentum=0.5)
+def test_training_standardises_by_the_batch_and_each_kind_by_itself(make_glmae, make_batch):
+    method = make_glmae(moments_momentum=0.5)
     a = method.agreement
     x = 3 + 2 * torch.randn(6, 28)
     for kind in ("global", "local", "teacher"):
@@ -332,8 +313,8 @@ def test_training_standardises_by_the_batch_and_each_kind_by_itself(make, make_b
 # ---------------------------------------------------------------------------------------------- for a person
 
 
-def test_found_by_chance_as_often_is_said_up_to_99_per_cent(make):
-    method = make()
+def test_found_by_chance_as_often_is_said_up_to_99_per_cent(make_glmae):
+    method = make_glmae()
     good = {"reconstruction": 0.1, "inpainting": 0.3, "surround": 0.5, "oracle": 0.2}
     last = {f"local_{k}": v for k, v in good.items()}
     for chance, said in ((0.99, True), (0.991, False)):
@@ -343,18 +324,18 @@ def test_found_by_chance_as_often_is_said_up_to_99_per_cent(make):
     assert method.note({}) == ""
 
 
-def test_curves_are_of_the_views_that_there_are(make):
+def test_curves_are_of_the_views_that_there_are(make_glmae):
     def lines(**options):
-        return [list(c.lines) for c in make(**options).curves()]
+        return [list(c.lines) for c in make_glmae(**options).curves()]
 
     assert lines() == [["global_reconstruction"], ["local_reconstruction"], ["retrieval"]]
     assert lines(global_views=0)[0] == ["local_reconstruction"] and lines(local_views=0)[0] == ["global_reconstruction"]
-    found = make().curves()[-1]
+    found = make_glmae().curves()[-1]
     assert found.percent and [m.term for m in found.levels] == ["retrieval_chance"]
 
 
-def test_pictures_are_of_the_first_view_of_each_kind(make, make_batch):
-    method = make(global_views=2, local_views=3).eval()
+def test_pictures_are_of_the_first_view_of_each_kind(make_glmae, make_batch):
+    method = make_glmae(global_views=2, local_views=3).eval()
     batch = make_batch(method, 2)
     with torch.no_grad():
         columns = method.pictures(batch).columns

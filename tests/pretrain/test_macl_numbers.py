@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl.networks import build_network
-from nnssl.plans import Plan
 from nnssl.pretrain.augment import StepRNG
-from nnssl.pretrain.methods import Crops, SourceStats
-from nnssl.pretrain.methods.macl import MACL, MACLConfig
+from nnssl.pretrain.methods import Crops
+from nnssl.pretrain.methods.macl import MACL
 from nnssl.pretrain.methods.macl import method as macl
 from nnssl.pretrain.methods.macl.picture import (
     ALIKE,
@@ -23,19 +21,6 @@ from nnssl.pretrain.methods.macl.picture import (
 )
 
 ISO, FLAT = ((1, 1, 1), (2, 2, 2), (2, 2, 2)), ((1, 1, 1), (1, 2, 2), (1, 2, 2))
-
-
-@pytest.fixture
-def make(tiny_plans, tiny_dataset_json):
-    """``make(dim, size, median, patch, strides, **options) -> MACL`` on patches of 16x32x16."""
-
-    def build(dim=3, *, size=None, median=(28, 36, 26), patch=(16, 32, 16), strides=ISO, **options):
-        plans = tiny_plans(dim, strides=strides, features=(4, 6, 8), patch=patch, median_shape=median)
-        plan = Plan.from_dicts(plans, "3d_fullres" if dim == 3 else "2d", tiny_dataset_json())
-        config = MACLConfig(**options)
-        return MACL(build_network(plan), plan, MACL.crops(plan, SourceStats(median, 9), config, size), config)
-
-    return build
 
 
 def crops_of(method, b=4, data=None):
@@ -54,7 +39,7 @@ def batch_of(method, b=4, data=None):
 # ---------------------------------------------------------------------------------------------- choices
 
 
-def test_presets_are_what_was_published(make):
+def test_presets_are_what_was_published(make_macl):
     """K = 2, lr 0.1 in the paper and 0.01 in the scripts, weight decay 1e-5, no warm-up, scale 0.7 to 1.3, any angle."""
     both = {"decoder_blocks": 2, "weight_decay": 1e-5, "warmup": 0.0, "min_scale": 0.7, "max_scale": 1.3}
     both |= {"rotation": 180.0, "mirror": True, "batch_standardise": False, "align_corners": True, "offset": 0}
@@ -62,49 +47,49 @@ def test_presets_are_what_was_published(make):
         preset = MACL.presets[name]
         assert {k: preset[k] for k in both} == both and {k: preset[k] for k in own} == own
     assert "jitter" not in MACL.presets["paper"] and "shift" not in MACL.presets["code"]
-    assert make().optimises_robustness
+    assert make_macl().optimises_robustness
 
 
-def test_sgd_as_published(make):
-    method = make(weight_decay=1e-3)
+def test_sgd_as_published(make_macl):
+    method = make_macl(weight_decay=1e-3)
     group = method.optimiser().param_groups[0]
     assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.01, 0.9, 1e-3, False)
-    assert isinstance(make(optimiser="adamw").optimiser(), torch.optim.AdamW)
+    assert isinstance(make_macl(optimiser="adamw").optimiser(), torch.optim.AdamW)
 
 
-def test_what_is_asked_of_the_loader(make):
-    request = make().request
+def test_what_is_asked_of_the_loader(make_macl):
+    request = make_macl().request
     assert request.batch_size == request.min_batch == 8
 
 
-def test_what_is_read_around_a_crop(make):
+def test_what_is_read_around_a_crop(make_macl):
     """Shrunk to a half it shows twice its width, shifted by a quarter to either side half more; in 2d slices need not differ."""
     still = {"rotation": 0.0, "max_scale": 1.0}
-    assert make(2, min_scale=0.5, shift=0.0, **still).request.read_size == (64, 32)
-    assert make(2, min_scale=1.0, shift=0.25, **still).request.read_size == (48, 24)
-    wide = make(min_scale=0.5, shift=0.0, median=(64, 64, 64), **still).request
+    assert make_macl(2, min_scale=0.5, shift=0.0, **still).request.read_size == (64, 32)
+    assert make_macl(2, min_scale=1.0, shift=0.25, **still).request.read_size == (48, 24)
+    wide = make_macl(min_scale=0.5, shift=0.0, median=(64, 64, 64), **still).request
     assert wide.size == (16, 32, 16) and wide.read_size == (32, 42, 32)  # a third of the room at most: 10 of 32 voxels
-    moved = make(min_scale=1.0, shift=0.0, offset=2, median=(64, 64, 64), **still).request
+    moved = make_macl(min_scale=1.0, shift=0.0, offset=2, median=(64, 64, 64), **still).request
     assert moved.read_size == (24, 40, 24) and "up to 2x2x2 cells" in moved.explanation
-    assert "cells" not in make(median=(64, 64, 64)).request.explanation
+    assert "cells" not in make_macl(median=(64, 64, 64)).request.explanation
 
 
-def test_crops_differ_where_they_can_lie_apart_by_the_threshold(make):
+def test_crops_differ_where_they_can_lie_apart_by_the_threshold(make_macl):
     alone = "own views"
     for median, threshold, said in (((32, 40, 32), 0.5, False), ((32, 40, 32), 0.51, True), ((16, 32, 16), 0.1, True)):
-        request = make(size=(16, 32, 16), median=median, threshold=threshold).request
+        request = make_macl(size=(16, 32, 16), median=median, threshold=threshold).request
         assert (alone in request.explanation) == said
     for slices, said in ((2, False), (1, True)):  # of 2d crops as large as the slice, slices lie apart
-        assert (alone in make(2, size=(32, 16), median=(slices, 32, 16)).request.explanation) == said
+        assert (alone in make_macl(2, size=(32, 16), median=(slices, 32, 16)).request.explanation) == said
 
 
 @pytest.mark.parametrize(
     "weights", [(1.0, 1.0, 0.0), (0.5, 0.5, 1.0), (1.0, 0.0, 1.0), (0.0, 1.0, 1.0), (0.0, 0.0, 1.0)]
 )
-def test_weights_that_cancel_are_weights(make, weights):
+def test_weights_that_cancel_are_weights(make_macl, weights):
     names = ("image", "dense", "equivariance")
     options = {f"{k}_weight": w for k, w in zip(names, weights)}
-    method = make(median=(64, 64, 64), offset=1, **options)
+    method = make_macl(median=(64, 64, 64), offset=1, **options)
     shifted = weights[1] + weights[2] > 0
     assert method.offsets.active == shifted and ("cells" in method.request.explanation) == shifted
     terms = method(batch_of(method))
@@ -116,28 +101,28 @@ def test_weights_that_cancel_are_weights(make, weights):
     assert heads == (expected | {"pixel_aux"} if weights[1] else expected)
 
 
-def test_the_decoder_is_pretrained_where_a_term_runs_through_it(make):
+def test_the_decoder_is_pretrained_where_a_term_runs_through_it(make_macl):
     def stages(**options):
-        return make(**options).pretrained_parts()["decoder_stages"]
+        return make_macl(**options).pretrained_parts()["decoder_stages"]
 
     assert stages() == stages(dense_weight=0.0) == stages(image_weight=0.0) == stages(image_source="encoder") == [0]
     assert stages(dense_weight=0.0, image_source="encoder") == stages(dense_weight=0.0, image_weight=0.0) == []
 
 
-def test_crops_as_large_as_the_image_are_not_shifted(make):
+def test_crops_as_large_as_the_image_are_not_shifted(make_macl):
     """Also on an axis that the network leaves as it is, where a cell is one voxel."""
-    method = make(size=(4, 16, 16), patch=(4, 32, 32), median=(4, 24, 60), strides=FLAT, offset=3)
+    method = make_macl(size=(4, 16, 16), patch=(4, 32, 32), median=(4, 24, 60), strides=FLAT, offset=3)
     assert method.plan.total_stride == (1, 4, 4) and method.offsets.most == (0, 2, 3)
-    assert make(patch=(4, 32, 32), size=(4, 16, 16), median=(6, 24, 60), strides=FLAT, offset=3).offsets.most == (
+    assert make_macl(patch=(4, 32, 32), size=(4, 16, 16), median=(6, 24, 60), strides=FLAT, offset=3).offsets.most == (
         2,
         2,
         3,
     )
 
 
-def test_the_decoder_is_not_run_where_no_term_needs_it(make):
+def test_the_decoder_is_not_run_where_no_term_needs_it(make_macl):
     for options, times in (({}, 2), ({"dense_weight": 0.0}, 1), ({"dense_weight": 0.0, "image_weight": 0.0}, 0)):
-        method, ran = make(**options), []
+        method, ran = make_macl(**options), []
         method.network.decoder.stages[0].register_forward_hook(lambda *a, ran=ran: ran.append(1))
         method(batch_of(method))
         assert len(ran) == times
@@ -146,35 +131,35 @@ def test_the_decoder_is_not_run_where_no_term_needs_it(make):
 # ---------------------------------------------------------------------------------------------- views
 
 
-def test_jitter_as_in_the_code_but_for_black_images(make, monkeypatch):
+def test_jitter_as_in_the_code_but_for_black_images(make_macl, monkeypatch):
     asked = []
     draw = macl.random_jitter
     monkeypatch.setattr(macl, "random_jitter", lambda *a, **k: (asked.append(k), draw(*a, **k))[1])
-    method = make(jitter=True)
+    method = make_macl(jitter=True)
     batch_of(method)
     assert asked == [{"brightness": (0.2, 1.0), "contrast": (0.8, 1.2), "sigma": (1.0, 3.0)}] * 2
     asked.clear()
-    batch_of(make())
+    batch_of(make_macl())
     assert not asked
 
 
 @pytest.mark.parametrize(("level", "spread"), [(0.0, 0.0), (3.0, 0.0), (1.0, 0.005), (1.0, 0.02)])
-def test_faint_noise_only_where_nothing_is_seen(make, level, spread):
+def test_faint_noise_only_where_nothing_is_seen(make_macl, level, spread):
     """Of SD 0.01 in crops whose own is below it, the same in all views but for the shrinking."""
-    method = make(rotation=0.0, min_scale=1.0, max_scale=1.0, shift=0.0)
+    method = make_macl(rotation=0.0, min_scale=1.0, max_scale=1.0, shift=0.0)
     data = level + spread * torch.randn(4, 1, *method.request.read_size)
     views = batch_of(method, data=data)
     expected = (spread**2 + (0.01**2 if spread < 0.01 else 0)) ** 0.5
     for key in ("i_aux", "v_aux"):
         assert views[key].std().item() == pytest.approx(expected, rel=0.05)
     assert (views["i_dominant"].std() > 0.002) and views["i_aux"].mean().item() == pytest.approx(level, abs=1e-3)
-    plain = make(padding="zeros", rotation=0.0, min_scale=1.0, max_scale=1.0, shift=0.0)
+    plain = make_macl(padding="zeros", rotation=0.0, min_scale=1.0, max_scale=1.0, shift=0.0)
     assert batch_of(plain, data=data)["i_aux"].std().item() == pytest.approx(spread, rel=0.05, abs=1e-6)
 
 
-def test_sites_beyond_what_is_read_are_empty(make):
+def test_sites_beyond_what_is_read_are_empty(make_macl):
     """Crops of 4x8x4 cells, shifted by up to one: the grid of whole shrunken cells has 6x10x6, of which 5x9x5 are read."""
-    method = make(median=(64, 64, 64), offset=1)
+    method = make_macl(median=(64, 64, 64), offset=1)
     sites = batch_of(method)["sites"]
     read = torch.zeros(6, 10, 6, dtype=torch.bool)
     read[:5, :9, :5] = True
@@ -185,19 +170,19 @@ def test_sites_beyond_what_is_read_are_empty(make):
 # ---------------------------------------------------------------------------------------------- loss
 
 
-def test_both_comparisons_of_sites_count_half(make):
+def test_both_comparisons_of_sites_count_half(make_macl):
     found = {}
     for sites in ("crops", "places", "both"):
         torch.manual_seed(1)
-        method = make(sites=sites, offset=0)
+        method = make_macl(sites=sites, offset=0)
         terms = method(batch_of(method))
         found[sites] = terms["dense"].item(), terms["dense_collapse"].item()
     for one, other, mean in zip(found["crops"], found["places"], found["both"]):
         assert mean == pytest.approx((one + other) / 2, rel=1e-5) and abs(one - other) > 1e-3
 
 
-def test_spread_of_the_bottleneck_is_that_of_the_whole_crop(make):
-    method = make()
+def test_spread_of_the_bottleneck_is_that_of_the_whole_crop(make_macl):
+    method = make_macl()
     batch = batch_of(method)
     with torch.no_grad():
         maps = method.network.encoder(batch["i_aux"])[-1]
@@ -206,12 +191,12 @@ def test_spread_of_the_bottleneck_is_that_of_the_whole_crop(make):
         assert method.embed(batch).shape == (4, 128)
 
 
-def test_verdict_at_the_marks(make):
+def test_verdict_at_the_marks(make_macl):
     """Exactly 1 % below equal vectors, or exactly 0.01 more alike, is not yet learnt."""
     terms = {"image": 3.9, "image_collapse": 4.0, "image_pos_cos": 0.5, "image_neg_cos": 0.4}
-    assert make().verdict(terms, terms)[0]
-    assert not make().verdict(terms, {**terms, "image": 0.99 * 4.0})[0]
-    assert not make().verdict(terms, {**terms, "image_pos_cos": 0.4 + 0.01})[0]
+    assert make_macl().verdict(terms, terms)[0]
+    assert not make_macl().verdict(terms, {**terms, "image": 0.99 * 4.0})[0]
+    assert not make_macl().verdict(terms, {**terms, "image_pos_cos": 0.4 + 0.01})[0]
 
 
 # ---------------------------------------------------------------------------------------------- for a person
@@ -267,13 +252,13 @@ def test_picture_by_hand(dim):
     np.testing.assert_allclose(moved.columns[COLOURS], moved.columns[COARSE_COLOURS])  # found together
 
 
-def test_the_picture_is_of_what_the_dense_contrast_compares(make):
-    method = make(2)
+def test_the_picture_is_of_what_the_dense_contrast_compares(make_macl):
+    method = make_macl(2)
     batch = batch_of(method)
     with torch.no_grad():
         picture = method.pictures(batch)
         fine, coarse = method.dense_maps(batch["i_aux"], batch["i_dominant"])[0]
-        plain = make(2, dense_weight=0.0)
+        plain = make_macl(2, dense_weight=0.0)
         assert ALIKE not in plain.pictures(batch_of(plain)).columns
     for row in range(4):
         y, x = picture.points[FINE][row] // 4
@@ -282,8 +267,8 @@ def test_the_picture_is_of_what_the_dense_contrast_compares(make):
             assert picture.columns[ALIKE][row, v, u] == pytest.approx(float(cosine), abs=2e-3)
 
 
-def test_curves_compare_with_equal_vectors(make):
-    image, alike, dense, same = make().curves()
+def test_curves_compare_with_equal_vectors(make_macl):
+    image, alike, dense, same = make_macl().curves()
     assert [[m.term for m in c.levels] for c in (image, alike, dense, same)] == [
         ["image_collapse"],
         [],
@@ -291,7 +276,7 @@ def test_curves_compare_with_equal_vectors(make):
         [],
     ]
     assert not any(c.percent for c in (image, alike, dense, same))
-    assert len(make(image_weight=0.0, dense_weight=0.0).curves()) == 1
+    assert len(make_macl(image_weight=0.0, dense_weight=0.0).curves()) == 1
 
 
 def test_places_that_are_equally_bright_are_averaged_and_darker_ones_are_not():

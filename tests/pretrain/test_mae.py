@@ -1,31 +1,30 @@
 """mae: what is hidden stays hidden, and what a run tells is true."""
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from torch import nn
 
-from nnssl import checkpoint
-from nnssl.config import make_config
 from nnssl.errors import NnsslError
 from nnssl.losses.masked import masked_error
 from nnssl.masking.picture import ERROR, FILLED, PAINTED, REAL, SHOWN
-from nnssl.networks import build_network, forward_features
-from nnssl.plans import Plan
-from nnssl.pretrain import run
 from nnssl.pretrain.augment.rng import StepRNG
-from nnssl.pretrain.methods import Crops, SourceStats, get_method
+from nnssl.pretrain.methods import SourceStats, get_method
 
 ISO = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
+
+
 ANISO = ((1, 1, 1), (1, 2, 2), (2, 2, 2))
+
+
 STRIDED = ((1, 2, 2), (2, 2, 2), (1, 2, 2))
+
+
 GEOMETRIES = {"iso": (ISO, (8, 12, 16)), "aniso": (ANISO, (4, 16, 12)), "strided": (STRIDED, (4, 16, 8))}
+
+
 CASES = [
     ("iso", "plain", 3),
     ("aniso", "resenc", 3),
@@ -33,36 +32,17 @@ CASES = [
     ("iso", "resenc", 3),
     ("aniso", "plain", 2),
 ]
+
+
 MODES = [{}, {"fill": "learned"}, {"masking": "sparse"}, {"per_channel": True}]
-
-
-def build(plans, description, values, dim=3):
-    plan = Plan.from_dicts(plans, "3d_fullres" if dim == 3 else "2d", description)
-    cls = get_method("mae")
-    config = make_config(cls.Config, values)
-    request = cls.crops(plan, SourceStats((30, 40, 35), 5), config)
-    torch.manual_seed(0)
-    return cls(build_network(plan), plan, request, config)
-
-
-@pytest.fixture
-def make(tiny_plans, tiny_dataset_json):
-    """``make(geometry, arch, dim, channels, features, **options) -> method``."""
-
-    def made(geometry="iso", arch="plain", dim=3, channels=1, features=(4, 6, 8), **options):
-        strides, size = GEOMETRIES[geometry]
-        plans = tiny_plans(dim, arch, channels, strides=strides, patch=size, features=features)
-        return build(plans, tiny_dataset_json(channels), options, dim)
-
-    return made
 
 
 # ---------------------------------------------------------------------------------------------- views and masks
 
 
 @pytest.mark.parametrize(("geometry", "arch", "dim"), CASES)
-def test_views_have_exact_masks(make, geometry, arch, dim, make_batch):
-    method = make(geometry, arch, dim, channels=2)
+def test_views_have_exact_masks(make_mae, geometry, arch, dim, make_batch):
+    method = make_mae(geometry, arch, dim, channels=2)
     batch = make_batch(method)
     size = method.request.size
     assert batch["input"].shape == (3, 2, *size) and batch["mask"].shape == batch["valid"].shape == (3, 1, *size)
@@ -81,17 +61,17 @@ def test_views_have_exact_masks(make, geometry, arch, dim, make_batch):
     assert not torch.equal(batch["mask"], make_batch(method, step=1)["mask"])
 
 
-def test_mask_of_each_channel_and_spread_of_the_ratio(make, make_batch):
-    mask = make_batch(make(channels=3, per_channel=True))["mask"]
+def test_mask_of_each_channel_and_spread_of_the_ratio(make_mae, make_batch):
+    mask = make_batch(make_mae(channels=3, per_channel=True))["mask"]
     assert mask.shape[1] == 3 and not torch.equal(mask[:, 0], mask[:, 1])
-    method = make(mask_spread=0.15, augment_p=0, mirror=False)
+    method = make_mae(mask_spread=0.15, augment_p=0, mirror=False)
     share = make_batch(method, 40)["mask"].float().flatten(1).mean(1)
     assert share.min() >= 0.59 and share.max() <= 0.91 and share.std() > 0.04
 
 
-def test_padding_is_dark_invalid_and_never_hidden(make, make_crops):
+def test_padding_is_dark_invalid_and_never_hidden(make_mae, make_crops):
     """A window that starts before the image: the padding is the lowest intensity, and no error counts there."""
-    method = make(augment_p=0, mirror=False)
+    method = make_mae(augment_p=0, mirror=False)
     crops = make_crops(method, start=-4)
     crops.data[:, :, :4] = 0
     crops.data[:, :, :, :4] = 0
@@ -104,30 +84,30 @@ def test_padding_is_dark_invalid_and_never_hidden(make, make_crops):
     assert (batch["mask"].flatten(1).sum(1) == round(0.75 * n) * math.prod(method.block)).all()
 
 
-def test_turned_views_of_padded_windows(make, make_crops):
-    method = make(augment_p=1.0)
+def test_turned_views_of_padded_windows(make_mae, make_crops):
+    method = make_mae(augment_p=1.0)
     crops = make_crops(method, 8, start=-6)
     for axis in (2, 3, 4):
         crops.data.narrow(axis, 0, 6).zero_()
     batch = method.views(crops, StepRNG(0, 0, 8))
     assert not batch["valid"].all() and batch["valid"].any()
     assert (batch["input"].masked_select(~batch["valid"]) == -2).all()
-    for a, b in zip(make(augment_p=0, mirror=False).request.read_size, make().request.read_size):
+    for a, b in zip(make_mae(augment_p=0, mirror=False).request.read_size, make_mae().request.read_size):
         assert a <= b
 
 
-def test_windows_hold_turned_crops_but_no_more_than_the_image(make):
-    method = make("iso")
+def test_windows_hold_turned_crops_but_no_more_than_the_image(make_mae):
+    method = make_mae("iso")
     size, window = method.request.size, method.request.read_size
     assert all(n < w <= 2 * n and (w - n) % 2 == 0 for n, w in zip(size, window))
     for median, expected in (((8, 12, 16), size), ((10, 13, 9), (10, 14, 16)), ((99, 99, 99), window)):
         assert method.crops(method.plan, SourceStats(median, 5), method.config).read_size == expected
-    still = make("iso", augment_p=0)
+    still = make_mae("iso", augment_p=0)
     assert still.request.read_size == still.request.size
 
 
-def test_a_crop_without_enough_image_is_skipped_and_counted(make, make_crops, gradients):
-    method = make(augment_p=0, mirror=False)
+def test_a_crop_without_enough_image_is_skipped_and_counted(make_mae, make_crops, gradients):
+    method = make_mae(augment_p=0, mirror=False)
     crops = make_crops(method)
     crops.data[0] = 0
     crops.data[0, :, 0, 0, 0] = 1
@@ -144,12 +124,12 @@ def test_a_crop_without_enough_image_is_skipped_and_counted(make, make_crops, gr
     assert all((g == 0).all() for g in grads.values())
 
 
-def test_the_body_is_read_only_where_the_error_counts_there(make):
-    assert make(region="body").request.body and not make().request.body
+def test_the_body_is_read_only_where_the_error_counts_there(make_mae):
+    assert make_mae(region="body").request.body and not make_mae().request.body
 
 
-def test_error_over_the_body_only(make, make_crops):
-    method = make(region="body", augment_p=0, mirror=False)
+def test_error_over_the_body_only(make_mae, make_crops):
+    method = make_mae(region="body", augment_p=0, mirror=False)
     crops = make_crops(method)
     batch = method.views(crops, StepRNG(0, 0, 3))
     assert torch.equal(batch["valid"], crops.body)
@@ -160,9 +140,9 @@ def test_error_over_the_body_only(make, make_crops):
 
 @pytest.mark.parametrize(("geometry", "arch", "dim"), CASES)
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_nothing_leaks(make, geometry, arch, dim, mode, make_batch, gradients):
+def test_nothing_leaks(make_mae, geometry, arch, dim, mode, make_batch, gradients):
     """Whatever stands behind the mask: prediction and every gradient are the same bits. What is visible does matter."""
-    method = make(geometry, arch, dim, channels=2, **mode)
+    method = make_mae(geometry, arch, dim, channels=2, **mode)
     batch = make_batch(method)
     prediction = method.reconstruct(batch["input"], batch["mask"])[1]
     terms, grads = gradients(method, batch)
@@ -182,8 +162,8 @@ def test_nothing_leaks(make, geometry, arch, dim, mode, make_batch, gradients):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_only_hidden_valid_voxels_give_gradient(make, mode, make_batch):
-    method = make(channels=2, **mode)
+def test_only_hidden_valid_voxels_give_gradient(make_mae, mode, make_batch):
+    method = make_mae(channels=2, **mode)
     batch = make_batch(method)
     batch["valid"] = torch.rand(batch["valid"].shape) < 0.6
     prediction = torch.randn_like(batch["target"], requires_grad=True)
@@ -196,8 +176,8 @@ def test_only_hidden_valid_voxels_give_gradient(make, mode, make_batch):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_targets_that_are_not_finite_drop_out(make, bad, make_batch, gradients):
-    method = make()
+def test_targets_that_are_not_finite_drop_out(make_mae, bad, make_batch, gradients):
+    method = make_mae()
     batch = make_batch(method)
     batch["target"] = batch["target"].clone()
     batch["target"][0, 0, 0] = bad
@@ -210,9 +190,9 @@ def test_targets_that_are_not_finite_drop_out(make, bad, make_batch, gradients):
 
 
 @pytest.mark.parametrize(("geometry", "arch", "dim"), CASES)
-def test_what_learns_and_what_does_not(make, geometry, arch, dim, make_batch, gradients):
+def test_what_learns_and_what_does_not(make_mae, geometry, arch, dim, make_batch, gradients):
     for preset in ({}, *get_method("mae").presets.values(), {"target": "block_norm"}, {"error": "l1"}):
-        method = make(geometry, arch, dim, **preset)
+        method = make_mae(geometry, arch, dim, **preset)
         terms, grads = gradients(method, make_batch(method))
         assert set(terms) == {"total", "reconstruction", "skipped"}
         for name, p in method.named_parameters():
@@ -226,38 +206,38 @@ def test_what_learns_and_what_does_not(make, geometry, arch, dim, make_batch, gr
         assert method.pretrained_parts() == {"encoder": True, "decoder_stages": [0, 1]}
 
 
-def test_optimisers(make):
-    sgd = make().optimiser()
+def test_optimisers(make_mae):
+    sgd = make_mae().optimiser()
     assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[0]["lr"] == 1e-2 and sgd.param_groups[0]["nesterov"]
-    assert make().lr_factor(0, 100) == 1 and make().lr_factor(50, 100) == pytest.approx(0.5**0.9)
-    assert make().lr_factor(2, 1) == 0, "past the end, as the estimate of a very short run goes"
-    adam = make(optimiser="adamw", fill="learned").optimiser()
+    assert make_mae().lr_factor(0, 100) == 1 and make_mae().lr_factor(50, 100) == pytest.approx(0.5**0.9)
+    assert make_mae().lr_factor(2, 1) == 0, "past the end, as the estimate of a very short run goes"
+    adam = make_mae(optimiser="adamw", fill="learned").optimiser()
     assert [g["weight_decay"] for g in adam.param_groups] == [0.05, 0.0]
     assert all(p.squeeze().ndim > 1 for p in adam.param_groups[0]["params"])
-    assert make(optimiser="adamw").lr_factor(0, 100) == pytest.approx(0.2)
-    assert make(lr=0.3, weight_decay=0.1).optimiser().param_groups[0]["lr"] == 0.3
+    assert make_mae(optimiser="adamw").lr_factor(0, 100) == pytest.approx(0.2)
+    assert make_mae(lr=0.3, weight_decay=0.1).optimiser().param_groups[0]["lr"] == 0.3
     group = sgd.param_groups[0]
     assert group["weight_decay"] == 3e-5 and group["momentum"] == 0.99, "nnU-Net's"
-    plain = make(momentum=0.0, weight_decay=0.1).optimiser().param_groups[0]
+    plain = make_mae(momentum=0.0, weight_decay=0.1).optimiser().param_groups[0]
     assert not plain["nesterov"] and plain["momentum"] == 0 and plain["weight_decay"] == 0.1
     assert [g["lr"] for g in adam.param_groups] == [5e-4, 5e-4] and adam.param_groups[0]["betas"] == (0.9, 0.999)
-    several = make(optimiser="adamw", channels=2).optimiser().param_groups[1]["params"]
+    several = make_mae(optimiser="adamw", channels=2).optimiser().param_groups[1]["params"]
     assert several and all(p.squeeze().ndim <= 1 for p in several), "kernels of one voxel are decayed too"
-    own = make(optimiser="adamw", lr=0.2, weight_decay=0.3).optimiser().param_groups
+    own = make_mae(optimiser="adamw", lr=0.2, weight_decay=0.3).optimiser().param_groups
     assert [(g["lr"], g["weight_decay"]) for g in own] == [(0.2, 0.3), (0.2, 0.0)]
 
 
-def test_what_does_not_fit_is_refused(make):
+def test_what_does_not_fit_is_refused(make_mae):
     for options in ({"fill": "learned"}, {"per_channel": True}):
         with pytest.raises(NnsslError, match="sparse"):
-            make(masking="sparse", **options)
+            make_mae(masking="sparse", **options)
     with pytest.raises(NnsslError, match="block=3,3,3"):
-        make(block="3,3,3")
-    assert make(block="4,6,8").block == (4, 6, 8)
+        make_mae(block="3,3,3")
+    assert make_mae(block="4,6,8").block == (4, 6, 8)
 
 
-def test_perfect_is_zero_and_zero_is_one(make, make_crops):
-    method = make(augment_p=0, mirror=False)
+def test_perfect_is_zero_and_zero_is_one(make_mae, make_crops):
+    method = make_mae(augment_p=0, mirror=False)
     crops = make_crops(method, 8)
     crops.data = torch.randn_like(crops.data)
     batch = method.views(crops, StepRNG(0, 0, 8))
@@ -268,8 +248,8 @@ def test_perfect_is_zero_and_zero_is_one(make, make_crops):
 
 
 @pytest.mark.parametrize("target", ["intensity", "block_norm"])
-def test_guesses_are_measured_in_eval_only(make, target, make_batch):
-    method = make(channels=2, target=target).eval()
+def test_guesses_are_measured_in_eval_only(make_mae, target, make_batch):
+    method = make_mae(channels=2, target=target).eval()
     batch = make_batch(method)
     with torch.no_grad():
         terms = method(batch)
@@ -286,9 +266,9 @@ def test_guesses_are_measured_in_eval_only(make, target, make_batch):
         assert terms["oracle"].item() == pytest.approx(1, abs=0.1)
 
 
-def test_autocast(make, make_batch):
+def test_autocast(make_mae, make_batch):
     for mode in MODES:
-        method = make(**mode)
+        method = make_mae(**mode)
         batch = make_batch(method)
         exact = method(batch)["total"]
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -301,8 +281,8 @@ def test_autocast(make, make_batch):
 
 @pytest.mark.parametrize("dim", [2, 3])
 @pytest.mark.parametrize("options", [{}, {"masking": "sparse", "target": "block_norm"}], ids=str)
-def test_pictures_and_embedding(make, dim, options, make_batch):
-    method = make("iso", "plain", dim, 2, **options).eval()
+def test_pictures_and_embedding(make_mae, dim, options, make_batch):
+    method = make_mae("iso", "plain", dim, 2, **options).eval()
     batch = make_batch(method, 5)
     with torch.no_grad():
         picture = method.pictures(batch)
@@ -318,163 +298,18 @@ def test_pictures_and_embedding(make, dim, options, make_batch):
     assert z.shape == (5, 16) and torch.isfinite(z).all()
 
 
-def test_verdict(make):
+def test_verdict(make_mae):
     last = {"total": 0.2, "reconstruction": 0.2, "surround": 0.5, "inpainting": 0.3, "oracle": 0.15}
-    learnt, sentence = make().verdict({}, last)
+    learnt, sentence = make_mae().verdict({}, last)
     assert learnt and "mae learnt" in sentence and "0.3" in sentence and "0.15" in sentence
-    assert not make().verdict({}, {**last, "reconstruction": 0.35})[0]
-    assert not make().verdict({}, {**last, "inpainting": 0.6, "surround": 0.1})[0]
-    assert make().verdict({"total": 2.0}, {"total": 1.0})[0]
+    assert not make_mae().verdict({}, {**last, "reconstruction": 0.35})[0]
+    assert not make_mae().verdict({}, {**last, "inpainting": 0.6, "surround": 0.1})[0]
+    assert make_mae().verdict({"total": 2.0}, {"total": 1.0})[0]
 
 
-# ---------------------------------------------------------------------------------------------- runs
-
-
-@pytest.mark.parametrize(("arch", "mode"), [("plain", "dense"), ("resenc", "sparse")])
-def test_nnunet_loads_the_weights(make, tmp_path, arch, mode, make_batch):
-    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-
-    method = make("aniso", arch, masking=mode)
-    keys = list(method.network.state_dict())
-    batch = make_batch(method)
-    optimiser = method.optimiser()
-    method(batch)["total"].backward()
-    optimiser.step()
-    assert list(method.network.state_dict()) == keys == list(build_network(method.plan).state_dict())
-    payload = checkpoint.build_payload(
-        method.network,
-        method.plan,
-        method="mae",
-        config=vars(method.config),
-        crop_size=method.request.size,
-        pretrained_parts=method.pretrained_parts(),
-        data={},
-        citations=method.citation,
-    )
-    checkpoint.save(tmp_path / "weights.pth", payload)
-    network = build_network(method.plan)
-    load_pretrained_weights(network, str(tmp_path / "weights.pth"))
-    a, b = forward_features(network, batch["input"]), forward_features(method.network, batch["input"])
-    assert all(torch.equal(x, y) for x, y in zip(a.skips + a.levels, b.skips + b.levels))
-
-
-@pytest.mark.slow
-def test_resume_is_exact(tiny_preprocessed, nnunet_env):
-    """Two epochs equal one epoch, a stop and another, bit for bit."""
-    tiny_preprocessed(901, "Tiny", 6, plan_options={"features": (4, 4, 6)})
-    options = {"workers": 0, "batch_size": 2, "held_out_batches": 1, "fill": "learned"}
-    common = {"method": "mae", "device": "cpu", "epochs": 2, "iterations": 2, "options": options}
-
-    from nnssl.pretrain.engine.hooks import Hook
-
-    class Stop(Hook):
-        name = "stop"
-
-        def after_epoch(self, engine, row):
-            os.kill(os.getpid(), 15)
-
-    straight = run(901, name="straight", **common)
-    assert not run(901, name="halves", hooks=[Stop()], **common).finished
-    halves = run(901, method="mae", device="cpu", name="halves", continue_run=True)
-    assert straight.finished and halves.finished
-    a, b = (checkpoint.load(r.checkpoint).weights for r in (straight, halves))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert "interpolation" in straight.sentence
-    assert (straight.folder / "views_epoch_0002.png").stat().st_size > 5000
-
-
-def _worker(index, port, folder, arguments, crops):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=2)
-    method = build(*arguments)
-    wrapped = nn.parallel.DistributedDataParallel(method)
-    mine = slice(2 * index, 2 * index + 2)
-    crops = Crops(**{k: v[mine] for k, v in vars(crops).items() if v is not None})
-    batch = method.views(crops, StepRNG(0, 0, 4, 2 * index, 2))
-    terms = wrapped(batch)
-    terms["total"].backward()
-    grads = {k: p.grad for k, p in method.named_parameters() if p.grad is not None}
-    torch.save((terms["total"].detach(), grads), f"{folder}/{index}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"augment_p": 0.0}, {"masking": "sparse", "augment_p": 0.0}], ids=str)
-def test_two_processes_equal_one(tmp_path, tiny_plans, tiny_dataset_json, options, make_crops, gradients):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    plans = tiny_plans(strides=ISO, patch=(8, 12, 16), features=(4, 4, 6))
-    arguments = (plans, tiny_dataset_json(), options)
-    method = build(*arguments)
-    crops = make_crops(method, 4)
-    crops.data[0, :, 6:] = 0  # ranks differ in how much there is to reconstruct
-    mp.spawn(_worker, args=(port, str(tmp_path), arguments, crops), nprocs=2)
-    terms, grads = gradients(method, method.views(crops, StepRNG(0, 0, 4)))
-    ranks = [torch.load(tmp_path / f"{i}.pt") for i in range(2)]
-    torch.testing.assert_close(sum(r[0] for r in ranks) / 2, terms["total"].detach(), atol=1e-6, rtol=1e-5)
-    assert abs(ranks[0][0] - ranks[1][0]) > 1e-3
-    for key, grad in grads.items():
-        torch.testing.assert_close(ranks[0][1][key], grad, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["dense", "sparse"])
-def test_overfits_one_volume(make, mode, make_crops):
-    """200 steps on one smooth volume: hidden blocks are predicted far better than by the mean of what is around them."""
-    options = {"optimiser": "adamw", "lr": 3e-3, "augment_p": 0, "mirror": False, "masking": mode, "block": "4,4,4"}
-    method = make("iso", "resenc", features=(8, 16, 16), **options)
-    crops, optimiser = make_crops(method, 2), method.optimiser()
-    for step in range(200):
-        batch = method.views(crops, StepRNG(0, step, 2))
-        optimiser.zero_grad()
-        method(batch)["total"].backward()
-        nn.utils.clip_grad_norm_(method.parameters(), method.grad_clip)
-        optimiser.step()
-    method.eval()
-    with torch.no_grad():
-        terms = method(method.views(crops, StepRNG(0, 10**6, 2)))
-    assert terms["reconstruction"] < 0.5 * terms["surround"]
-
-
-@pytest.mark.slow
-def test_learns_to_go_on_with_waves_it_has_not_seen(tiny_plans, tiny_dataset_json, make_crops):
-    """Waves of 5, 7 and 6 voxels and any phase: what is hidden follows from what is around, but not by interpolation."""
-    plans = tiny_plans(3, "resenc", strides=ISO, patch=(16, 16, 16), features=(8, 16, 16))
-    options = {"optimiser": "adamw", "lr": 3e-3, "augment_p": 0, "mirror": False, "block": "4,4,4", "mask_ratio": 0.5}
-    method = build(plans, tiny_dataset_json(), options)
-
-    def waves(n, seed):
-        phases = 2 * math.pi * torch.rand(n, 3, generator=torch.Generator().manual_seed(seed))
-        crops = make_crops(method, n)
-        grid = torch.meshgrid(*[torch.arange(w).float() for w in crops.data.shape[2:]], indexing="ij")
-        periods = (5.0, 7.0, 6.0)
-        waves = [sum(torch.sin(2 * math.pi * x / t + p) for x, t, p in zip(grid, periods, row)) for row in phases]
-        crops.data, crops.body = torch.stack(waves)[:, None], torch.ones_like(crops.body)
-        return method.views(crops, StepRNG(0, seed, n))
-
-    def unseen():
-        method.eval()
-        with torch.no_grad():
-            return {k: float(v) for k, v in method(waves(8, 10**6)).items()}
-
-    first, optimiser = unseen(), method.optimiser()
-    method.train()
-    for step in range(60):
-        optimiser.zero_grad()
-        method(waves(4, step))["total"].backward()
-        nn.utils.clip_grad_norm_(method.parameters(), method.grad_clip)
-        optimiser.step()
-    last = unseen()
-    assert not method.verdict(first, first)[0] and method.verdict(first, last)[0]
-    assert last["reconstruction"] < 0.3 * min(last["inpainting"], last["surround"])
-
-
-def test_guesses_do_not_see_what_is_hidden(make, make_batch):
+def test_guesses_do_not_see_what_is_hidden(make_mae, make_batch):
     """If a guess stays as it is while what is hidden moves by +c and -c, its mean squared errors add up to 2 (e + c^2)."""
-    method = make(channels=2).eval()
+    method = make_mae(channels=2).eval()
     batch = make_batch(method)
     region, valid, c = batch["mask"] & batch["valid"], batch["valid"], 0.7
 
@@ -489,12 +324,12 @@ def test_guesses_do_not_see_what_is_hidden(make, make_batch):
     assert float(up["oracle"]) == pytest.approx(float(now["oracle"]), rel=1e-4)  # it is made of what is hidden
 
 
-def test_the_hidden_share_is_drawn_around_the_ratio(make):
+def test_the_hidden_share_is_drawn_around_the_ratio(make_mae):
     """mask_ratio +- mask_spread: the mean of many is the ratio, within four standard errors."""
-    method = make(mask_ratio=0.6, mask_spread=0.15, block="2,2,2")
+    method = make_mae(mask_ratio=0.6, mask_spread=0.15, block="2,2,2")
     valid = torch.ones(500, 1, *method.request.size, dtype=torch.bool)
     share = method.draw_mask(valid, StepRNG(0, 0, 500)).float().flatten(1).mean(1)
     assert abs(float(share.mean()) - 0.6) < 4 * 0.15 / 3**0.5 / 500**0.5
     assert 0.44 < float(share.min()) < 0.46 and 0.74 < float(share.max()) < 0.76
-    exact = make(mask_ratio=0.6, block="2,2,2").draw_mask(valid, StepRNG(0, 0, 500)).float().flatten(1).mean(1)
+    exact = make_mae(mask_ratio=0.6, block="2,2,2").draw_mask(valid, StepRNG(0, 0, 500)).float().flatten(1).mean(1)
     assert exact.unique().tolist() == [pytest.approx(round(0.6 * 192) / 192)]

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl.config import make_config
 from nnssl.errors import NnsslError
-from nnssl.networks import build_network, forward_features
-from nnssl.plans import Plan
+from nnssl.networks import forward_features
 from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 from nnssl.pretrain.methods.robust import CROP, OTHER, SECOND
@@ -18,22 +16,6 @@ from nnssl.transferability.objective import FORMS, separation_loss
 from nnssl.transferability.pooling import pool
 
 STATS = SourceStats(median_shape=(28, 36, 28), n_cases=12)
-
-
-@pytest.fixture
-def make(tiny_plans, tiny_dataset_json):
-    """``make(dim=3, arch="plain", channels=1, **options) -> method``"""
-
-    def build(dim=3, arch="plain", channels=1, **options):
-        plans = tiny_plans(dim, arch, channels)
-        plan = Plan.from_dicts(plans, "3d_fullres" if dim == 3 else "2d", tiny_dataset_json(channels))
-        cls = get_method("robust")
-        config = make_config(cls.Config, options)
-        request = cls.crops(plan, STATS, config)
-        torch.manual_seed(0)
-        return cls(build_network(plan), plan, request, config)
-
-    return build
 
 
 def crops_for(method, n=6, seed=0, cases=None):
@@ -124,8 +106,8 @@ def test_groups_as_a_tensor():
 
 
 @pytest.mark.parametrize(("dim", "arch", "channels"), [(3, "plain", 1), (3, "resenc", 2), (2, "plain", 2)])
-def test_one_step_trains_the_encoder_and_nothing_else(make, dim, arch, channels):
-    method = make(dim, arch, channels)
+def test_one_step_trains_the_encoder_and_nothing_else(make_robust, dim, arch, channels):
+    method = make_robust(dim, arch, channels)
     crops = crops_for(method)
     with torch.no_grad():
         batch = method.views(crops, StepRNG(0, 0, len(crops)))
@@ -144,8 +126,8 @@ def test_one_step_trains_the_encoder_and_nothing_else(make, dim, arch, channels)
     assert method.embed(batch).shape[0] == 6 and method.pictures(batch).columns[CROP].shape[0] == 4
 
 
-def test_crops_of_one_case_are_not_pushed_apart(make):
-    method = make(levels=1, batch_standardise=False, form="hinge")
+def test_crops_of_one_case_are_not_pushed_apart(make_robust):
+    method = make_robust(levels=1, batch_standardise=False, form="hinge")
     twins = crops_for(method, 4, cases=["a", "a", "b", "b"])
     batch = method.views(twins, StepRNG(0, 0, 4))
     a, b = method.features(batch["a"])[0], method.features(batch["b"])[0]
@@ -153,15 +135,15 @@ def test_crops_of_one_case_are_not_pushed_apart(make):
     assert float(method(batch)["total"]) == pytest.approx(float(sum(expected) / 2), abs=1e-6)
 
 
-def test_standardised_features_are_not_all_alike(make):
+def test_standardised_features_are_not_all_alike(make_robust):
     for standardised, low, high in ((False, 0.0, 0.3), (True, 0.9, 1.3)):
-        method = make(batch_standardise=standardised)
+        method = make_robust(batch_standardise=standardised)
         terms = method(method.views(crops_for(method, 8), StepRNG(0, 0, 8)))
         assert low < float(terms["distance_other"]) < high
 
 
-def test_views_depend_on_the_sample_only(make):
-    method = make()
+def test_views_depend_on_the_sample_only(make_robust):
+    method = make_robust()
     crops = crops_for(method)
     whole = method.views(crops, StepRNG(3, 5, 6))
     for first, count in ((0, 3), (3, 3)):
@@ -171,16 +153,16 @@ def test_views_depend_on_the_sample_only(make):
             torch.testing.assert_close(part[name], whole[name][first : first + count])
 
 
-def test_view_options_can_be_turned_off(make):
+def test_view_options_can_be_turned_off(make_robust):
     off = dict.fromkeys(("gamma", "noise", "blur", "jitter", "rotation", "shift"), 0.0)
-    method = make(**off, min_scale=1.0, max_scale=1.0)
+    method = make_robust(**off, min_scale=1.0, max_scale=1.0)
     batch = method.views(crops_for(method), StepRNG(0, 0, 6))
     torch.testing.assert_close(batch["a"], batch["still"], atol=1e-4, rtol=1e-4)
 
 
-def test_views_are_not_affine(make):
+def test_views_are_not_affine(make_robust):
     """What InstanceNorm would undo is not all that happens: no view is a + b * crop."""
-    method = make(noise=0.0, blur=0.0, rotation=0.0, min_scale=1.0, max_scale=1.0, shift=0.0)
+    method = make_robust(noise=0.0, blur=0.0, rotation=0.0, min_scale=1.0, max_scale=1.0, shift=0.0)
     batch = method.views(crops_for(method), StepRNG(0, 0, 6))
     for x, y in zip(batch["still"].flatten(1).numpy(), batch["a"].flatten(1).numpy()):
         assert np.corrcoef(x, y)[0, 1] > 0.9
@@ -188,8 +170,8 @@ def test_views_are_not_affine(make):
         assert np.abs(y - slope * x - offset).max() > 1e-3 * y.std()
 
 
-def test_it_learns_and_says_so(make):
-    method = make(lr=3e-3, warmup=0.0)
+def test_it_learns_and_says_so(make_robust):
+    method = make_robust(lr=3e-3, warmup=0.0)
     crops = crops_for(method, 8)
     held_out = method.views(crops_for(method, 8, seed=9), StepRNG(0, 10**6, 8))
     optimiser = method.optimiser()
@@ -215,11 +197,11 @@ def test_it_learns_and_says_so(make):
     assert OTHER not in shown.columns and OTHER not in shown.tags and SECOND in shown.tags, "no other case to resemble"
 
 
-def test_what_counts_as_learnt(make):
+def test_what_counts_as_learnt(make_robust):
     """The criterion fell, as many crops as before find their other view, and views are nearer than other cases."""
     first = {"robustness": 1.0, "nearest": 0.5, "distance_same": 0.3, "distance_other": 0.5}
     last = {"robustness": 0.9, "nearest": 0.5, "distance_same": 0.3, "distance_other": 0.5}
-    method = make()
+    method = make_robust()
     assert method.verdict(first, last)[0]
     for change in ({"robustness": 1.0}, {"nearest": 0.49}, {"distance_same": 0.5}):
         learnt, sentence = method.verdict(first, {**last, **change})
@@ -229,18 +211,18 @@ def test_what_counts_as_learnt(make):
         assert ("cannot be judged" in method.verdict({**first, **before}, {**last, **after})[1]) == one
 
 
-def test_mistakes(make):
+def test_mistakes(make_robust):
     cls = get_method("robust")
-    plan = make().plan
+    plan = make_robust().plan
     with pytest.raises(NnsslError, match="needs at least 2"):
         cls.crops(plan, SourceStats((28, 36, 28), 1), cls.Config())
     with pytest.raises(NnsslError, match="3 stages"):
-        make(levels=4)
+        make_robust(levels=4)
     with pytest.raises(NnsslError, match="multiple of 4"):
         cls.crops(plan, STATS, cls.Config(), (10, 12, 12))
 
 
-def test_the_trace_has_views_that_training_does_not_use(make):
+def test_the_trace_has_views_that_training_does_not_use(make_robust):
     from nnssl.transferability import choose_families
 
     cls = get_method("robust")
@@ -260,22 +242,22 @@ def pair_of(method, n=6):
 
 
 @torch.no_grad()
-def test_the_deepest_stages_are_compared(make):
-    method = make(levels=1)
+def test_the_deepest_stages_are_compared(make_robust):
+    method = make_robust(levels=1)
     x = pair_of(method)["a"]
     skips = forward_features(method.network, x, 0).skips
     (only,) = method.features(x)
     assert torch.equal(only, pool(skips[-1], "grid", grid=2))
-    two = make(levels=2).features(x)
+    two = make_robust(levels=2).features(x)
     assert [f.shape[1] for f in two] == [8 * 8, 16 * 8] and torch.equal(two[1], only)
-    torch.testing.assert_close(make(batch_standardise=False).embed({"still": x}), only)
+    torch.testing.assert_close(make_robust(batch_standardise=False).embed({"still": x}), only)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("together", [True, False])
-def test_total_is_the_mean_over_levels_and_both_directions(make, together):
+def test_total_is_the_mean_over_levels_and_both_directions(make_robust, together):
     """Features standardised over both views at once; each view in turn is the anchor. A loop over pairs of crops."""
-    method = make(levels=2, margin=0.4, temperature=0.2, batch_standardise=together)
+    method = make_robust(levels=2, margin=0.4, temperature=0.2, batch_standardise=together)
     batch, m, t = pair_of(method), 0.4, 0.2
     case, directions, same, other, found, hinges = batch["case"].tolist(), [], [], [], [], []
     for a, b in zip(method.features(batch["a"]), method.features(batch["b"])):
@@ -301,7 +283,7 @@ def test_total_is_the_mean_over_levels_and_both_directions(make, together):
         assert float(terms[name]) == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-6), name
 
 
-def test_gamma_keeps_what_lies_outside_of_the_range_and_noise_is_small(make):
+def test_gamma_keeps_what_lies_outside_of_the_range_and_noise_is_small(make_robust):
     class Fixed(StepRNG):
         """Each number at three quarters of its range."""
 
@@ -311,9 +293,9 @@ def test_gamma_keeps_what_lies_outside_of_the_range_and_noise_is_small(make):
     x = torch.tensor([-0.2, 0.0, 0.25, 1.0, 1.3]).view(1, 1, 5, 1, 1).expand(2, 1, 5, 2, 2)
     unit = torch.tensor([0.0, 1.0]).expand(2, 1, 2)
     still = {"blur": 0.0, "jitter": 0.0}
-    bent = make(noise=0.0, gamma=0.3, **still)._augment(x, unit, Fixed(0, 0, 2))
+    bent = make_robust(noise=0.0, gamma=0.3, **still)._augment(x, unit, Fixed(0, 0, 2))
     expected = torch.tensor([-0.2, 0.0, 0.25 ** math.exp(0.15), 1.0, 1.3])
     torch.testing.assert_close(bent[0, 0, :, 0, 0], expected, atol=1e-5, rtol=0)
     flat = torch.zeros(2, 1, 16, 20, 18)
-    noisy = make(noise=0.1, gamma=0.0, **still)._augment(flat, unit, Fixed(0, 0, 2))
+    noisy = make_robust(noise=0.1, gamma=0.0, **still)._augment(flat, unit, Fixed(0, 0, 2))
     assert float(noisy.std()) == pytest.approx(0.075, rel=0.03)

@@ -3,30 +3,14 @@
 import pytest
 import torch
 
-from nnssl.config import make_config
-from nnssl.networks import build_network
-from nnssl.plans import Plan
 from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.methods import SourceStats, get_method
 from nnssl.pretrain.methods.robust import CROP, FIRST, OTHER, SECOND
 
 
-@pytest.fixture
-def make(tiny_plans, tiny_dataset_json):
-    """``make(**options) -> method``"""
-
-    def build(**options):
-        plan, cls = Plan.from_dicts(tiny_plans(), "3d_fullres", tiny_dataset_json()), get_method("robust")
-        config = make_config(cls.Config, options)
-        torch.manual_seed(0)
-        return cls(build_network(plan), plan, cls.crops(plan, SourceStats((28, 36, 28), 12), config), config)
-
-    return build
-
-
-def as_given(make, **options):
+def as_given(make_robust, **options):
     """A method that compares the images themselves, as vectors."""
-    method = make(levels=1, batch_standardise=False, **options)
+    method = make_robust(levels=1, batch_standardise=False, **options)
     method.features = lambda x: [x.flatten(1)]
     return method
 
@@ -36,9 +20,9 @@ def terms_of(method, a, b, case=None):
     return {k: float(v) for k, v in method({"a": a, "b": b, "case": case}).items()}
 
 
-def test_numbers_of_vectors_by_hand(make):
+def test_numbers_of_vectors_by_hand(make_robust):
     """All alike, all apart, and views that resemble the other case more than each other: 0, 1 and 2 times too far."""
-    hinge = as_given(make, form="hinge", margin=0.5)
+    hinge = as_given(make_robust, form="hinge", margin=0.5)
     same = torch.ones(4, 3)
     assert terms_of(hinge, same, 2 * same) == pytest.approx(
         {"total": 0.5, "robustness": 0.5, "active": 1, "distance_same": 0, "distance_other": 0, "nearest": 0}, abs=1e-6
@@ -46,27 +30,31 @@ def test_numbers_of_vectors_by_hand(make):
     apart = torch.eye(4)
     told = {"total": 0, "robustness": 0, "active": 0, "distance_same": 0, "distance_other": 1, "nearest": 1}
     assert terms_of(hinge, apart, 3 * apart) == pytest.approx(told, abs=1e-6)
-    assert terms_of(as_given(make, form="hinge", margin=1.0), apart, apart) == pytest.approx(told, abs=1e-6)
+    assert terms_of(as_given(make_robust, form="hinge", margin=1.0), apart, apart) == pytest.approx(told, abs=1e-6)
     swapped = terms_of(hinge, torch.eye(2), torch.eye(2).flip(0))
     assert swapped == pytest.approx(
         {"total": 1.5, "robustness": 1.5, "active": 1, "distance_same": 1, "distance_other": 0, "nearest": 0}, abs=1e-6
     )
 
 
-def test_one_case_or_dead_features_give_finite_terms(make):
+def test_one_case_or_dead_features_give_finite_terms(make_robust):
     """A batch of one case has nothing to compare; features that are 0 are at distance 1 of everything."""
-    alone = terms_of(as_given(make, form="hinge"), torch.eye(3), torch.eye(3), [7, 7, 7])
+    alone = terms_of(as_given(make_robust, form="hinge"), torch.eye(3), torch.eye(3), [7, 7, 7])
     assert alone == {"total": 0, "robustness": 0, "active": 0, "distance_same": 0, "distance_other": 0, "nearest": 1}
-    dead = terms_of(as_given(make, form="hinge"), torch.zeros(3, 2), torch.zeros(3, 2))
+    dead = terms_of(as_given(make_robust, form="hinge"), torch.zeros(3, 2), torch.zeros(3, 2))
     assert (dead["total"], dead["distance_same"], dead["distance_other"]) == (0.5, 1, 1)
     image = torch.zeros(3, 1, 2, 2, 2)
-    tags = as_given(make).pictures({"a": image, "b": image, "still": image, "case": torch.arange(3)}).tags
+    tags = as_given(make_robust).pictures({"a": image, "b": image, "still": image, "case": torch.arange(3)}).tags
     assert tags[SECOND] == tags[OTHER] == ["distance to view 1: 1.00"] * 3
 
 
-def test_cases_of_all_ranks_are_compared(make, monkeypatch):
+def test_cases_of_all_ranks_are_compared(make_robust, monkeypatch):
     """As of two ranks, of which the other has two cases more: both views and the cases of both are one batch."""
-    method, a, b = as_given(make, form="hinge"), torch.eye(2, 3) + 0.2, torch.eye(2, 3) + torch.tensor([0, 0.5, 0])
+    method, a, b = (
+        as_given(make_robust, form="hinge"),
+        torch.eye(2, 3) + 0.2,
+        torch.eye(2, 3) + torch.tensor([0, 0.5, 0]),
+    )
     whole = terms_of(method, torch.cat([a, a.roll(1, 1)]), torch.cat([b, b.roll(1, 1)]))
     alone = terms_of(method, a, b)
 
@@ -77,15 +65,15 @@ def test_cases_of_all_ranks_are_compared(make, monkeypatch):
     assert terms_of(method, a, b) == pytest.approx(whole) != pytest.approx(alone)
 
 
-def test_a_step_has_sixteen_crops_of_two_cases_at_least(make):
-    method, cls = make(), get_method("robust")
+def test_a_step_has_sixteen_crops_of_two_cases_at_least(make_robust):
+    method, cls = make_robust(), get_method("robust")
     assert (method.request.batch_size, method.request.min_batch, method.request.crops_per_case) == (16, 4, 1)
     assert cls.crops(method.plan, SourceStats((28, 36, 28), 2), cls.Config()).size == method.request.size
     assert cls.optimises_robustness and cls.presets == {"hinge": {"form": "hinge"}, "smooth": {"form": "softplus"}}
 
 
-def test_only_the_encoder_is_run(make, make_batch):
-    method = make()
+def test_only_the_encoder_is_run(make_robust, make_batch):
+    method = make_robust()
     for stage in method.network.decoder.stages:
         stage.register_forward_hook(lambda *_: pytest.fail("the decoder was run"))
     batch = make_batch(method, 6)
@@ -93,8 +81,8 @@ def test_only_the_encoder_is_run(make, make_batch):
     assert method.embed(batch).shape[0] == 6
 
 
-def test_embeddings_are_standardised_as_the_views_are(make, make_batch):
-    method = make()
+def test_embeddings_are_standardised_as_the_views_are(make_robust, make_batch):
+    method = make_robust()
     batch = make_batch(method, 8)
     with torch.no_grad():
         z = method.embed(batch)
@@ -108,12 +96,12 @@ class ThreeQuarters(StepRNG):
         return torch.full((self.count, *shape), low + 0.75 * (high - low))
 
 
-def test_brightness_contrast_and_blur_by_hand(make):
+def test_brightness_contrast_and_blur_by_hand(make_robust):
     """Jitter 0.1: at three quarters both factors are 1.05. A blur of up to 1 voxel: 0.1 + 0.75 * 0.9, to 3 voxels around."""
     none = {"gamma": 0.0, "noise": 0.0, "blur": 0.0, "jitter": 0.0}
     x = torch.tensor([0.2, 0.4, 0.6, 0.8]).view(1, 1, 4, 1, 1).expand(2, 1, 4, 3, 3)
     unit = torch.tensor([0.0, 1.0]).expand(2, 1, 2)
-    bright = make(**{**none, "jitter": 0.1})._augment(x, unit, ThreeQuarters(0, 0, 2))
+    bright = make_robust(**{**none, "jitter": 0.1})._augment(x, unit, ThreeQuarters(0, 0, 2))
     expected = 1.05 * (0.5 + 1.05 * (torch.tensor([0.2, 0.4, 0.6, 0.8]) - 0.5))
     torch.testing.assert_close(bright[1, 0, :, 2, 0], expected)
     point = torch.zeros(2, 1, 15, 1, 1)
@@ -121,14 +109,14 @@ def test_brightness_contrast_and_blur_by_hand(make):
     for blur, sigma, radius in ((1.0, 0.775, 3), (0.5, 0.4, 2), (0.2, 0.175, 1)):
         kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
         expected = torch.nn.functional.pad(kernel / kernel.sum(), (7 - radius, 7 - radius))
-        blurred = make(**{**none, "blur": blur})._augment(point, unit, ThreeQuarters(0, 0, 2))
+        blurred = make_robust(**{**none, "blur": blur})._augment(point, unit, ThreeQuarters(0, 0, 2))
         torch.testing.assert_close(blurred[0, 0, :, 0, 0], expected, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
-def test_a_picture_shows_the_case_that_view_1_resembles_most(make):
+def test_a_picture_shows_the_case_that_view_1_resembles_most(make_robust):
     """Five cases; the second view of case 1 is turned away from its first, which case 3 resembles."""
-    method = as_given(make)
+    method = as_given(make_robust)
     seen = torch.zeros(5, 1, 6, 4, 5)
     a, b = torch.eye(5, 6), torch.eye(5, 6)
     a[0, 1], b[1] = 0.75, torch.tensor([0, 0.6, 0, 0, 0, 0.8])  # cosines: 0.8 and 0.6
@@ -147,10 +135,10 @@ def test_a_picture_shows_the_case_that_view_1_resembles_most(make):
     assert picture.tags[OTHER][:2] == ["distance to view 1: 0.64", "distance to view 1: 0.18 (nearer!)"]
 
 
-def test_pictures_compare_what_the_loss_compares(make, make_batch):
+def test_pictures_compare_what_the_loss_compares(make_robust, make_batch):
     """Standardised where the loss standardises: the distances of other cases are about 1, and not about 0."""
     for standardised in (True, False):
-        method = make(batch_standardise=standardised)
+        method = make_robust(batch_standardise=standardised)
         with torch.no_grad():
             batch = make_batch(method, 6)
             tags = method.pictures(batch).tags
@@ -158,8 +146,8 @@ def test_pictures_compare_what_the_loss_compares(make, make_batch):
         assert (min(far) > 0.4) is standardised, far
 
 
-def test_curves_are_drawn_in_percent_where_they_are_shares(make):
-    criterion, found, distances = make().curves()
+def test_curves_are_drawn_in_percent_where_they_are_shares(make_robust):
+    criterion, found, distances = make_robust().curves()
     assert [list(c.lines) for c in (criterion, found)] == [["robustness"], ["nearest"]]
     assert list(distances.lines) == ["distance_same", "distance_other"]
     assert [c.percent for c in (criterion, found, distances)] == [False, True, False]

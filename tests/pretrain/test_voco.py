@@ -1,95 +1,39 @@
 """Volume contrast on any plan: crops, views, terms, gradients, teacher, degenerate volumes (spec 12)."""
 
 import logging
-import math
 from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from nnssl.config import make_config
 from nnssl.errors import NnsslError
 from nnssl.losses.overlap import overlap_labels
 from nnssl.losses.position import PositionLoss, orthogonality, similarity
-from nnssl.networks import build_network, unwrap
-from nnssl.plans import Plan
+from nnssl.networks import unwrap
 from nnssl.pretrain.augment import StepRNG
-from nnssl.pretrain.methods import Crops, Progress, SourceStats, get_method
+from nnssl.pretrain.methods import Crops, Progress, get_method
 from nnssl.pretrain.methods.voco.picture import CELLS, GUESS, TRUE
 
-FLAT = ((1, 1, 1), (1, 2, 2), (2, 2, 2))  # total stride 2, 4, 4
-SMALL = {"proj_dim": 24, "random_crops": 3}
 
-
-def method_of(plans, description, *, stats=(6, 26, 18), crop=(4, 8, 8), name="3d_fullres", **options):
-    torch.manual_seed(0)
-    plan = Plan.from_dicts(plans, name, description)
-    cls = get_method("voco")
-    config = make_config(cls.Config, {**SMALL, **options})
-    request = cls.crops(plan, SourceStats(stats, 5), config, crop)
-    return cls(build_network(plan), plan, request, config)
-
-
-@pytest.fixture
-def make(tiny_plans, tiny_dataset_json):
-    def build(arch="plain", channels=1, plan=None, **options):
-        description = tiny_dataset_json(channels)
-        plan = {"strides": FLAT, "patch": (8, 24, 16), "features": (4, 6, 8), **(plan or {})}
-        return method_of(tiny_plans(3, arch, channels, **plan), description, **options)
-
-    return build
-
-
-def crops_of(method, n=3, seed=0, channels=1, shape=None, start=None, **changes):
-    """Smooth windows without air, as from an image that they fill."""
-    generator = torch.Generator().manual_seed(seed)
-    window = method.request.read_size
-    coarse = torch.randn(n, channels, *[max(2, w // 3) for w in window], generator=generator)
-    data = F.interpolate(coarse, size=window, mode="trilinear" if len(window) == 3 else "bilinear")
-    data = data + 0.1 * torch.randn(data.shape, generator=generator)
-    place = torch.full((n, 3), 0.5, dtype=torch.float64)
-    extent = torch.tensor([1] * (3 - len(window)) + list(window)).expand(n, 3).clone()
-    crops = Crops(
-        data,
-        torch.ones(n, 1, *window, dtype=torch.bool),
-        place,
-        place,
-        torch.tensor([-2.0, 2.0]).expand(n, channels, 2).clone(),
-        torch.zeros(n, 3, dtype=torch.long) if start is None else start,
-        [f"case{i}" for i in range(n)],
-        extent if shape is None else shape,
-        ["Dataset901_Tiny"] * n,
-    )
-    for key, value in changes.items():
-        setattr(crops, key, value)
-    return crops
-
-
-def batch_of(method, n=3, seed=0, step=0, **options):
-    with torch.no_grad():
-        return method.views(crops_of(method, n, seed, **options), StepRNG(0, step, n))
-
-
-def test_request(make):
-    method = make()
+def test_request(make_voco):
+    method = make_voco()
     assert method.request.size == (4, 8, 8) and method.request.read_size == (4, 24, 16) and method.grid == (1, 3, 2)
     assert method.request.sampling == "inside" and method.request.reorient
-    assert make(window="volume", align=False).request.sampling == "whole"
+    assert make_voco(window="volume", align=False).request.sampling == "whole"
     assert "6 cells and 3 random crops" in method.request.explanation
     with pytest.raises(NnsslError, match="axis 1"):
-        make(grid=(1, 5, 1))
+        make_voco(grid=(1, 5, 1))
     with pytest.raises(NnsslError, match="needs a teacher"):
-        make(teacher="none")
+        make_voco(teacher="none")
     with pytest.raises(NnsslError, match="nothing would be learnt"):
-        make(intra_weight=0, inter_weight=0, reg_weight=0)
+        make_voco(intra_weight=0, inter_weight=0, reg_weight=0)
 
 
 @pytest.mark.parametrize("arch", ["plain", "resenc"])
-def test_pooled_width(make, arch):
+def test_pooled_width(make_voco, arch):
     """(26)"""
-    method = make(arch)
+    method = make_voco(arch)
     encoder = unwrap(method.network).encoder
     assert method.width == sum(encoder.output_channels)
     x = torch.randn(5, 1, 4, 8, 8)
@@ -98,10 +42,10 @@ def test_pooled_width(make, arch):
     torch.testing.assert_close(pooled, torch.cat([s.mean((2, 3, 4)) for s in encoder(x)], 1))
 
 
-def test_views_cut_what_the_labels_say(make):
+def test_views_cut_what_the_labels_say(make_voco, voco_crops):
     """Base crops tile the window, random crops lie where their overlaps say; held-out views are unaltered."""
-    method = make().eval()
-    crops = crops_of(method)
+    method = make_voco().eval()
+    crops = voco_crops(method)
     batch = method.views(crops, StepRNG(0, 1, 3))
     assert batch["crops"].shape == (3, 9, 1, 4, 8, 8) and "kept" not in batch
     assert torch.equal(batch["crops"][:, 1], crops.data[:, :, :, :8, 8:])
@@ -114,19 +58,19 @@ def test_views_cut_what_the_labels_say(make):
     torch.testing.assert_close(batch["overlap"], expected, atol=1e-7, rtol=0)
 
 
-def test_offsets_reach_both_ends(make):
+def test_offsets_reach_both_ends(make_voco, voco_batch):
     """(4)"""
-    method = make(random_crops=200)
-    offset = batch_of(method, 4)["offset"].flatten(0, 1)
+    method = make_voco(random_crops=200)
+    offset = voco_batch(method, 4)["offset"].flatten(0, 1)
     assert offset.amin(0).tolist() == [0, 0, 0] and offset.amax(0).tolist() == [0, 16, 8]
     assert set(offset[:, 1].tolist()) == set(range(17)) and set(offset[:, 2].tolist()) == set(range(9))
 
 
 @pytest.mark.parametrize("kind", ["mirror", "rot90", "intensity"])
-def test_alterations_are_each_crops_own(make, kind):
+def test_alterations_are_each_crops_own(make_voco, kind, voco_crops):
     """(9) Every crop is altered by itself, also in one volume; where it lies, and its shape, stay."""
-    method = make(**{"mirror": 0.0, "rot90": 0.0, "intensity": 0.0, kind: 0.5})
-    crops = crops_of(method, 3)
+    method = make_voco(**{"mirror": 0.0, "rot90": 0.0, "intensity": 0.0, kind: 0.5})
+    crops = voco_crops(method, 3)
     crops.data[:] = crops.data[:1, :, :, :8, :8].repeat(1, 1, 1, 3, 2)  # every base crop the same
     batch, plain = method.views(crops, StepRNG(0, 2, 3)), method.eval().views(crops, StepRNG(0, 2, 3))
     for volume in batch["crops"][:, :6].flatten(2):
@@ -136,25 +80,25 @@ def test_alterations_are_each_crops_own(make, kind):
         assert torch.equal(batch[key], plain[key])
 
 
-def test_only_whole_voxel_alterations_keep_the_voxels(make):
+def test_only_whole_voxel_alterations_keep_the_voxels(make_voco, voco_crops, voco_batch):
     """Flips and quarter turns move voxels; turns only in the plane whose axes are alike."""
-    method = make(mirror=0.5, rot90=1.0, intensity=0.0)
-    crops = crops_of(method, 2)
+    method = make_voco(mirror=0.5, rot90=1.0, intensity=0.0)
+    crops = voco_crops(method, 2)
     batch, plain = method.views(crops, StepRNG(0, 2, 2))["crops"], method.eval().views(crops, StepRNG(0, 2, 2))["crops"]
     assert torch.equal(batch.flatten(2).sort(2).values, plain.flatten(2).sort(2).values)
     planes = [x.flatten(4).sort(4).values for x in (batch, plain)]  # of each slice along the first axis
     matches = [(planes[0] == other).flatten(2).all(2) for other in (planes[1], planes[1].flip(3))]
     assert bool((matches[0] | matches[1]).all()) and not torch.equal(batch, plain)
-    thick = make(mirror=0.0, rot90=1.0, intensity=0.0, plan={"spacing": (1.0, 1.0, 2.0)})
-    trained, held_out = batch_of(thick), batch_of(thick.eval())
+    thick = make_voco(mirror=0.0, rot90=1.0, intensity=0.0, plan={"spacing": (1.0, 1.0, 2.0)})
+    trained, held_out = voco_batch(thick), voco_batch(thick.eval())
     assert torch.equal(trained["crops"], held_out["crops"])
 
 
 @pytest.mark.parametrize("arch", ["plain", "resenc"])
-def test_gradients(make, arch):
+def test_gradients(make_voco, arch, voco_batch):
     """(28) Each encoder parameter and the projector learn; decoder and teacher do not."""
-    method = make(arch)
-    terms = method(batch_of(method))
+    method = make_voco(arch)
+    terms = method(voco_batch(method))
     terms["total"].backward()
     encoder = {id(p) for p in unwrap(method.network).encoder.parameters()}
     for name, p in method.named_parameters():
@@ -179,17 +123,17 @@ def terms_by_hand(method, batch):
     return sum(intra) / len(z), sum(inter) / len(z), orthogonality(z[:, :n])
 
 
-def test_terms(make):
+def test_terms(make_voco, voco_batch):
     """Total = intra + inter + reg with the published weights; volume i is compared with i + 1."""
-    method = make()
+    method = make_voco()
     for p in method.teacher.parameters():  # so that it differs from the student
         p.add_(0.1 * torch.randn_like(p))
-    batch = batch_of(method)
+    batch = voco_batch(method)
     terms = method(batch)
     for value, key in zip(terms_by_hand(method, batch), ("intra", "inter", "reg")):
         torch.testing.assert_close(terms[key], value)
     torch.testing.assert_close(terms["total"], terms["intra"] + terms["inter"] + terms["reg"])
-    weighted = make(intra_weight=2.0, inter_weight=0.5, reg_weight=0.25)
+    weighted = make_voco(intra_weight=2.0, inter_weight=0.5, reg_weight=0.25)
     weighted.load_state_dict(method.state_dict())
     again = weighted(batch)
     torch.testing.assert_close(again["total"], 2 * terms["intra"] + 0.5 * terms["inter"] + 0.25 * terms["reg"])
@@ -200,10 +144,10 @@ def test_terms(make):
     assert float(terms["top1_chance"]) == pytest.approx(1 / 6) and float(terms["skipped"]) == 0
 
 
-def test_gradients_of_the_terms(make):
+def test_gradients_of_the_terms(make_voco, voco_batch):
     """(20, 21) Intra reaches random crops' vectors only; inter both of the student's, none of the teacher's."""
-    method = make(feature_dropout=0.0)
-    batch = batch_of(method)
+    method = make_voco(feature_dropout=0.0)
+    batch = voco_batch(method)
     seen = {}
 
     def embeddings(batch, *, everyone):
@@ -221,19 +165,19 @@ def test_gradients_of_the_terms(make):
     assert bool(seen["z"].grad[:, :n].any()) and bool(seen["z"].grad[:, n:].any())
 
 
-def test_inter_of_equal_networks_is_nothing(make):
+def test_inter_of_equal_networks_is_nothing(make_voco, voco_batch):
     """(25) Student equal to teacher, without feature dropout: nothing to learn from each other, whatever the positions."""
-    method = make(feature_dropout=0.0)
-    terms = method(batch_of(method))
+    method = make_voco(feature_dropout=0.0)
+    terms = method(voco_batch(method))
     assert abs(float(terms["inter"])) < 1e-4 and float(terms["intra"]) > 0.1
     for p in method.teacher.parameters():
         p.add_(0.2 * torch.randn_like(p))
-    assert float(method(batch_of(method))["inter"]) > 1e-3
+    assert float(method(voco_batch(method))["inter"]) > 1e-3
 
 
-def test_partners(make):
+def test_partners(make_voco):
     """(25) Round the batch, past volumes that do not count; of the same dataset where asked for; none where alone."""
-    method = make()
+    method = make_voco()
     name = torch.tensor([1, 2, 1, 2])
 
     def partners(counts):
@@ -243,30 +187,30 @@ def test_partners(make):
     found, paired = partners([1, 0, 1, 1])
     assert [found[0], found[2], found[3]] == [2, 3, 0] and paired == [True, False, True, True]
     assert partners([0, 0, 1, 0])[1] == [False] * 4
-    method = make(pairing="dataset")
+    method = make_voco(pairing="dataset")
     assert partners([1, 1, 1, 1]) == [[2, 3, 0, 1], [True] * 4]
     assert partners([1, 1, 1, 0])[1] == [True, False, True, False]
 
 
-def test_one_volume_has_nothing_to_compare(make, caplog):
+def test_one_volume_has_nothing_to_compare(make_voco, caplog, voco_batch):
     """(25) B = 1: the term is off, with one warning."""
-    method = make()
+    method = make_voco()
     with caplog.at_level(logging.WARNING, logger="nnssl"):
         for step in range(2):
-            terms = method(batch_of(method, 1, step=step))
+            terms = method(voco_batch(method, 1, step=step))
     assert float(terms["inter"]) == 0 and float(terms["intra"]) > 0
     assert sum("inter-volume" in r.message for r in caplog.records) == 1
 
 
-def test_feature_dropout_never_drops_a_crop(make):
+def test_feature_dropout_never_drops_a_crop(make_voco, voco_batch):
     """(25, B1) Entries are dropped, never whole rows, unless asked for as in the released code; none in evaluation."""
-    method = make(feature_dropout=0.5)
-    kept = batch_of(method, 8)["kept"]
+    method = make_voco(feature_dropout=0.5)
+    kept = voco_batch(method, 8)["kept"]
     assert kept.shape == (8, 9, method.width) and 0.4 < float(kept.float().mean()) < 0.6
     assert bool(kept.any(2).all()) and not bool(kept.all(2).any())
-    rows = batch_of(make(feature_dropout=0.5, drop_rows=True), 8)["kept"]
+    rows = voco_batch(make_voco(feature_dropout=0.5, drop_rows=True), 8)["kept"]
     assert rows.shape == (8, 9, 1) and 0.2 < float(rows.float().mean()) < 0.8
-    batch = batch_of(method)
+    batch = voco_batch(method)
     z = method.embeddings(batch, everyone=False)[0]
     torch.testing.assert_close(z, method.embeddings({**batch, "kept": batch["kept"]}, everyone=False)[0])
     clean = method.embeddings({k: v for k, v in batch.items() if k != "kept"}, everyone=False)[0]
@@ -277,47 +221,47 @@ def alike(x):
     return float(similarity(x, x, relu=False).mean())
 
 
-def test_pooled_features_are_standardised(make):
+def test_pooled_features_are_standardised(make_voco, voco_batch):
     """(27) InstanceNorm makes pooled features nearly equal; standardised over the batch they are not."""
-    method = make()
+    method = make_voco()
     seen = {}
     method.projector.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
-    batch = batch_of(method.eval())
+    batch = voco_batch(method.eval())
     pooled = method.embeddings(batch, everyone=False)[2].flatten(0, 1)
     assert alike(pooled) > 0.97
     torch.testing.assert_close(seen["x"].mean(0), torch.zeros(method.width), atol=1e-4, rtol=0)
     spread = seen["x"].std(0, unbiased=False)
     torch.testing.assert_close(spread, torch.ones_like(spread), atol=0.2, rtol=0)
     assert alike(seen["x"]) < 0.2
-    raw = make(standardise=False)
+    raw = make_voco(standardise=False)
     raw.projector.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
-    raw.embeddings(batch_of(raw.eval()), everyone=False)
+    raw.embeddings(voco_batch(raw.eval()), everyone=False)
     assert alike(seen["x"]) > 0.97
 
 
-def test_teacher(make):
+def test_teacher(make_voco, voco_batch):
     """(23, 24) It changes by update_teacher alone, once per optimiser step; forwards and evaluation leave it as it is."""
-    method = make()
+    method = make_voco()
     start = [p.clone() for p in method.teacher.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(start, method.projector.parameters()))
-    method(batch_of(method))["total"].backward()
-    method.eval()(batch_of(method))
+    method(voco_batch(method))["total"].backward()
+    method.eval()(voco_batch(method))
     method.optimiser().step()
     assert all(torch.equal(a, b) for a, b in zip(start, method.teacher.parameters()))
     method.after_step(Progress(1, 2, 0, 1))
     for t, t0, s in zip(method.teacher.parameters(), start, method.projector.parameters()):
         torch.testing.assert_close(t, 0.9 * t0 + 0.1 * s, rtol=1e-6, atol=1e-8)
     assert not any(p.requires_grad for p in method.teacher.parameters())
-    make(teacher="none", inter_weight=0.0).after_step(Progress(1, 2, 0, 1))
+    make_voco(teacher="none", inter_weight=0.0).after_step(Progress(1, 2, 0, 1))
 
 
 @pytest.mark.parametrize("preset", ["tpami", "paper", "released", "nnssl", "voco_v1"])
-def test_presets_take_a_step(make, preset):
+def test_presets_take_a_step(make_voco, preset, voco_batch):
     cls = get_method("voco")
     options = cls.presets[preset]
     assert set(options) <= {f.name for f in fields(cls.Config)}
-    method = make(**{**options, **SMALL})
-    terms = method(batch_of(method))
+    method = make_voco(**{**options, "proj_dim": 24, "random_crops": 3})
+    terms = method(voco_batch(method))
     assert bool(terms["total"].isfinite())
     terms["total"].backward()
     assert ("teacher" in dict(method.named_children())) == (method.config.teacher == "ema")
@@ -327,144 +271,26 @@ def test_presets_take_a_step(make, preset):
         assert method.config.standardise and not method.config.reg_detach
 
 
-# ---- degenerate volumes (36) -----------------------------------------------------------------------------------------
-
-
-def step(method, crops):
-    batch = method.views(crops, StepRNG(0, 3, len(crops)))
-    method.zero_grad()
-    terms = method(batch)
-    terms["total"].backward()
-    assert all(bool(torch.as_tensor(v).isfinite().all()) for v in terms.values())
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in method.parameters() if p.requires_grad)
-    return batch, {k: float(torch.as_tensor(v).detach()) for k, v in terms.items()}
-
-
-def test_volume_smaller_than_the_window(make):
-    """Padded with the lower clip value; cells of padding are left out and overlaps add up to 1 over the others."""
-    method = make()
-    shape = torch.tensor([[4, 24, 16], [4, 12, 16], [4, 24, 16]])
-    start = torch.tensor([[0, 0, 0], [0, -6, 0], [0, 0, 0]])
-    crops = crops_of(method, shape=shape, start=start)
-    crops.data[1, :, :, :6] = crops.data[1, :, :, 18:] = 0
-    batch, _ = step(method, crops)
-    window = method.windows(crops, crops.intensity[..., 0])[0]
-    assert torch.equal(window[1, :, :, :6], torch.full_like(window[1, :, :, :6], -2.0))
-    assert torch.equal(window[1, :, :, 6:18], crops.data[1, :, :, 6:18])
-    assert batch["base"][1].all() and batch["base"][0].all()  # a quarter of the outer cells lies in the image
-    shape[1, 1], start[1, 1] = 10, -7  # 8 - 7 = 1 of 8 planes
-    batch, _ = step(method, crops_of(method, shape=shape, start=start))
-    assert batch["base"].sum(1).tolist() == [6, 0, 6] and not batch["random"][1].any()  # two cells are left
-    wide = make(grid=(1, 3, 3), crop=(4, 8, 8), stats=(6, 26, 26), random_crops=30)
-    shape = torch.tensor([[4, 24, 24], [4, 10 + 8, 24], [4, 24, 24]])
-    start = torch.tensor([[0, 0, 0], [0, -7, 0], [0, 0, 0]])
-    batch, terms = step(wide, crops_of(wide, shape=shape, start=start))
-    assert batch["base"][1].tolist() == [False] * 3 + [True] * 6
-    torch.testing.assert_close(batch["overlap"].sum(2), torch.ones(3, 30))
-    assert bool((batch["overlap"][1, :, :3] == 0).all()) and terms["skipped"] == 0
-    kept = overlap_labels(batch["offset"], (4, 8, 8), (1, 3, 3))[1, :, 3:].sum(1)
-    assert bool((kept >= 0.5).all())
-
-
-def test_air_constant_and_not_finite_volumes_are_skipped(make):
-    method = make()
-    good = crops_of(method, 5)
-    air, constant, nan = good.data.clone(), good.data.clone(), good.data.clone()
-    good.body[1] = False
-    air[1] = -2 + 0.01 * air[1]
-    constant[2], nan[3, 0, 0, 0, 0] = 0.7, math.nan
-    data = torch.stack([good.data[0], air[1], constant[2], nan[3], good.data[4]])
-    batch, terms = step(method, Crops(**{**vars(good), "data": data}))
-    assert batch["base"].any(1).tolist() == [True, False, False, False, True]
-    assert terms["skipped"] == pytest.approx(0.6)
-    told = {k: v for k, v in vars(good).items() if v is not None}
-    pair = Crops(**{k: v[[0, 4]] if isinstance(v, torch.Tensor) else [v[0], v[4]] for k, v in told.items()})
-    batch = method.eval().views(Crops(**{**vars(good), "data": data}), StepRNG(0, 3, 5))
-    alone = {**batch, **{k: batch[k][[0, 4]] for k in batch}}
-    for key in ("total", "intra", "inter", "reg", "top1", "mae"):
-        torch.testing.assert_close(method(batch)[key], method(alone)[key], atol=1e-5, rtol=1e-4)
-    assert len(pair) == 2
-
-
-def test_all_volumes_skipped(make):
-    method = make()
-    crops = crops_of(method)
-    crops.data[:] = 0.3
-    _, terms = step(method, crops)
-    assert terms["total"] == 0 and terms["skipped"] == 1 and terms["position_learnt"] == 0
-    assert all(float(p.grad.abs().sum()) == 0 for p in method.parameters() if p.requires_grad)
-
-
-def test_masked_normalisation_is_padded_with_its_own_outside(make):
-    method = make()
-    crops = crops_of(method, shape=torch.tensor([[4, 24, 12]] * 3))
-    assert float(method.windows(crops, crops.intensity[..., 0])[0][..., 12:].unique()) == -2
-    method.plan.config.configuration["use_mask_for_norm"] = [True]
-    assert float(method.windows(crops, crops.intensity[..., 0])[0][..., 12:].abs().max()) == 0
-
-
-def test_several_channels_are_cut_together(make):
-    method = make(channels=2)
-    batch = batch_of(method.eval(), channels=2)
-    assert batch["crops"].shape == (3, 9, 2, 4, 8, 8)
-    crops = crops_of(method, channels=2)
-    crops.data[:, 1] = crops.data[:, 0] + 1
-    x = method.train().views(crops, StepRNG(0, 1, 3))["crops"]
-    assert x.shape[2] == 2
-    quiet = make(channels=2, intensity=0.0).views(crops, StepRNG(0, 1, 3))["crops"]
-    torch.testing.assert_close(quiet[:, :, 1], quiet[:, :, 0] + 1)
-
-
-def test_2d_plans(tiny_plans, tiny_dataset_json):
-    plans = tiny_plans(2, strides=FLAT, patch=(8, 24, 16), features=(4, 6, 8))
-    method = method_of(plans, tiny_dataset_json(), stats=(10, 26, 26), crop=(8, 8), name="2d")
-    assert method.grid == (3, 3)
-    batch = batch_of(method)
-    assert batch["crops"].shape == (3, 12, 1, 8, 8)
-    terms = method(batch)
-    terms["total"].backward()
-    assert bool(terms["total"].isfinite())
-    picture = method.eval().pictures(batch_of(method))
-    assert all(c.shape == (3, 24, 24, 3) for c in picture.columns.values())
-
-
-def test_anisotropic_plan(tiny_plans, tiny_dataset_json):
-    """(31) Crops of 20x64x64 in a grid of 1x3x3: one step."""
-    strides = ((1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))
-    plans = tiny_plans(
-        strides=strides,
-        patch=(20, 256, 224),
-        features=(2, 2, 2, 4, 4, 4),
-        spacing=(6.0, 0.6, 0.6),
-        median_shape=(20, 256, 216),
-    )
-    method = method_of(plans, tiny_dataset_json(), stats=(20, 256, 216), crop=None, random_crops=1)
-    assert method.request.size == (20, 64, 64) and method.grid == (1, 3, 3)
-    terms = method(batch_of(method, 2))
-    terms["total"].backward()
-    assert bool(terms["total"].isfinite())
-
-
 # ---- what a person sees ----------------------------------------------------------------------------------------------
 
 
-def test_pictures(make):
-    method = make().eval()
-    picture = method.pictures(batch_of(method, 5))
+def test_pictures(make_voco, voco_batch):
+    method = make_voco().eval()
+    picture = method.pictures(voco_batch(method, 5))
     assert list(picture.columns) == [CELLS, TRUE, GUESS]
     for column in picture.columns.values():
         assert column.shape == (4, 24, 16, 3) and column.min() >= 0 and column.max() <= 1
     true = picture.columns[TRUE]
     redness = true[..., 0] - true[..., 1:].mean(-1)
-    batch = batch_of(method, 5)
+    batch = voco_batch(method, 5)
     cell = int(batch["overlap"][0, 0].argmax())
     y, x = 8 * (cell // 2) + 3, 8 * (cell % 2) + 3
     assert redness[0, y, x] > 0.05
 
 
-def test_embedding_and_verdict(make):
-    method = make().eval()
-    batch = batch_of(method)
+def test_embedding_and_verdict(make_voco, voco_batch):
+    method = make_voco().eval()
+    batch = voco_batch(method)
     assert method.embed(batch).shape == (27, 24)
     level = method.levels.constant
     terms = {"intra": 0.5 * level, "constant": level, "position_learnt": 0.5, "top1": 0.7, "top1_chance": 1 / 6}
@@ -476,9 +302,9 @@ def test_embedding_and_verdict(make):
     assert not learnt and "did not learn" in sentence and "not clearly below" in sentence
 
 
-def test_random_features_below_the_best_constant_have_not_learnt(make):
+def test_random_features_below_the_best_constant_have_not_learnt(make_voco):
     """Overlapping crops share content: what counts is also the change since before training."""
-    method = make().eval()
+    method = make_voco().eval()
     level = method.levels.constant
     before = {"intra": 0.85 * level, "constant": level, "position_learnt": 0.15, "top1": 0.34, "top1_chance": 1 / 6}
     assert not method.verdict(before, before)[0]
@@ -489,10 +315,10 @@ def test_random_features_below_the_best_constant_have_not_learnt(make):
     assert method.verdict({**before, "top1": 1.0}, {**before, "intra": 0.5 * level, "top1": 1.0})[0]
 
 
-def test_views_are_a_function_of_the_sample(make):
+def test_views_are_a_function_of_the_sample(make_voco, voco_crops):
     """The second half of a batch is made alike on a rank of its own."""
-    method = make()
-    crops = crops_of(method, 4)
+    method = make_voco()
+    crops = voco_crops(method, 4)
     whole = method.views(crops, StepRNG(0, 5, 4))
     half = Crops(**{k: v[2:] for k, v in vars(crops).items() if v is not None})
     part = method.views(half, StepRNG(0, 5, 4, 2, 2))
@@ -501,10 +327,10 @@ def test_views_are_a_function_of_the_sample(make):
 
 
 @pytest.mark.parametrize("options", [{}, {"weighting": "binary"}, {"weighting": "all"}, {"pool": "batch"}], ids=str)
-def test_what_has_no_place_does_not_count(make, options):
+def test_what_has_no_place_does_not_count(make_voco, options, voco_batch):
     """A random crop that found no place and a base crop of air may show anything: no term notices."""
-    method = make(**options)
-    batch = batch_of(method, 3)
+    method = make_voco(**options)
+    batch = voco_batch(method, 3)
     n = batch["base"].shape[1]
     batch = {**batch, "random": torch.ones_like(batch["random"]), "base": torch.ones_like(batch["base"])}
     batch["random"][1, 2] = batch["base"][0, 4] = False

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from nnssl.config import make_config
-from nnssl.networks import build_network, unwrap
-from nnssl.plans import Plan
+from nnssl.networks import unwrap
 from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.methods import SourceStats, get_method
 from nnssl.pretrain.methods.voco.levels import chance_levels
@@ -16,21 +15,6 @@ from nnssl.pretrain.methods.voco.method import Embeddings
 from nnssl.pretrain.methods.voco.picture import CELLS, GUESS, TRUE, overlap_picture
 
 FLAT = ((1, 1, 1), (1, 2, 2), (2, 2, 2))
-
-
-@pytest.fixture
-def make(tiny_plans, tiny_dataset_json):
-    """``make(channels=1, **options)``: a method whose windows of 4x24x16 voxels have 1x3x2 cells."""
-
-    def build(channels=1, **options):
-        torch.manual_seed(0)
-        plans = tiny_plans(3, "plain", channels, strides=FLAT, patch=(8, 24, 16), features=(4, 6, 8))
-        plan, cls = Plan.from_dicts(plans, "3d_fullres", tiny_dataset_json(channels)), get_method("voco")
-        config = make_config(cls.Config, {"proj_dim": 24, "random_crops": 3, **options})
-        request = cls.crops(plan, SourceStats((6, 26, 18), 5), config, (4, 8, 8))
-        return cls(build_network(plan), plan, request, config)
-
-    return build
 
 
 def views(method, crops, seed=0):
@@ -65,27 +49,27 @@ PUBLISHED = {  # the tables of docs/methods/voco.md
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_presets_are_what_was_published(preset, make):
+def test_presets_are_what_was_published(preset, make_voco):
     cls = get_method("voco")
     config = make_config(cls.Config, {}, cls.presets[preset])
     assert {k: getattr(config, k) for k in PUBLISHED[preset]} == PUBLISHED[preset]
     assert config.intra_weight == config.reg_weight == 1 and cls.grad_clip == 1
-    told = cls.crops(make().plan, SourceStats((6, 26, 18), 5), config, (4, 8, 8)).explanation
+    told = cls.crops(make_voco().plan, SourceStats((6, 26, 18), 5), config, (4, 8, 8)).explanation
     assert f"6 cells and {config.random_crops} random crops each" in told
 
 
-def test_a_batch_is_four_volumes_and_any_term_may_be_left_out(make):
-    request = make().request
+def test_a_batch_is_four_volumes_and_any_term_may_be_left_out(make_voco):
+    request = make_voco().request
     assert (request.batch_size, request.min_batch) == (4, 1)
     for weights in ((1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 0, 0), (0, 0, 1)):
-        make(**dict(zip(("intra_weight", "inter_weight", "reg_weight"), weights)))
+        make_voco(**dict(zip(("intra_weight", "inter_weight", "reg_weight"), weights)))
 
 
 # ---- views -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_volume_counts_from_four_cells_on(make, make_crops):
-    method = make()
+def test_a_volume_counts_from_four_cells_on(make_voco, make_crops):
+    method = make_voco()
     crops = make_crops(method, 3)
     crops.body[:] = True
     for i, first in enumerate((0, 1, 2)):  # cells of 8x8, three down and two across: 6, 5 and 4 that show body
@@ -98,9 +82,9 @@ def test_a_volume_counts_from_four_cells_on(make, make_crops):
     assert batch["base"].sum(1).tolist() == [6, 5, 0] and not batch["random"][2].any()
 
 
-def test_windows_made_by_hand_are_whole_images(make, make_crops):
+def test_windows_made_by_hand_are_whole_images(make_voco, make_crops):
     """Without the image's shape the window is all of it, wherever it starts; the picture gets the first channel."""
-    method = make(channels=2)
+    method = make_voco(channels=2)
     crops = make_crops(method, 2, start=5)
     data, inside, finite = method.windows(crops, torch.full((2, 2), -2.0))
     assert torch.equal(data, crops.data) and inside.all() and finite.all()
@@ -110,9 +94,9 @@ def test_windows_made_by_hand_are_whole_images(make, make_crops):
 # ---- what is learnt --------------------------------------------------------------------------------------------------
 
 
-def test_two_volumes_are_each_others(make, make_batch):
+def test_two_volumes_are_each_others(make_voco, make_batch):
     """(25) B = 2 pairs volumes 0 and 1: their term is as of volumes 0, 1 of which each is the other's next."""
-    method = make(feature_dropout=0.0)
+    method = make_voco(feature_dropout=0.0)
     for p in method.teacher.parameters():
         p.add_(0.2 * torch.randn_like(p))
     batch = make_batch(method, 2)
@@ -122,9 +106,9 @@ def test_two_volumes_are_each_others(make, make_batch):
         assert float(method(batch)["inter"]) > 1e-3
 
 
-def test_dropout_keeps_the_mean_of_a_feature(make, make_batch):
+def test_dropout_keeps_the_mean_of_a_feature(make_voco, make_batch):
     """What is kept of half of the features counts twice; the teacher sees all."""
-    method, seen = make(feature_dropout=0.5), {}
+    method, seen = make_voco(feature_dropout=0.5), {}
     method.projector.register_forward_pre_hook(lambda _, args: seen.update(student=args[0]))
     method.teacher.module.register_forward_pre_hook(lambda _, args: seen.update(teacher=args[0]))
     batch = make_batch(method, 3)
@@ -135,9 +119,9 @@ def test_dropout_keeps_the_mean_of_a_feature(make, make_batch):
     assert not seen["student"][~kept].any() and bool((seen["teacher"][~kept] != 0).any())
 
 
-def test_the_decoder_is_not_run(make, make_batch):
+def test_the_decoder_is_not_run(make_voco, make_batch):
     """Of the network only the encoder is looked at: a pass through a decoder stage would be time lost."""
-    method = make()
+    method = make_voco()
 
     def fail(*_):
         pytest.fail("the decoder was run")
@@ -147,9 +131,9 @@ def test_the_decoder_is_not_run(make, make_batch):
     method(make_batch(method, 2))["total"].backward()
 
 
-def test_each_rank_embeds_its_own_crops(make, make_batch, monkeypatch):
+def test_each_rank_embeds_its_own_crops(make_voco, make_batch, monkeypatch):
     """Where the batch is not gathered these are all that there are, on any rank; where it is, the rank's part."""
-    method = make()
+    method = make_voco()
     batch = make_batch(method.eval(), 3)
     whole = method.embed(batch)
     monkeypatch.setattr("nnssl.pretrain.methods.voco.method.rank", lambda: 1)
@@ -162,9 +146,9 @@ def test_each_rank_embeds_its_own_crops(make, make_batch, monkeypatch):
 # ---- what a person sees ----------------------------------------------------------------------------------------------
 
 
-def test_numbers_for_the_log_by_hand(make):
+def test_numbers_for_the_log_by_hand(make_voco):
     """Three volumes of four cells; the last one does not count, and in the second one cell."""
-    method = make(random_crops=2)
+    method = make_voco(random_crops=2)
     base = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]]).bool()
     random = torch.tensor([[1, 1], [1, 0], [0, 0]]).bool()
     overlap, cosine = torch.zeros(3, 2, 4), torch.full((3, 2, 4), 0.9)
@@ -194,8 +178,8 @@ def test_numbers_for_the_log_by_hand(make):
     assert float(again["dead"]) == pytest.approx(1 / 5), "ReLU has no gradient at 0 either"
 
 
-def test_spread_of_the_features_is_the_mean_over_channels(make, make_batch):
-    method = make().eval()
+def test_spread_of_the_features_is_the_mean_over_channels(make_voco, make_batch):
+    method = make_voco().eval()
     batch = make_batch(method, 3)
     with torch.no_grad():
         found = method.pooled(batch["crops"].flatten(0, 1)).std(0)
@@ -207,9 +191,9 @@ def test_spread_of_the_features_is_the_mean_over_channels(make, make_batch):
     ("volumes", "options", "alone", "few"),
     [(1, {}, True, 9), (1, {"inter_weight": 0.0}, False, 9), (2, {}, False, 18), (2, {"random_crops": 4}, False, None)],
 )
-def test_warnings_of_small_batches(make, make_batch, caplog, volumes, options, alone, few):
+def test_warnings_of_small_batches(make_voco, make_batch, caplog, volumes, options, alone, few):
     """One volume has none to be compared with; statistics over fewer than 20 crops are told of, each once."""
-    method = make(**options)
+    method = make_voco(**options)
     with caplog.at_level(logging.WARNING, logger="nnssl"), torch.no_grad():
         for step in range(2):
             method(make_batch(method, volumes, step=step))
@@ -220,13 +204,13 @@ def test_warnings_of_small_batches(make, make_batch, caplog, volumes, options, a
     )
 
 
-def test_curves_are_shares_of_crops_beside_what_knows_nothing(make):
-    place, found, apart, between = make().curves()
+def test_curves_are_shares_of_crops_beside_what_knows_nothing(make_voco):
+    place, found, apart, between = make_voco().curves()
     assert [(level.term, level.factor) for level in place.levels] == [("constant", 1.0), ("constant", 0.9)]
     assert found.percent and found.levels[0].term == "top1_chance"
     assert not (place.percent or apart.percent or between.percent)
     assert [list(c.lines) for c in (place, found, apart, between)] == [["intra"], ["top1"], ["base_cosine"], ["inter"]]
-    assert len(make(inter_weight=0.0).curves()) == 3
+    assert len(make_voco(inter_weight=0.0).curves()) == 3
 
 
 @pytest.mark.parametrize(
