@@ -23,9 +23,6 @@ def gather_pyramid(levels: Sequence[Tensor], voxels: Tensor, strides: Sequence[S
 
     Returns:
         per level ``(B, n, C_i)``, dtype as the level.
-
-    Raises:
-        ValueError: if the number of levels and strides differ.
     """
     if len(levels) != len(strides):
         raise ValueError(f"{len(levels)} levels but {len(strides)} strides")
@@ -44,13 +41,8 @@ class ScaleProjections(nn.Module):
     """One linear map (a 1x1x1 convolution on gathered voxels) per level to a common width: each level gets the same share.
 
     Level ``i`` (0 the finest) fills exactly the slots ``[i * dim, (i + 1) * dim)``. With torch's default init the
-    variance of each slot group is a third of its level's, so the levels start balanced.
-
-    Args:
-        channels: channels per level, finest first.
-        dim: width per level.
-        trainable: False freezes the random maps, as the authors' released code did by accident; they are saved all
-            the same.
+    variance of each slot group is a third of its level's, so the levels start balanced. ``trainable=False`` freezes the random
+    maps, as the authors' released code did by accident; they are saved all the same.
     """
 
     def __init__(self, *, channels: Sequence[int], dim: int = 32, trainable: bool = True) -> None:
@@ -60,14 +52,7 @@ class ScaleProjections(nn.Module):
         self.requires_grad_(trainable)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Map and concatenate.
-
-        Args:
-            features: per level ``(..., C_i)``, finest first.
-
-        Returns:
-            ``(..., n_levels * dim)``.
-        """
+        """Map features ``(..., C_i)``, finest first, and concatenate: ``(..., n_levels * dim)``."""
         return torch.cat([m(f) for m, f in zip(self.maps, features, strict=True)], -1)
 
 

@@ -16,15 +16,9 @@ ROW_NORMS = ("batch", "row")
 
 
 def standardise_rows(x: Tensor, rows: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """Zero mean and unit variance of every feature over the batch, without learned parameters, in float32.
+    """Zero mean and unit variance of every feature of ``(N, D)`` over the batch, without learned parameters, in float32.
 
-    Args:
-        x: ``(N, D)``.
-        rows: ``(N,)`` bool, rows that count for mean and variance; all by default. The others are scaled like them.
-        eps: added to the variance.
-
-    Returns:
-        ``(N, D)``.
+    Over the ``rows`` ``(N,)`` bool that count; the others are scaled like them.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = at_least_float32(x)
@@ -40,15 +34,8 @@ def standardise_rows(x: Tensor, rows: Tensor | None = None, eps: float = 1e-5) -
 class BatchNormMLP(nn.Module):
     """Three linear maps with normalisation and ReLU between them.
 
-    Args:
-        width: features of the input.
-        hidden: features between the maps.
-        out: features of the output.
-        norm: ``"batch"``, or ``"row"``: each row by itself, what ``InstanceNorm1d`` does to ``(N, D)``; it does not centre
-            the batch, and features that are alike stay alike.
-
-    Raises:
-        ValueError: for an unknown norm.
+    ``norm`` is ``"batch"``, or ``"row"``: each row by itself, what ``InstanceNorm1d`` does to ``(N, D)``; it does not centre
+    the batch, and features that are alike stay alike.
     """
 
     def __init__(self, width: int, hidden: int = 1024, out: int = 1024, *, norm: str = "batch") -> None:
@@ -59,12 +46,8 @@ class BatchNormMLP(nn.Module):
         self.maps = nn.ModuleList([nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out)])
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """``(N, width)`` -> ``(N, out)`` float32, not of unit length.
-
-        Args:
-            x: features.
-            rows: ``(N,)`` bool, rows that count for batch statistics; at least two of them.
-        """
+        """``(N, width)`` -> ``(N, out)`` float32, not of unit length; batch statistics are of ``rows`` ``(N,)``, at least
+        two."""
         with torch.autocast(x.device.type, enabled=False):
             x = at_least_float32(x)
             for linear in list(self.maps)[:-1]:

@@ -16,15 +16,9 @@ from nnssl.distributed import gather_with_grad
 
 
 def pool_stages(maps: Sequence[Tensor], active: Sequence[Tensor] | None = None, *, maximum: bool = True) -> Tensor:
-    """Mean and maximum of feature maps, concatenated, in float32.
+    """Mean and maximum of feature maps ``(B, C_i, *size_i)``, concatenated, in float32: ``(B, 2 * sum(C_i))``.
 
-    Args:
-        maps: ``(B, C_i, *size_i)``.
-        active: per map ``(B, 1, *size_i)`` bool, places that count; all by default.
-        maximum: False for the mean alone, which is enough under LayerNorm.
-
-    Returns:
-        ``(B, 2 * sum(C_i))``, or ``(B, sum(C_i))`` without the maximum.
+    Over the places ``active`` ``(B, 1, *size_i)`` that count; the mean alone is enough under LayerNorm.
     """
     out = []
     for i, x in enumerate(maps):
@@ -42,14 +36,9 @@ def pool_stages(maps: Sequence[Tensor], active: Sequence[Tensor] | None = None, 
 class RunningStandardisation(nn.Module):
     """``(x - mean) / sd`` per feature with running, not learned, moments over batch and ranks; no gradient through them.
 
-    The first steps average evenly, so that there is no warm-up. In eval mode nothing is updated.
-
-    Args:
-        width: number of features.
-        momentum: of the moving average.
-        eps: added to the variance.
-        batch: standardise by the moments of the batch itself while training, with gradient through them; the running ones
-            are for eval. Then no learning can make all rows alike, which running moments cannot prevent: they lag behind.
+    The first steps average evenly, so that there is no warm-up. In eval mode nothing is updated. With ``batch`` the moments
+    of the batch itself are used while training, with gradient through them: then no learning can make all rows alike, which
+    running moments cannot prevent, since they lag behind.
     """
 
     mean: Tensor
@@ -92,14 +81,8 @@ class RunningStandardisation(nn.Module):
 
 
 class DinoHead(nn.Module):
-    """Linear, GELU, Linear, GELU, Linear, unit length, then the cosine with K unit prototypes.
-
-    Args:
-        width: of the input.
-        prototypes: K; 0 where nothing but the embedding is wanted.
-        hidden: width of the two hidden layers.
-        bottleneck: width of the embedding.
-    """
+    """Linear, GELU, Linear, GELU, Linear, unit length, then the cosine with K unit prototypes (0: only the embedding is
+    wanted)."""
 
     def __init__(self, width: int, prototypes: int = 4096, *, hidden: int = 1024, bottleneck: int = 256) -> None:
         super().__init__()

@@ -14,15 +14,7 @@ class TokenDecoder(nn.Module):
     """A learned token where there is none, two transformer blocks with their own positions, then Primus's decoder of tokens.
 
     The blocks let hidden places see the visible ones; Primus's decoder alone works token by token, and would draw the same at
-    every hidden place.
-
-    Args:
-        width: length of a token.
-        channels: of the image.
-        token: voxels per axis of a token.
-        grid: tokens per axis.
-        heads: of the attention.
-        depth: transformer blocks.
+    every hidden place. ``width`` is the length of a token, ``token`` its voxels per axis, ``grid`` the tokens per axis.
     """
 
     def __init__(

@@ -18,26 +18,15 @@ from nnssl.distributed import gather_with_grad, mean_over_ranks
 
 @torch.no_grad()
 def teacher_targets(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
-    """``softmax((logits - centre) / temperature)`` over the last axis, float32.
-
-    Args:
-        logits: ``(..., K)``.
-        centre: ``(K,)``.
-        temperature: ``tau_t``.
-    """
+    """``softmax((logits - centre) / tau_t)`` over the last axis of ``(..., K)``, float32; the centre is ``(K,)``."""
     return F.softmax((logits.float() - centre) / temperature, -1)
 
 
 def consistency(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """Mean cross-entropy over all pairs of a teacher's and a student's view of the same volume.
+    """Mean cross-entropy over all pairs of a teacher's and a student's view of the same volume, at ``tau_s``.
 
-    Args:
-        targets: ``(p, B, K)`` distributions of the teacher's views.
-        logits: ``(v, B, K)`` of the student's views.
-        temperature: ``tau_s``.
-
-    Returns:
-        ``()`` float32: ``1/(p v B) sum_{i, j, b} H(q_ib, z_jb)``; ln K where all logits are equal.
+    ``1/(p v B) sum_{i, j, b} H(q_ib, z_jb)`` of targets ``(p, B, K)`` and logits ``(v, B, K)``, float32; ln K where all
+    logits are equal.
     """
     with torch.autocast(logits.device.type, enabled=False):
         log_p = F.log_softmax(logits.float() / temperature, -1)
@@ -46,18 +35,12 @@ def consistency(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
 
 
 def alignment(predictions: Tensor, targets: Tensor, kind: str) -> Tensor:
-    """Mean distance over all pairs of a teacher's and a student's view of the same volume.
+    """Mean distance over all pairs of a teacher's and a student's view of the same volume, float32.
 
     Args:
         predictions: ``(v, B, D)``, of the student's predictor.
         targets: ``(p, B, D)``, of the teacher's projector; no gradient goes through them.
         kind: ``"cosine"``: ``1 - cos(z, e)``; ``"mse"``: ``|z - e|^2 / D``.
-
-    Returns:
-        ``()`` float32.
-
-    Raises:
-        ValueError: unknown kind.
     """
     if kind not in ("cosine", "mse"):
         raise ValueError(f"kind must be 'cosine' or 'mse', not '{kind}'")
@@ -71,12 +54,8 @@ def alignment(predictions: Tensor, targets: Tensor, kind: str) -> Tensor:
 def variance_hinge(z: Tensor, eps: float = 1e-4) -> Tensor:
     """``mean over views and coordinates of max(0, 1 - sqrt(var + eps))``, the variance over volumes and ranks.
 
-    Bardes et al. 2022, VICReg (arXiv:2105.04906), eq. 1, with the biased variance. 0 where images differ enough, 1 where
-    they are all the same.
-
-    Args:
-        z: ``(v, B, D)`` embeddings; unit vectors are to come times sqrt(D).
-        eps: keeps the gradient of the root finite.
+    Bardes et al. 2022, VICReg (arXiv:2105.04906), eq. 1, with the biased variance, of embeddings ``(v, B, D)``; unit vectors
+    are to come times sqrt(D). 0 where images differ enough, 1 where they are all the same.
     """
     with torch.autocast(z.device.type, enabled=False):
         everyone = gather_with_grad(z.float().transpose(0, 1).contiguous())  # (B, v, D)
@@ -84,18 +63,12 @@ def variance_hinge(z: Tensor, eps: float = 1e-4) -> Tensor:
 
 
 def koleo(z: Tensor, eps: float = 1e-8) -> Tensor:
-    """``- mean log d_i``, where ``d_i`` is the distance of an embedding to the nearest one of another volume, over ranks.
+    """``- mean log d_i``, where ``d_i`` is the distance of a unit embedding to the nearest one of another volume, over ranks.
 
     Sablayrolles et al. 2019, Spreading vectors for similarity search (arXiv:1806.03198), eq. 2 (Kozachenko-Leonenko's
     estimate of the entropy); as in DINOv2 (arXiv:2304.07193). The tighter a cluster, the stronger it pushes: centring and
-    sharpening alone keep few images from one point, but not from a few of them.
-
-    Args:
-        z: ``(v, B, D)`` unit embeddings; each view is looked at by itself.
-        eps: added to distances.
-
-    Returns:
-        A scalar; 0 where there is a single volume.
+    sharpening alone keep few images from one point, but not from a few of them. Each view of ``(v, B, D)`` is looked at by
+    itself; 0 where there is a single volume.
     """
     with torch.autocast(z.device.type, enabled=False):
         everyone = gather_with_grad(z.float().transpose(0, 1).contiguous()).transpose(0, 1)  # (v, volumes, D)
@@ -117,15 +90,12 @@ def embedding_spread(z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def retrieval(local: Tensor, whole: Tensor, volume: Tensor) -> tuple[Tensor, Tensor]:
-    """How often the global view nearest to a local one is of the same volume.
+    """How often the global view nearest to a local one is of the same volume, and how often by guessing; both over ranks.
 
     Args:
         local: ``(q, B, D)`` unit embeddings of local views.
         whole: ``(B, D)`` of one global view of each volume; those of all ranks are looked at.
         volume: ``(B,)`` int64, equal for crops of one volume.
-
-    Returns:
-        Share of hits, and the share that guessing would have, both over ranks.
     """
     anchors, names = gather_with_grad(whole.contiguous()), gather_with_grad(volume.contiguous())
     same = names[None] == volume[:, None]  # (B, anchors)
@@ -142,9 +112,7 @@ def entropy(p: Tensor) -> Tensor:
 class Centre(nn.Module):
     """``c <- m c + (1 - m) mean over batch, views and ranks of the teacher's logits``, after the step that used the old c.
 
-    Args:
-        prototypes: K.
-        momentum: ``m``; 0.9 for 32 and more teacher samples a step, 0.99 below.
+    The momentum m: 0.9 for 32 and more teacher samples a step, 0.99 below.
     """
 
     value: Tensor
@@ -169,12 +137,7 @@ class Centre(nn.Module):
 
 
 class Health(nn.Module):
-    """Entropy of the teacher's mean target over many steps: a batch is too small to tell whether all images get the same.
-
-    Args:
-        prototypes: K.
-        momentum: of the running mean.
-    """
+    """Entropy of the teacher's mean target over many steps: a batch is too small to tell whether all images get the same."""
 
     mean: Tensor
     count: Tensor
@@ -187,11 +150,7 @@ class Health(nn.Module):
 
     @torch.no_grad()
     def forward(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Observe targets ``(..., K)`` (in training) and measure.
-
-        Returns:
-            Mean entropy H(q) of single targets and entropy H(mean q) of the running mean, both over ranks.
-        """
+        """Observe targets ``(..., K)`` (in training): mean entropy H(q) of single ones, H(mean q) of the running mean."""
         batch = mean_over_ranks(targets.flatten(0, -2).mean(0))
         share = torch.maximum(1.0 / (self.count + 1.0), torch.full_like(self.count, 1.0 - self.momentum))
         mean = torch.lerp(self.mean, batch, share)

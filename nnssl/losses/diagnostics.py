@@ -90,13 +90,8 @@ def place_share(maps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def principal_colours(*maps: Tensor) -> list[Tensor]:
-    """Show feature maps as RGB: their three main directions, found together, so that equal colours mean equal features.
-
-    Args:
-        maps: ``(B, C, *s)`` each, the same C.
-
-    Returns:
-        ``(B, 3, *s)`` each, in [0, 1].
+    """Show feature maps ``(B, C, *s)`` as RGB ``(B, 3, *s)`` in [0, 1]: their three main directions, found together, so that
+    equal colours mean equal features.
     """
     flat = [safe_normalise(m, 1).transpose(0, 1).flatten(1).T.cpu() for m in maps]  # (n, C)
     everything = torch.cat(flat)
@@ -116,21 +111,13 @@ def principal_colours(*maps: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def resemblance(vectors: Tensor, maps: Tensor) -> Tensor:
-    """Cosine between one vector of each sample and the features at each place of its map.
-
-    Args:
-        vectors: ``(B, C)``.
-        maps: ``(B, C, *s)``.
-
-    Returns:
-        ``(B, *s)`` in [-1, 1].
-    """
+    """Cosine ``(B, *s)`` between vectors ``(B, C)``, one of each sample, and the features at each place of ``(B, C, *s)``."""
     return torch.einsum("bc,bc...->b...", safe_normalise(vectors), safe_normalise(maps, 1))
 
 
 @torch.no_grad()
 def middle_slice(x: Tensor, size: Sequence[int]) -> Tensor:
-    """``(B, C, *s)`` -> ``(B, H, W, C)``: enlarged to ``size`` without smoothing, the middle slice of the first of three axes."""
+    """``(B, C, *s)`` enlarged to ``size`` without smoothing, the middle slice of the first of three axes: ``(B, H, W, C)``."""
     x = F.interpolate(x.float(), size=tuple(size), mode="nearest")
     return (x[:, :, size[0] // 2] if x.ndim == 5 else x).movedim(1, -1)
 

@@ -41,32 +41,20 @@ class InfoNCE(nn.Module):
         self.chunk = chunk
 
     def forward(self, a: Tensor, b: Tensor, group: Tensor | None = None) -> Tensor:
-        """See :func:`info_nce`; ``a`` and ``b`` are made unit length first.
-
-        Args:
-            a: ``(N, D)`` of the first view.
-            b: ``(N, D)``, row ``i`` shows the same place as row ``i`` of ``a``.
-            group: ``(N,)`` int64; if given, only rows of the same group are negatives of each other.
-
-        Returns:
-            scalar, float32; 0 (with a graph) for ``N = 0``.
-        """
+        """See :func:`info_nce`; ``a`` and ``b`` are made unit length first. 0 (with a graph) for ``N = 0``."""
         with torch.autocast(a.device.type, enabled=False):
             a, b = F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)
             return info_nce(a, b, self.temperature, self.chunk, group)
 
 
 def info_nce(a: Tensor, b: Tensor, temperature: float, chunk: int = 1024, group: Tensor | None = None) -> Tensor:
-    """Mean InfoNCE of unit vectors, see :class:`InfoNCE`.
+    """Mean InfoNCE of unit vectors over the 2N anchors, whatever their groups, see :class:`InfoNCE`.
 
     Args:
-        a, b: ``(N, D)`` unit vectors, rows are pairs.
+        a, b: ``(N, D)`` unit vectors; row ``i`` of both shows the same place.
         temperature: tau.
         chunk: anchors per block; blocks are recomputed in the backward pass where there are several.
-        group: ``(N,)`` int64 or None: scope of the negatives.
-
-    Returns:
-        scalar: mean over the 2N anchors, whatever their groups.
+        group: ``(N,)`` int64; if given, only rows of the same group are negatives of each other.
 
     Raises:
         ValueError: if the shapes of ``a`` and ``b`` differ.
@@ -106,15 +94,9 @@ def chance_level(n: int) -> float:
 
 @torch.no_grad()
 def nearest_share(a: Tensor, b: Tensor, chunk: int = 1024) -> Tensor:
-    """Share of rows of ``a`` whose most similar row of ``b`` is their own; ``1 / N`` is chance.
+    """Share of rows of ``a`` whose most similar row of ``b`` is their own; ``1 / N`` is chance. ``(N, D)`` unit vectors, N >= 1.
 
-    Args:
-        a, b: ``(N, D)`` unit vectors, N >= 1. Where several rows of ``b`` are equally similar, the hit counts as one
-            over their number.
-        chunk: rows of ``a`` at once.
-
-    Returns:
-        scalar in [0, 1].
+    Where several rows of ``b`` are equally similar, the hit counts as one over their number.
     """
     hits = a.new_zeros(())
     for first in range(0, len(a), chunk):
@@ -129,11 +111,7 @@ def nearest_share(a: Tensor, b: Tensor, chunk: int = 1024) -> Tensor:
 def similarities(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cosine of positive pairs, and of all others (both views, without self): collapsed where they are the same.
 
-    Args:
-        a, b: ``(N, D)`` unit vectors, N >= 2.
-
-    Returns:
-        two scalars.
+    Of ``(N, D)`` unit vectors, N >= 2.
     """
     n, positive = len(a), (a * b).sum()
     everything = (a.sum(0) + b.sum(0)).square().sum()

@@ -16,7 +16,7 @@ BLOCK_EPS = 0.05**2
 
 
 def masked_error(prediction: Tensor, target: Tensor, region: Tensor, *, kind: str = "mse") -> Tensor:
-    """``sum_{u in R} |y_u - v_u|^p / |R|`` over voxels and channels; p is 2 for ``"mse"``, 1 for ``"l1"``.
+    """``sum_{u in R} |y_u - v_u|^p / |R|`` over voxels and channels; p is 2 for ``"mse"``, 1 for ``"l1"``. In float32.
 
     R is ``region`` where the target is finite. Its size is averaged over ranks, so that the mean of all ranks' losses is
     the loss of the whole batch. 0, with zero gradients, where R is empty.
@@ -25,13 +25,6 @@ def masked_error(prediction: Tensor, target: Tensor, region: Tensor, *, kind: st
         prediction: ``(B, C, *size)``, any floating type.
         target: ``(B, C, *size)``; what lies outside of R does not matter.
         region: ``(B, 1 or C, *size)`` bool, hidden and valid voxels.
-        kind: ``"mse"`` or ``"l1"``.
-
-    Returns:
-        ``()`` float32 (float64 for float64).
-
-    Raises:
-        ValueError: unknown kind.
     """
     if kind not in ("mse", "l1"):
         raise ValueError(f"kind must be 'mse' or 'l1', not '{kind}'")
@@ -45,17 +38,7 @@ def masked_error(prediction: Tensor, target: Tensor, region: Tensor, *, kind: st
 
 
 def block_statistics(x: Tensor, region: Tensor, block: Sequence[int], eps: float = BLOCK_EPS) -> tuple[Tensor, Tensor]:
-    """Mean and ``sqrt(variance + eps)`` of each block over ``region``, at its voxels: what a block-normalised target is made of.
-
-    Args:
-        x: ``(B, C, *size)``.
-        region: ``(B, 1 or C, *size)`` bool.
-        block: voxels per axis.
-        eps: in squared units of ``x``.
-
-    Returns:
-        ``(B, C, *size)`` twice.
-    """
+    """Mean and ``sqrt(variance + eps)`` of each block of ``(B, C, *size)`` over ``region``, at its voxels."""
     x = at_least_float32(x)
     mean = block_means(x, region, block)
     return mean, (block_means((x - mean).square(), region, block) + eps).sqrt()

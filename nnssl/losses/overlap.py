@@ -21,18 +21,7 @@ def base_offsets(size: Sequence[int], grid: Sequence[int]) -> Tensor:
 
 
 def base_crops(x: Tensor, grid: Sequence[int]) -> Tensor:
-    """Cut windows into their base crops.
-
-    Args:
-        x: ``(B, C, *window)``.
-        grid: cells per axis.
-
-    Returns:
-        ``(B, n, C, *size)`` with ``size = window / grid``.
-
-    Raises:
-        ValueError: a window that the grid does not divide; names the axis.
-    """
+    """Cut windows ``(B, C, *window)`` into their base crops: ``(B, n, C, *size)`` with ``size = window / grid``."""
     for axis, (w, g) in enumerate(zip(x.shape[2:], grid)):
         if w % g:
             raise ValueError(f"axis {axis}: a window of {w} voxels cannot be cut into {g} equal crops")
@@ -43,18 +32,10 @@ def base_crops(x: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def overlap_labels(offset: Tensor, size: Sequence[int], grid: Sequence[int]) -> Tensor:
-    """Share of each crop's volume that lies in each cell: ``y_i = |crop and cell i| / |crop|``.
+    """Share of each crop's volume that lies in each cell: ``y_i = |crop and cell i| / |crop|``, ``(..., n)`` float32.
 
-    The overlap is separable: the product over axes of ``max(0, min(o, i c) + c - max(o, i c)) / c``. It is counted in
-    integers before the division, so that 0 is exact. Crops inside the window have ``sum_i y_i = 1``.
-
-    Args:
-        offset: ``(..., dim)`` integers, first voxel of each crop in the window.
-        size: voxels of a crop and of a cell per axis.
-        grid: cells per axis.
-
-    Returns:
-        ``(..., n)`` float32.
+    Of crops that start at ``offset`` ``(..., dim)``. The overlap is separable: the product over axes of ``max(0, min(o, i c)
+    + c - max(o, i c)) / c``, counted in integers before the division, so that 0 is exact. Inside the window ``sum_i y_i = 1``.
     """
     counts = torch.ones((*offset.shape[:-1], 1), dtype=torch.long, device=offset.device)
     for axis, (c, g) in enumerate(zip(size, grid)):

@@ -20,15 +20,9 @@ REGULARISATIONS = ("square", "linear")
 
 
 def similarity(u: Tensor, v: Tensor, *, relu: bool = True) -> Tensor:
-    """``ReLU(cos(u, v))`` of all pairs, in float32; ``cos = u.v / (max(|u|, 1e-8) max(|v|, 1e-8))``, 0 for a zero vector.
+    """``ReLU(cos(u, v))`` (or ``cos``) of all pairs of ``(..., N, D)`` and ``(..., M, D)``: ``(..., N, M)``, in float32 at least.
 
-    Args:
-        u: ``(..., N, D)``.
-        v: ``(..., M, D)``.
-        relu: False leaves negative cosines.
-
-    Returns:
-        ``(..., N, M)`` float32 (float64 for float64).
+    ``cos = u.v / (max(|u|, 1e-8) max(|v|, 1e-8))``, 0 for a zero vector.
     """
     with torch.autocast(u.device.type, enabled=False):
         a, b = (F.normalize(at_least_float32(x), dim=-1, eps=1e-8) for x in (u, v))

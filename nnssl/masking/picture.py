@@ -33,13 +33,7 @@ class MaskedPanel(NamedTuple):
 
 
 def masked_panel(target: Tensor, prediction: Tensor, mask: Tensor, valid: Tensor) -> MaskedPanel:
-    """Middle slices of the first channel: with blue blocks, reconstruction, the image, linear interpolation, the error.
-
-    Args:
-        target, prediction: ``(B, C, *size)``.
-        mask: ``(B, 1 or C, *size)`` bool, hidden.
-        valid: ``(B, 1, *size)`` bool, where the error counts.
-    """
+    """Middle slices of the first channel: with blue blocks, reconstruction, the image, linear interpolation, the error."""
     guess = inpaint(target, valid & ~mask)
     images = [target, torch.where(mask, prediction, target), torch.where(mask, guess, target)]
     slices = [_slice(x)[:, 0].float() for x in images]

@@ -43,9 +43,7 @@ class TrainingAugmentation:
     """Figures for a plan's patch.
 
     Attributes:
-        size: voxels per axis that the network sees.
         read_size: voxels per axis to read, so that what is turned seldom shows padding.
-        spacing: mm per voxel and axis.
         rotation: largest angle about each axis in degrees.
         mirror_axes: axes that are mirrored with probability 0.5 each.
         masked: image channels whose voxels outside of the non-zero mask stay 0 whatever is done to the others.

@@ -58,13 +58,9 @@ def draw_pairs(
     Args:
         body: ``(B, 1, *window)`` bool.
         size: voxels per axis of a crop, at most the window's.
-        rng: random numbers of this step.
         n: most voxels per pair, uniformly chosen; all (at least the anchor) where there are fewer.
         min_overlap: least overlap of the boxes per axis as a share of ``size``, in [0, 1].
         low, high: ``(B, dim)`` int64, bounds of the image in the window, see :func:`.image_bounds`; by default the window.
-
-    Raises:
-        ValueError: for a size that exceeds the window.
     """
     window = body.shape[2:]
     if any(s > w for s, w in zip(size, window)):

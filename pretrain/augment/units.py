@@ -8,17 +8,10 @@ from nnssl.plans import Plan
 
 
 def unit_range(plan: Plan, intensity: Tensor) -> Tensor:
-    """nnU-Net's clipping limits for CT, else each case's own percentiles.
+    """nnU-Net's clipping limits for CT, else each case's own percentiles, ``(B, C, 2)`` in normalised units.
 
     Preprocessed CT lies within the limits, so that nothing is lost by clipping to [0, 1]; other modalities lose what
-    lies outside of the percentiles.
-
-    Args:
-        plan: its normalisation schemes and CT statistics.
-        intensity: ``(B, C, 2)`` low and high percentile of each case, in normalised units.
-
-    Returns:
-        ``(B, C, 2)``, in normalised units, for :func:`~nnssl.intensity.rescale_intensity`.
+    lies outside of the percentiles, which ``intensity`` holds.
     """
     out = intensity.clone()
     statistics = plan.plans.get("foreground_intensity_properties_per_channel", {})

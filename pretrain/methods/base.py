@@ -218,11 +218,7 @@ def whole_network(plan: Plan) -> dict[str, Any]:
 
 
 def require_weight(config: Any, *names: str) -> None:
-    """Refuse a config in which all of these weights are 0.
-
-    Raises:
-        NnsslError: they are.
-    """
+    """Refuse a config in which all of these weights are 0."""
     if not any(getattr(config, name) for name in names):
         both = "both" if len(names) == 2 else "all"
         raise NnsslError(f"{', '.join(names[:-1])} and {names[-1]} are {both} 0: nothing would be learnt.")

@@ -131,10 +131,7 @@ class Robust(Method[RobustConfig]):
         return [separate(x, y, distance=kind, groups=case, check=False) for x, y in ((a, b), (b, a))]
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean over levels and both directions of the chosen form of the hinge.
-
-        Args:
-            batch: ``a``, ``b`` ``(B, C, *size)``; ``case`` ``(B,)`` int64. Crops of one case are never compared.
+        """Mean over levels and both directions of the chosen form of the hinge; crops of one case are never compared.
 
         Returns:
             ``total``; ``robustness``, the plain criterion on these views; ``active``, the share of pairs with a hinge above 0;

@@ -60,12 +60,8 @@ class StepReader:
     """Reads the patches of a step on one rank; pickles, and is called in the loader's processes.
 
     Attributes:
-        labelled: data set of labelled patches, or None.
-        unlabelled: data set of patches without labels, or None.
-        sizes: of both.
         switch: first step that has patches for pseudo-labels.
-        augment: whether they are to be augmented.
-        rank, world_size: of this process.
+        augment: whether patches are to be augmented.
     """
 
     labelled: LabelledDataset | None
@@ -82,11 +78,7 @@ class StepReader:
         return range(self.rank * share, (self.rank + 1) * share)
 
     def read(self, step: int) -> tuple[Patches | None, Patches | None]:
-        """Labelled patches and, from the switch on, patches for pseudo-labels.
-
-        Raises:
-            NnsslError: a case's files are missing or damaged.
-        """
+        """Labelled patches and, from the switch on, patches for pseudo-labels."""
         labelled = unlabelled = None
         if self.labelled is not None:
             total = self.sizes.labelled
@@ -111,11 +103,7 @@ class OmniLoaders:
     """Makes the auxiliary loaders of a run.
 
     Attributes:
-        plan: the plan.
         case_set: the images without labels.
-        cases: the labelled cases.
-        sizes: of the patches.
-        seed: of the run.
         switch: first step of the second stage.
         augment: whether training patches are augmented.
         weights: how often the cases of each source are drawn, by its name; None for equally often.

@@ -27,12 +27,8 @@ log = logging.getLogger("nnssl")
 
 @dataclass(frozen=True)
 class LabelledCase:
-    """A preprocessed case with labels.
-
-    Attributes:
-        name: nnU-Net's case identifier.
-        annotated: indices of the segmentation heads whose class or region is annotated, the background not among them;
-            None: all.
+    """A preprocessed case with labels; ``annotated``: segmentation heads, but the background's, whose class or region is
+    annotated, None: all.
     """
 
     name: str
@@ -76,11 +72,7 @@ def head_names(plan: Plan) -> dict[str, int]:
 
 
 def class_locations(folder: Path, name: str) -> dict[Any, Any]:
-    """nnU-Net's record of some voxels of each class; empty for a case that was preprocessed without labels.
-
-    Raises:
-        NnsslError: the file is missing or damaged.
-    """
+    """nnU-Net's record of some voxels of each class; empty for a case that was preprocessed without labels."""
     file = folder / f"{name}{PROPERTIES}"
     try:
         return read_properties(file).get("class_locations") or {}

@@ -22,15 +22,9 @@ Annotated = Sequence["tuple[int, ...] | None"]
 
 
 def segment(network: nn.Module, skips: Sequence[Tensor], deep: bool = True) -> list[Tensor]:
-    """Logits of the segmentation heads, as nnU-Net's decoder gives them: highest resolution first.
+    """Logits ``(B, K, *size_s)`` of the segmentation heads, highest resolution first, as nnU-Net's decoder gives them.
 
-    Args:
-        network: PlainConvUNet or ResidualEncoderUNet, also wrapped.
-        skips: encoder outputs, highest resolution first.
-        deep: of all decoder stages; False: of the last only.
-
-    Returns:
-        ``(B, K, *size_s)`` each.
+    Without ``deep`` those of the last decoder stage only.
     """
     decoder: Any = unwrap(network).decoder
     outputs = list(zip(decoder.seg_layers, partial_decode(network, skips)))
@@ -59,18 +53,11 @@ def to_regions(label: Tensor, regions: Sequence[Any], ignore: int | None) -> Ten
 
 
 def restrict_logits(logits: Tensor, heads: Sequence[int]) -> Tensor:
-    """Logits of the named classes against everything else.
+    """Logits ``(B, K, *size)`` of the named classes (ascending, without the background) against everything else.
 
     ``z_0' = log(exp z_0 + sum over classes that are not annotated of exp z_c)``: the probability of the background becomes that
     of "background or a class that nobody has annotated", so that a voxel of such a class may be called what it is (the marginal
     loss of Fang & Yan 2020 and Shi et al. 2021).
-
-    Args:
-        logits: ``(B, K, *size)``, the background first.
-        heads: classes that are annotated, ascending, without the background.
-
-    Returns:
-        ``(B, 1 + len(heads), *size)``.
     """
     rest = [c for c in range(logits.shape[1]) if c not in heads]
     return torch.cat([logits[:, rest].logsumexp(1, keepdim=True), logits[:, list(heads)]], 1)
@@ -119,13 +106,9 @@ class SegmentationLoss(nn.Module):
         self.ce = DeepSupervisionWrapper(_Shared(build(1, 0)), self.weights)
 
     def targets(self, label: Tensor) -> list[Tensor]:
-        """Labels at the resolution of each output, as nnU-Net's transforms make them.
+        """Labels ``(B, 1, *size)`` at the resolution of each output, as nnU-Net's transforms make them.
 
-        Args:
-            label: ``(B, 1, *size)`` integers.
-
-        Returns:
-            ``(B, 1, *size_s)`` int64 each; of regions ``(B, R, *size_s)`` bool, with the ignored voxels last where there are any.
+        ``(B, 1, *size_s)`` int64 each; of regions ``(B, R, *size_s)`` bool, with the ignored voxels last where there are any.
         """
         out = []
         for scale in self.scales:
@@ -137,15 +120,12 @@ class SegmentationLoss(nn.Module):
     def forward(
         self, outputs: Sequence[Tensor], targets: Sequence[Tensor], annotated: Annotated | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Dice and cross-entropy.
+        """Dice (negative, as nnU-Net has it) and cross-entropy.
 
         Args:
             outputs: logits ``(B, K, *size_s)``, highest resolution first.
             targets: from :meth:`targets`.
             annotated: heads that are annotated in each sample (None in a sample: all); None: all in all samples.
-
-        Returns:
-            Two scalars; Dice is negative, as nnU-Net has it.
         """
         outputs = [o.float() for o in outputs]
         dice, ce = outputs[0].new_zeros(()), outputs[0].new_zeros(())

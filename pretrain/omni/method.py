@@ -194,9 +194,6 @@ class OmniMixin(Method):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """The method's own loss, plus segmentation.
 
-        Args:
-            batch: from :meth:`views`.
-
         Returns:
             ``total = ssl_weight ssl + seg_weight seg + semi_weight semi``; ``ssl``, the method's own total, and its terms;
             ``seg`` and ``semi``, nnU-Net's loss, with their ``_dice`` and ``_ce``; ``confident``, the share of voxels that
@@ -310,16 +307,11 @@ def _middle(x: Tensor, size: Sequence[int]) -> Tensor:
 def make_omni(
     base: type[Method], config: OmniConfig, varied: bool = False, largest: Sequence[Class] = ()
 ) -> type[Method]:
-    """A method that learns from labels and pseudo-labels beside ``base``.
+    """A method that learns from labels and pseudo-labels beside ``base``, whose options stay its own. It is not registered.
 
     Args:
-        base: any registered method; its options stay its own.
-        config: the options of the stages.
         varied: whether labelled cases differ in what is annotated.
         largest: classes of which pseudo-labels keep the largest component.
-
-    Returns:
-        A class that the engine uses like any other; it is not registered. Its name is that of ``base`` with ``Omni`` behind it.
     """
     own = {
         "name": f"{base.name}Omni",

@@ -39,11 +39,7 @@ class Sizes:
 
 
 def read_label(folder: Path, case: str) -> np.ndarray:
-    """A preprocessed case's label map, ``(*size)``.
-
-    Raises:
-        NnsslError: it cannot be read.
-    """
+    """A preprocessed case's label map, ``(*size)``."""
     try:
         return np.asarray(_open(folder / f"{case}{LABELS}")[0])
     except (RuntimeError, OSError, ValueError) as error:
@@ -119,15 +115,8 @@ def stack(samples: Sequence[LabelledPatch], first: int, total: int, augment: boo
 class LabelledDataset:
     """Labelled patches by ``(step, sample)``: a pure function of these and the seed. It holds no images, and pickles.
 
-    As in nnU-Net the last ``sizes.foreground`` of a step are around a labelled voxel.
-
-    Args:
-        cases: to draw from.
-        folder: of the preprocessed cases.
-        plan: channels and labels.
-        sizes: of the patches, and how many a step over all ranks.
-        seed: of the run.
-        held_out: walk through the cases in a fixed order instead of drawing them, and read no margin.
+    As in nnU-Net the last ``sizes.foreground`` of a step are around a labelled voxel. Held-out cases are walked through in a
+    fixed order instead of drawn, and no margin is read.
     """
 
     def __init__(
@@ -158,11 +147,7 @@ class LabelledDataset:
         """nnU-Net's key for each segmentation head but the background's."""
 
     def __getitem__(self, item: tuple[int, int]) -> LabelledPatch:
-        """Draw a patch.
-
-        Raises:
-            NnsslError: the case's files are missing or damaged, or hold NaN or infinite voxels there.
-        """
+        """Draw a patch; a damaged case, or one with NaN or infinite voxels there, is refused."""
         step, sample = item
         drawn = draw_cases(self.seed, step, HELD_OUT if self.held_out else self.stream, len(self.cases), self.batch)
         case = self.cases[int(drawn[sample])]

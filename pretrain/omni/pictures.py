@@ -21,16 +21,7 @@ _COLOURS = np.array(
 
 
 def omni_columns(data: Tensor, label: Tensor, made: Tensor, rows: int = 4) -> dict[str, np.ndarray]:
-    """Slices with most labelled voxels: the labels, and the pseudo-labels, over the image.
-
-    Args:
-        data: ``(B, C, *size)``.
-        label, made: ``(B, 1, *size)`` integers.
-        rows: most rows.
-
-    Returns:
-        caption -> ``(rows, H, W, 3)`` in [0, 1].
-    """
+    """Slices ``(rows, H, W, 3)`` with most labelled voxels: the labels, and the pseudo-labels, over the image."""
     label, made, data = label[:rows], made[:rows], data[:rows, 0].float()
     if data.ndim == 4:
         best = (label[:, 0] > 0).flatten(2).sum(2).argmax(1)

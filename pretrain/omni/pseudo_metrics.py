@@ -7,15 +7,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nnssl.config import config_dict
-from nnssl.distributed import is_distributed, rank, world_size
+from nnssl.distributed import rank, world_size
 from nnssl.plans.labels import case_order
 from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.omni.cases import class_locations, head_names
-from nnssl.pretrain.omni.loss import to_regions
+from nnssl.pretrain.omni.dice import Counts, class_masks, mean_dice
 from nnssl.pretrain.omni.method import omni_of
 from nnssl.pretrain.omni.patches import LabelledDataset
 from nnssl.pretrain.omni.volumes import write_volumes
@@ -33,47 +32,8 @@ CASES = 64
 """Held-out labelled cases that are compared on at most."""
 
 
-class Counts:
-    """True positives, false positives and false negatives by class, over patches and ranks.
-
-    Args:
-        names: of the classes or regions.
-    """
-
-    def __init__(self, names: list[str], device: torch.device) -> None:
-        self.names = names
-        self.values = torch.zeros(len(names) + 1, 3, dtype=torch.float64, device=device)
-
-    def add(self, made: Tensor, label: Tensor, counted: Tensor) -> None:
-        """Count voxels of masks ``(B, R, *size)`` bool where ``counted``, ``(B, R or 1, *size)`` bool."""
-        axes = [0, *range(2, made.ndim)]
-        for i, x in enumerate((made & label, made & ~label, ~made & label)):
-            self.values[:-1, i] += (x & counted).sum(axes).double()
-
-    def add_share(self, part: Tensor, whole: int) -> None:
-        """Count voxels of any kind against a whole, kept apart from the classes."""
-        self.values[-1, 0] += part.double()
-        self.values[-1, 1] += whole
-
-    def dice(self) -> dict[str, float]:
-        """Dice by class; a class that is nowhere, in labels or pseudo-labels, is left out. All ranks must call it."""
-        if is_distributed():
-            dist.all_reduce(self.values)
-        values = self.values[:-1].tolist()
-        return {n: 2 * tp / (2 * tp + fp + fn) for n, (tp, fp, fn) in zip(self.names, values) if tp + fp + fn > 0}
-
-    def share(self) -> float:
-        """Of :meth:`add_share`; after :meth:`dice`."""
-        return float(self.values[-1, 0] / self.values[-1, 1].clamp_min(1))
-
-
 class PseudoMetricsHook(Hook):
-    """Measures pseudo-labels of held-out labelled cases before the first step and after each epoch, and writes volumes.
-
-    Args:
-        config: ``agreement``, ``volumes`` and ``volumes_every``.
-        auxiliary: reads the patches.
-    """
+    """Measures pseudo-labels of held-out labelled cases before the first step and after each epoch, and writes volumes."""
 
     name = "omni"
 
@@ -150,12 +110,14 @@ class PseudoMetricsHook(Hook):
                 own = logits if same else method.omni_logits(x, method.network)
             heads = _counted(patch.case.annotated, names, device, x.ndim)
             for counts, z in ((teacher, logits), (student, own)):
-                counts.add(_masks(plan, method.omni_labels(z)), _masks(plan, label), known & heads)
+                counts.add(class_masks(plan, method.omni_labels(z)), class_masks(plan, label), known & heads)
             sure = method.omni_confidence(logits) >= self.config.threshold
             teacher.add_share(sure.sum(), sure.numel())
         method.train(training)
+        teacher.reduce()
+        student.reduce()
         dice, own_dice = teacher.dice(), student.dice()
-        numbers = {"dice": _mean(dice), "student_dice": _mean(own_dice), "confident": teacher.share()}
+        numbers = {"dice": mean_dice(dice), "student_dice": mean_dice(own_dice), "confident": teacher.share()}
         numbers.update({f"dice_{name}": value for name, value in dice.items()})
         self.trace.append({"epoch": epoch, **numbers})
         return numbers
@@ -213,19 +175,7 @@ class PseudoMetricsHook(Hook):
         self.trace = [dict(r) for r in state.get("trace", [])]
 
 
-def _masks(plan: Any, label: Tensor) -> Tensor:
-    """``(B, 1, *size)`` labels -> ``(B, R, *size)`` bool: foreground classes, or regions."""
-    manager = plan.manager.get_label_manager(plan.dataset_json)
-    return to_regions(
-        label, list(head_names(plan).values()) if not manager.has_regions else manager.foreground_regions, None
-    )
-
-
 def _counted(annotated: tuple[int, ...] | None, names: dict[str, int], device: torch.device, ndim: int) -> Tensor:
     """Which classes are annotated, ``(1, R, 1, ...)`` bool."""
     mask = [annotated is None or head in annotated for head in names.values()]
     return torch.tensor(mask, device=device).view(1, -1, *[1] * (ndim - 2))
-
-
-def _mean(values: dict[str, float]) -> float:
-    return sum(values.values()) / len(values) if values else 0.0

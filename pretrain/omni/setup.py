@@ -38,15 +38,7 @@ FOLDER = "Omni"
 
 @dataclass(frozen=True)
 class Omni:
-    """The labelled part of a run.
-
-    Attributes:
-        plan: of the labelled dataset.
-        config: the options.
-        cases: the labelled cases.
-        sizes: of the patches.
-        largest: classes of which pseudo-labels keep the largest component.
-    """
+    """The labelled part of a run; pseudo-labels keep the largest component of the classes ``largest``."""
 
     plan: Plan
     config: OmniConfig
@@ -148,9 +140,6 @@ def prepare_omni(
         saved: ``config.json`` of the run that is continued.
         cases: file of ``--labelled-cases``.
         ranks: number of processes.
-
-    Raises:
-        NnsslError: no labels, unknown cases or options, a patch that the network cannot take, batches that cannot be shared.
     """
     if plan.is_primus:
         raise NnsslError(

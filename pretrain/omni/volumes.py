@@ -20,7 +20,8 @@ from nnssl.plans import Plan
 from nnssl.plans.labels import case_order
 from nnssl.preprocessed import CaseRef, open_array
 from nnssl.pretrain.omni.cases import head_names
-from nnssl.pretrain.omni.loss import to_regions
+from nnssl.pretrain.omni.dice import Counts, class_masks, mean_dice
+from nnssl.pretrain.omni.loss import ignore_value
 from nnssl.pretrain.omni.method import omni_of
 from nnssl.properties import read_properties
 
@@ -50,20 +51,11 @@ def choose_volumes(auxiliary: OmniLoaders, count: int) -> list[CaseRef]:
 
 
 def write_volumes(engine: Engine, auxiliary: OmniLoaders, count: int, folder: Path) -> list[dict[str, Any]]:
-    """Predict and write some cases with the network that makes pseudo-labels.
-
-    Args:
-        engine: the run.
-        auxiliary: its labelled cases and case set.
-        count: most cases.
-        folder: where they go, as ``<source>_<case><file ending>``; made where it is missing.
+    """Predict and write some cases, as ``<source>_<case><file ending>``, with the network that makes pseudo-labels.
 
     Returns:
         One row for each: ``case``, ``file``, and ``dice`` and ``dice_<class>`` with the labels (at the plan's spacing) where it
         has some.
-
-    Raises:
-        NnsslError: a case's files are missing or damaged.
     """
     plan, method = engine.spec.plan, omni_of(engine.method)
     predictor = _predictor(engine)
@@ -104,11 +96,8 @@ def _predictor(engine: Engine) -> nnUNetPredictor:
         use_mirroring=False, perform_everything_on_device=on_device, device=spec.device, allow_tqdm=False
     )
     predictor.plans_manager, predictor.configuration_manager = spec.plan.manager, spec.plan.config
-    predictor.dataset_json, predictor.list_of_parameters, predictor.allowed_mirroring_axes = (
-        spec.plan.dataset_json,
-        None,
-        None,
-    )
+    predictor.dataset_json = spec.plan.dataset_json
+    predictor.list_of_parameters = predictor.allowed_mirroring_axes = None
     predictor.label_manager = spec.plan.manager.get_label_manager(spec.plan.dataset_json)
     return predictor
 
@@ -126,11 +115,7 @@ class _Quiet(nnUNetPredictor):
 
 def _dice(plan: Plan, made: Tensor, label: Tensor) -> dict[str, float]:
     """Dice by class and their mean, over the voxels that are labelled."""
-    manager, names = plan.manager.get_label_manager(plan.dataset_json), head_names(plan)
-    channels = manager.foreground_regions if manager.has_regions else list(names.values())
-    ignored = label == manager.ignore_label if manager.has_ignore_label else torch.zeros_like(label, dtype=torch.bool)
-    a, b = (to_regions(x, channels, None) & ~ignored for x in (made, label))
-    axes = [0, *range(2, a.ndim)]
-    both, either = (a & b).sum(axes).tolist(), (a.sum(axes) + b.sum(axes)).tolist()
-    dice = {n: 2 * x / y for n, x, y in zip(names, both, either) if y}
-    return {"dice": sum(dice.values()) / max(1, len(dice)), **{f"dice_{n}": v for n, v in dice.items()}}
+    counts = Counts(list(head_names(plan)), label.device)
+    counts.add(class_masks(plan, made), class_masks(plan, label), label != ignore_value(plan))
+    dice = counts.dice()
+    return {"dice": mean_dice(dice), **{f"dice_{n}": v for n, v in dice.items()}}

@@ -13,8 +13,9 @@ from nnssl.pretrain.data.case_set import CaseRef
 from nnssl.pretrain.omni import pseudo_metrics
 from nnssl.pretrain.omni.cases import LabelledCase
 from nnssl.pretrain.omni.config import OmniConfig
+from nnssl.pretrain.omni.dice import Counts, class_masks, mean_dice
 from nnssl.pretrain.omni.pictures import LABELS, PSEUDO, dice_tags, omni_columns
-from nnssl.pretrain.omni.pseudo_metrics import Counts, PseudoMetricsHook, _counted, _masks, _mean
+from nnssl.pretrain.omni.pseudo_metrics import PseudoMetricsHook, _counted
 from nnssl.pretrain.omni.volumes import _dice, choose_volumes
 from nnssl.weights import label_set
 
@@ -38,7 +39,7 @@ def test_what_is_not_annotated_is_not_counted(tiny_plans, tiny_dataset_json):
     plan = Plan.from_dicts(tiny_plans(), "3d_fullres", tiny_dataset_json())
     label = torch.tensor([0, 1, 2, -1]).view(1, 1, 2, 2, 1)
     made = torch.tensor([0, 1, 1, 2]).view(1, 1, 2, 2, 1)
-    masks = _masks(plan, made), _masks(plan, label)
+    masks = class_masks(plan, made), class_masks(plan, label)
     assert masks[0].shape == (1, 2, 2, 2, 1)
     counts.add(*masks, _counted((2,), names, torch.device("cpu"), 5))
     assert counts.dice() == {"spleen": 0.0}
@@ -217,7 +218,7 @@ def test_a_checkpoint_names_every_class_that_any_case_has_labels_of(
 
 
 def test_mean_of_the_classes():
-    assert _mean({"a": 0.5, "b": 1.0, "c": 0.0}) == 0.5 and _mean({}) == 0.0
+    assert mean_dice({"a": 0.5, "b": 1.0, "c": 0.0}) == 0.5 and mean_dice({}) == 0.0
 
 
 def test_of_many_held_out_cases_64_are_compared_on_and_those_with_any_label(monkeypatch, tmp_path):

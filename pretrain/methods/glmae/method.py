@@ -141,11 +141,7 @@ class GLMAE(MaskedReconstruction[GLMAEConfig]):
     def crops(
         cls, plan: Plan, stats: SourceStats, config: GLMAEConfig, size: tuple[int, ...] | None = None
     ) -> CropRequest:
-        """Crops of about two thirds of the image within the patch, in windows that hold a view up to ``max_zoom`` wider.
-
-        Raises:
-            NnsslError: options that contradict each other, or no legal crop.
-        """
+        """Crops of about two thirds of the image within the patch, in windows that hold a view up to ``max_zoom`` wider."""
         require_weight(config, "global_views", "local_views")
         if config.min_zoom > config.max_zoom:
             raise NnsslError(f"min_zoom={config.min_zoom} exceeds max_zoom={config.max_zoom}.")

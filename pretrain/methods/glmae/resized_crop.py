@@ -21,17 +21,13 @@ def sample_boxes(
     least: float = 0.25,
     tries: int = 10,
 ) -> Tensor:
-    """Draw where boxes start: anywhere in the image, at the first of some places that shows enough body.
+    """Draw where boxes of ``extent`` ``(B, dim)`` voxels start: anywhere in the image, at the first place with enough body.
 
-    On an axis that is longer than the image the box has the image in its middle, as far as the window allows.
+    Where no place has ``least`` of it, that with most is taken. On an axis that is longer than the image the box has the image in
+    its middle, as far as the window allows.
 
     Args:
         body: ``(B, 1, *window)`` floating zeros and ones.
-        box: where the image is.
-        extent: ``(B, dim)`` voxels per axis, at most the window's.
-        rng: random numbers of this step.
-        least: share of body voxels in the box that is enough; where no place has it, the one with most is taken.
-        tries: places that are tried.
 
     Returns:
         ``(B, dim)`` float32, first voxel; whole numbers.
@@ -55,13 +51,7 @@ def sample_boxes(
 def _first_enough(body: Tensor, start: Tensor, stop: Tensor, volume: Tensor, least: float) -> Tensor:
     """The first of each sample's boxes in which the share of body is enough, else the one with most: ``(B,)`` int64.
 
-    No box is looked at once one is enough, which the first one mostly is.
-
-    Args:
-        body: ``(B, *window)`` zeros and ones.
-        start, stop: ``(B, n, dim)`` int64, first voxel and the one behind the last.
-        volume: ``(B,)``, voxels of each box.
-        least: share that is enough.
+    Boxes are ``(B, n, dim)``, their ``volume`` ``(B,)``. None is looked at once one is enough, which the first mostly is.
     """
     best = []
     for image, whole, lows, highs in zip(body, volume, start.tolist(), stop.tolist()):
@@ -96,16 +86,7 @@ def _box_sums(body: Tensor, start: Tensor, stop: Tensor) -> Tensor:
 
 
 def _edges(start: Tensor, extent: Tensor, n: int, mirror: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where each of the ``n`` voxels of the result begins and ends in the window, on one axis.
-
-    Args:
-        start, extent: ``(B,)`` voxels of the window.
-        n: voxels of the result.
-        mirror: ``(B,)`` bool, whether the last one is the first.
-
-    Returns:
-        Both ``(B, n)``.
-    """
+    """Where each of the ``n`` voxels of the result begins and ends in the window, on one axis: ``(B, n)`` both."""
     index = torch.arange(n, device=start.device).expand(len(start), n)
     if mirror is not None:
         index = torch.where(mirror[:, None], n - 1 - index, index)
@@ -116,12 +97,8 @@ def _edges(start: Tensor, extent: Tensor, n: int, mirror: Tensor | None) -> tupl
 def box_share(
     box: ImageBox, start: Tensor, extent: Tensor, size: Sequence[int], mirror: Tensor | None = None
 ) -> Tensor:
-    """How much of what each voxel of :func:`resized_crop` covers is image: ``(B, 1, *size)`` in [0, 1], exactly 1 where all is.
-
-    Args:
-        box: where the image is.
-        start, extent, size, mirror: as in :func:`resized_crop`.
-    """
+    """How much of what each voxel of :func:`resized_crop` covers is image: ``(B, 1, *size)`` in [0, 1], exactly 1 where all
+    is."""
     lines = []
     for axis, n in enumerate(size):
         lower, upper = _edges(start[:, axis], extent[:, axis], n, None if mirror is None else mirror[:, axis])
@@ -139,11 +116,7 @@ def resized_crop(x: Tensor, start: Tensor, extent: Tensor, size: Sequence[int], 
         x: ``(B, C, *window)`` floating.
         start: ``(B, dim)`` first voxel of each box; may be fractional.
         extent: ``(B, dim)`` voxels per axis, at least ``size``.
-        size: voxels per axis of the result.
         mirror: ``(B, dim)`` bool, axes to flip.
-
-    Returns:
-        ``(B, C, *size)``.
     """
     for axis in reversed(range(len(size))):  # the last axis lies in memory as the matrix product wants it
         lower, upper = _edges(start[:, axis], extent[:, axis], size[axis], None if mirror is None else mirror[:, axis])

@@ -37,12 +37,6 @@ STAGES = 2  # last encoder stages that stand in for a class token
 class SelfDistillation(nn.Module):
     """The student's projector, the teacher, and what is kept of both from step to step. Nothing of it is transferred.
 
-    Args:
-        encoder: the student's, which the teacher follows; it stays outside of this module.
-        width: of pooled features.
-        config: the method's.
-        maximum: whether features are pooled by their maximum too.
-
     Attributes:
         seen: entropy of the teacher's single targets and of their mean, and the embedding's spread, at the last training step.
     """
@@ -123,13 +117,8 @@ class SelfDistillation(nn.Module):
 
     @torch.no_grad()
     def retrieval(self, local: Tensor, whole: Tensor, volume: Tensor) -> dict[str, Tensor]:
-        """How often a local view is nearest to the global view of its own volume, and how often by chance.
-
-        Args:
-            local: ``(q B, width)``, pooled features of the student.
-            whole: ``(B, C, *size)``, one global view of each volume.
-            volume: ``(B,)`` int64, equal for crops of one volume.
-        """
+        """How often a local view (of the student's pooled features) is nearest to the global view of its own volume, and by
+        chance."""
         z = F.normalize(self.project("local", local), dim=1)
         hits, chance = retrieval(z.view(-1, len(volume), z.shape[1]), self.embed(whole), volume)
         return {"retrieval": hits, "retrieval_chance": chance}

@@ -36,20 +36,7 @@ def genesis_transforms(
     inpaint_max: int = 30,
     inpaint_p: float = 0.95,
 ) -> Tensor:
-    """Shuffle, then change intensities, then paint blocks of noise.
-
-    Args:
-        u: ``(B, C, *size)`` float32 in [0, 1]; left as it is.
-        rng: random numbers of this step.
-        shuffle_p: probability that a sample is shuffled.
-        shuffle_blocks: see :func:`pixel_shuffle`.
-        independent: see :func:`pixel_shuffle`.
-        nonlinear_p: probability that a channel's intensities are mapped.
-        inpaint_max, inpaint_p: see :func:`inpaint`.
-
-    Returns:
-        ``(B, C, *size)``, a new tensor.
-    """
+    """Shuffle, then change intensities, then paint blocks of noise; ``(B, C, *size)`` in [0, 1], a new tensor."""
     out = pixel_shuffle(u, rng, p=shuffle_p, blocks=shuffle_blocks, independent=independent)
     out = monotone_intensity(out, rng, p=nonlinear_p)
     return inpaint(out, rng, most=inpaint_max, again=inpaint_p)
@@ -58,8 +45,7 @@ def genesis_transforms(
 def shuffle_block(size: Sequence[int]) -> tuple[int, ...]:
     """Voxels per axis of a shuffled block: a twentieth of the crop, at least 1.
 
-    Where that is 1 on every axis (no axis has 40 voxels), a block of 1 voxel would shuffle nothing: it is 2 on each
-    axis with at least 8 voxels, or on all axes where none has.
+    Where that is 1 on every axis, nothing would be shuffled: it is 2 on each axis with at least 8 voxels, or on all.
     """
     block = tuple(max(1, s // 20) for s in size)
     if max(block) > 1:
@@ -69,15 +55,12 @@ def shuffle_block(size: Sequence[int]) -> tuple[int, ...]:
 
 
 def pixel_shuffle(u: Tensor, rng: StepRNG, *, p: float = 0.8, blocks: int = 0, independent: bool = True) -> Tensor:
-    """Permute the voxels inside many small blocks; all channels alike.
+    """Permute the voxels inside many small blocks, of a sample with probability ``p``; all channels alike.
 
     Sources are read from the image as it came in, and where blocks overlap the later one counts, so that every output
     value is an input value from less than a block away.
 
     Args:
-        u: ``(B, C, *size)``.
-        rng: random numbers of this step.
-        p: probability that a sample is shuffled.
         blocks: blocks per sample; 0: as many as give the same share of the crop as 5000 do of 128x128x32.
         independent: a permutation per block; False: one for all blocks of a sample, as in the released code.
     """
@@ -106,10 +89,7 @@ def pixel_shuffle(u: Tensor, rng: StepRNG, *, p: float = 0.8, blocks: int = 0, i
 
 
 def _order(keys: Tensor) -> Tensor:
-    """What sorts each row of ``(n, inside)`` keys in [0, 1).
-
-    On a CPU a key and its place are one whole number, which NumPy sorts five times as fast as torch argsorts.
-    """
+    """What sorts each row of ``(n, inside)`` keys in [0, 1); NumPy sorts whole numbers five times as fast as torch argsorts."""
     if keys.device.type != "cpu":
         return keys.argsort()
     places, bits = torch.arange(keys.shape[1]), keys.shape[1].bit_length()
@@ -119,10 +99,7 @@ def _order(keys: Tensor) -> Tensor:
 
 
 def _sources(target: Tensor, source: Tensor, chosen: Tensor, voxels: int) -> Tensor:
-    """Where each voxel of ``(B, voxels)`` is read from when ``source`` is written to ``target``, both ``(B, n)``, in order.
-
-    The highest rank that writes to a voxel wins: a maximum does not depend on the order of parallel writes.
-    """
+    """Where each voxel of ``(B, voxels)`` is read from when ``source`` is written to ``target``, both ``(B, n)``, in order."""
     rank = torch.arange(target.shape[1], device=target.device).expand_as(target)
     own = torch.arange(voxels, device=target.device).expand(len(target), -1)
     winner = torch.full_like(own, -1).scatter_reduce(1, target, rank, "amax")
@@ -147,14 +124,9 @@ def _write_in_order(u: Tensor, target: Tensor, source: Tensor, chosen: Tensor) -
 
 
 def monotone_intensity(u: Tensor, rng: StepRNG, *, p: float = 0.9) -> Tensor:
-    """Map intensities by a random non-decreasing curve from (0, 0) to (1, 1), one per sample and channel.
+    """Map each channel's intensities, with probability ``p``, by a random non-decreasing curve from (0, 0) to (1, 1).
 
     The curve is a cubic Bezier with both control points uniform in the unit square; values outside [0, 1] saturate.
-
-    Args:
-        u: ``(B, C, *size)`` float32 in [0, 1].
-        rng: random numbers of this step.
-        p: probability that a channel is mapped.
     """
     control = rng.uniform(0, 1, u.shape[1], 2, 2)  # (B, C, point, xy)
     chosen = rng.chance(p, u.shape[1])
@@ -211,13 +183,7 @@ def inpaint_size_range(size: int) -> tuple[int, int]:
 def inpaint(u: Tensor, rng: StepRNG, *, most: int = 30, again: float = 0.95) -> Tensor:
     """Fill blocks with noise that is uniform in [0, 1), at least 3 voxels from the border where they fit.
 
-    After each block another follows with probability ``again``, up to ``most``: 14.9 blocks on average.
-
-    Args:
-        u: ``(B, C, *size)``.
-        rng: random numbers of this step.
-        most: largest number of blocks.
-        again: probability of each further block, also of the first.
+    After each block (and before the first) another follows with probability ``again``, up to ``most``: 14.9 on average.
     """
     size = u.shape[2:]
     painted = (rng.uniform(0, 1, most) < again).cumprod(1).bool()  # (B, most)
@@ -258,11 +224,7 @@ def _paint_blocks(
 ) -> Tensor:
     """Block after block, and noise for these alone: a twentieth of the crop on average.
 
-    Args:
-        u: ``(B, C, *size)``.
-        painted: ``(B, most)`` bool, True for the blocks that there are, which come first.
-        extent, place: ``(B, most, dim)`` in [0, 1), see :func:`_block`.
-        generators: of each crop's noise.
+    ``painted`` ``(B, most)`` is True for the blocks that there are, which come first; the others as of :func:`_block`.
     """
     out = u.clone(memory_format=torch.contiguous_format)
     axes = [_block(s, extent[..., a], place[..., a]) for a, s in enumerate(u.shape[2:])]

@@ -131,11 +131,8 @@ class HDense(Method[HDenseConfig]):
     def crops(
         cls, plan: Plan, stats: SourceStats, config: HDenseConfig, size: tuple[int, ...] | None = None
     ) -> CropRequest:
-        """Crops of at most two thirds of the image, so that two of them differ, in windows that hold every pair around a voxel.
-
-        Raises:
-            NnsslError: no legal crop, or both terms switched off.
-        """
+        """Crops of at most two thirds of the image, so that two of them differ, in windows that hold every pair around a
+        voxel."""
         require_weight(config, "contrast_weight", "restoration_weight")
         median, multiple = stats.median_shape[-plan.dim :], plan.total_stride
         chosen, why = choose_crop(plan.patch_size, median, multiple, size=size, what=f"{cls.name}'s network")

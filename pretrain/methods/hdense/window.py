@@ -18,13 +18,7 @@ HU = 1 / 2350  # of the default window, -1350 to 1000
 def window_corruption(u: Tensor, rng: StepRNG) -> Tensor:
     """Blur or sharpen (p = 0.5), add noise (p = 0.5), and look at it through a random window (p = 0.8).
 
-    Args:
-        u: ``(B, C, *size)`` float32 in [0, 1]; left as it is. In 3d the first axis is taken for the one through the
-            slices, as nnU-Net's transpose makes it, and is not blurred.
-        rng: random numbers of this step.
-
-    Returns:
-        ``(B, C, *size)`` in [0, 1], a new tensor.
+    Of ``(B, C, *size)`` in [0, 1]; in 3d the first axis is taken for the one through the slices, and is not blurred.
     """
     filtered, sharpen = rng.chance(0.5), rng.chance(0.5)
     soft, sharp, amount = rng.uniform(0.25, 1.5), rng.uniform(0.5, 1.0), rng.uniform(10.0, 30.0)

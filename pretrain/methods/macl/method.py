@@ -341,10 +341,8 @@ class MACL(Method[MACLConfig]):
 
 
 def _with_grain(view: Tensor, grain: Tensor) -> Tensor:
-    """``(B, C, *size)`` each; faint noise in views without content: without zeros at the border these are constant in all layers.
-
-    InstanceNorm would then divide rounding errors by the root of its eps in each of them, and gradients explode.
-    """
+    """Faint noise in views ``(B, C, *size)`` without content, which without zeros at the border are constant in all layers:
+    InstanceNorm would divide rounding errors by the root of its eps in each of them, and gradients explode."""
     flat = view.flatten(1).float().std(1) < _GRAIN
     return torch.where(flat.view(-1, *[1] * (view.ndim - 1)), view + grain.to(view.dtype), view)
 

@@ -38,11 +38,10 @@ def pair_picture(
     """Draw both views in the slice through the middle of what both show.
 
     Args:
-        views: ``(B, C, *size)`` the fine view, ``(B, C, *s)`` the coarse one of as large a part; the first channel is shown.
+        views: the fine view and the coarse one of as large a part, ``(B, C, *size)`` each; the first channel is shown.
         start: ``(B, dim)`` first voxel of each in the common window.
-        maps: features of both, ``(B, C, *m)`` of the fine and ``(B, C, *n)`` of the coarse view; None: not drawn.
+        maps: features of both, ``(B, C, *s)``; None: not drawn.
         moved: the turned pair, as ``views``.
-        spacing: mm per voxel and axis.
     """
     size = views[0].shape[2:]
     first, second = (s.long().cpu() for s in start)

@@ -235,11 +235,7 @@ class MaskedReconstruction(Method[M]):
 
 
 def check_options(config: MaskedConfig, plan: Plan) -> None:
-    """Whether the options of masking fit together, and the network.
-
-    Raises:
-        NnsslError: they do not.
-    """
+    """Refuse options of masking that do not fit together, or the network."""
     if config.masking == "sparse" and (config.fill == "learned" or config.per_channel):
         raise NnsslError(
             "masking=sparse computes nothing where voxels are hidden: fill=learned and per_channel need dense."

@@ -67,11 +67,7 @@ class MAE(MaskedReconstruction[MAEConfig]):
     def crops(
         cls, plan: Plan, stats: SourceStats, config: MAEConfig, size: tuple[int, ...] | None = None
     ) -> CropRequest:
-        """Crops of the plan's patch, as many a step as its batch.
-
-        Raises:
-            NnsslError: options that contradict each other, a block that does not fit, or no legal crop.
-        """
+        """Crops of the plan's patch, as many a step as its batch."""
         check_options(config, plan)
         median = stats.median_shape[-plan.dim :]
         if plan.is_primus:

@@ -26,16 +26,7 @@ _COARSE = 3.0  # an axis this much coarser than the finest is neither blurred no
 
 
 def usable_cells(windows: Tensor, inside: Tensor, body: Tensor, grid: Sequence[int]) -> Tensor:
-    """Cells that show something: a quarter of it in the image, some body, and not constant.
-
-    Args:
-        windows: ``(B, C, *window)``.
-        inside, body: ``(B, 1, *window)`` bool.
-        grid: cells per axis.
-
-    Returns:
-        ``(B, n)`` bool.
-    """
+    """Cells ``(B, n)`` bool that show something: a quarter of it in the image, some body, and not constant."""
     base = base_crops(windows, grid).flatten(3)
     low, high = base.aminmax(dim=3)
     spread = (high - low).amax(2)
@@ -50,13 +41,6 @@ def draw_offsets(
     rng: StepRNG, size: Sequence[int], grid: Sequence[int], n: int, usable: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Place random crops anywhere in the window, both ends included; drawn again where half of one lies in no usable cell.
-
-    Args:
-        rng: random numbers of this step.
-        size: voxels per axis of a crop and of a cell.
-        grid: cells per axis.
-        n: crops per window.
-        usable: ``(B, cells)`` bool.
 
     Returns:
         Offsets ``(B, n, dim)`` int64; overlaps with usable cells ``(B, n, cells)`` float32, which add up to 1; and ``(B, n)``
@@ -83,14 +67,9 @@ def flip_and_turn(
 
     Args:
         x: ``(B, K, C, *size)``, K crops of each window.
-        rng: random numbers of this step.
-        spacing: mm per voxel and axis.
         mirror: probability of a flip, per axis.
         rot90: probability of a quarter turn (or two or three).
         own: ``x`` may be changed in place.
-
-    Returns:
-        The same shape; ``x`` itself where nothing changes.
     """
     k, size, shape = x.shape[1], x.shape[3:], x.shape
     x = x.flatten(0, 1) if own or (mirror <= 0 and rot90 <= 0) else x.flatten(0, 1).clone()
@@ -114,16 +93,9 @@ def _turned(x: Tensor, quarters: int, axes: list[int], rows: Tensor | slice) -> 
 
 
 def augment_intensity(x: Tensor, bounds: Tensor, rng: StepRNG, spacing: Sequence[float], *, p: float) -> Tensor:
-    """Gamma, blur, half the resolution and noise, each with probability ``p``. (Brightness and contrast cancel in InstanceNorm.)
+    """Gamma, blur, half the resolution and noise of ``(B, K, C, *size)``, each with probability ``p``.
 
-    Args:
-        x: ``(B, K, C, *size)``.
-        bounds: ``(B, C, 2)`` intensities that count as 0 and 1.
-        rng, spacing: as of :func:`flip_and_turn`.
-        p: probability of each.
-
-    Returns:
-        A new tensor.
+    (Brightness and contrast cancel in InstanceNorm.) Intensities ``bounds`` ``(B, C, 2)`` count as 0 and 1.
     """
     k, size, shape = x.shape[1], x.shape[3:], x.shape
     flat, fine = x.flatten(0, 1), [s < _COARSE * min(spacing) for s in spacing]
@@ -149,13 +121,7 @@ def augment_intensity(x: Tensor, bounds: Tensor, rng: StepRNG, spacing: Sequence
 
 
 def noise_to_chosen(x: Tensor, chosen: Tensor, sd: Tensor, rng: StepRNG) -> Tensor:
-    """Add a field to those crops that get noise, in place: on a CPU the others cost nothing.
-
-    Args:
-        x: ``(B, K, C, *size)``.
-        chosen, sd: ``(B, K)``, bool and standard deviation.
-        rng: random numbers of this step.
-    """
+    """Add a field to those crops ``(B, K)`` that get noise, in place: on a CPU the others cost nothing."""
     for volume, on, strength, g in zip(x, chosen, sd, rng.generators()):
         for i in torch.nonzero(on)[:, 0].tolist():
             volume[i].add_(torch.randn(x.shape[2:], generator=g), alpha=float(strength[i]))

@@ -57,18 +57,12 @@ def choose_grid(
     grid: Sequence[int] | None = None,
     fit: bool = True,
 ) -> Grid:
-    """Choose cells for a plan, or check the user's.
+    """Choose cells for a plan, or check the user's ``size`` and ``grid``.
 
     Cells are multiples of the total stride, at most the patch, about half of it on split axes, with at least two voxels at the
     bottleneck. Nine cells are wanted, four are needed. What comes before what: :meth:`_Space.rank`.
 
     Args:
-        patch: the plan's patch.
-        median: median case shape on the same axes.
-        multiple: the network's total stride.
-        spacing: mm per voxel on the same axes.
-        size: the user's crop.
-        grid: the user's cells per axis.
         fit: False where cases are resampled to the window: then its size does not depend on theirs.
 
     Raises:

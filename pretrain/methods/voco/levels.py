@@ -39,13 +39,8 @@ def chance_levels(
 ) -> ChanceLevels:
     """Compute the levels exactly, over all whole-voxel offsets.
 
-    Overlaps are products of independent shares per axis, so that their distribution is an outer product.
-
-    Args:
-        size: voxels per axis of a crop.
-        grid: cells per axis.
-        crops: random crops of a volume (S): with several it is rarer that no cell has an overlap of 0.
-        weighting, negatives: see :class:`nnssl.losses.position.PositionLoss`.
+    Overlaps are products of independent shares per axis, so that their distribution is an outer product. With several random
+    ``crops`` of a volume it is rarer that no cell has an overlap of 0.
     """
     axes = [_axis(c, g, weighting) for c, g in zip(size, grid)]
     shares = reduce(np.multiply.outer, [a[0] for a in axes]).ravel()

@@ -151,11 +151,7 @@ class VoCo(Method[VoCoConfig]):
     def crops(
         cls, plan: Plan, stats: SourceStats, config: VoCoConfig, size: tuple[int, ...] | None = None
     ) -> CropRequest:
-        """Cells of a window that fits into the median image, or into which each image is resampled.
-
-        Raises:
-            NnsslError: no legal grid; nothing to learn; terms that need a teacher without one.
-        """
+        """Cells of a window that fits into the median image, or into which each image is resampled."""
         require_weight(config, "intra_weight", "inter_weight", "reg_weight")
         if config.teacher == "none" and config.inter_weight > 0:
             raise NnsslError("-o teacher=none: the comparison between volumes needs a teacher; add inter_weight=0.")
@@ -282,15 +278,8 @@ class VoCo(Method[VoCoConfig]):
         return torch.cat([pool(skip.float(), "gap") for skip in forward_features(self.network, x, 0).skips], 1)
 
     def partners(self, counts: Tensor, dataset: Tensor) -> tuple[Tensor, Tensor]:
-        """The next volume that counts, round the batch (of the same dataset with ``pairing=dataset``), and whether there is one.
-
-        Args:
-            counts: ``(B,)`` bool, volumes that are used.
-            dataset: ``(B,)`` int64.
-
-        Returns:
-            ``(B,)`` int64 and ``(B,)`` bool.
-        """
+        """The next volume that counts, round the batch (of the same dataset with ``pairing=dataset``), and whether there is one:
+        ``(B,)`` int64 and ``(B,)`` bool."""
         b, index = len(counts), torch.arange(len(counts), device=counts.device)
         distance = (index[None] - index[:, None] - 1) % b  # to the next 0, to itself b - 1
         legal = counts[None] & (index[None] != index[:, None])

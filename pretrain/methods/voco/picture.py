@@ -25,14 +25,7 @@ _LINES, _CROP, _HEAT = (0.2, 0.5, 1.0), (1.0, 0.85, 0.0), (1.0, 0.1, 0.1)
 
 @torch.no_grad()
 def overlap_picture(batch: dict[str, Any], predicted: Tensor, size: Sequence[int], grid: Sequence[int]) -> Picture:
-    """Draw the first random crop of up to four windows, in the slice through its centre.
-
-    Args:
-        batch: ``window`` ``(B, 1, *window)``, ``offset`` ``(B, S, dim)``, ``overlap`` ``(B, S, n)``, ``base`` ``(B, n)`` bool.
-        predicted: ``(B, S, n)`` similarities.
-        size: voxels of a cell per axis.
-        grid: cells per axis.
-    """
+    """Draw the first random crop of up to four windows, in the slice through its centre; ``predicted`` is ``(B, S, n)``."""
     rows = min(ROWS, len(predicted))
     right: list[str] = []
     slices, offset = [], batch["offset"][:rows, 0].cpu()
