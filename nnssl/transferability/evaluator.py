@@ -81,30 +81,19 @@ class RobustnessConfig:
 
 @dataclass(frozen=True)
 class RobustnessResult:
-    """One measurement. Distances are means over the crops.
+    """One measurement. Distances are means over the crops."""
 
-    Attributes:
-        loss, score: robustness loss, **lower is better**, NaN where the features are degenerate; margin minus loss.
-        positive, negative: distance of the two views of a crop, and of crops of different cases.
-        per_crop: each crop's mean hinge, for bootstraps over cases; empty where the loss is NaN.
-        margins: margin -> loss.
-        clipped: share of the pairs beyond the margin, whose gap no longer counts.
-        bottleneck: the loss at level -1.
-        n, degenerate: crops, and those of them without a usable representation.
-        shape: channels and size of the feature map.
-    """
-
-    loss: float
-    score: float
-    positive: float
-    negative: float
-    per_crop: tuple[float, ...]
-    margins: dict[float, float]
-    clipped: float
-    bottleneck: float
-    n: int
-    shape: tuple[int, ...]
-    degenerate: int
+    loss: float  # robustness loss, LOWER IS BETTER; NaN where the features are degenerate
+    score: float  # margin minus loss
+    positive: float  # distance of the two views of a crop
+    negative: float  # distance of crops of different cases
+    per_crop: tuple[float, ...]  # mean hinge of each, for bootstraps over cases; empty where the loss is NaN
+    margins: dict[float, float]  # margin -> loss
+    clipped: float  # share of the pairs beyond the margin, whose gap no longer counts
+    bottleneck: float  # the loss at level -1
+    n: int  # crops
+    shape: tuple[int, ...]  # channels and size of the feature map
+    degenerate: int  # crops without a usable representation
     seconds: float
 
     def metrics(self) -> dict[str, float]:
