@@ -28,16 +28,16 @@ def dataset(tiny_preprocessed):
 def pretraining(dataset):
     """``pretraining(name=None, finished=True, plans="nnUNetPlans", decoder_stages=(0, 1))``: writes one, returns its file."""
 
-    def make(name=None, finished=True, plans="nnUNetPlans", decoder_stages=(0, 1), seed=7):
+    def make(name=None, finished=True, plans="nnUNetPlans", decoder_stages=(0, 1), seed=7, method="macl"):
         plan = load_plan(901, plans_name=plans)
-        folder = output_folder(plan, "Macl", [901], name)
+        folder = output_folder(plan, method.capitalize(), [901], name)
         folder.mkdir(parents=True)
         torch.manual_seed(seed)
         network = build_network(plan)
         payload = checkpoint.build_payload(
             network,
             plan,
-            method="macl",
+            method=method,
             config={},
             crop_size=plan.patch_size,
             pretrained_parts={"encoder": True, "decoder_stages": list(decoder_stages)},
@@ -45,7 +45,7 @@ def pretraining(dataset):
         )
         file = folder / ("checkpoint_final.pth" if finished else "checkpoint_latest.pth")
         checkpoint.save(file, payload)
-        described = {"method": "macl", "sources": ["Dataset901_Tiny"], "architecture_hash": plan.architecture_hash}
+        described = {"method": method, "sources": ["Dataset901_Tiny"], "architecture_hash": plan.architecture_hash}
         described |= {"base_plans": plan.base_plans, "plans_name": plan.plans_name, "configuration": plan.configuration}
         (folder / "config.json").write_text(json.dumps(described))
         return file

@@ -1,7 +1,6 @@
 """The trainer for Primus: pretrained weights, every schedule, and checkpoints that plain nnU-Net predicts with."""
 
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -12,10 +11,9 @@ import torch
 
 from nnssl import checkpoint
 from nnssl.errors import NnsslError
-from nnssl.networks import build_network, canonical_state_dict
+from nnssl.networks import canonical_state_dict
 from nnssl.plans import load_plan
 from nnssl.plans.figures import PRIMUS_SCHEDULES
-from nnssl.results import output_folder
 from nnssl.trainers import (
     nnUNetTrainerLinearProbe,
     nnUNetTrainerPretrained,
@@ -37,42 +35,19 @@ def primus(dataset):
 
 
 @pytest.fixture
-def weights(primus):
-    """``weights(plans=PLANS, name=None) -> Path``: a finished pretraining by mae."""
-
-    def make(plans=PLANS, name=None):
-        plan = load_plan(901, plans_name=plans)
-        folder = output_folder(plan, "Mae", [901], name)
-        folder.mkdir(parents=True)
-        torch.manual_seed(7)
-        payload = checkpoint.build_payload(
-            build_network(plan),
-            plan,
-            method="mae",
-            config={},
-            crop_size=plan.patch_size,
-            pretrained_parts={"encoder": True, "decoder_stages": []},
-            data={},
-        )
-        checkpoint.save(folder / "checkpoint_final.pth", payload)
-        described = {"method": "mae", "sources": ["Dataset901_Tiny"], "architecture_hash": plan.architecture_hash}
-        described |= {"base_plans": plan.base_plans, "plans_name": plan.plans_name, "configuration": plan.configuration}
-        (folder / "config.json").write_text(json.dumps(described))
-        return folder / "checkpoint_final.pth"
-
-    return make
+def weights(primus, pretraining):
+    """``weights(plans=PLANS) -> Path``: a finished pretraining by mae."""
+    return lambda plans=PLANS: pretraining(plans=plans, decoder_stages=(), method="mae")
 
 
-def make_trainer(folder, cls=nnUNetTrainerPretrainedPrimus, plans=PLANS):
-    content = json.loads((folder / f"{plans}.json").read_text())
-    content["continue_training"] = False
-    info = json.loads((folder / "dataset.json").read_text())
-    return cls(content, "3d_fullres", 0, info, torch.device("cpu"))
+@pytest.fixture
+def make_trainer(build):
+    return lambda cls=nnUNetTrainerPretrainedPrimus, plans=PLANS: build(cls, plans)
 
 
-def test_starts_from_the_pretraining_made_for_its_plans(primus, weights, start):
+def test_starts_from_the_pretraining_made_for_its_plans(primus, weights, start, make_trainer):
     file = weights()
-    trainer = start(make_trainer(primus))
+    trainer = start(make_trainer())
     stored, own = checkpoint.load(file).weights, canonical_state_dict(trainer.network)
     same = {n for n in own if own[n].shape == stored[n].shape and torch.equal(own[n], stored[n])}
     assert {n for n in own if n.startswith(("eva.", "down_projection."))} <= same
@@ -85,18 +60,18 @@ def test_starts_from_the_pretraining_made_for_its_plans(primus, weights, start):
     assert trainer.enable_deep_supervision is False and trainer.num_epochs == 2
 
 
-def test_trains_and_is_saved_under_its_own_name_where_nnunet_has_no_such_size(primus, weights):
+def test_trains_and_is_saved_under_its_own_name_where_nnunet_has_no_such_size(primus, weights, make_trainer):
     weights()
-    trainer = make_trainer(primus)
+    trainer = make_trainer()
     trainer.run_training()
     final = torch.load(Path(trainer.output_folder) / "checkpoint_final.pth", weights_only=True)
     assert final["trainer_name"] == "nnUNetTrainerPretrainedPrimus" and final["nnssl_finetuning"]["method"] == "mae"
 
 
 @pytest.mark.parametrize("schedule", PRIMUS_SCHEDULES)
-def test_every_schedule(primus, weights, start, schedule):
+def test_every_schedule(primus, weights, start, schedule, make_trainer):
     write_variant(load_plan(901, plans_name=PLANS), schedule, checkpoint=weights(), schedule=schedule, **LENGTH)
-    trainer = start(make_trainer(primus, plans=f"{PLANS}_{schedule}"))
+    trainer = start(make_trainer(plans=f"{PLANS}_{schedule}"))
     trainer.on_epoch_start = trainer.on_train_epoch_start
     data = {"data": torch.randn(2, 1, 16, 16, 16), "target": torch.randint(0, 3, (2, 1, 16, 16, 16)).float()}
     before = {n: p.detach().clone() for n, p in trainer.network.named_parameters()}
@@ -112,9 +87,9 @@ def test_every_schedule(primus, weights, start, schedule):
         assert names == ["up_projection", "encoder norm", "encoder stage 2", "encoder stage 1", "encoder stage 0"]
 
 
-def test_gradients_are_clipped_at_one(primus, weights, start, monkeypatch):
+def test_gradients_are_clipped_at_one(primus, weights, start, monkeypatch, make_trainer):
     weights()
-    trainer, norms = start(make_trainer(primus)), []
+    trainer, norms = start(make_trainer()), []
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, most: norms.append(most) or clip(p, most))
     data = {"data": torch.randn(2, 1, 16, 16, 16), "target": torch.randint(0, 3, (2, 1, 16, 16, 16)).float()}
@@ -122,7 +97,7 @@ def test_gradients_are_clipped_at_one(primus, weights, start, monkeypatch):
     assert norms == [1.0]
 
 
-def test_the_wrong_trainer_names_the_right_one(primus):
+def test_the_wrong_trainer_names_the_right_one(primus, make_trainer):
     wanted = {
         nnUNetTrainerPretrained: "nnUNetTrainerPretrainedPrimus",
         nnUNetTrainerPretrainedScratch: "nnUNetTrainerPretrainedPrimusScratch",
@@ -130,32 +105,32 @@ def test_the_wrong_trainer_names_the_right_one(primus):
     }
     for cls, name in wanted.items():
         with pytest.raises(NnsslError, match=f"hold a Primus, .*use -tr {name}\\."):
-            make_trainer(primus, cls)
+            make_trainer(cls)
     with pytest.raises(NnsslError, match="hold no Primus.*use -tr nnUNetTrainerPretrained, or .*nnssl_plan --network"):
-        make_trainer(primus, plans="nnUNetPlans")
+        make_trainer(plans="nnUNetPlans")
     with pytest.raises(NnsslError, match="use -tr nnUNetTrainerPretrainedScratch, or"):
-        make_trainer(primus, nnUNetTrainerPretrainedPrimusScratch, "nnUNetPlans")
+        make_trainer(nnUNetTrainerPretrainedPrimusScratch, "nnUNetPlans")
 
 
-def test_the_control_and_what_is_missing(primus, weights, start):
+def test_the_control_and_what_is_missing(primus, weights, start, make_trainer):
     with pytest.raises(NnsslError, match="-p nnUNetPlans_primus(.|\n)*-tr nnUNetTrainerPretrainedPrimusScratch"):
-        start(make_trainer(primus))
-    control = start(make_trainer(primus, nnUNetTrainerPretrainedPrimusScratch))
+        start(make_trainer())
+    control = start(make_trainer(nnUNetTrainerPretrainedPrimusScratch))
     assert control.provenance["weights"] == "random" and isinstance(control.optimizer, torch.optim.AdamW)
 
 
-def test_a_named_checkpoint_of_another_patch_is_interpolated(primus, weights, start):
+def test_a_named_checkpoint_of_another_patch_is_interpolated(primus, weights, start, make_trainer):
     plan = load_plan(901, plans_name=PLANS)
     assert plan.patch_size == (16, 16, 16)
     write_variant(plan, "wide", checkpoint=weights(), patch=(16, 24, 16))
     with pytest.raises(NnsslError, match="No finished pretraining fits"):  # without naming it: another network
         write_variant(plan, "wide0", patch=(16, 24, 16))
-        start(make_trainer(primus, plans=f"{PLANS}_wide0"))
-    trainer = start(make_trainer(primus, plans=f"{PLANS}_wide"))
+        start(make_trainer(plans=f"{PLANS}_wide0"))
+    trainer = start(make_trainer(plans=f"{PLANS}_wide"))
     assert "positions of 2x2x2 tokens -> 2x3x2" in Path(trainer.output_folder, "transfer_report.txt").read_text()
 
 
-def test_nnunets_own_primus_trainer_takes_the_weights_and_reads_the_checkpoints(dataset, weights, start):
+def test_nnunets_own_primus_trainer_takes_the_weights_and_reads_the_checkpoints(dataset, weights, start, make_trainer):
     """Primus-S on a patch of eight tokens: its pretraining loads with -pretrained_weights, ours saves under its name."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
@@ -170,7 +145,7 @@ def test_nnunets_own_primus_trainer_takes_the_weights_and_reads_the_checkpoints(
     stored = checkpoint.load(file).weights
     assert all(torch.equal(t, stored[n]) for n, t in network.state_dict().items())
 
-    trainer = start(make_trainer(dataset, plans=plans))
+    trainer = start(make_trainer(plans=plans))
     trainer.inference_allowed_mirroring_axes = (0, 1, 2)
     trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
