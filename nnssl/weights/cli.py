@@ -11,28 +11,26 @@ from pathlib import Path
 from nnssl.command import run_command
 from nnssl.errors import NnsslError, UsageError
 from nnssl.grammar import CommandParser
+from nnssl.options import add_options, from_args
 from nnssl.streams import show
-from nnssl.weights.formats import FORMATS, convert
+from nnssl.weights.formats import FORMATS, ConvertOptions, run_convert
 from nnssl.weights.info import as_text, describe
 
 log = logging.getLogger("nnssl")
 
 
 def _convert(args: argparse.Namespace) -> None:
-    form = args.to or ("safetensors" if Path(args.output).suffix == ".safetensors" else None)
-    if form is None:
+    as_one = Path(args.target).suffix == ".safetensors"
+    args.form = args.form or ("safetensors" if as_one else None)
+    if args.form is None:
         raise UsageError(f"--to is missing: {', '.join(FORMATS)}.")
-    if (form == "safetensors") != (Path(args.output).suffix == ".safetensors"):
+    if (args.form == "safetensors") != as_one:
         raise NnsslError(
-            f"{args.output}: a safetensors file, and only that, ends in .safetensors, so that it is read as one."
+            f"{args.target}: a safetensors file, and only that, ends in .safetensors, so that it is read as one."
         )
-    where = {"key": args.key, "prefix": args.prefix}
-    read = convert(
-        args.input, args.output, form, parts=args.parts, trusted=args.trust, overwrite=args.overwrite, **where
-    )
-    for line in read.remarks:
-        log.info("%s: %s", args.input, line)
-    log.info(f"Wrote {args.output} ({form})")
+    for line in run_convert(from_args(ConvertOptions, args)).remarks:
+        log.info("%s: %s", args.source, line)
+    log.info("Wrote %s (%s)", args.target, args.form)
 
 
 def convert_parser() -> CommandParser:
@@ -44,24 +42,7 @@ def convert_parser() -> CommandParser:
         "in another format. Weights stay bit-identical; states of training, logs and case names are left behind.",
         "nnssl_convert FOLDER/checkpoint_final.pth weights.pth --to nnunet",
     )
-    p.add_argument("input", metavar="INPUT", help="file to read")
-    p.add_argument("output", metavar="OUTPUT", help="file to write")
-    how = p.group("how")
-    how.add_argument(
-        "--to",
-        choices=FORMATS,
-        help="nnssl; upstream (MIC-DKFZ's nnssl, nnU-Net after 2.8.1); nnunet (-pretrained_weights); safetensors",
-    )
-    how.add_argument(
-        "--parts",
-        choices=("promised", "encoder", "all"),
-        default="promised",
-        metavar="PARTS",
-        help="which parts of a file of others count as pretrained: encoder, or all, which is the decoder too (default: the "
-        "encoder of a pretraining, both of a network that nnU-Net has trained)",
-    )
-    p.share(how, "key", "prefix", "trust")
-    how.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    add_options(p, ConvertOptions)
     return p
 
 

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from nnssl.errors import NnsslError, did_you_mean
 from nnssl.files import write_atomic
+from nnssl.grammar import SHARED
+from nnssl.options import as_function, given
 from nnssl.parts import DECODER, ENCODER, UP, decoder_stage, part_names, promised_parts
 from nnssl.plans import Plan
 from nnssl.weights.adaptation_plan import adaptation_plan
@@ -37,30 +40,40 @@ from nnssl.weights.wrappers import recorded_prefix
 log = logging.getLogger("nnssl")
 
 FORMATS = ("nnssl", "upstream", "nnunet", "safetensors")
+HOW = "how"
 
 
-def convert(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    form: str,
-    *,
-    parts: str = "promised",
-    trusted: bool = False,
-    overwrite: bool = False,
-    key: str | None = None,
-    prefix: str | None = None,
-) -> Checkpoint:
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What :func:`convert` takes, and ``nnssl_convert`` with it."""
+
+    source: str | os.PathLike[str] = given(..., None, metavar="INPUT", help="file to read")
+    target: str | os.PathLike[str] = given(..., None, metavar="OUTPUT", help="file to write")
+    form: str = given(
+        ...,
+        HOW,
+        "--to",
+        choices=FORMATS,
+        help="nnssl; upstream (MIC-DKFZ's nnssl, nnU-Net after 2.8.1); nnunet (-pretrained_weights); safetensors",
+    )
+    _: KW_ONLY
+    parts: str = given(
+        "promised",
+        HOW,
+        "--parts",
+        choices=("promised", "encoder", "all"),
+        metavar="PARTS",
+        help="which parts of a file of others count as pretrained: encoder, or all, which is the decoder too (default: the "
+        "encoder of a pretraining, both of a network that nnU-Net has trained)",
+    )
+    key: str | None = given(None, HOW, help=SHARED["key"].keywords["help"])
+    prefix: str | None = given(None, HOW, help=SHARED["prefix"].keywords["help"])
+    trusted: bool = given(False, HOW, dest="trust", help=SHARED["trust"].keywords["help"])
+    overwrite: bool = given(False, HOW, "--overwrite", action="store_true", help="replace an existing output")
+
+
+def run_convert(asked: ConvertOptions) -> Checkpoint:
     """Read a checkpoint of nnssl, MIC-DKFZ's nnssl, nnU-Net or others with nnU-Net's network, and write it in another form.
-
-    Args:
-        source: the file to read.
-        target: the file to write.
-        form: one of :data:`FORMATS`.
-        parts: what ``nnssl`` and ``safetensors`` promise of a file of others: ``"encoder"``, ``"all"`` (the decoder too), or
-            ``"promised"``: the encoder of a pretraining, all but the heads of a network that nnU-Net has trained.
-        trusted: let the source run code while it is read; only for files of a known origin.
-        overwrite: replace an existing target.
-        key, prefix: where the weights lie in a file of others, see :func:`nnssl.checkpoint.load`.
 
     Returns:
         what was read.
@@ -69,21 +82,21 @@ def convert(
         NnsslError: the source cannot be read or asks to run code, does not hold what the form needs or what it promises, or the
             target exists.
     """
+    form, target = asked.form, Path(asked.target)
     if form not in FORMATS:
         raise NnsslError(f"There is no format '{form}'.{did_you_mean(form, FORMATS)} There are: {', '.join(FORMATS)}.")
-    target = Path(target)
-    if target.exists() and (not overwrite or target.resolve() == Path(source).resolve()):
+    if target.exists() and (not asked.overwrite or target.resolve() == Path(asked.source).resolve()):
         raise NnsslError(
             f"{target} exists already and is left as it is. Give another name, or --overwrite for another file."
         )
-    checkpoint = load(source, trusted=trusted, key=key, prefix=prefix)
+    checkpoint = load(asked.source, trusted=asked.trusted, key=asked.key, prefix=asked.prefix)
     plan = plan_of(checkpoint)
     weights = _weights(checkpoint)
+    content: dict[str, Any] = {"network_weights": weights}
     if form == "nnunet":
         _check_whole(weights, checkpoint)
-        content: dict[str, Any] = {"network_weights": weights}
     else:
-        content = {"network_weights": weights, **_metadata(checkpoint, plan, weights, parts)}
+        content |= _metadata(checkpoint, plan, weights, asked.parts)
         _check_promised(content, checkpoint)
     if form == "upstream":
         del content["nnssl"]
@@ -93,6 +106,9 @@ def convert(
     else:
         save(target, content)
     return checkpoint
+
+
+convert = as_function("convert", ConvertOptions, run_convert)
 
 
 def _check_promised(content: Mapping[str, Any], checkpoint: Checkpoint) -> None:

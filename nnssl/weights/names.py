@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 _LAYER = r"(?:conv|norm|nonlin|all_modules)\."
@@ -106,8 +105,7 @@ def from_version_1(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if match:
             place = "transpconvs" if match[1] == "tu" else "seg_layers"
             renamed[f"decoder.{place}.{match[2]}.{match[3]}"] = tensor
-            bias = f"decoder.{place}.{match[2]}.bias"
-            if match[3] == "weight" and f"{match[1]}.{match[2]}.bias" not in name:
-                size = tensor.shape[1] if place == "transpconvs" else tensor.shape[0]
-                renamed.setdefault(bias, torch.zeros(size, dtype=tensor.dtype, device=tensor.device))
+            if match[3] == "weight":
+                zeros = tensor.new_zeros(tensor.shape[1 if place == "transpconvs" else 0])
+                renamed.setdefault(f"decoder.{place}.{match[2]}.bias", zeros)
     return renamed

@@ -70,10 +70,8 @@ def check_loadable(payload: Mapping[str, Any], plan: Plan) -> TransferReport:
     if report.part(ENCODER).percent == 100.0:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             stock.eval(), own.eval()  # a Primus drops paths in training
-            if not all(
-                torch.equal(a, b)
-                for a, b in zip(forward_features(stock, x, 0).skips, forward_features(own, x, 0).skips)
-            ):
+            features = zip(forward_features(stock, x, 0).skips, forward_features(own, x, 0).skips)
+            if not all(torch.equal(a, b) for a, b in features):
                 raise NnsslError(f"The encoder of {where} computes something else after loading this run's checkpoint.")
     return report
 

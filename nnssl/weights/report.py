@@ -69,12 +69,15 @@ class TransferReport:
     @property
     def total(self) -> PartReport:
         """All parts together."""
-        whole = PartReport(Part("whole network"))
-        for row in self.parts:
-            for key in ("loaded", "adapted", "random", "parameters", "parameters_loaded"):
-                setattr(whole, key, getattr(whole, key) + getattr(row, key))
-            whole.reasons += row.reasons
-        return whole
+        return PartReport(
+            Part("whole network"),
+            loaded=sum(row.loaded for row in self.parts),
+            adapted=sum(row.adapted for row in self.parts),
+            random=sum(row.random for row in self.parts),
+            parameters=sum(row.parameters for row in self.parts),
+            parameters_loaded=sum(row.parameters_loaded for row in self.parts),
+            reasons=sum((row.reasons for row in self.parts), Counter()),
+        )
 
     @property
     def random_decoder(self) -> list[Part]:
