@@ -59,7 +59,7 @@ def crops(quick: bool) -> list[tuple[str, int, float]]:
 
 def cases(quick: bool) -> list[tuple[str, int, float]]:
     """Start from the manifest, and reading, against the number of cases."""
-    from nnssl.pretrain.data import make_loader
+    from nnssl.pretrain.data import SampleStream, make_loader
     from nnssl.pretrain.prepare import manifest, prepare_sources
     from nnssl.pretrain.types import CropRequest
 
@@ -75,7 +75,7 @@ def cases(quick: bool) -> list[tuple[str, int, float]]:
             seconds = min(timed(plan, source)[1] for _ in range(3))
             pool = prepare_sources(plan, [source], n_processes=1, held_out=0.0)
             request = CropRequest((8, 8, 8), (8, 8, 8))
-            stream = iter(make_loader(pool, plan, request, seed=0, batch_size=8, steps=10_000))
+            stream = iter(make_loader(pool, plan, request, SampleStream(0, 8), range(10_000)))
             next(stream)
             points.append(("start, by cases", n, seconds))
             read = cpu_seconds(partial(lambda s: [next(s) for _ in range(20)], stream))
@@ -97,8 +97,7 @@ def _rank(rank: int, name: str, world: int, total: int, file: str, repeats: int,
     made.stepper.module = torch.nn.parallel.DistributedDataParallel(made.method)
 
     def step() -> None:
-        draw = {"seed": 0, "step": made.at, "total": total, "first": rank * share}
-        batch = next(views_in_parts(made.method, part, 1, made.device, **draw))
+        batch = next(views_in_parts(made.method, part, 1, made.device, 0, made.at))
         made.stepper.step(batch, made.at, part.case, False)[0].read()
         made.at += 1
 

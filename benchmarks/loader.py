@@ -79,7 +79,7 @@ class Ours:
     def __init__(self, plan: Any, source: str, name: str, size: tuple[int, ...], **options: Any) -> None:
         from nnssl.config import make_config
         from nnssl.networks import build_network
-        from nnssl.pretrain.data import make_loader
+        from nnssl.pretrain.data import SampleStream, make_loader
         from nnssl.pretrain.methods import get_method
         from nnssl.pretrain.prepare import prepare_sources
 
@@ -91,7 +91,7 @@ class Ours:
             raise ValueError(f"{name}: no crop is legal here")
         self.method = cls(build_network(plan), plan, request, config)
         self.total = max(request.min_batch, 2 * request.crops_per_case)
-        self.loader = make_loader(self.case_set, plan, request, seed=0, batch_size=self.total, steps=100_000)
+        self.loader = make_loader(self.case_set, plan, request, SampleStream(0, self.total), range(100_000))
         self.stream, self.step = iter(self.loader), 0
         self.cost(self.total)
 

@@ -24,7 +24,7 @@ from nnssl.config import make_config
 from nnssl.networks import build_network
 from nnssl.plans import load_plan
 from nnssl.pretrain.augment import StepRNG
-from nnssl.pretrain.data import make_loader
+from nnssl.pretrain.data import HELD_OUT, TRAIN, SampleStream, make_loader
 from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.prepare import prepare_sources
 
@@ -56,15 +56,8 @@ def main() -> None:
     fresh = {k: v.clone() for k, v in method.state_dict().items()}
     weights = {f"network.{k}": v for k, v in trained.weights.items()}
     learnt = {**fresh, **weights, **trained.training["method"]}
-    loader = make_loader(
-        pool,
-        plan,
-        request,
-        seed=run["seed"] + 1,
-        batch_size=len(cases),
-        steps=args.rounds,
-        split="train" if args.cases else "held_out",
-    )
+    stream = SampleStream(run["seed"] + 1, len(cases), TRAIN if args.cases else HELD_OUT)
+    loader = make_loader(pool, plan, request, stream, range(args.rounds))
     batches = [method.views(c, StepRNG(run["seed"], STREAM + i, len(c))) for i, c in enumerate(loader)]
     print(f"{len(cases)} cases, {len(batches)} rounds, views of {request.size}")
     for name, state in {"trained": learnt, "untrained": fresh}.items():

@@ -22,7 +22,7 @@ from common import arguments, make_dataset, report, workspace
 def child(batches: int) -> None:
     """In a process of its own: prints the numbers as JSON."""
     from nnssl.plans import load_plan
-    from nnssl.pretrain.data import make_loader
+    from nnssl.pretrain.data import SampleStream, make_loader
     from nnssl.pretrain.methods import CropRequest
     from nnssl.pretrain.prepare import prepare_sources
 
@@ -31,7 +31,7 @@ def child(batches: int) -> None:
     pool = prepare_sources(plan, [plan.dataset_name])
     listed = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size = tuple(plan.patch_size)
-    loader = make_loader(pool, plan, CropRequest(size, size), seed=0, batch_size=8, steps=batches + 8, num_workers=1)
+    loader = make_loader(pool, plan, CropRequest(size, size), SampleStream(0, 8), range(batches + 8), num_workers=1)
     worker, stream = None, iter(loader)
     for _ in range(batches):
         next(stream)

@@ -24,7 +24,7 @@ from nnssl.config import make_config
 from nnssl.networks import build_network
 from nnssl.plans import load_plan
 from nnssl.pretrain.augment import StepRNG
-from nnssl.pretrain.data import make_loader
+from nnssl.pretrain.data import HELD_OUT, SampleStream, make_loader
 from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.prepare import prepare_sources
 
@@ -88,15 +88,8 @@ def main() -> None:
         fresh = {k: v.clone() for k, v in method.state_dict().items()}
         weights = {f"network.{k}": v for k, v in trained.weights.items()}
         learnt = {**fresh, **weights, **trained.training["method"]}
-        loader = make_loader(
-            pool,
-            plan,
-            request,
-            seed=run["seed"] + 1,
-            batch_size=2 * len(pool.held_out),
-            steps=args.batches,
-            split="held_out",
-        )
+        stream = SampleStream(run["seed"] + 1, 2 * len(pool.held_out), HELD_OUT)
+        loader = make_loader(pool, plan, request, stream, range(args.batches))
         batches = [method.views(c, StepRNG(run["seed"], STREAM + i, len(c))) for i, c in enumerate(loader)]
         for name, state in {"trained": learnt, "untrained": fresh}.items():
             method.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""What the engine's options cost and save: accumulation, checkpointing, memory format, precision, optimiser kernels.
+"""What the engine's options cost and save: accumulation, checkpointing, memory format, precision, optimiser implementations.
 
     python benchmarks/options.py
     python benchmarks/options.py --features 8 16 32 64 --crop 64 --only bfloat16    # is nnssl_cpu_bf16=1 faster here?
@@ -35,7 +35,7 @@ def one(plan: Any, options: dict[str, Any], total: int) -> tuple[Callable[[], fl
     engine = make_config(EngineConfig, {k: v for k, v in options.items() if k != "dtype"})
     apply_options(method, engine)
     parts, device = engine.accumulate or 1, torch.device("cpu")
-    stepper = Stepper(method, method, device, 100, 12.0, False, engine.optimiser_kernels)
+    stepper = Stepper(method, method, device, 100, 12.0, False, engine.optimizer_implementation)
     stepper.dtype = options.get("dtype")
 
     class Spec:
@@ -43,11 +43,9 @@ def one(plan: Any, options: dict[str, Any], total: int) -> tuple[Callable[[], fl
 
     Spec.request, Spec.plan = request, plan
     crops = random_crops(Spec)
-    draw = {"seed": 0, "step": 0, "total": total, "first": 0}
 
     def step() -> None:
-        batches = views_in_parts(method, crops, parts, device, **draw)
-        stepper.step(batches if parts > 1 else next(batches), 0, crops.case, False, parts)
+        stepper.step(views_in_parts(method, crops, parts, device, 0, 0), 0, crops.case, False, parts)
 
     step()
     kept: dict[int, int] = {}
@@ -57,7 +55,7 @@ def one(plan: Any, options: dict[str, Any], total: int) -> tuple[Callable[[], fl
             kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    batch = next(views_in_parts(method, crops, parts, device, **draw))
+    batch = next(views_in_parts(method, crops, parts, device, 0, 0))
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), stepper.autocast():
         total_loss = method(batch)["total"]
     held = sum(kept.values()) / 2**20
@@ -74,8 +72,8 @@ def main() -> None:
         "accumulate=4": {"accumulate": 4},
         "checkpointing=true": {"checkpointing": True},
         "channels_last=true": {"channels_last": True},
-        "optimiser_kernels=foreach": {"optimiser_kernels": "foreach"},
-        "optimiser_kernels=fused": {"optimiser_kernels": "fused"},
+        "optimizer_implementation=foreach": {"optimizer_implementation": "foreach"},
+        "optimizer_implementation=fused": {"optimizer_implementation": "fused"},
         "bfloat16": {"dtype": torch.bfloat16},
         "bfloat16 channels_last=true": {"dtype": torch.bfloat16, "channels_last": True},
     }

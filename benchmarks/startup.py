@@ -21,13 +21,14 @@ from common import arguments, make_dataset, report, workspace
 
 def pretend(plan: Any, source: str, n: int) -> None:
     """Make a preprocessed source of links, with the index that preprocessing would have written."""
-    from nnssl.pretrain.data.folders import beside, own_folder
+    from nnssl.plans.unlabelled import prepared_folder
+    from nnssl.pretrain.data.folders import beside
     from nnssl.pretrain.prepare import prepare_sources
     from nnssl.pretrain.prepare.index import Entry
 
     raw = Path(os.environ["nnUNet_raw"]) / source / "imagesTr"
     prepare_sources(plan, [source], n_processes=1, held_out=0.0)
-    folder = own_folder(plan, source)
+    folder = prepared_folder(plan, source)
     index = beside(folder, "index.jsonl")
     first = Entry.from_json(json.loads(index.read_text().splitlines()[0]))
     files = sorted(folder.iterdir())

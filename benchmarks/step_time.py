@@ -21,7 +21,7 @@ def one(plan: Any, name: str, repeats: int, voxels: int) -> dict[str, Any] | Non
     from nnssl.config import make_config
     from nnssl.networks import build_network
     from nnssl.pretrain.augment import StepRNG
-    from nnssl.pretrain.data import make_loader
+    from nnssl.pretrain.data import SampleStream, make_loader
     from nnssl.pretrain.engine.stepping import Stepper
     from nnssl.pretrain.methods import get_method
     from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
@@ -40,7 +40,7 @@ def one(plan: Any, name: str, repeats: int, voxels: int) -> dict[str, Any] | Non
     method = cls(build_network(plan), plan, request, config)
     device, total = torch.device("cpu"), max(request.min_batch, 2 * request.crops_per_case)
     stepper = Stepper(method, method, device, 100, 12.0, False)
-    crops = next(iter(make_loader(pool, plan, request, seed=0, batch_size=total, steps=1)))
+    crops = next(iter(make_loader(pool, plan, request, SampleStream(0, total), range(1))))
     steps = iter(range(10_000))
     batch: Any = None
 

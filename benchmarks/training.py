@@ -122,8 +122,7 @@ class Training:
         """The views of a step."""
         from nnssl.pretrain.engine.stepping import views_in_parts
 
-        draw = {"seed": 0, "step": step, "total": self.total, "first": 0}
-        return next(views_in_parts(self.method, self.crops, 1, self.device, **draw))
+        return next(views_in_parts(self.method, self.crops, 1, self.device, 0, step))
 
     def step(self) -> dict[str, float]:
         """A whole step."""

@@ -34,7 +34,7 @@ class CaseRef:
 
     @property
     def key(self) -> str:
-        """``"<source>/<name>"``, unique in a pool."""
+        """``"<source>/<name>"``, unique in a case set."""
         return f"{self.source}/{self.name}"
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,12 +13,6 @@ __all__ = ["RunResult", "preprocess", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "preprocess":
-        from nnssl.pretrain.prepare.preparation import preprocess
-
-        return preprocess
-    if name in __all__:
-        from nnssl.pretrain import api
-
-        return getattr(api, name)
-    raise AttributeError(name)
+    if name not in __all__:
+        raise AttributeError(name)
+    return getattr(import_module("nnssl.pretrain." + ("prepare.preparation" if name == "preprocess" else "api")), name)

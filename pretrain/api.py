@@ -10,6 +10,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
+import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
@@ -24,16 +25,17 @@ from nnssl.pretrain.data.weights import parse_sources, relative
 from nnssl.pretrain.engine.devices import pick_device, process_group, restarted, shared_preparation
 from nnssl.pretrain.engine.estimate import estimate
 from nnssl.pretrain.engine.folder import LOCK, RunFolder
+from nnssl.pretrain.engine.hooks import Hook
 from nnssl.pretrain.engine.logs import add_log_file, choose_loggers, keep_lines, run_settings
 from nnssl.pretrain.engine.loop import Engine
-from nnssl.pretrain.engine.resume import load_state
-from nnssl.pretrain.engine.spec import Outcome, RunSpec
+from nnssl.pretrain.engine.spec import RunResult, RunSpec
+from nnssl.pretrain.engine.state import load_state
 from nnssl.pretrain.engine.watch import RobustnessHook
 from nnssl.pretrain.methods import get_method
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.omni import FOLDER, prepare_omni, take_omni
-from nnssl.pretrain.onwards import finished_before, keep_first_end, next_lines, start_from, started_from
-from nnssl.pretrain.options import RunOptions, Sources, command_of
+from nnssl.pretrain.onwards import Start, finished_before, keep_first_end, next_lines, start_from, started_from
+from nnssl.pretrain.options import RunOptions, command_of
 from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
 from nnssl.pretrain.prepare.planning import planned
 from nnssl.pretrain.resolve import Choice, batch_size, identity, method_folder, resolve
@@ -48,29 +50,6 @@ from nnssl.words import counted, size_text
 log = logging.getLogger("nnssl")
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What a run left behind.
-
-    Attributes:
-        folder: the output folder.
-        checkpoint: ``checkpoint_final.pth``; None where the run was stopped early or only estimated.
-        finished: whether it ran to its end.
-        learnt: the method's own verdict.
-        sentence: the verdict for a person.
-        metrics: held-out terms at the end.
-        signal: number of the signal that stopped the run early; 0 where none did.
-    """
-
-    folder: Path
-    checkpoint: Path | None
-    finished: bool
-    learnt: bool
-    sentence: str
-    metrics: dict[str, float]
-    signal: int = 0
-
-
 def pretrain(asked: RunOptions) -> RunResult:
     """Pretrain the network of a dataset's plans on unlabelled images.
 
@@ -81,90 +60,115 @@ def pretrain(asked: RunOptions) -> RunResult:
         NnsslError: for everything that the user can mend.
     """
     with keep_lines() as said:
-        return _pretrain(asked, said)
+        inputs = _read(asked)
+        with process_group(inputs.device), RunFolder(inputs.path, lock=not asked.dry_run and rank() == 0) as folder:
+            auto = asked.continue_run == "auto" or (not asked.continue_run and restarted())
+            saved = folder.saved_config(whole=True) if asked.continue_run and not auto else None
+            if asked.continue_run and not auto and not folder.has_checkpoint():
+                log.info("The run was ended before its first checkpoint: it starts from the beginning.")
+                inputs = replace(inputs, start=inputs.start or started_from(saved))
+            accepted = _accepted(inputs, saved)
+            spec = _spec(inputs, folder, saved, accepted)
+            if asked.dry_run:
+                log.info("%s", estimate(spec))
+                return RunResult(inputs.path, None, False, False, "Only estimated.", {})
+            record = {
+                "accepted": accepted,
+                "asked": asked.asked(),
+                "command": command_of(asked),
+                "environment": variables(),
+            }
+            return _execute(spec, auto or bool(asked.continue_run), record, said, inputs.loggers)
 
 
 run = as_function("run", RunOptions, pretrain)
 
 
-def _pretrain(asked: RunOptions, said: MemoryHandler) -> RunResult:
-    cls = get_method(asked.method)
+@dataclass(frozen=True)
+class _Inputs:
+    """What was asked for, resolved as far as that needs no folder of the run."""
+
+    asked: RunOptions
+    method: type[Method]
+    options: dict[str, Any]
+    omni_options: dict[str, Any]
+    plan: Plan
+    weights: dict[str, float]
+    weighted: bool
+    start: Start | None
+    loggers: tuple[str, ...]
+    hooks: list[Hook]
+    path: Path
+    device: torch.device
+
+
+def _read(asked: RunOptions) -> _Inputs:
+    method = get_method(asked.method)
     if asked.stop not in (None, "robustness"):
         raise NnsslError(f"--stop {asked.stop}: only 'robustness' is known.")
     loggers = choose_loggers(asked.logger)
     watch = RobustnessHook(asked.robustness_every, True if asked.stop else None)
     options, omni_options = take_omni(asked.options)
     target = _labelled_target(asked, omni_options)
-    names, weights = _source_names(asked.sources)
+    weights, weighted = parse_sources(asked.sources)
     start = start_from(asked.init, asked.adapt, asked.coverage, asked.key, asked.prefix)
     planning: dict[str, Any] = {"planner": asked.planner, "gpu_memory_target": asked.gpu_memory_target}
     planning |= {"n_processes": asked.processes, "write": not asked.dry_run}
-    plan = planned(names, target, asked.configuration, asked.plans, **planning)
-    cls.check_network(plan)
-    named = method_folder(cls) + (FOLDER if asked.labelled is not None else "")
-    path = output_folder(plan, named, names, asked.name)
-    device, go_on = pick_device(asked.device), asked.continue_run
-    if go_on is True and not (path / LOCK).is_file() and not (path / CONFIG).is_file():
+    plan = planned(list(weights), target, asked.configuration, asked.plans, **planning)
+    method.check_network(plan)
+    named = method_folder(method) + (FOLDER if asked.labelled is not None else "")
+    path, device = output_folder(plan, named, list(weights), asked.name), pick_device(asked.device)
+    if asked.continue_run is True and not (path / LOCK).is_file() and not (path / CONFIG).is_file():
         raise NnsslError(f"there is nothing to continue in {path}. Leave out --c to start.")
-    with process_group(device), RunFolder(path, lock=not asked.dry_run and rank() == 0) as folder:
-        auto = go_on == "auto" or (not go_on and restarted())
-        saved = folder.saved_config(whole=True) if go_on and not auto else None
-        if go_on and not auto and not folder.has_checkpoint():
-            log.info("The run was ended before its first checkpoint: it starts from the beginning.")
-            start = start or started_from(saved)
-        accepted = _accepted(saved, asked)
-        accepted["start"] = start.options() if start is not None else _before(saved).get("start")
-        given = {k: getattr(asked, k) for k in ("epochs", "iterations", "seed", "crop")}
-        choice = resolve(cls, saved, options=options, **given)
-        omni = None
-        if asked.labelled is not None:
-            omni = prepare_omni(plan, omni_options, saved, cases=asked.labelled_cases, ranks=world_size())
-            cls = omni.method(cls)
-        case_set, request = _data(asked, cls, plan, names, accepted, choice)
-        if saved is not None and asked.crop is None:
-            explanation = request.explanation.replace("as asked for", "as in the run that is continued")
-            request = replace(request, explanation=explanation)
-        batch = batch_size(choice.engine, request, world_size())
-        workers = choice.engine.workers
-        spec = RunSpec(
-            method=cls,
-            config=choice.config,
-            plan=plan,
-            case_set=case_set,
-            request=request,
-            engine=choice.engine,
-            batch_size=batch,
-            epochs=choice.epochs,
-            iterations=choice.iterations,
-            seed=choice.seed,
-            device=device,
-            workers=get_allowed_n_proc_DA() if workers is None else workers,
-            folder=folder,
-            save=save_checkpoint,
-            weights=_weights(weights, saved),
-            hooks=[watch, *asked.hooks],
-            start=start,
-        )
-        if omni is not None:
-            spec.auxiliary = omni.auxiliary(case_set, choice.seed, spec.steps, spec.weights)
-            spec.hooks.append(omni.hook(spec.auxiliary))
-        _introduce(spec, names)
-        if omni is not None:
-            omni.introduce(spec.steps)
-        if asked.dry_run:
-            log.info("%s", estimate(spec))
-            return RunResult(path, None, False, False, "Only estimated.", {})
-        spec.identity = identity(cls, plan, case_set, request, names, choice, batch, spec.weights) | {
-            "omni": None if omni is None else omni.identity(),
-            "init": start.identity() if start is not None else ((saved or {}).get("identity") or {}).get("init"),
-        }
-        record = {
-            "accepted": accepted,
-            "asked": asked.asked(),
-            "command": command_of(asked),
-            "environment": variables(),
-        }
-        return _execute(spec, auto or bool(go_on), record, said, loggers)
+    hooks = [watch, *asked.hooks]
+    return _Inputs(asked, method, options, omni_options, plan, weights, weighted, start, loggers, hooks, path, device)
+
+
+def _spec(inputs: _Inputs, folder: RunFolder, saved: dict[str, Any] | None, accepted: Mapping[str, Any]) -> RunSpec:
+    """Everything that the run is made of; the cases are prepared where they are not yet."""
+    asked, plan, old = inputs.asked, inputs.plan, (saved or {}).get("identity") or {}
+    given = {k: getattr(asked, k) for k in ("epochs", "iterations", "seed", "crop")}
+    choice = resolve(inputs.method, saved, options=inputs.options, **given)
+    method, omni = inputs.method, None
+    if asked.labelled is not None:
+        omni = prepare_omni(plan, inputs.omni_options, saved, cases=asked.labelled_cases, ranks=world_size())
+        method = omni.method(method)
+    case_set = _cases(inputs, accepted)
+    request = _request(inputs, method, case_set, choice)
+    if saved is not None and asked.crop is None:
+        explanation = request.explanation.replace("as asked for", "as in the run that is continued")
+        request = replace(request, explanation=explanation)
+    spec = RunSpec(
+        method=method,
+        config=choice.config,
+        plan=plan,
+        case_set=case_set,
+        sources=list(inputs.weights),
+        request=request,
+        engine=choice.engine,
+        batch_size=batch_size(choice.engine, request, world_size()),
+        epochs=choice.epochs,
+        iterations=choice.iterations,
+        seed=choice.seed,
+        device=inputs.device,
+        workers=get_allowed_n_proc_DA() if choice.engine.workers is None else choice.engine.workers,
+        folder=folder,
+        save=save_checkpoint,
+        weights=relative(inputs.weights) if inputs.weighted else old.get("weights"),
+        hooks=inputs.hooks,
+        start=inputs.start,
+    )
+    if omni is not None:
+        spec.auxiliary = omni.auxiliary(case_set, choice.seed, spec.steps, spec.weights)
+        spec.hooks.append(omni.hook(spec.auxiliary))
+    _introduce(spec)
+    if omni is not None:
+        omni.introduce(spec.steps)
+    spec.identity = identity(spec) | {
+        "omni": None if omni is None else omni.identity(),
+        "init": old.get("init") if inputs.start is None else inputs.start.identity(),
+    }
+    return spec
 
 
 def _labelled_target(asked: RunOptions, options: Mapping[str, Any]) -> int | str | None:
@@ -182,65 +186,46 @@ def _labelled_target(asked: RunOptions, options: Mapping[str, Any]) -> int | str
     return asked.labelled
 
 
-def _source_names(sources: Sources) -> tuple[list[str], dict[str, float] | None]:
-    """Names, and weights where any were given."""
-    weights, given = parse_sources(sources)
-    return list(weights), weights if given else None
+def _accepted(inputs: _Inputs, saved: dict[str, Any] | None) -> dict[str, Any]:
+    """What the user has accepted and chosen at the first start, which a continued run keeps."""
+    before, start = (saved or {}).get("accepted") or {}, inputs.start
+    given = {k: getattr(inputs.asked, k) for k in ("allow_mismatch", "skip_bad", "cases", "exclude")}
+    now = {k: os.path.abspath(v) if v and not isinstance(v, bool) else v for k, v in given.items()}
+    kept = {k: v or before.get(k) or v for k, v in now.items()}
+    return kept | {"start": before.get("start") if start is None else start.options()}
 
 
-def _data(
-    asked: RunOptions, cls: type[Method], plan: Plan, names: list[str], accepted: Mapping[str, Any], choice: Choice
-) -> tuple[CaseSet, CropRequest]:
-    """The prepared cases, and the crops of them that the method asks for."""
-    n_processes = asked.processes or default_num_processes
+def _cases(inputs: _Inputs, accepted: Mapping[str, Any]) -> CaseSet:
+    """The prepared cases."""
+    asked = inputs.asked
     with shared_preparation():
-        case_set = prepare_sources(
-            plan,
-            names,
+        return prepare_sources(
+            inputs.plan,
+            list(inputs.weights),
             cases=Path(accepted["cases"]) if accepted["cases"] else None,
             exclude=Path(accepted["exclude"]) if accepted["exclude"] else None,
             skip_bad=accepted["skip_bad"],
-            n_processes=n_processes,
+            n_processes=asked.processes or default_num_processes,
             allow_mismatch=accepted["allow_mismatch"],
             preprocess=not asked.dry_run,
         )
-    request = cls.crops(plan, case_set.stats(), choice.config, choice.crop)
-    if request.body and not asked.dry_run:
+
+
+def _request(inputs: _Inputs, method: type[Method], case_set: CaseSet, choice: Choice) -> CropRequest:
+    """The crops that the method asks for, and the body masks where it looks at them."""
+    request = method.crops(inputs.plan, case_set.stats(), choice.config, choice.crop)
+    if request.body and not inputs.asked.dry_run:
         with shared_preparation():
-            prepare_bodies(plan, case_set, n_processes=n_processes)
-    return case_set, request
-
-
-def _weights(given: dict[str, float] | None, saved: dict[str, Any] | None) -> dict[str, float] | None:
-    """What was given now, else what a continued run began with."""
-    if given is not None:
-        return relative(given)
-    return None if saved is None else saved.get("identity", {}).get("weights")
-
-
-def _accepted(saved: dict[str, Any] | None, asked: RunOptions) -> dict[str, Any]:
-    """What the user has accepted and chosen at the first start, which a continued run keeps."""
-    given = {k: getattr(asked, k) for k in ("allow_mismatch", "skip_bad", "cases", "exclude")}
-    before = _before(saved)
-    now = {k: os.path.abspath(v) if v and not isinstance(v, bool) else v for k, v in given.items()}
-    return {k: v or before.get(k) or v for k, v in now.items()}
-
-
-def _before(saved: dict[str, Any] | None) -> dict[str, Any]:
-    return (saved or {}).get("accepted") or {}
+            prepare_bodies(inputs.plan, case_set, n_processes=inputs.asked.processes or default_num_processes)
+    return request
 
 
 def _execute(
-    spec: RunSpec,
-    continue_run: bool,
-    record: dict[str, Any],
-    said: MemoryHandler,
-    loggers: Sequence[str],
+    spec: RunSpec, continue_run: bool, record: dict[str, Any], said: MemoryHandler, loggers: Sequence[str]
 ) -> RunResult:
     """Check what may be continued, record, train, judge."""
     folder, path = spec.folder, spec.folder.path
-    images = [case.key for case in spec.case_set.cases], spec.case_set.contents
-    folder.check_images(*images, continue_run=continue_run)
+    folder.check_images(spec.case_set, continue_run=continue_run)
     resuming = folder.check_resume(spec.identity, continue_run=continue_run)
     before = finished_before(folder.final, spec.steps) if resuming else None
     if before is not None:
@@ -249,7 +234,7 @@ def _execute(
         return RunResult(path, folder.final, True, learnt, sentence, {})
     state = load_state(folder, spec.identity) if resuming else None
     handler = add_log_file(path, said) if rank() == 0 else None
-    outcome = None
+    result = None
     try:
         if rank() == 0:
             spec.loggers = open_loggers(loggers, path, path.name, resume=resuming)
@@ -257,38 +242,43 @@ def _execute(
                 each.settings(run_settings(spec))
         engine = Engine(spec, state)
         if rank() == 0:
-            if resuming and folder.final.exists():
-                saved_epochs = (folder.saved_config() or {}).get("identity", {}).get("epochs", spec.epochs)
-                if saved_epochs < spec.epochs:
-                    keep_first_end(folder.final, saved_epochs, spec.epochs)
-            if not (resuming and folder.images_file.is_file()):
-                folder.write_images(*images)
-            if resuming:
-                record = continued_record(folder, record)
-            write_json(folder.config_file, {**run_record(spec), **record})
-            if engine.start is not None:
-                engine.start.save_report(path)
-            check_loadable(payload(engine), spec.plan)
-            if state is not None:
-                log.info("Continuing after step %d of %d.", engine.step, spec.steps)
-        outcome = engine.fit()
-        if rank() == 0 and outcome.finished:
-            folder.previous.unlink(missing_ok=True)
-        _tell(spec, outcome)
-        for each in spec.loggers if outcome.finished else ():
-            each.summary({"learnt": float(outcome.learnt), "verdict": outcome.sentence})
-        final = folder.final if outcome.finished else None
-        judged = (outcome.finished, outcome.learnt, outcome.sentence)
-        return RunResult(path, final, *judged, outcome.last, outcome.signal)
+            _record(engine, record, resuming)
+        result = engine.fit()
+        if result.finished:
+            if rank() == 0:
+                folder.previous.unlink(missing_ok=True)
+            _tell(spec, result)
+            for each in spec.loggers:
+                each.summary({"learnt": float(result.learnt), "verdict": result.sentence})
+        return result
     finally:
         for each in spec.loggers:
-            each.close(outcome is not None and outcome.finished)
+            each.close(result is not None and result.finished)
         if handler is not None:
             log.removeHandler(handler)
             handler.close()
 
 
-def _introduce(spec: RunSpec, sources: list[str]) -> None:
+def _record(engine: Engine, record: dict[str, Any], resuming: bool) -> None:
+    """Write what the run is before its first step, and prove that its checkpoints can be loaded."""
+    spec, folder = engine.spec, engine.spec.folder
+    if resuming and folder.final.exists():
+        saved_epochs = (folder.saved_config() or {}).get("identity", {}).get("epochs", spec.epochs)
+        if saved_epochs < spec.epochs:
+            keep_first_end(folder.final, saved_epochs, spec.epochs)
+    if not (resuming and folder.images_file.is_file()):
+        folder.write_images(spec.case_set)
+    if resuming:
+        record = continued_record(folder, record)
+    write_json(folder.config_file, {**run_record(spec), **record})
+    if engine.start is not None:
+        engine.start.save_report(folder.path)
+    check_loadable(payload(engine), spec.plan)
+    if resuming:
+        log.info("Continuing after step %d of %d.", engine.step, spec.steps)
+
+
+def _introduce(spec: RunSpec) -> None:
     plan, request = spec.plan, spec.request
     log.info(
         "%s: pretraining the network of %s, %s, %s (%s) on images of %s.",
@@ -297,10 +287,10 @@ def _introduce(spec: RunSpec, sources: list[str]) -> None:
         plan.plans_name,
         plan.configuration,
         plan.network_text,
-        ", ".join(sources),
+        ", ".join(spec.sources),
     )
     log.info("Cases: %d to learn from, %d held out.", len(spec.case_set.train), len(spec.case_set.held_out))
-    log.info("%s It is read in windows of %s.", request.explanation, size_text(request.read_size))
+    log.info("%s Around it %s voxels are read.", request.explanation, size_text(request.read_size))
     log.info(
         "Batch: %d crops a step (plan: %d patches of %s); %s of %s; seed %d; %s, %s.",
         spec.batch_size,
@@ -315,13 +305,11 @@ def _introduce(spec: RunSpec, sources: list[str]) -> None:
     log.info("Output: %s", spec.folder.path)
 
 
-def _tell(spec: RunSpec, outcome: Outcome) -> None:
-    if not outcome.finished:
-        return
-    log.info("%s", outcome.sentence)
+def _tell(spec: RunSpec, result: RunResult) -> None:
+    log.info("%s", result.sentence)
     log.info("Weights: %s", spec.folder.final)
     command = (spec.folder.saved_config() or {}).get("command")
-    if not outcome.learnt and command and not spec.identity.get("omni"):
+    if not result.learnt and command and not spec.identity.get("omni"):
         log.info("Before these are used, train longer, for example:\n  %s", further(command, 2 * spec.epochs))
     for line in next_lines(spec.plan, spec.folder.final):
         log.info("%s", line)

@@ -153,11 +153,8 @@ def _listing(method: str | None) -> str:
         prefix = before if config is omni_config else ""
         table = [(prefix + r[0], *r[1:]) for r in describe_options(config)]
         lines += [textwrap.indent(aligned(table, left=4), "  "), ""]
-    reason = f" ({cls.transfer_reason})" if cls.transfer_reason else ""
-    lines += [
-        f"Segmentation networks get by default: {cls.default_transfer}{reason}; another choice: nnssl_plan --parts",
-        "",
-    ]
+    parts = cls.default_transfer + (f" ({cls.transfer_reason})" if cls.transfer_reason else "")
+    lines += [f"Segmentation networks get by default: {parts}; another choice: nnssl_plan --parts", ""]
     if cls.presets:
         lines.append("Presets (-o preset=NAME):")
         for name, values in cls.presets.items():

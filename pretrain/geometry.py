@@ -51,50 +51,84 @@ def choose_crop(
     Raises:
         NnsslError: where no legal crop exists, or ``size`` is none; names the axis and the numbers.
     """
-    dim = len(patch)
+    rules = _Rules(tuple(patch), tuple(median), tuple(multiple), min_voxels, what)
     if size is not None:
-        return _checked(tuple(size), multiple, median, min_voxels, what, dim)
-    limit = [min(p, ABOUT_TWO_THIRDS * m) if compare else p for p, m in zip(patch, median)]
-    most = [max(p, m) for p, m in zip(patch, median)]
-    for axis in range(dim):
-        if multiple[axis] > most[axis]:
-            raise NnsslError(
-                f"no legal pretraining crop: {what} needs a multiple of {multiple[axis]} voxels on axis {axis}, where the "
-                f"patch has {patch[axis]} and the median image {median[axis]}. Crops of {size_text(multiple)} or more (--crop) "
-                "would be mostly padding there."
-            )
-    chosen = [max(int(n // m), 1) * m for n, m in zip(limit, multiple)]
-    while math.prod(cells(chosen, multiple)) < min_voxels:
-        room = [a for a in range(dim) if chosen[a] + multiple[a] <= most[a]]
-        if not room:
-            wide = max(range(dim), key=lambda a: most[a] / multiple[a])
-            raise NnsslError(
-                f"no legal pretraining crop: {what} needs multiples of {size_text(multiple)} voxels and at least "
-                f"{min_voxels} voxels at the bottleneck. The largest crop, {size_text(chosen)}, has "
-                f"{size_text(cells(chosen, multiple))} there: axis {wide} would need {chosen[wide] + multiple[wide]} "
-                f"voxels, and the patch has {patch[wide]}, the median image {median[wide]}."
-            )
-        axis = min(room, key=lambda a: (chosen[a] + multiple[a]) / most[a])
-        chosen[axis] += multiple[axis]
+        rules.check(tuple(size))
+        return tuple(size), (
+            f"The crop is {size_text(size)} voxels, as asked for (median image {size_text(median)}); its smallest feature map "
+            f"has {size_text(cells(size, multiple))} voxels."
+        )
+    chosen = rules.choose(compare)
     near = f"about two thirds of the median image {size_text(median)} where possible, and within " if compare else ""
-    return tuple(chosen), (
+    return chosen, (
         f"The crop is {size_text(chosen)} voxels: multiples of {size_text(multiple)} for {what}, within {near}the patch "
         f"{size_text(patch)}; its smallest feature map has {size_text(cells(chosen, multiple))} voxels."
     )
 
 
+@dataclass(frozen=True)
+class _Rules:
+    """What makes a crop legal; the fields are arguments of :func:`choose_crop`."""
+
+    patch: tuple[int, ...]
+    median: tuple[int, ...]
+    multiple: tuple[int, ...]
+    min_voxels: int
+    what: str
+
+    def choose(self, compare: bool) -> tuple[int, ...]:
+        limit = [min(p, ABOUT_TWO_THIRDS * m) if compare else p for p, m in zip(self.patch, self.median)]
+        most = [max(p, m) for p, m in zip(self.patch, self.median)]
+        for axis, (m, room) in enumerate(zip(self.multiple, most)):
+            if m > room:
+                raise NnsslError(
+                    f"no legal pretraining crop: {self.what} needs a multiple of {m} voxels on axis {axis}, where the patch has "
+                    f"{self.patch[axis]} and the median image {self.median[axis]}. Crops of {size_text(self.multiple)} or more "
+                    "(--crop) would be mostly padding there."
+                )
+        chosen = [max(int(n // m), 1) * m for n, m in zip(limit, self.multiple)]
+        while math.prod(cells(chosen, self.multiple)) < self.min_voxels:
+            larger = [n + m for n, m in zip(chosen, self.multiple)]
+            axes = [a for a in range(len(chosen)) if larger[a] <= most[a]]
+            if not axes:
+                raise self._too_small(chosen, most)
+            axis = min(axes, key=lambda a: larger[a] / most[a])
+            chosen[axis] = larger[axis]
+        return tuple(chosen)
+
+    def _too_small(self, chosen: Sequence[int], most: Sequence[int]) -> NnsslError:
+        wide = max(range(len(chosen)), key=lambda a: most[a] / self.multiple[a])
+        return NnsslError(
+            f"no legal pretraining crop: {self.what} needs multiples of {size_text(self.multiple)} voxels and at least "
+            f"{self.min_voxels} voxels at the bottleneck. The largest crop, {size_text(chosen)}, has "
+            f"{size_text(cells(chosen, self.multiple))} there: axis {wide} would need {chosen[wide] + self.multiple[wide]} "
+            f"voxels, and the patch has {self.patch[wide]}, the median image {self.median[wide]}."
+        )
+
+    def check(self, size: tuple[int, ...]) -> None:
+        if len(size) != len(self.patch):
+            raise NnsslError(f"--crop {size_text(size)} has {len(size)} axes, the plan's patch has {len(self.patch)}.")
+        for axis, (n, m) in enumerate(zip(size, self.multiple)):
+            if n < m or n % m:
+                near = max(m, round(n / m) * m)
+                raise NnsslError(
+                    f"--crop {size_text(size)}: {self.what} needs a multiple of {m} voxels on axis {axis}, {n} is none. "
+                    f"The nearest is {near}."
+                )
+        bottleneck = cells(size, self.multiple)
+        if math.prod(bottleneck) < self.min_voxels:
+            raise NnsslError(
+                f"--crop {size_text(size)}: the smallest feature map would have {size_text(bottleneck)} voxels, and at least "
+                f"{self.min_voxels} are needed (InstanceNorm cannot normalise one). Sizes are multiples of "
+                f"{size_text(self.multiple)}; double one axis."
+            )
+
+
 def whole_patch(plan: Plan, size: Sequence[int] | None = None) -> tuple[tuple[int, ...], str]:
-    """The crop of a Primus: the plan's patch, since its positions are those of the patch.
-
-    Args:
-        plan: of a Primus.
-        size: the user's crop, which can only be the same.
-
-    Returns:
-        The size, and a sentence that says why it is what it is.
+    """The crop of a Primus: the plan's patch, since its positions are those of the patch; and a sentence that says so.
 
     Raises:
-        NnsslError: ``size`` is another.
+        NnsslError: the user's ``size`` is another.
     """
     patch = plan.patch_size
     if size is not None and tuple(size) != patch:
@@ -113,31 +147,6 @@ def whole_patch(plan: Plan, size: Sequence[int] | None = None) -> tuple[tuple[in
 def cells(size: Sequence[int], multiple: Sequence[int]) -> list[int]:
     """Voxels of a feature map: ``size // multiple`` per axis."""
     return [n // m for n, m in zip(size, multiple)]
-
-
-def _checked(
-    size: tuple[int, ...], multiple: Sequence[int], median: Sequence[int], min_voxels: int, what: str, dim: int
-) -> tuple[tuple[int, ...], str]:
-    if len(size) != dim:
-        raise NnsslError(f"--crop {size_text(size)} has {len(size)} axes, the plan's patch has {dim}.")
-    for axis, (n, m) in enumerate(zip(size, multiple)):
-        if n < m or n % m:
-            near = max(m, round(n / m) * m)
-            raise NnsslError(
-                f"--crop {size_text(size)}: {what} needs a multiple of {m} voxels on axis {axis}, {n} is none. "
-                f"The nearest is {near}."
-            )
-    bottleneck = cells(size, multiple)
-    if math.prod(bottleneck) < min_voxels:
-        raise NnsslError(
-            f"--crop {size_text(size)}: the smallest feature map would have {size_text(bottleneck)} voxels, and at least "
-            f"{min_voxels} are needed (InstanceNorm cannot normalise one). Sizes are multiples of {size_text(multiple)}; "
-            "double one axis."
-        )
-    return size, (
-        f"The crop is {size_text(size)} voxels, as asked for (median image {size_text(median)}); its smallest feature map has "
-        f"{size_text(bottleneck)} voxels."
-    )
 
 
 def largest_spread(size: Sequence[int], median: Sequence[int]) -> float:

@@ -30,15 +30,7 @@ _OF_PLANS = re.compile(r"(?:type )?nnssl_plan --checkpoint FILE (--adapt [\w= ]+
 
 @dataclass(frozen=True)
 class Start:
-    """Weights that a run starts from.
-
-    Attributes:
-        loaded: the checkpoint.
-        sha256: hash (hex) of its file.
-        adaptation: what may be adapted.
-        place: ``key`` and ``prefix`` that were asked for.
-        report: what :meth:`fill` did.
-    """
+    """Weights that a run starts from; ``place``: the ``key`` and ``prefix`` asked for, ``report``: what :meth:`fill` did."""
 
     loaded: Checkpoint
     sha256: str
@@ -47,11 +39,7 @@ class Start:
     report: TransferReport | None = None
 
     def fill(self, network: nn.Module, plan: Plan) -> Start:
-        """Put the weights into the network, every part that the file holds, and return this with the report.
-
-        Raises:
-            NnsslError: they do not fit; says with which ``--adapt`` they would.
-        """
+        """Put the weights into the network, every part that the file holds, and return this with the report."""
         try:
             report = apply(network, self.loaded, plan, adapt=self.adaptation, parts="all")
         except NnsslError as error:
@@ -90,11 +78,7 @@ def start_from(
     key: str | None = None,
     prefix: str | None = None,
 ) -> Start | None:
-    """Read what ``--init`` names; None without it.
-
-    Raises:
-        NnsslError: the file cannot be read or holds no network of nnU-Net's, or the other options are given without it.
-    """
+    """Read what ``--init`` names; None without it."""
     place = {k: v for k, v in (("key", key), ("prefix", prefix)) if v is not None}
     if init is None:
         given = [f"--{name}" for name in place] + ["--adapt"] * bool(adapt) + ["--coverage"] * (coverage is not None)
@@ -109,11 +93,7 @@ def start_from(
 
 
 def started_from(saved: Mapping[str, Any] | None) -> Start | None:
-    """The weights of a run that ended before its first checkpoint, which is to start from them again; from its ``config.json``.
-
-    Raises:
-        NnsslError: their file is gone or another, with the option that names it anew.
-    """
+    """From its ``config.json``: the weights that a run starts from again which ended before its first checkpoint."""
     saved_start = ((saved or {}).get("accepted") or {}).get("start")
     if saved_start is None:
         return None
@@ -151,10 +131,6 @@ def keep_first_end(final: Path, saved_epochs: int, epochs: int) -> None:
     )
 
 
-def _is_labelled(plan: Plan) -> bool:
-    return len(plan.dataset_json.get("labels") or {}) > 1
-
-
 def next_lines(plan: Plan, final: Path) -> list[str]:
     """What to type to fine-tune from a finished run: the trainer alone where it finds the run, else a plan that names it."""
     number, p = dataset_id(plan.dataset_name), plan.plans_name
@@ -163,7 +139,7 @@ def next_lines(plan: Plan, final: Path) -> list[str]:
     train = f"nnUNetv2_train {{}} {{}} {fold_to_type(plan)} -tr {{}}"
     few = f"With few labels take -tr {trainer_for(MEAN_TEACHER)}: it goes on learning from the images without labels."
     hint = [] if plan.is_primus or plan.nnssl.get("schedule") else [few]
-    if not _is_labelled(plan):
+    if len(plan.dataset_json.get("labels") or {}) <= 1:
         return [
             f"{plan.dataset_name} has no labels to fine-tune on. Next, for a labelled dataset N that is planned:",
             f"  nnssl_plan -d N -c {plan.configuration} --checkpoint {final} --name {_free_name(None, final)}",
@@ -171,11 +147,8 @@ def next_lines(plan: Plan, final: Path) -> list[str]:
     others = [run for run in find_pretrainings(plan) if run.finished and run.folder != final.parent]
     if not others and not plan.nnssl.get("checkpoint"):
         return [f"Next: {train.format(number, plan.configuration, trainer)}{option}", *hint]
-    why = (
-        f"{p} names another checkpoint"
-        if plan.nnssl.get("checkpoint")
-        else f"{len(others) + 1} finished pretrainings fit {p}"
-    )
+    why = f"{len(others) + 1} finished pretrainings fit {p}"
+    why = f"{p} names another checkpoint" if plan.nnssl.get("checkpoint") else why
     name = _free_name(plan, final)
     return [
         f"{why}, so this one is named in a plan of its own. Next:",
@@ -188,8 +161,8 @@ def next_lines(plan: Plan, final: Path) -> list[str]:
 def _free_name(plan: Plan | None, final: Path) -> str:
     """A name for a plan variant, after the run's folder, that no variant has."""
     name = final.parent.name.split("__")[0].removeprefix("nnssl").lower()
-    taken = plan is not None and (preprocessed_folder() / plan.dataset_name / f"{plan.plans_name}_{name}.json").exists()
-    if not taken or plan is None:
+    if plan is None:
         return name
     folder = preprocessed_folder() / plan.dataset_name
-    return next(f"{name}-{i}" for i in range(2, 1000) if not (folder / f"{plan.plans_name}_{name}-{i}.json").exists())
+    names = [name, *(f"{name}-{i}" for i in range(2, 1000))]
+    return next(n for n in names if not (folder / f"{plan.plans_name}_{n}.json").exists())

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nnssl.config import parse_assignments
-from nnssl.errors import NnsslError
-from nnssl.grammar import SHARED
+from nnssl.grammar import SHARED, whole_numbers
 from nnssl.options import asked, command_fields, given
 
 if TYPE_CHECKING:
@@ -27,13 +26,6 @@ WHAT, LENGTH, START = "what is learnt from what", "how long, and under which nam
 PLANNING = "datasets that nnU-Net cannot plan, since they have no labels"
 MACHINE = "machine"
 LABELLED = "labels as well"
-
-
-def _crop(text: str | Sequence[int]) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in (text.replace("x", ",").split(",") if isinstance(text, str) else text))
-    except ValueError:
-        raise NnsslError(f"--crop {text}: whole numbers are wanted, for example 32,64,64.") from None
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,7 @@ class RunOptions:
         WHAT,
         "--crop",
         metavar="Z,Y,X",
-        read=_crop,
+        type=whole_numbers,
         help="pretraining crop in voxels (default: the method's choice)",
     )
     cases: str | Path | None = given(None, WHAT, help="text file of the cases to learn from, one a line")
@@ -226,8 +218,8 @@ def _words(name: str, value: Any) -> list[str]:
         return [f"{k}{sign}{_text(v)}" for k, v in value.items()]
     if name == "crop":
         return [",".join(map(str, value))]
-    if name in ("cases", "exclude", "labelled_cases", "init"):
-        return [os.path.abspath(value)]
+    if name in ("cases", "exclude", "labelled_cases", "init") or (name == "method" and value.endswith(".py")):
+        return [os.path.abspath(os.path.expanduser(value))]  # typed in another folder it names the same file
     return [_text(v) for v in value] if isinstance(value, (list, tuple)) else [_text(value)]
 
 

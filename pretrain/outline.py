@@ -61,35 +61,10 @@ def _read_all() -> Iterator[SimpleNamespace]:
         for node in _module(module).values():
             call = _registered(node)
             if isinstance(node, ast.ClassDef) and call is not None:
-                given = {k.arg: k.value for k in call.keywords}
-                config = _value(module, _name(given["config"]))
+                (config,) = (_evaluate(module, k.value) for k in call.keywords if k.arg == "config")
                 if not isinstance(config, type):
                     raise TypeError(f"{module}: the config of {node.name} cannot be read")
-                shown = _shown(module, node)
-                yield SimpleNamespace(name=ast.literal_eval(call.args[0]), Config=config, **shown)
-
-
-def _shown(module: str, node: ast.ClassDef) -> dict[str, Any]:
-    """Values of :data:`SHOWN` in a class, or in those of this package that it inherits from."""
-    found: dict[str, Any] = {}
-    for base in reversed(node.bases):
-        base = base.value if isinstance(base, ast.Subscript) else base  # Method[Config]
-        if isinstance(base, ast.Name):
-            where, inherited = _definition(module, base.id)
-            found |= _shown(where, inherited) if isinstance(inherited, ast.ClassDef) else {}
-    return found | {k: _evaluate(module, v) for k, v in _assignments(node.body) if k in SHOWN}
-
-
-def _definition(module: str, name: str) -> tuple[str, ast.AST | None]:
-    """Where this package defines a name that a module uses, and the statement; None where it is another's."""
-    node = _module(module).get(name)
-    while isinstance(node, ast.ImportFrom):
-        original = next(a.name for a in node.names if (a.asname or a.name) == name)
-        if not (node.module or "").startswith("nnssl."):
-            return module, None
-        module, name = str(node.module), original
-        node = _module(module).get(name)
-    return module, node
+                yield SimpleNamespace(name=ast.literal_eval(call.args[0]), Config=config, **_shown(module, node))
 
 
 def _registered(node: ast.AST) -> ast.Call | None:
@@ -98,10 +73,15 @@ def _registered(node: ast.AST) -> ast.Call | None:
     return next((c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "register"), None)
 
 
-def _name(node: ast.AST) -> str:
-    if not isinstance(node, ast.Name):
-        raise TypeError("a name is wanted")
-    return node.id
+def _shown(module: str, node: ast.ClassDef) -> dict[str, Any]:
+    """Values of :data:`SHOWN` in a class, or in those of this package that it inherits from."""
+    found: dict[str, Any] = {}
+    for base in reversed(node.bases):
+        base = base.value if isinstance(base, ast.Subscript) else base  # Method[Config]
+        if isinstance(base, ast.Name):
+            where, _, inherited = _definition(module, base.id)
+            found |= _shown(where, inherited) if isinstance(inherited, ast.ClassDef) else {}
+    return found | {k: _evaluate(module, v) for k, v in _assignments(node.body) if k in SHOWN}
 
 
 def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
@@ -127,32 +107,41 @@ def _module(name: str) -> dict[str, ast.AST]:
     return bound
 
 
+def _definition(module: str, name: str) -> tuple[str, str, ast.AST]:
+    """Where and under which name it is defined, and the statement: an import where that is elsewhere or in :data:`LIGHT`."""
+    node = _module(module)[name]
+    while isinstance(node, ast.ImportFrom):
+        source, original = node.module or "", _original(node, name)
+        if source in LIGHT or not source.startswith("nnssl.") or original not in _module(source):
+            break
+        module, name = source, original
+        node = _module(module)[name]
+    return module, name, node
+
+
+def _original(node: ast.ImportFrom, name: str) -> str:
+    return next(a.name for a in node.names if (a.asname or a.name) == name)
+
+
 @cache
 def _value(module: str, name: str) -> Any:
     """What a name of a module's top level means."""
-    node = _module(module)[name]
+    module, name, node = _definition(module, name)
     if isinstance(node, ast.ImportFrom):
         source = node.module or ""
-        original = next(a.name for a in node.names if (a.asname or a.name) == name)
-        if source in LIGHT or source.split(".")[0] in sys.stdlib_module_names:
-            return getattr(import_module(source), original)
-        ours = source.startswith("nnssl.") and node.level == 0
-        return _value(source, original) if ours and original in _module(source) else _Opaque()
-    if isinstance(node, ast.ClassDef):
-        if not any("dataclass" in ast.dump(d) for d in node.decorator_list):
-            return _Opaque()
-        node = ast.ClassDef(**{**{f: getattr(node, f) for f in node._fields}, "body": _fields_of(node)})
-        tree = ast.fix_missing_locations(ast.Module([node], []))
-        scope = _scope(module, node)
-        flags = annotations.compiler_flag
-        exec(compile(tree, module, "exec", flags), scope)  # this package's own source
-        return scope[name]
-    return _evaluate(module, node) if isinstance(node, ast.expr) else _Opaque()
-
-
-def _fields_of(node: ast.ClassDef) -> list[ast.stmt]:
-    kept = [n for n in node.body if isinstance(n, ast.AnnAssign)]
-    return [*kept] or [ast.Pass()]
+        known = source in LIGHT or source.split(".")[0] in sys.stdlib_module_names
+        return getattr(import_module(source), _original(node, name)) if known else _Opaque()
+    if isinstance(node, ast.expr):
+        return _evaluate(module, node)
+    if not isinstance(node, ast.ClassDef) or not any("dataclass" in ast.dump(d) for d in node.decorator_list):
+        return _Opaque()
+    body = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+    fields: Any = {f: getattr(node, f) for f in node._fields}
+    config = ast.ClassDef(**{**fields, "body": body or [ast.Pass()]})
+    scope = _scope(module, config)
+    code = compile(ast.fix_missing_locations(ast.Module([config], [])), module, "exec", annotations.compiler_flag)
+    exec(code, scope)  # this package's own source
+    return scope[name]
 
 
 def _evaluate(module: str, node: ast.expr) -> Any:

@@ -8,9 +8,8 @@ from typing import Any
 
 from nnssl.config import config_dict, make_config, split_options
 from nnssl.errors import NnsslError, did_you_mean
-from nnssl.plans import Plan
-from nnssl.pretrain.data import CaseSet
-from nnssl.pretrain.engine.config import RUNTIME_OPTIONS, EngineConfig
+from nnssl.pretrain.engine.config import OLD_NAMES, RUNTIME_OPTIONS, EngineConfig
+from nnssl.pretrain.engine.spec import RunSpec
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import CropRequest
 from nnssl.words import counted
@@ -40,14 +39,10 @@ def resolve(
     options: Mapping[str, Any] | None,
     crop: Sequence[int] | None,
 ) -> Choice:
-    """Fill in defaults; a continued run's saved identity comes before them, and what the user gave before both.
-
-    Raises:
-        NnsslError: unknown or illegal options, an unknown preset.
-    """
-    given = dict(options or {})
+    """Fill in defaults; a continued run's saved identity comes before them, and what the user gave before both."""
+    given = {OLD_NAMES.get(key, key): value for key, value in (options or {}).items()}
     preset = given.pop("preset", None)
-    old = dict(saved or {}).get("identity", {})
+    old = (saved or {}).get("identity", {})
     if preset is not None and preset not in method.presets:
         known = ", ".join(method.presets) or "none"
         raise NnsslError(f"-o preset={preset}: {method.name} has {known}.{did_you_mean(str(preset), method.presets)}")
@@ -63,23 +58,15 @@ def resolve(
     return Choice(
         config=make_config(method.Config, of_method, base),
         engine=make_config(EngineConfig, of_engine, old.get("engine", {})),
-        epochs=_first(epochs, old.get("epochs"), EPOCHS),
-        iterations=_first(iterations, old.get("iterations"), ITERATIONS),
-        seed=_first(seed, old.get("seed"), SEED),
+        epochs=old.get("epochs", EPOCHS) if epochs is None else epochs,
+        iterations=old.get("iterations", ITERATIONS) if iterations is None else iterations,
+        seed=old.get("seed", SEED) if seed is None else seed,
         crop=tuple(int(c) for c in crop) if crop is not None else None,
     )
 
 
-def _first(*values: Any) -> Any:
-    return next(v for v in values if v is not None)
-
-
 def batch_size(engine: EngineConfig, request: CropRequest, ranks: int) -> int:
-    """Crops per step over all ranks.
-
-    Raises:
-        NnsslError: fewer than the method needs, or not divisible.
-    """
+    """Crops per step over all ranks."""
     size, parts = engine.batch_size or request.batch_size, engine.accumulate or 1
     if size < request.min_batch:
         raise NnsslError(f"-o batch_size={size}: this method needs at least {request.min_batch} crops a step.")
@@ -106,29 +93,20 @@ def method_folder(method: type[Method]) -> str:
     return method.name[:1].upper() + method.name[1:]
 
 
-def identity(
-    method: type[Method],
-    plan: Plan,
-    case_set: CaseSet,
-    request: CropRequest,
-    sources: list[str],
-    choice: Choice,
-    batch: int,
-    weights: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
+def identity(spec: RunSpec) -> dict[str, Any]:
     """What makes a run what it is: a folder takes only a run with the same."""
-    engine = {k: v for k, v in config_dict(choice.engine).items() if k not in RUNTIME_OPTIONS}
+    plan, request, case_set = spec.plan, spec.request, spec.case_set
     return {
-        "method": method.name,
-        "options": config_dict(choice.config),
-        "engine": engine,
-        "epochs": choice.epochs,
-        "iterations": choice.iterations,
-        "batch_size": batch,
-        "seed": choice.seed,
+        "method": spec.method.name,
+        "options": config_dict(spec.config),
+        "engine": {k: v for k, v in config_dict(spec.engine).items() if k not in RUNTIME_OPTIONS},
+        "epochs": spec.epochs,
+        "iterations": spec.iterations,
+        "batch_size": spec.batch_size,
+        "seed": spec.seed,
         "crop": {"size": list(request.size), "window": list(request.read_size)},
-        "sources": sources,
-        "weights": None if weights is None else dict(weights),
+        "sources": spec.sources,
+        "weights": spec.weights,
         "dataset": plan.dataset_name,
         "plans_name": plan.plans_name,
         "configuration": plan.configuration,

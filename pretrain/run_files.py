@@ -12,7 +12,7 @@ from nnssl.errors import NnsslError
 from nnssl.plans.unlabelled import case_key_hash
 from nnssl.pretrain.engine.folder import RunFolder
 from nnssl.pretrain.engine.loop import Engine
-from nnssl.pretrain.engine.messages import disk_advice
+from nnssl.pretrain.engine.messages import disk_reason
 from nnssl.pretrain.engine.spec import RunSpec
 from nnssl.pretrain.methods.registry import origin
 
@@ -74,11 +74,7 @@ def payload(engine: Engine, training: dict[str, Any] | None = None) -> dict[str,
 
 
 def save_checkpoint(engine: Engine, path: Path, state: dict[str, Any] | None) -> None:
-    """Write a checkpoint whole; of the latest one, the one before is kept.
-
-    Raises:
-        NnsslError: it cannot be written; says what to do.
-    """
+    """Write a checkpoint whole; of the latest one, the one before is kept."""
     folder = engine.spec.folder
     try:
         if path == folder.latest:
@@ -87,6 +83,7 @@ def save_checkpoint(engine: Engine, path: Path, state: dict[str, Any] | None) ->
     except OSError as error:
         earlier = folder.latest.is_file() or folder.previous.is_file()
         whole = "The checkpoint saved before is whole. " if earlier else ""
+        advice = disk_reason(error) or "See to the file system"
         raise NnsslError(
-            f"cannot save {path}: {error.strerror or error}. {whole}{disk_advice(error)}, then continue with --c."
+            f"cannot save {path}: {error.strerror or error}. {whole}{advice}, then continue with --c."
         ) from error

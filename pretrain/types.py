@@ -38,23 +38,23 @@ class CropRequest:
 
     Attributes:
         size: voxels per axis that the network sees (as many axes as the plan's patch).
-        read_size: voxels per axis that are read around the same centre, at least ``size``: the *window*, whose margin feeds
-            rotations, scalings and shifts so that these never show padding.
+        read_size: voxels per axis that are read around the same centre, at least ``size``: the margin feeds rotations, scalings
+            and shifts so that these never show padding.
         crops_per_case: crops drawn from each case of a step.
         batch_size: default number of crops per step over all ranks; the engine's ``batch_size`` overrides it.
         min_batch: fewest crops per step for which the objective means anything.
         explanation: one sentence for the user that says why ``size`` is what it is.
         body: whether the objective looks at ``Crops.body``. The mask is then made from the raw images where they are there;
             else a threshold on the preprocessed image has to do.
-        sampling: where windows are taken. ``"jitter"``: anywhere that the crop fits into the image, so that the window's margin
-            may lie outside; ``"inside"``: in the image, in its middle where they exceed it; ``"whole"``: the whole case, cut
-            to its foreground and resampled to the read size.
+        sampling: where is read. ``"jitter"``: anywhere that the crop fits into the image, so that the margin may lie outside;
+            ``"inside"``: in the image, in its middle where the read size exceeds it; ``"whole"``: the whole case, cut to its
+            foreground and resampled to the read size.
         reorient: bring all cases to the orientation that most have: left is left in each. All of :class:`Crops` then refers
             to the reoriented array.
         move: the transform that views begin with. The loader then draws it too, from the same numbers, hands it over in
-            ``Crops.affine``, and reads the middle of each window only, as far as its view looks. With ``sampling="jitter"``.
-        trim: leave out what lies outside of the image, on axes on which the image has room for a crop: of each window
-            ``Crops.extent`` voxels are then meant. With ``sampling="jitter"``.
+            ``Crops.affine``, and reads no farther around the centre than its view looks. With ``sampling="jitter"``.
+        trim: leave out what lies outside of the image, on axes on which the image has room for a crop: ``Crops.extent`` tells how
+            much of each was read. With ``sampling="jitter"``.
     """
 
     size: tuple[int, ...]
@@ -87,7 +87,8 @@ def _take_old_names(init: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-CropRequest.__init__ = _take_old_names(CropRequest.__init__)  # type: ignore[method-assign]
+_request: Any = CropRequest
+_request.__init__ = _take_old_names(_request.__init__)
 for _old, _new in _OLD_FIELDS.items():
     setattr(CropRequest, _old, property(operator.attrgetter(_new)))
 
@@ -97,21 +98,21 @@ class Crops:
     """What the loader delivers for one step on one rank. ``B`` crops, ``C`` channels, spatial axes as the plan's patch.
 
     Attributes:
-        data: ``(B, C, *window)`` float32, normalised as nnU-Net does; 0 outside the image, as in nnU-Net's training. The window
-            is smaller than the request's where the request has ``move`` or ``trim``: as large as the batch needs it.
-        body: ``(B, 1, *window)`` bool, True where the image is not air (and inside the image); see ``CropRequest.body``.
+        data: ``(B, C, *read_size)`` float32, normalised as nnU-Net does; 0 outside the image, as in nnU-Net's training. Smaller
+            than the request's read size where the request has ``move`` or ``trim``: as large as the batch needs it.
+        body: ``(B, 1, *read_size)`` bool, True where the image is not air (and inside the image); see ``CropRequest.body``.
         position: ``(B, 3)`` float64, centre of the crop in (0, 1) of the uncropped image, in *patient* axes
             (right to left, anterior to posterior, inferior to superior): independent of transpose, cropping, spacing
             and the direction of the axes.
         axis_position: ``(B, 3)`` float64, the same in the array's axes (z, y, x after transpose), increasing with the index.
         intensity: ``(B, C, 2)`` float32, estimates of each case's 0.5th and 99.5th percentile of the normalised image.
-        start: ``(B, 3)`` int64, first voxel of the window in the preprocessed array; negative where it starts outside.
+        start: ``(B, 3)`` int64, first voxel of ``data`` in the preprocessed array; negative where it starts outside.
         case: names of the cases, length ``B``.
         shape: ``(B, 3)`` int64, voxels of the preprocessed array; None where crops do not come from the loader.
         source: names of the datasets that the cases come from, length ``B``; None likewise.
-        affine: ``(B, dim, dim + 1)`` float32, matrix and shift of the transform that windows were read for, see
-            ``CropRequest.move``; None: windows are whole.
-        extent: ``(B, 3)`` int64, voxels of each window from its first one on; what is behind was not read. None: all were.
+        affine: ``(B, dim, dim + 1)`` float32, matrix and shift of the transform that they were read for, see
+            ``CropRequest.move``; None: all of the read size was read.
+        extent: ``(B, 3)`` int64, voxels of each from ``start`` on; what is behind was not read. None: all were.
     """
 
     data: Tensor

@@ -103,17 +103,17 @@ def _spoilt() -> None:
 
 @LAB.add("pictures cannot be written")
 def _pictures() -> None:
-    from nnssl.pretrain.engine import drawing, logs
+    from nnssl.pretrain.engine import drawing
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
-    before = drawing.save_picture, logs.plot_progress
-    drawing.save_picture, logs.plot_progress = fail, fail
+    before = drawing.save_picture, drawing.plot_progress
+    drawing.save_picture, drawing.plot_progress = fail, fail
     try:
         told = here(*RUN, "--name", "pictures", "-o", "workers=0", "picture_every=1", "held_out_batches=1")
     finally:
-        drawing.save_picture, logs.plot_progress = before
+        drawing.save_picture, drawing.plot_progress = before
     expect(told, 0, "progress.png could not be written.*Weights:")
     same("pictures")
 

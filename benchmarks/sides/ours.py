@@ -104,11 +104,11 @@ class Side:
 
     def memory(self, edge: int, crops: int) -> float:
         """Of a loader process."""
-        from nnssl.pretrain.data import make_loader
+        from nnssl.pretrain.data import SampleStream, make_loader
 
         ours = self._loader(edge)
-        options = {"seed": 0, "batch_size": 2, "steps": crops, "num_workers": 1}
-        return worker_memory(make_loader(ours.case_set, self.plan, ours.method.request, **options), crops, 2)
+        what = ours.case_set, self.plan, ours.method.request, SampleStream(0, 2), range(crops)
+        return worker_memory(make_loader(*what, num_workers=1), crops, 2)
 
 
 def first_step(settings: dict[str, Any], done: Callable[[], None]) -> None:

@@ -6,10 +6,13 @@ from nnssl.pretrain.data.crops import CropDataset, Sample, collate
 from nnssl.pretrain.data.intensity import intensity_range
 from nnssl.pretrain.data.loader import CropLoader, make_loader
 from nnssl.pretrain.data.orientation import Geometry
+from nnssl.pretrain.data.sampling import HELD_OUT, TRAIN, SampleStream
 
 Pool = CaseSet  # its name before
 
 __all__ = [
+    "HELD_OUT",
+    "TRAIN",
     "BadCase",
     "CaseFormat",
     "CaseInfo",
@@ -22,6 +25,7 @@ __all__ = [
     "CaseSet",
     "Pool",
     "Sample",
+    "SampleStream",
     "collate",
     "intensity_range",
     "make_loader",

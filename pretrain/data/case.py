@@ -50,12 +50,7 @@ class CaseFormat:
 
 @dataclass(frozen=True)
 class CaseInfo:
-    """What is remembered of a case.
-
-    Attributes:
-        geometry: its place in image and patient.
-        intensity: ``(C, 2)`` float32, estimates of the 0.5th and 99.5th percentile.
-    """
+    """What is remembered of a case; ``intensity``: ``(C, 2)`` float32, estimates of the 0.5th and 99.5th percentile."""
 
     geometry: Geometry
     intensity: np.ndarray
@@ -85,84 +80,90 @@ class OpenCase:
     mask: Any = None
 
     def read(
-        self, start: Sequence[int] | np.ndarray, window: Sequence[int] | np.ndarray
+        self, start: Sequence[int] | np.ndarray, size: Sequence[int] | np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Read a window; only the compressed blocks that it touches are unpacked.
+        """Read a box; only the compressed blocks that it touches are unpacked.
 
         Body is what the mask says; without one, what lies in the image and is no air, see
         :func:`nnssl.pretrain.data.intensity.body_mask`.
 
         Args:
             start: first voxel, (z, y, x); negative outside the image.
-            window: voxels per axis.
+            size: voxels per axis.
 
         Returns:
-            ``(C, *window)`` float32, 0 outside the image, and ``(1, *window)`` bool, True where there is body.
+            ``(C, *size)`` float32, 0 outside the image, and ``(1, *size)`` bool, True where there is body.
 
         Raises:
             NnsslError: the file is damaged.
         """
         try:
-            data = read_box(self.array, start, window)
+            data = read_box(self.array, start, size)
         except (OSError, ValueError) as error:
             raise damaged(self.ref, error) from error
         if self.mask is not None:
             try:
-                return data, read_box(self.mask, start, window, bool)
+                return data, read_box(self.mask, start, size, bool)
             except (OSError, ValueError) as error:
-                raise _damaged_mask(self.mask.urlpath, self.ref, error) from error
-        body = body_mask(data, self.info.threshold, self.masked)
-        for axis, (low, voxels) in enumerate(zip(start, window)):
-            high, size, at = low + voxels, self.array.shape[axis + 1], [slice(None)] * 4
-            if low < 0:
-                at[axis + 1] = slice(0, -low)
-                body[tuple(at)] = False
-            if high > size:
-                at[axis + 1] = slice(max(0, size - low), None)
-                body[tuple(at)] = False
+                raise _damaged_mask(self.ref, Path(self.mask.urlpath), error) from error
+        body = np.zeros((1, *data.shape[1:]), dtype=bool)
+        image = zip(start, self.array.shape[1:])
+        inside = (slice(None), *[slice(max(0, -int(low)), max(0, n - int(low))) for low, n in image])
+        body[inside] = body_mask(data[inside], self.info.threshold, self.masked)
         return data, body
 
 
 @dataclass(frozen=True)
 class HeldCase(OpenCase):
-    """A case in memory, for several crops of it.
-
-    Attributes:
-        body: ``(1, Z, Y, X)`` bool, of the whole case.
-    """
+    """A case in memory, for several crops of it; ``body``: ``(1, Z, Y, X)`` bool, of the whole case."""
 
     body: Any = None
 
     @classmethod
     def of(cls, case: OpenCase) -> HeldCase:
-        """Read all of it.
-
-        Raises:
-            NnsslError: the file is damaged.
-        """
+        """Read all of it."""
         data, body = case.read((0, 0, 0), case.array.shape[1:])
         return cls(case.ref, data, case.info, case.masked, case.mask, body)
 
     def read(
-        self, start: Sequence[int] | np.ndarray, window: Sequence[int] | np.ndarray
+        self, start: Sequence[int] | np.ndarray, size: Sequence[int] | np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As of :class:`OpenCase`; windows within the image share its memory."""
-        return read_box(self.array, start, window), read_box(self.body, start, window, bool)
+        """As of :class:`OpenCase`; boxes within the image share its memory."""
+        return read_box(self.array, start, size), read_box(self.body, start, size, bool)
 
 
 def damaged(ref: CaseRef, error: Exception) -> Exception:
     """The error for the user of an image that cannot be read; a MemoryError where that is at fault."""
+    file = ref.image
     if isinstance(error, RuntimeError):
-        error = cause_of(error, ref.image)
-    refused = _refused(ref, ref.image, error)
-    if refused is not None:
-        return refused
-    advice = _advice(ref, _set_aside(ref.image, ref, error))
-    return NnsslError(f"Case {ref.name} of {ref.source} cannot be read: {ref.image} is damaged ({error}). {advice}")
+        error = cause_of(error, file)
+    return _not_the_files_fault(ref, file, error) or NnsslError(
+        f"Case {ref.name} of {ref.source} cannot be read: {file} is damaged ({error}). {_advice(ref, _set_aside(ref, file))}"
+    )
 
 
-def _refused(ref: CaseRef, file: Path, error: BaseException) -> Exception | None:
-    """What to raise where memory or the system is at fault and not the file; None where it is the file."""
+def _damaged_mask(ref: CaseRef, file: Path, error: Exception) -> Exception:
+    other = _not_the_files_fault(ref, file, error)
+    return other or _bad_mask(ref, file, f"is damaged ({error})", _set_aside(ref, file))
+
+
+def _bad_mask(ref: CaseRef, file: Path, why: str, aside: Path | None = None) -> NnsslError:
+    what = "Start" if aside else "Delete the file and start"
+    case = f"The body mask of case {ref.name} of {ref.source}"
+    return NnsslError(f"{case} cannot be read: {file} {why}. {what} again, and it is made anew.")
+
+
+def _bad_properties(ref: CaseRef, error: Exception) -> Exception:
+    file, case = ref.properties, f"Case {ref.name} of {ref.source}"
+    if isinstance(error, FileNotFoundError):
+        return NnsslError(f"{case}: {file} does not exist. {_advice(ref, gone=True)}")
+    return _not_the_files_fault(ref, file, error) or NnsslError(
+        f"{case}: {file} cannot be read ({error!r}). {_advice(ref, _set_aside(ref, file))}"
+    )
+
+
+def _not_the_files_fault(ref: CaseRef, file: Path, error: Exception) -> Exception | None:
+    """What to raise where memory or the system is at fault; None where it is the file."""
     if isinstance(error, MemoryError):
         return error
     if not isinstance(error, OSError) or error.errno is None:
@@ -176,24 +177,13 @@ def _refused(ref: CaseRef, file: Path, error: BaseException) -> Exception | None
     return NnsslError(f"Case {ref.name} of {ref.source} cannot be read: {file}: {error.strerror}. {advice}")
 
 
-def _damaged_mask(file: object, ref: CaseRef, error: BaseException | str) -> NnsslError:
-    aside = _set_aside(Path(str(file)), ref, error) if isinstance(error, BaseException) else None
-    what = "Start" if aside else "Delete the file and start"
-    return NnsslError(
-        f"The body mask of case {ref.name} of {ref.source} cannot be read: {file} is damaged ({error}). {what} again, and it is "
-        "made anew."
-    )
-
-
-def _set_aside(file: Path, ref: CaseRef, error: BaseException) -> Path | None:
+def _set_aside(ref: CaseRef, file: Path) -> Path | None:
     """Move a damaged file that was made here out of the way, so that the next start makes it anew; nothing is lost.
 
-    Returns:
-        Where it is now; None where it stays: it is nnU-Net's, its raw images are not there, or the disk is at fault.
+    Returns its new place; None where it stays: it is nnU-Net's, or its raw images are not there.
     """
     raw = set_folders().get("nnUNet_raw")
-    ours = file.parent.name.startswith("nnssl_") and raw is not None and (raw / ref.source / "imagesTr").is_dir()
-    if not ours or (isinstance(error, OSError) and error.errno is not None):
+    if not file.parent.name.startswith("nnssl_") or raw is None or not (raw / ref.source / "imagesTr").is_dir():
         return None
     folder = beside(file.parent, "damaged")
     try:
@@ -205,22 +195,13 @@ def _set_aside(file: Path, ref: CaseRef, error: BaseException) -> Path | None:
 
 
 def _advice(ref: CaseRef, aside: Path | None = None, *, gone: bool = False) -> str:
-    if aside is not None or (gone and ref.folder.name.startswith("nnssl_")):
-        where = f" (what was damaged is now {aside})" if aside else ""
-        return f"Start again, and it is made anew{where}; or leave the case out with --exclude."
-    if ref.folder.name.startswith("nnssl_"):
-        return "Delete the file and start again, and it is made anew; or leave the case out with --exclude."
-    return "Preprocess the dataset again (nnUNetv2_preprocess), or leave the case out with --exclude."
-
-
-def _bad_properties(ref: CaseRef, error: BaseException) -> Exception:
-    gone, file = isinstance(error, FileNotFoundError), ref.properties
-    refused = None if gone else _refused(ref, file, error)
-    if refused is not None:
-        return refused
-    what = "does not exist" if gone else f"cannot be read ({error!r})"
-    aside = None if gone else _set_aside(file, ref, error)
-    return NnsslError(f"Case {ref.name} of {ref.source}: {file} {what}. {_advice(ref, aside, gone=gone)}")
+    if not ref.folder.name.startswith("nnssl_"):
+        return "Preprocess the dataset again (nnUNetv2_preprocess), or leave the case out with --exclude."
+    again = (
+        "Start again, and it is made anew" if aside or gone else "Delete the file and start again, and it is made anew"
+    )
+    where = f" (what was damaged is now {aside})" if aside else ""
+    return f"{again}{where}; or leave the case out with --exclude."
 
 
 class CaseReader:
@@ -269,22 +250,23 @@ class CaseReader:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise _damaged_mask(file, ref, error) from error
+            raise _damaged_mask(ref, file, error) from error
         if tuple(mask.shape) != (1, *shape):
-            raise _damaged_mask(file, ref, f"it has shape {tuple(mask.shape)}, the image {tuple(shape)}")
+            why = f"is damaged (it has shape {tuple(mask.shape)}, the image {tuple(shape)})"
+            raise _bad_mask(ref, file, why)
         return mask
 
     def _info(self, ref: CaseRef, array: Any) -> CaseInfo:
         key = (ref.folder, ref.name)
         info = self._known.get(key)
         if info is None or info.geometry.shape != tuple(array.shape[1:]):
-            properties = self._properties(ref)
+            geometry, properties = self._described(ref, array.shape[1:])
             intensity = stored_range(properties, self.form.n_channels)
             try:
                 intensity = intensity_range(array, masked=self.form.masked) if intensity is None else intensity
             except (RuntimeError, OSError, ValueError) as error:
                 raise damaged(ref, error) from error
-            info = CaseInfo(self._place(ref, properties, array.shape[1:]), intensity)
+            info = CaseInfo(geometry, intensity)
             self._known[key] = info
             while len(self._known) > self.cached:
                 self._known.popitem(last=False)
@@ -292,21 +274,12 @@ class CaseReader:
         return info
 
     def geometry(self, ref: CaseRef, shape: Sequence[int]) -> Geometry:
-        """Read where a case's array of ``shape`` lies; the image itself is not opened.
+        """Read where a case's array of ``shape`` lies; the image itself is not opened."""
+        return self._described(ref, shape)[0]
 
-        Raises:
-            NnsslError: the file is missing or damaged.
-        """
-        return self._place(ref, self._properties(ref), shape)
-
-    def _properties(self, ref: CaseRef) -> dict[str, Any]:
+    def _described(self, ref: CaseRef, shape: Sequence[int]) -> tuple[Geometry, dict[str, Any]]:
         try:
-            return read_properties(ref.properties)
-        except Exception as error:  # unpickling raises anything
-            raise _bad_properties(ref, error) from error
-
-    def _place(self, ref: CaseRef, properties: dict[str, Any], shape: Sequence[int]) -> Geometry:
-        try:
-            return Geometry.from_properties(properties, shape, self.form.transpose_forward, ref.source)
-        except Exception as error:  # what is missing or odd in a file of another origin
+            properties = read_properties(ref.properties)
+            return Geometry.from_properties(properties, shape, self.form.transpose_forward, ref.source), properties
+        except Exception as error:  # unpickling raises anything, as does what is missing in a file of another origin
             raise _bad_properties(ref, error) from error

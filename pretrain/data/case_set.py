@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,12 +71,6 @@ class CaseSet:
         """What methods choose their crop by."""
         return SourceStats(median_shape=self.median_shape, n_cases=len(self.train))
 
-    def split(self, name: str) -> list[CaseRef]:
-        """The cases of ``"train"`` or ``"held_out"``."""
-        if name not in ("train", "held_out"):
-            raise ValueError(f"split must be 'train' or 'held_out', not '{name}'")
-        return self.train if name == "train" else self.held_out
-
 
 def _held_out_keys(refs: Sequence[CaseRef], share: float) -> set[str]:
     """Cases with the smallest hash of their name: another case more or less leaves nearly all others where they were."""
@@ -94,17 +88,7 @@ def _held_out_keys(refs: Sequence[CaseRef], share: float) -> set[str]:
 
 
 def make_case_set(
-    refs: Iterable[CaseRef],
-    shapes: Sequence[Sequence[int]] | np.ndarray,
-    *,
-    data_hash: str,
-    held_out: float,
-    leaks: Sequence[str] = (),
-    bad: Sequence[BadCase] = (),
-    reports: Sequence[Path] = (),
-    pending: int = 0,
-    contents: Mapping[str, str] | None = None,
-    may_be_empty: bool = False,
+    refs: Iterable[CaseRef], shapes: Sequence[Sequence[int]] | np.ndarray, *, data_hash: str, held_out: float
 ) -> CaseSet:
     """Split the cases and sum up what is known of them.
 
@@ -113,31 +97,17 @@ def make_case_set(
         shapes: ``(n, 3)`` shapes after preprocessing, of all cases or of a sample.
         data_hash: of the plan.
         held_out: share of the cases that is held out, in [0, 1).
-        leaks, bad, reports, pending, contents: see :class:`CaseSet`.
-        may_be_empty: accept that there is no case.
-
-    Raises:
-        NnsslError: no case is left.
     """
-    cases = sorted(refs, key=lambda r: (r.source, r.name))
-    if not cases and not may_be_empty:
-        raise NnsslError("No image is left to pretrain on. Check -d, --cases and --exclude.")
     if not 0 <= held_out < 1:
         raise NnsslError(f"The held-out share must be at least 0 and below 1, not {held_out}.")
+    cases = sorted(refs, key=lambda r: (r.source, r.name))
     chosen = _held_out_keys(cases, held_out)
-    train = [r for r in cases if r.key not in chosen]
-    hidden = [r for r in cases if r.key in chosen]
     lines = sorted(f"{'held_out' if r.key in chosen else 'train'} {hash_of(r.key)}" for r in cases)
-    median = np.median(np.asarray(shapes, dtype=float), axis=0)
+    z, y, x = (int(round(m)) for m in np.median(np.asarray(shapes, dtype=float), axis=0))
     return CaseSet(
         cases=cases,
-        train=train,
-        held_out=hidden,
-        median_shape=tuple(int(round(m)) for m in median),  # type: ignore[arg-type]
+        train=[r for r in cases if r.key not in chosen],
+        held_out=[r for r in cases if r.key in chosen],
+        median_shape=(z, y, x),
         fingerprint_hash=hash_of("\n".join([data_hash, *lines])),
-        leaks=list(leaks),
-        bad=list(bad),
-        reports=list(reports),
-        pending=pending,
-        contents=dict(contents or {}),
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,23 +13,20 @@ from torch.utils.data import Dataset, get_worker_info
 from nnssl.errors import NnsslError
 from nnssl.pretrain.augment.rng import HELD_OUT_STEP, StepRNG
 from nnssl.pretrain.augment.spatial import reach
-from nnssl.pretrain.data.case import CaseFormat, CaseReader, HeldCase, OpenCase, damaged
+from nnssl.pretrain.data.case import CaseReader, HeldCase, OpenCase, damaged
 from nnssl.pretrain.data.case_set import CaseRef
 from nnssl.pretrain.data.intensity import body_mask
 from nnssl.pretrain.data.reorientation import AxisTransform, Orientation
 from nnssl.pretrain.data.resample import foreground_box, resample_box
-from nnssl.pretrain.data.sampling import TRAIN, draw_cases, draw_start, generator
+from nnssl.pretrain.data.sampling import TRAIN, SampleStream, draw_cases, draw_start, generator
 from nnssl.pretrain.types import CropRequest, Crops
 
 __all__ = ["CropDataset", "Sample", "collate"]
 
 TRIES = 20
 """Places that are tried before a crop of air is accepted."""
-
-LEAST_BODY = 0.1
-"""Least share of body voxels in a crop."""
-
-LEAST_STD = 1e-6
+LEAST_BODY, LEAST_STD = 0.1, 1e-6
+"""Least share of body voxels in a crop, and least standard deviation."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +34,10 @@ class Sample:
     """One crop; see :class:`nnssl.pretrain.methods.Crops` for the arrays, which have no batch axis here.
 
     Attributes:
-        body_share: share of body voxels in the inner crop, or in the window where crops are cut out of it all.
+        body_share: share of body voxels in the inner crop, or in all that is read where crops are cut out of that.
         std: standard deviation of the same.
-        affine: ``(dim, dim + 1)``, the transform that the window was read for, of which it is the middle; or None.
-        trimmed: whether ``data`` is the window's first part and not its middle.
+        affine: ``(dim, dim + 1)``, the transform that ``data``, the middle of the region, was read for; or None.
+        trimmed: whether ``data`` is the region's first part and not its middle.
     """
 
     data: np.ndarray
@@ -64,11 +61,7 @@ class Sample:
 
 
 class CaseTable:
-    """The cases of a data set in three arrays: forked workers share their memory, and a case costs some 40 bytes.
-
-    Args:
-        refs: the cases.
-    """
+    """The cases of a data set in three arrays: forked workers share their memory, and a case costs some 40 bytes."""
 
     def __init__(self, refs: Sequence[CaseRef]) -> None:
         names = [r.name.encode("utf-8", "surrogateescape") for r in refs]
@@ -89,21 +82,38 @@ class CaseTable:
         return CaseRef(name, folder, source)
 
 
+class _Region(NamedTuple):
+    """What was read of a case.
+
+    Attributes:
+        data, body: in the case's axes.
+        at, extent: the box in the case's array whose centre is the crop's.
+        start: first voxel in the reoriented array of ``shape``.
+        first: where the inner crop begins in ``data`` once it is reoriented.
+    """
+
+    data: np.ndarray
+    body: np.ndarray
+    at: np.ndarray
+    extent: Sequence[int] | np.ndarray
+    start: np.ndarray
+    shape: Sequence[int]
+    first: Sequence[int]
+
+
 class CropDataset(Dataset[Sample]):
     """Crops by ``(step, sample)``: a pure function of these and the seed. It holds no images, and pickles.
 
     Args:
         refs: cases to draw from.
-        form: what the plan says of them.
+        reader: opens them.
         request: crop and read size, with two axes for 2d plans, whose crops are single slices.
-        seed: of the run.
-        batch_size: samples per step over all ranks.
-        stream: ``sampling.TRAIN`` or ``sampling.HELD_OUT``.
-        weights: how often each case is drawn, relative to the others; evenly where None.
-        counters: ``(n, 2)`` int64 tensor in shared memory that counts rejected places and accepted crops of air, one row per
-            worker.
-        bodies: see :class:`~nnssl.pretrain.data.case.CaseReader`.
+        stream: the samples of each step.
         orientation: what cases are reoriented to; they stay as they are where None.
+
+    Attributes:
+        counters: ``(n, 2)`` int64 tensor in shared memory that counts rejected places and accepted crops of air, one row per
+            worker; None: nothing is counted.
 
     Raises:
         NnsslError: no cases, or weights that do not fit them.
@@ -112,15 +122,9 @@ class CropDataset(Dataset[Sample]):
     def __init__(
         self,
         refs: Sequence[CaseRef],
-        form: CaseFormat,
+        reader: CaseReader,
         request: CropRequest,
-        *,
-        seed: int,
-        batch_size: int,
-        stream: int = TRAIN,
-        weights: Sequence[float] | np.ndarray | None = None,
-        counters: torch.Tensor | None = None,
-        bodies: Mapping[str, Path] | None = None,
+        stream: SampleStream,
         orientation: Orientation | None = None,
     ) -> None:
         if not refs:
@@ -129,20 +133,18 @@ class CropDataset(Dataset[Sample]):
             raise ValueError(
                 f"read_size {request.read_size} must be at least as large as size {request.size} on each axis"
             )
-        self.table = CaseTable(refs)
+        if (request.move is not None or request.trim) and request.sampling != "jitter":
+            raise ValueError(f"crops with sampling={request.sampling} are read whole")
+        self.table, self.request, self.stream, self.orientation = CaseTable(refs), request, stream, orientation
         self.flat = len(request.size) == 2
         self.size = (1, *request.size) if self.flat else tuple(request.size)
         self.read_size = (1, *request.read_size) if self.flat else tuple(request.read_size)
         self.inner = self.size if request.sampling == "jitter" else self.read_size
-        self.resampled, self.orientation = request.sampling == "whole", orientation
+        self.resampled = request.sampling == "whole"
         self.crops_per_case = max(1, request.crops_per_case)
-        self.seed, self.batch_size, self.stream = seed, batch_size, stream
-        self.weights = _probabilities(weights, len(refs))
-        self.counters = counters
-        self.move, self.trim = request.move, request.trim
-        if (self.move is not None or self.trim) and request.sampling != "jitter":
-            raise ValueError(f"windows with sampling={request.sampling} are read whole")
-        self._reader = CaseReader(form, bodies=bodies)
+        self.counters: torch.Tensor | None = None
+        self._probabilities = _probabilities(stream.weights, len(refs))
+        self._reader = reader
         self._step: tuple[int, np.ndarray] | None = None
         self._moves: tuple[int, np.ndarray, np.ndarray] | None = None
         self._held: tuple[tuple[int, int], OpenCase] | None = None
@@ -150,20 +152,20 @@ class CropDataset(Dataset[Sample]):
     def case_of(self, step: int, sample: int) -> CaseRef:
         """The case that a sample shows."""
         if self._step is None or self._step[0] != step:
-            count = -(-self.batch_size // self.crops_per_case)
-            cases = draw_cases(self.seed, step, self.stream, len(self.table), count, self.weights)
+            stream, count = self.stream, -(-self.stream.batch_size // self.crops_per_case)
+            cases = draw_cases(stream.seed, step, stream.number, len(self.table), count, self._probabilities)
             self._step = (step, cases)
         return self.table[int(self._step[1][sample // self.crops_per_case])]
 
     def _open(self, step: int, sample: int) -> OpenCase:
-        """The case of a sample; where several crops of it are wanted it is read once, unless their windows are less than that."""
+        """The case of a sample; where several crops of it are wanted it is read once, unless less than that is read."""
         if self.crops_per_case == 1 or self.resampled:
             return self._reader.open(self.case_of(step, sample))
         key = step, sample // self.crops_per_case
         if self._held is None or self._held[0] != key:
             case = self._reader.open(self.case_of(step, sample))
-            windows = self.crops_per_case * np.prod(np.minimum(self.read_size, case.array.shape[1:]))
-            self._held = key, HeldCase.of(case) if np.prod(case.array.shape[1:]) <= windows else case
+            read = self.crops_per_case * np.prod(np.minimum(self.read_size, case.array.shape[1:]))
+            self._held = key, HeldCase.of(case) if np.prod(case.array.shape[1:]) <= read else case
         return self._held[1]
 
     def release(self) -> None:
@@ -171,33 +173,33 @@ class CropDataset(Dataset[Sample]):
         self._held = None
 
     def _move(self, step: int, sample: int) -> tuple[np.ndarray | None, tuple[int, ...]]:
-        """The transform that the views of a sample begin with, and the window that it looks at."""
-        if self.move is None:
+        """The transform that the views of a sample begin with, and how many voxels these look at."""
+        move, stream = self.request.move, self.stream
+        if move is None:
             return None, self.read_size
         if self._moves is None or self._moves[0] != step:
-            there = step if self.stream == TRAIN else HELD_OUT_STEP + step
-            affine = self.move.draw(StepRNG(self.seed, there, self.batch_size))
-            windows = reach(affine, self.move.size, self.read_size[-len(self.move.size) :])
-            self._moves = step, affine.rows.numpy(), windows.numpy()
-        window = tuple(self._moves[2][sample].tolist())
-        return self._moves[1][sample], (1, *window) if self.flat else window
+            there = step if stream.number == TRAIN else HELD_OUT_STEP + step
+            affine = move.draw(StepRNG(stream.seed, there, stream.batch_size))
+            sizes = reach(affine, move.size, self.read_size[-len(move.size) :])
+            self._moves = step, affine.rows.numpy(), sizes.numpy()
+        size = tuple(self._moves[2][sample].tolist())
+        return self._moves[1][sample], (1, *size) if self.flat else size
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
-        """Draw a crop.
+        """Draw a crop: of up to :data:`TRIES` places the first that shows more than air, else the one with most body.
 
-        Up to :data:`TRIES` places are drawn until one shows body in a tenth of the inner crop and any contrast; else the one
-        with most body is taken. Voxels that are not finite are never passed on.
+        Voxels that are not finite are never passed on.
 
         Raises:
             NnsslError: the case's files are missing or damaged, or each place has NaN or infinite voxels.
         """
         step, sample = item
         case = self._open(step, sample)
-        affine, window = self._move(step, sample)
-        rng = generator(self.seed, step, self.stream, sample)
+        affine, read_size = self._move(step, sample)
+        rng = generator(self.stream.seed, step, self.stream.number, sample)
         best: Sample | None = None
         for redrawn in range(1 if self.resampled and not self.flat else TRIES):
-            found = self._crop(case, rng, affine, window)
+            found = self._crop(case, rng, affine, read_size)
             if found is None:
                 continue
             if found.accepted:
@@ -214,62 +216,51 @@ class CropDataset(Dataset[Sample]):
         return best
 
     def _crop(
-        self, case: OpenCase, rng: np.random.Generator, affine: np.ndarray | None, window: Sequence[int]
+        self, case: OpenCase, rng: np.random.Generator, affine: np.ndarray | None, size: Sequence[int]
     ) -> Sample | None:
-        """One place, and the middle ``window`` of what is there; None where voxels are not finite."""
+        """One place, and the middle ``size`` voxels of what is there; None where voxels are not finite."""
         geometry = case.info.geometry
         transform = AxisTransform() if self.orientation is None else self.orientation.transform(geometry)
-        extent: Sequence[int] | np.ndarray
-        if self.resampled:
-            data, at, extent = self._whole(case, transform, rng)
-            body = body_mask(data, case.info.threshold, case.masked)
-            first = [0] * 3
-            start, shape = np.zeros(3, dtype=np.int64), tuple(self.read_size)
-        else:
-            shape = tuple(transform.shape(geometry.shape))
-            begin = draw_start(rng, shape, self.read_size, self.inner)
-            start = begin + [(n - w) // 2 for n, w in zip(self.read_size, window)]
-            at, extent = transform.box(start, window, geometry.shape)
-            if self.trim:
-                start, window = self._trimmed(start, window, shape)
-            # where the inner crop begins in what is read; of a trimmed window it may lack a plane of padding
-            first = [int(b) + (w - s) // 2 - int(f) for b, w, s, f in zip(begin, self.read_size, self.inner, start)]
-            data, body = case.read(*transform.box(start, window, geometry.shape))
-        if not np.isfinite(data.sum()) and not np.isfinite(data).all():  # a float32 sum may overflow
+        read = self._whole(case, transform, rng) if self.resampled else self._part(case, transform, rng, size)
+        if not np.isfinite(read.data.sum()) and not np.isfinite(read.data).all():  # a float32 sum may overflow
             return None
-        data, body = transform(data), transform(body)
-        inner = (slice(None), *[slice(max(f, 0), f + s) for f, s in zip(first, self.inner)])
-        share = np.count_nonzero(body[inner]) / int(np.prod(self.inner))
-        along = geometry.axis_position(at, extent)
+        data, body = transform(read.data), transform(read.body)
+        inner = (slice(None), *[slice(max(f, 0), f + s) for f, s in zip(read.first, self.inner)])
+        along = geometry.axis_position(read.at, read.extent)
         return Sample(
             data=data[:, 0] if self.flat else data,
             body=body[:, 0] if self.flat else body,
             position=geometry.position(along),
             axis_position=transform.position(along),
             intensity=case.info.intensity,
-            start=start,
-            shape=np.asarray(shape, dtype=np.int64),
+            start=read.start,
+            shape=np.asarray(read.shape, dtype=np.int64),
             case=case.ref.name,
             source=case.ref.source,
-            body_share=share,
+            body_share=np.count_nonzero(body[inner]) / int(np.prod(self.inner)),
             std=_std(data[inner]),
             affine=affine,
-            trimmed=self.trim,
+            trimmed=self.request.trim,
         )
 
-    def _trimmed(
-        self, start: np.ndarray, window: Sequence[int], shape: Sequence[int]
-    ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """The part of a window that lies in the image, on axes on which that has room for the crop."""
-        low, high = np.maximum(start, 0), np.minimum(start + window, shape)
-        roomy = high - low >= self.size
-        size = np.where(roomy, high - low, window)
-        return np.where(roomy, low, start), tuple(size.tolist())
+    def _part(self, case: OpenCase, transform: AxisTransform, rng: np.random.Generator, size: Sequence[int]) -> _Region:
+        """The middle ``size`` voxels of the read size around a crop; of these what lies in the image, where that is asked for."""
+        whole = case.info.geometry.shape
+        shape = transform.shape(whole)
+        begin = draw_start(rng, shape, self.read_size, self.inner)
+        start = begin + [(n - s) // 2 for n, s in zip(self.read_size, size)]
+        at, extent = transform.box(start, size, whole)
+        if self.request.trim:  # on axes on which the image has room for the crop
+            low, high = np.maximum(start, 0), np.minimum(start + size, shape)
+            roomy = high - low >= self.size
+            start, size = np.where(roomy, low, start), np.where(roomy, high - low, size).tolist()
+        # where that is trimmed the inner crop may lack a plane of padding
+        first = [int(b) + (n - s) // 2 - int(f) for b, n, s, f in zip(begin, self.read_size, self.inner, start)]
+        data, body = case.read(*transform.box(start, size, whole))
+        return _Region(data, body, at, extent, start, shape, first)
 
-    def _whole(
-        self, case: OpenCase, transform: AxisTransform, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The foreground resampled to the window, its first voxel and extent; for 2d plans one of its slices."""
+    def _whole(self, case: OpenCase, transform: AxisTransform, rng: np.random.Generator) -> _Region:
+        """The foreground resampled to the read size; for 2d plans one of its slices."""
         try:
             box = np.asarray(foreground_box(case.array, case.info.threshold, case.masked), dtype=np.int64)
             if self.flat:
@@ -279,7 +270,9 @@ class CropDataset(Dataset[Sample]):
             data = resample_box(case.array, box.tolist(), transform.array_order(self.read_size))
         except (RuntimeError, OSError, ValueError) as error:
             raise damaged(case.ref, error) from error
-        return data, box[:, 0], box[:, 1] - box[:, 0]
+        body = body_mask(data, case.info.threshold, case.masked)
+        start = np.zeros(3, dtype=np.int64)
+        return _Region(data, body, box[:, 0], box[:, 1] - box[:, 0], start, self.read_size, (0, 0, 0))
 
     def _count(self, redrawn: int, air: int) -> None:
         if self.counters is not None and (redrawn or air):
@@ -305,7 +298,7 @@ def _std(x: np.ndarray) -> float:
 
 
 def collate(samples: Sequence[Sample]) -> Crops:
-    """Stack samples to a batch. Windows of several sizes are laid into the largest: in its middle, trimmed ones at its start."""
+    """Stack samples to a batch. Several sizes are laid into the largest: in its middle, trimmed ones at its start."""
     names = ("position", "axis_position", "intensity", "shape")
     sizes = np.asarray([s.data.shape[1:] for s in samples])
     size, dim = sizes.max(0), sizes.shape[1]

@@ -7,12 +7,7 @@ from pathlib import Path
 from nnssl.plans import Plan
 from nnssl.plans.unlabelled import prepared_folder
 
-__all__ = ["beside", "body_folder", "own_folder"]
-
-
-def own_folder(plan: Plan, source: str) -> Path:
-    """``nnUNet_preprocessed/<source>/nnssl_<target>_<data identifier>_<data hash>``."""
-    return prepared_folder(plan, source)
+__all__ = ["beside", "body_folder"]
 
 
 def beside(folder: Path, what: str) -> Path:
@@ -22,4 +17,4 @@ def beside(folder: Path, what: str) -> Path:
 
 def body_folder(plan: Plan, source: str) -> Path:
     """Where a source's masks are: ``nnUNet_preprocessed/<source>/nnssl_<target>_<data identifier>_<data hash>_body``."""
-    return beside(own_folder(plan, source), "body")
+    return beside(prepared_folder(plan, source), "body")

@@ -75,14 +75,10 @@ def _samples(array: Any) -> np.ndarray:
 
 
 def intensity_range(array: Any, *, masked: bool = False) -> np.ndarray:
-    """Estimate the 0.5th and 99.5th percentile of each channel from a bounded number of voxels at fixed places.
+    """The 0.5th and 99.5th percentile of each channel, estimated from a bounded number of voxels at fixed places.
 
-    Args:
-        array: ``(C, Z, Y, X)``, lazy or not.
-        masked: leave out voxels that are 0 in all channels, unless there is nothing else.
-
-    Returns:
-        ``(C, 2)`` float32; NaN where voxels are.
+    ``masked`` leaves out voxels that are 0 in all channels, unless there is nothing else. ``(C, 2)`` float32; NaN where voxels
+    are.
     """
     values = _samples(array)
     if masked:

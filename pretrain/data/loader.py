@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import blosc2
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -27,7 +26,7 @@ from nnssl.pretrain.data.case_set import CaseSet
 from nnssl.pretrain.data.crops import CropDataset, Sample, collate
 from nnssl.pretrain.data.folders import body_folder
 from nnssl.pretrain.data.reorientation import common_orientation
-from nnssl.pretrain.data.sampling import HELD_OUT, TRAIN
+from nnssl.pretrain.data.sampling import HELD_OUT, SampleStream
 from nnssl.pretrain.types import CropRequest, Crops
 
 __all__ = ["AuxiliaryLoader", "CropLoader", "make_loader"]
@@ -46,15 +45,15 @@ class AuxiliaryLoader(Protocol):
 class _Steps(Sampler[list[tuple[int, int]]]):
     """This rank's samples of each step."""
 
-    def __init__(self, start: int, steps: int, first: int, count: int) -> None:
-        self.start, self.steps, self.first, self.count = start, steps, first, count
+    def __init__(self, steps: range, samples: range) -> None:
+        self.steps, self.samples = steps, samples
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.start, self.start + self.steps):
-            yield [(step, self.first + i) for i in range(self.count)]
+        for step in self.steps:
+            yield [(step, sample) for sample in self.samples]
 
     def __len__(self) -> int:
-        return self.steps
+        return len(self.steps)
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,7 @@ NO_SHARED_MEMORY, NO_FILES, NOT_SENT = 81, 82, 83
 
 
 def _not_sent(error: BaseException, batch: Any) -> None:
-    """In a worker, where a batch cannot be handed over: end.
-
-    Python's queues print the error and drop the batch, and the main process would wait for it for ever.
-    """
+    """End a worker whose batch cannot be handed over: Python's queues would drop it, and the main process wait for ever."""
     number, text = getattr(error, "errno", None), str(error)
     if number == errno.ENOSPC or "shared memory" in text or "shm" in text:
         os._exit(NO_SHARED_MEMORY)
@@ -116,13 +112,14 @@ class _Guarded(Dataset[Any]):
 
 
 def _start_worker(worker: int) -> None:
-    """One thread; stop signals are the main process's business, which saves first and then ends its workers.
+    """One thread; stop signals, which go to all processes of a group, are for the main process, which saves first.
 
-    Ctrl-C and a scheduler's SIGTERM go to all processes of a group. A SIGTERM of the main process itself still ends the worker.
+    A SIGTERM of the main process itself still ends the worker.
     """
     if blosc2.nthreads != 1:  # a forked process must not touch the threads that its parent had
         blosc2.set_nthreads(1)
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_not_sent)  # type: ignore[attr-defined]
+    queue: Any = multiprocessing.queues.Queue
+    queue._on_queue_feeder_error = staticmethod(_not_sent)
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -190,13 +187,13 @@ class _Batches:
 
 
 class CropLoader(DataLoader[Any]):
-    """A torch ``DataLoader`` over :class:`CropDataset` whose errors are :class:`NnsslError`.
+    """A torch ``DataLoader`` over :class:`CropDataset` whose errors are :class:`NnsslError`."""
 
-    Attributes:
-        crops: the data set.
-    """
-
-    crops: CropDataset
+    @property
+    def crops(self) -> CropDataset:
+        """The data set."""
+        guarded: Any = self.dataset
+        return guarded.dataset
 
     def __iter__(self) -> Any:
         old = signal.getsignal(signal.SIGCHLD) if self.num_workers and hasattr(signal, "SIGCHLD") else None
@@ -213,7 +210,7 @@ class CropLoader(DataLoader[Any]):
         return _Batches(batches, self)
 
     def counts(self) -> dict[str, int]:
-        """So far: places rejected because they showed air (``redrawn``) and crops of air taken for want of better (``air``)."""
+        """So far: places rejected because they showed air (``redrawn``), and crops of air, where no place had more (``air``)."""
         if self.crops.counters is None:
             return {"redrawn": 0, "air": 0}
         redrawn, air = self.crops.counters.sum(0).tolist()
@@ -233,80 +230,54 @@ def make_loader(
     case_set: CaseSet,
     plan: Plan,
     request: CropRequest,
+    stream: SampleStream,
+    steps: range,
     *,
-    seed: int,
-    batch_size: int,
-    steps: int,
-    start_step: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
     num_workers: int = 0,
-    split: str = "train",
     pin_memory: bool = False,
-    weights: Sequence[float] | np.ndarray | None = None,
-    prefetch: int = 2,
-    multiprocessing_context: str | None = None,
     auxiliary: AuxiliaryLoader | None = None,
 ) -> CropLoader:
     """Make the loader of one rank.
 
-    What it yields depends on the case set, the request, ``seed``, ``batch_size`` and the step alone: not on the number of
-    workers, nor on where it started. Rank r gets samples ``[r b, (r + 1) b)`` of each step with ``b = batch_size / world_size``.
-    Iterated again, it yields the same again. No global random number is drawn.
+    What it yields depends on the case set, the request, the stream and the step alone: not on the number of workers, nor on
+    where it started. Iterated again, it yields the same again. No global random number is drawn.
 
     Args:
         case_set: the cases.
         plan: whose preprocessing they have.
         request: crop, read size and crops per case.
-        seed: of the run.
-        batch_size: crops per step over all ranks.
-        steps: steps to yield.
-        start_step: first step.
-        rank, world_size: of this process.
+        stream: the samples of each step; of held-out cases where its number is :data:`~nnssl.pretrain.data.HELD_OUT`.
+        steps: those to yield.
         num_workers: processes that read; 0 reads in this one.
-        split: ``"train"`` or ``"held_out"``, whose random numbers are its own.
         pin_memory: for copies to a GPU.
-        weights: of the split's cases, see :class:`CropDataset`.
-        prefetch: batches that each worker reads ahead.
-        multiprocessing_context: ``"fork"``, ``"spawn"``, or torch's default.
         auxiliary: reads more of each step.
 
     Raises:
-        NnsslError: the split is empty, or ``batch_size`` is not divisible by ``world_size``. While iterating: a case's files
-            are missing or damaged, or a worker was killed.
+        NnsslError: there are no such cases, or the batch cannot be shared by the processes. While iterating: a case's files are
+            missing or damaged, or a worker was killed.
     """
-    if batch_size < 1 or batch_size % world_size:
-        raise NnsslError(f"batch_size={batch_size} cannot be shared by {world_size} processes; use a multiple.")
-    refs = case_set.split(split)
+    if stream.batch_size < 1 or stream.batch_size % stream.world_size:
+        raise NnsslError(
+            f"batch_size={stream.batch_size} cannot be shared by {stream.world_size} processes; use a multiple."
+        )
+    held_out = stream.number == HELD_OUT
+    refs = case_set.held_out if held_out else case_set.train
     if not refs:
-        raise NnsslError(f"There are no {split.replace('_', '-')} cases.")
+        raise NnsslError(f"There are no {'held-out' if held_out else 'train'} cases.")
     blosc2.set_nthreads(1)  # as nnU-Net's data sets do, before workers are forked
-    form = CaseFormat.from_plan(plan)
-    dataset = CropDataset(
-        refs,
-        form,
-        request,
-        seed=seed,
-        batch_size=batch_size,
-        stream=TRAIN if split == "train" else HELD_OUT,
-        weights=weights,
-        counters=_counters(num_workers),
-        bodies={s: body_folder(plan, s) for s in {r.source for r in refs}} if request.body else None,
-        orientation=common_orientation(case_set.cases, CaseReader(form), plan.spacing) if request.reorient else None,
-    )
-    share = batch_size // world_size
+    bodies = {s: body_folder(plan, s) for s in {r.source for r in refs}} if request.body else None
+    reader = CaseReader(CaseFormat.from_plan(plan), bodies=bodies)
+    orientation = common_orientation(case_set.cases, reader, plan.spacing) if request.reorient else None
+    dataset = CropDataset(refs, reader, request, stream, orientation)
+    dataset.counters = _counters(num_workers)
     guarded = _Guarded(dataset, auxiliary)
-    loader = CropLoader(
+    return CropLoader(
         guarded,
-        batch_sampler=_Steps(start_step, steps, rank * share, share),
+        batch_sampler=_Steps(steps, stream.own),
         collate_fn=guarded.collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker if num_workers else None,
+        worker_init_fn=_start_worker,
         persistent_workers=num_workers > 0,
-        prefetch_factor=prefetch if num_workers else None,
-        multiprocessing_context=multiprocessing_context if num_workers else None,
         generator=torch.Generator(),  # torch would draw from the global one, and a resumed run would differ
     )
-    loader.crops = dataset
-    return loader

@@ -17,14 +17,10 @@ log = logging.getLogger("nnssl")
 
 
 def direction_matrix(properties: Mapping[str, Any]) -> np.ndarray | None:
-    """Directions of the raw image's index axes (x, y, z) in the patient.
+    """Directions of the raw image's index axes (x, y, z) in the patient, as nnU-Net's SimpleITK or nibabel readers kept them.
 
-    Args:
-        properties: of a preprocessed case, from nnU-Net's SimpleITK or nibabel readers.
-
-    Returns:
-        ``(3, 3)``: column j points along index axis j in LPS, the axes (to the left, to posterior, to superior). None where
-        the reader kept no directions.
+    ``(3, 3)``: column j points along index axis j in LPS, the axes (to the left, to posterior, to superior). None where the
+    reader kept no directions.
     """
     if "sitk_stuff" in properties:
         flat = np.asarray(properties["sitk_stuff"]["direction"], dtype=float)
@@ -43,22 +39,14 @@ def direction_matrix(properties: Mapping[str, Any]) -> np.ndarray | None:
 def patient_axes(
     matrix: np.ndarray, transpose_forward: Sequence[int]
 ) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-    """Which array axis runs along each patient axis, and whether it runs the other way.
+    """Which array axis (after transpose) runs right to left, anterior to posterior, inferior to superior; True: backwards.
 
-    Oblique images are given the assignment of axes that agrees best with their directions.
-
-    Args:
-        matrix: see :func:`direction_matrix`.
-        transpose_forward: the plan's; the array's axes are (z, y, x) before it.
-
-    Returns:
-        For right to left, anterior to posterior, inferior to superior: the axis after transpose, and True where its index
-        decreases that way.
+    Oblique images are given the assignment of axes that agrees best with their directions, see :func:`direction_matrix`.
     """
     best = max(permutations(range(3)), key=lambda p: sum(abs(matrix[row, p[row]]) for row in range(3)))
-    axes = tuple(list(transpose_forward).index(2 - column) for column in best)
-    flips = tuple(bool(matrix[row, best[row]] < 0) for row in range(3))
-    return axes, flips  # type: ignore[return-value]
+    right, anterior, inferior = (list(transpose_forward).index(2 - column) for column in best)
+    r, a, i = (bool(matrix[row, best[row]] < 0) for row in range(3))
+    return (right, anterior, inferior), (r, a, i)
 
 
 @lru_cache(maxsize=8)
@@ -94,43 +82,27 @@ class Geometry:
     def from_properties(
         cls, properties: Mapping[str, Any], shape: Sequence[int], transpose_forward: Sequence[int], source: str
     ) -> Geometry:
-        """Read what nnU-Net's preprocessor has written down.
-
-        Args:
-            properties: the case's ``.pkl``.
-            shape: of the preprocessed array, three axes.
-            transpose_forward: the plan's.
-            source: dataset name, for a warning.
-
-        Raises:
-            KeyError, ValueError, TypeError: properties that nnU-Net did not write.
-        """
+        """Read what nnU-Net's preprocessor has written down of an array of ``shape``; ``source``: for a warning."""
         matrix = direction_matrix(properties)
         if matrix is None:
             _warn_without_directions(source)
             matrix = np.eye(3)
         axes, flips = patient_axes(matrix, transpose_forward)
-        box = properties["bbox_used_for_cropping"]
-        z, y, x = (int(low) for low, _ in box)
         return cls(
             shape=_three(shape),
-            crop_start=(z, y, x),
+            crop_start=_three([low for low, _ in properties["bbox_used_for_cropping"]]),
             cropped=_three(properties["shape_after_cropping_and_before_resampling"]),
             full=_three(properties["shape_before_cropping"]),
             axes=axes,
             flips=flips,
         )
 
-    def axis_position(self, start: Sequence[int] | np.ndarray, window: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Centre of a window as a share of the uncropped image, ``(3,)`` in (0, 1), along the array's axes.
+    def axis_position(self, start: Sequence[int] | np.ndarray, size: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Centre of a box as a share of the uncropped image, ``(3,)`` in (0, 1), along the array's axes.
 
         nnU-Net resamples edge to edge, so edges, not voxel centres, scale. The centre of the first of N voxels is 0.5 / N.
-
-        Args:
-            start: first voxel of the window.
-            window: its voxels.
         """
-        centre = np.asarray(start, dtype=float) + np.asarray(window, dtype=float) / 2
+        centre = np.asarray(start, dtype=float) + np.asarray(size, dtype=float) / 2
         raw = centre / self.shape * self.cropped + self.crop_start
         return raw / self.full
 

@@ -39,18 +39,18 @@ class AxisTransform:
         """Shape (or any three numbers per axis) of an array once it is reoriented."""
         return [shape[a] for a in self.axes]
 
-    def array_order(self, window: Sequence[int]) -> list[int]:
+    def array_order(self, size: Sequence[int]) -> list[int]:
         """Numbers per axis of the reoriented array, in the order of the case's."""
-        return [int(window[self.axes.index(a)]) for a in range(3)]
+        return [int(size[self.axes.index(a)]) for a in range(3)]
 
     def box(
-        self, start: Sequence[int] | np.ndarray, window: Sequence[int], shape: Sequence[int]
+        self, start: Sequence[int] | np.ndarray, size: Sequence[int], shape: Sequence[int]
     ) -> tuple[np.ndarray, list[int]]:
         """Where a box of the reoriented array lies in the case's array of ``shape``: its first voxel and its extent."""
         first, extent = np.zeros(3, dtype=np.int64), [0, 0, 0]
         for i, (axis, flip) in enumerate(zip(self.axes, self.flips)):
-            first[axis] = shape[axis] - (start[i] + window[i]) if flip else start[i]
-            extent[axis] = int(window[i])
+            first[axis] = shape[axis] - (start[i] + size[i]) if flip else start[i]
+            extent[axis] = int(size[i])
         return first, extent
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
@@ -85,8 +85,8 @@ class Orientation:
         source = dict(zip(self.axes, geometry.axes))
         same = all(abs(self.spacing[a] - self.spacing[b]) <= _SAME_SPACING * self.spacing[a] for a, b in source.items())
         flips = {axis: mine != theirs for axis, mine, theirs in zip(geometry.axes, self.flips, geometry.flips)}
-        axes = [source[i] if same else i for i in range(3)]
-        return AxisTransform(tuple(axes), tuple(flips[a] for a in axes))  # type: ignore[arg-type]
+        z, y, x = (source[i] if same else i for i in range(3))
+        return AxisTransform((z, y, x), (flips[z], flips[y], flips[x]))
 
     def __str__(self) -> str:
         """``"inferior to superior, anterior to posterior, right to left"``, in the order of the array's axes."""
@@ -95,12 +95,9 @@ class Orientation:
 
 
 def common_orientation(refs: Sequence[CaseRef], reader: CaseReader, spacing: Sequence[float]) -> Orientation:
-    """The orientation that most of up to :data:`LOOKED_AT` cases have, which are spread evenly over the list.
+    """The orientation that most of up to :data:`LOOKED_AT` cases have, spread evenly over the list, which is in a fixed order.
 
-    Args:
-        refs: all cases of the run in a fixed order.
-        reader: for their geometry.
-        spacing: of the plan, two or three numbers.
+    ``spacing`` is the plan's, two or three numbers.
 
     Raises:
         NnsslError: a case's geometry is missing or damaged.
@@ -109,8 +106,8 @@ def common_orientation(refs: Sequence[CaseRef], reader: CaseReader, spacing: Seq
     found = [reader.geometry(refs[i], (1, 1, 1)) for i in chosen.tolist()]
     kinds = Counter((g.axes, g.flips) for g in found)
     (axes, flips), most = kinds.most_common(1)[0]
-    mm = (0.0, *spacing) if len(spacing) == 2 else tuple(spacing)
-    common = Orientation(axes, flips, tuple(float(s) for s in mm))  # type: ignore[arg-type]
+    z, y, x = (float(mm) for mm in ((0.0, *spacing) if len(spacing) == 2 else spacing))
+    common = Orientation(axes, flips, (z, y, x))
     if len(kinds) > 1:
         log.info("%d of %d images run %s; the others are reoriented to that.", most, len(found), common)
     stuck = sum(common.transform(g).axes == (0, 1, 2) and g.axes != axes for g in found)

@@ -1,4 +1,4 @@
-"""A whole case in a small window: its foreground, resampled slab by slab, so that no more than a slab is in memory."""
+"""A whole case in a small box: its foreground, resampled slab by slab, so that no more than a slab is in memory."""
 
 from __future__ import annotations
 
@@ -24,12 +24,7 @@ def _slabs(array: Any, low: int, high: int) -> list[tuple[int, int]]:
 
 
 def foreground_box(array: Any, threshold: np.ndarray, masked: bool) -> list[tuple[int, int]]:
-    """First plane of body and first one behind it, per axis; the whole axis where there is none.
-
-    Args:
-        array: ``(C, Z, Y, X)``, lazy or not.
-        threshold, masked: see :func:`nnssl.pretrain.data.intensity.body_mask`.
-    """
+    """First plane of body and first one behind it, per axis of ``(C, Z, Y, X)``; the whole axis where there is none."""
     shape = array.shape[1:]
     counts = [np.zeros(n) for n in shape]
     for low, high in _slabs(array, 0, shape[0]):
@@ -52,16 +47,7 @@ def resampling_matrix(n: int, size: int) -> np.ndarray:
 
 
 def resample_box(array: Any, box: Sequence[tuple[int, int]], size: Sequence[int]) -> np.ndarray:
-    """Read a box and resample it.
-
-    Args:
-        array: ``(C, Z, Y, X)``, lazy or not.
-        box: first voxel and first one behind, per axis.
-        size: voxels of the result.
-
-    Returns:
-        ``(C, *size)`` float32.
-    """
+    """Read a box (first voxel and first one behind, per axis) of ``(C, Z, Y, X)`` and resample it to ``(C, *size)`` float32."""
     (z0, z1), (y0, y1), (x0, x1) = box
     along_z, along_y, along_x = (resampling_matrix(high - low, n) for (low, high), n in zip(box, size))
     out = np.zeros((array.shape[0], *size), dtype=np.float32)

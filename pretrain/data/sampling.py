@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["HELD_OUT", "ROAM", "TRAIN", "draw_cases", "draw_start", "generator"]
+__all__ = ["HELD_OUT", "ROAM", "TRAIN", "SampleStream", "draw_cases", "draw_start", "generator"]
 
 TRAIN, HELD_OUT = 0, 1
 """Streams of random numbers."""
 
 ROAM = 0.5
-"""Least share of the places of the inner crop that its centre may take, even where the window then shows padding."""
+"""Least share of the places of the crop that its centre may take, even where what is read around it then shows padding."""
+
+
+@dataclass(frozen=True)
+class SampleStream:
+    """The samples of a run's steps, and which of them a process reads.
+
+    Attributes:
+        seed: of the run.
+        batch_size: samples per step over all ranks.
+        number: whose random numbers: :data:`TRAIN`, :data:`HELD_OUT`, or those of other data.
+        weights: how often each case is drawn, relative to the others; evenly where None.
+        rank, world_size: of this process.
+    """
+
+    seed: int
+    batch_size: int
+    number: int = TRAIN
+    weights: Sequence[float] | np.ndarray | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def own(self) -> range:
+        """This process's samples of each step: rank r has those from r b on, with b = batch_size / world_size."""
+        count = self.batch_size // self.world_size
+        return range(self.rank * count, (self.rank + 1) * count)
 
 
 def generator(seed: int, step: int, stream: int, sample: int | None = None) -> np.random.Generator:
@@ -24,18 +51,10 @@ def generator(seed: int, step: int, stream: int, sample: int | None = None) -> n
 def draw_cases(
     seed: int, step: int, stream: int, n_cases: int, count: int, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """The cases of one step.
+    """The ``count`` cases of one step, ``(count,)`` int64 indices below ``n_cases``.
 
-    Training draws without replacement as far as there are cases. Held-out steps walk through all cases in a fixed shuffled order.
-
-    Args:
-        seed, step, stream: see :func:`generator`.
-        n_cases: cases to draw from.
-        count: cases wanted.
-        weights: ``(n_cases,)`` probabilities for training; uniform where None.
-
-    Returns:
-        ``(count,)`` int64 indices.
+    Training draws without replacement as far as there are cases, with ``(n_cases,)`` probabilities where they are given. Held-out
+    steps walk through all cases in a fixed shuffled order.
     """
     if stream == HELD_OUT:
         order = generator(seed, 0, stream).permutation(n_cases)
@@ -49,25 +68,16 @@ def draw_cases(
 
 
 def draw_start(
-    rng: np.random.Generator, shape: Sequence[int], window: Sequence[int], size: Sequence[int]
+    rng: np.random.Generator, shape: Sequence[int], read_size: Sequence[int], size: Sequence[int]
 ) -> np.ndarray:
-    """First voxel of a window, uniform per axis where the window lies in the image.
+    """First voxel to read, uniform per axis where all that is read lies in the image; ``(3,)`` int64, negative outside of it.
 
-    Where the window fills the image (nearly) or exceeds it, its centre would always be the image's. There it takes the middle
-    :data:`ROAM` of the places at which the inner crop lies in the image, and the window's margin shows padding. An image smaller
-    than the crop is put in the middle.
-
-    Args:
-        rng: of the sample.
-        shape: of the image.
-        window: voxels per axis, at least ``size``.
-        size: voxels of the crop in the window's middle.
-
-    Returns:
-        ``(3,)`` int64, negative outside the image.
+    Where the read size fills the image of ``shape`` (nearly) or exceeds it, its centre would always be the image's. There it
+    takes the middle :data:`ROAM` of the places at which the crop of ``size`` in its middle lies in the image, and the margin
+    shows padding. An image smaller than the crop is put in the middle.
     """
     start = []
-    for n, w, s in zip(shape, window, size):
-        room = max(n - w, int(ROAM * max(0, n - s)), 0)
-        start.append((n - w - room) // 2 + int(rng.integers(0, room + 1)))
+    for n, r, s in zip(shape, read_size, size):
+        room = max(n - r, int(ROAM * max(0, n - s)), 0)
+        start.append((n - r - room) // 2 + int(rng.integers(0, room + 1)))
     return np.asarray(start, dtype=np.int64)

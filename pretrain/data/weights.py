@@ -32,14 +32,7 @@ def _split(given: int | str) -> tuple[int | str, float | None]:
 
 
 def parse_sources(sources: Sources) -> tuple[dict[str, float], bool]:
-    """Resolve datasets and their weights.
-
-    Returns:
-        Full dataset name -> weight, sorted by name, and whether any weight was given.
-
-    Raises:
-        NnsslError: no or unknown datasets, weights that are no positive numbers, one dataset with two weights.
-    """
+    """Full dataset name -> weight, sorted by name, and whether any weight was given."""
     if isinstance(sources, Mapping):
         pairs: list[tuple[int | str, float | None]] = [(s, float(w)) for s, w in sources.items()]
     else:
@@ -56,8 +49,8 @@ def parse_sources(sources: Sources) -> tuple[dict[str, float], bool]:
         found[name] = weight
     if not found:
         raise NnsslError("no dataset to learn from: name at least one with -d.")
-    weights = {name: 1.0 if found[name] is None else float(found[name] or 0) for name in sorted(found)}
-    return weights, any(w is not None for w in found.values())
+    weights = {name: 1.0 if weight is None else weight for name, weight in sorted(found.items())}
+    return weights, any(weight is not None for weight in found.values())
 
 
 def relative(weights: Mapping[str, float]) -> dict[str, float] | None:
@@ -68,18 +61,7 @@ def relative(weights: Mapping[str, float]) -> dict[str, float] | None:
 
 
 def case_weights(refs: Sequence[CaseRef], weights: Mapping[str, float] | None) -> np.ndarray | None:
-    """Weight of each case.
-
-    Args:
-        refs: the cases.
-        weights: by dataset name; None for equal ones.
-
-    Returns:
-        ``(len(refs),)`` float64, or None for equal ones.
-
-    Raises:
-        NnsslError: no case is left of a dataset that has a weight.
-    """
+    """Weight of each case, ``(len(refs),)`` float64, of weights by dataset name; None for equal ones."""
     if weights is None:
         return None
     missing = sorted(set(weights) - {r.source for r in refs})

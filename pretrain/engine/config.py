@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from nnssl.config import option
 
-KERNELS = ("auto", "loop", "foreach", "fused")
-"""Ways of the optimiser's arithmetic."""
+IMPLEMENTATIONS = ("auto", "loop", "foreach", "fused")
+"""Of torch's optimisers."""
+
+OLD_NAMES = {"optimiser_kernels": "optimizer_implementation"}
+"""Options that had another name."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class EngineConfig:
         None,
         "memory format of convolutions: channels last; auto: on a CPU, unless the first stage's features are a multiple of 16",
     )
-    optimiser_kernels: str = option(
-        "auto", "arithmetic of the optimiser; auto: foreach on CUDA, loop on a CPU", choices=KERNELS
+    optimizer_implementation: str = option(
+        "auto", "torch's arithmetic of the optimiser; auto: foreach on CUDA, loop on a CPU", choices=IMPLEMENTATIONS
     )
     workers: int | None = option(None, "loader processes per GPU; auto: nnU-Net's nnUNet_n_proc_DA", low=0)
     held_out_batches: int = option(4, "batches of held-out cases that each epoch's held-out loss averages", low=0)
@@ -47,7 +50,7 @@ RUNTIME_OPTIONS = frozenset(
         "compile",
         "checkpointing",
         "channels_last",
-        "optimiser_kernels",
+        "optimizer_implementation",
         "workers",
         "save_every",
         "picture_every",

@@ -24,7 +24,7 @@ from nnssl.distributed import is_distributed, rank
 from nnssl.errors import NnsslError, PeerLostError
 from nnssl.grammar import DEVICES
 from nnssl.malloc import keep_freed_memory
-from nnssl.pretrain.engine.signals import LAUNCHER, SIGNALS, asked_to_stop
+from nnssl.pretrain.engine.signals import LAUNCHER, asked_to_stop, on_signals
 from nnssl.threads import threads_asked
 
 PREPARATION_LIMIT = timedelta(days=7)
@@ -38,14 +38,7 @@ _LOST = re.compile(
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device of this process.
-
-    Args:
-        name: ``"cuda"``, ``"cpu"`` or ``"mps"``; of several GPUs the one of this process's local rank.
-
-    Raises:
-        NnsslError: unknown, or not there.
-    """
+    """The torch device of this process: of several GPUs the one of its local rank."""
     if name not in DEVICES:
         raise NnsslError(f"-device {name}: known are {', '.join(DEVICES)}.")
     check_device(name)
@@ -99,8 +92,7 @@ def _meet() -> tuple[Any, int, int]:
 
 
 def _lost_peer(error: RuntimeError) -> bool:
-    kind = getattr(dist, "DistError", ())
-    return (isinstance(error, kind) if kind else False) or _LOST.search(str(error)) is not None
+    return isinstance(error, getattr(dist, "DistError", ())) or _LOST.search(str(error)) is not None
 
 
 def _end_with_launcher() -> None:
@@ -126,12 +118,12 @@ def shared_preparation() -> Iterator[None]:
     if not is_distributed():
         yield
         return
-    waiting = dist.new_group(backend="gloo", timeout=PREPARATION_LIMIT)
+    waiting: Any = dist.new_group(backend="gloo", timeout=PREPARATION_LIMIT)
     if rank() != 0:
-        dist.barrier(group=waiting)  # type: ignore[arg-type]
+        dist.barrier(group=waiting)
     yield
     if rank() == 0:
-        dist.barrier(group=waiting)  # type: ignore[arg-type]
+        dist.barrier(group=waiting)
 
 
 def _restarts() -> int:
@@ -144,15 +136,9 @@ def restarted() -> bool:
 
 
 def launch(arguments: list[str], processes: int, restarts: int = 0) -> int:
-    """Start ``nnssl_pretrain`` in several processes on this machine with torch's elastic launcher.
+    """Start ``nnssl_pretrain`` in several processes on this machine with torch's elastic launcher; returns the exit status.
 
-    Args:
-        arguments: of the command.
-        processes: one per GPU.
-        restarts: times that all processes are started again, from the last checkpoint, after one was killed or failed.
-
-    Returns:
-        The exit status; each process has reported its own error.
+    Each process reports its own error. ``restarts``: how often all start again, from the last checkpoint, after one has ended.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -202,17 +188,8 @@ def _passed_on(received: list[int]) -> Iterator[None]:
         if len(received) == 1 or number == signal.SIGINT:
             raise SignalException(f"signal {number}", signal.Signals(number))  # torch's agent sends its own signal on
 
-    old: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in SIGNALS:
-            known = getattr(signal, name, None)  # Windows has no SIGHUP
-            if known is not None and not (name == "SIGHUP" and signal.getsignal(known) is signal.SIG_IGN):
-                old[known] = signal.signal(known, hear)
-    try:
+    with on_signals(hear):
         yield
-    finally:
-        for known, handler in old.items():
-            signal.signal(known, handler)
 
 
 def _exit_status(failures: dict[int, Any]) -> int:

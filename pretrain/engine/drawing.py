@@ -11,6 +11,7 @@ import torch
 
 from nnssl.distributed import rank
 from nnssl.pretrain.engine.pictures import save_picture
+from nnssl.pretrain.engine.progress import plot_details, plot_progress
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import Engine
@@ -21,17 +22,19 @@ log = logging.getLogger("nnssl")
 
 def draw(engine: Engine, epoch: int, last: bool = True) -> None:
     """Rank 0 draws the curves and, every few epochs, a picture."""
-    spec = engine.spec
-    every = spec.engine.picture_every
-    every = max(1, spec.epochs // 10) if every is None else every
-    if rank() == 0:
-        with _only_told("progress.png"):
-            first, now = engine.ends()
-            words = {"title": _heading(engine, epoch), "sentence": engine.method.verdict(first, now)[1]}
-            engine.log.draw(engine.method.curves(), first=engine.first, **words)
+    if rank() != 0 or not engine.log.history:
+        return
+    spec, history = engine.spec, engine.log.history
+    with _only_told("progress.png"):
+        first, now = engine.ends()
+        words = {"title": _heading(engine, epoch), "sentence": engine.method.verdict(first, now)[1]}
+        panels = [panel for panel in (hook.panel() for hook in spec.hooks) if panel is not None]
+        file = spec.folder.path / "progress.png"
+        plot_progress(history, file, engine.method.curves(), panels, first=engine.first, **words)
+    every = max(1, spec.epochs // 10) if spec.engine.picture_every is None else spec.engine.picture_every
     if every and (last or epoch % every == 0):
         with _only_told("progress_details.png"):
-            engine.log.draw_details()
+            plot_details(history, spec.folder.path / "progress_details.png")
         draw_views(engine, epoch)
 
 

@@ -22,14 +22,14 @@ TIMED_STEPS = 3
 
 
 def random_crops(spec: RunSpec) -> Crops:
-    """A batch of smooth random images with random positions, as the loader would deliver it."""
-    b, window, channels = spec.batch_size, spec.request.read_size, spec.plan.n_channels
+    """A batch of random images with random positions, as the loader would deliver it."""
+    b, read_size, channels = spec.batch_size, spec.request.read_size, spec.plan.n_channels
     generator = torch.Generator().manual_seed(0)
-    data = torch.randn(b, channels, *window, generator=generator)
+    data = torch.randn(b, channels, *read_size, generator=generator)
     position = torch.rand(b, 3, generator=generator, dtype=torch.float64)
     return Crops(
         data=data,
-        body=torch.ones(b, 1, *window, dtype=torch.bool),
+        body=torch.ones(b, 1, *read_size, dtype=torch.bool),
         position=position,
         axis_position=position.flip(1),
         intensity=torch.tensor([-2.5, 2.5]).repeat(b, channels, 1),
@@ -39,17 +39,12 @@ def random_crops(spec: RunSpec) -> Crops:
 
 
 def estimate(spec: RunSpec) -> str:
-    """Run a few steps and tell what a run would take.
-
-    Data loading is not part of it: it runs beside the steps in ``workers`` processes.
-    """
+    """Run a few steps and tell what a run would take; data are loaded beside the steps and are no part of it."""
     torch.manual_seed(spec.seed)
     device = spec.device
     method = spec.method(build_network(spec.plan), spec.plan, spec.request, spec.config).to(device)
-    clip = method.grad_clip if spec.engine.grad_clip is None else spec.engine.grad_clip
     apply_options(method, spec.engine)
-    parts = spec.engine.accumulate or 1
-    stepper = Stepper(method, method, device, spec.steps, clip, spec.engine.amp, spec.engine.optimiser_kernels)
+    stepper, parts = Stepper.of(spec, method, method), spec.engine.accumulate or 1
     crops: Any = random_crops(spec)
     crops = (crops if spec.auxiliary is None else spec.auxiliary.random(crops)).to(device)
     seconds = []
@@ -57,10 +52,8 @@ def estimate(spec: RunSpec) -> str:
         torch.cuda.reset_peak_memory_stats(device)
     for step in range(TIMED_STEPS):
         begin = time.perf_counter()
-        draw = {"seed": spec.seed, "step": step, "total": spec.batch_size, "first": 0}
-        batches = views_in_parts(method, crops, parts, device, **draw)
-        batch = batches if parts > 1 else next(batches)
-        stepper.step(batch, step, crops.case, stop=False, parts=parts)[0].read()
+        batches = views_in_parts(method, crops, parts, device, spec.seed, step)
+        stepper.step(batches, step, crops.case, stop=False, parts=parts)[0].read()
         seconds.append(time.perf_counter() - begin)
     per_step = min(seconds[1:])
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl.distributed import gather_with_grad, mean_over_ranks, rank
-from nnssl.pretrain.augment.rng import HELD_OUT_STEP, StepRNG
+from nnssl.distributed import gather_with_grad, mean_over_ranks
+from nnssl.pretrain.augment.rng import HELD_OUT_STEP
 from nnssl.pretrain.engine.place import place_shares
-from nnssl.pretrain.engine.stepping import Stepper
+from nnssl.pretrain.engine.stepping import Stepper, views_in_parts
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import Batch, Crops
 
@@ -23,15 +23,12 @@ class HeldOut:
         batches: this rank's crops of each batch; read once and kept in memory.
         seed: the run's seed.
         device: where the method runs.
-        total: crops per batch over all ranks.
         place_crops: crops on which the share of the place is measured; 0: none.
     """
 
-    def __init__(
-        self, batches: Iterable[Crops], seed: int, device: torch.device, total: int, place_crops: int = 0
-    ) -> None:
+    def __init__(self, batches: Iterable[Crops], seed: int, device: torch.device, place_crops: int = 0) -> None:
         self.crops = list(batches)
-        self.seed, self.device, self.total, self.place_crops = seed, device, total, place_crops
+        self.seed, self.device, self.place_crops = seed, device, place_crops
 
     def __bool__(self) -> bool:
         return bool(self.crops)
@@ -39,9 +36,7 @@ class HeldOut:
     def batch(self, method: Method, index: int) -> Batch:
         """The views of one batch."""
         crops = self.crops[index].to(self.device)
-        first = rank() * len(crops)
-        rng = StepRNG(self.seed, HELD_OUT_STEP + index, self.total, first, len(crops), self.device)
-        return method.views(crops, rng)
+        return next(views_in_parts(method, crops, 1, self.device, self.seed, HELD_OUT_STEP + index))
 
     def images(self, method: Method) -> Tensor:
         """The first ``place_crops`` crops as they are."""
@@ -84,20 +79,15 @@ class HeldOut:
 
 
 def embedding_sd(z: Tensor) -> float:
-    """Mean standard deviation of the coordinates of unit vectors, times sqrt(D): about 1 where spread evenly, 0 where collapsed.
-
-    Args:
-        z: ``(N, D)``.
-    """
+    """Mean SD of the coordinates of unit vectors ``(N, D)``, times sqrt(D): about 1 where spread evenly, 0 where collapsed."""
     z = F.normalize(z, dim=1)
     return float(z.std(dim=0).mean() * z.shape[1] ** 0.5)
 
 
 def effective_rank(z: Tensor) -> float:
-    """Exponential of the entropy of the normalised singular values of the centred embedding (Roy & Vetterli 2007).
+    """Exponential of the entropy of the normalised singular values of the centred ``(N, D)`` (Roy & Vetterli 2007).
 
-    Args:
-        z: ``(N, D)``; the result is between 1 and min(N - 1, D).
+    Between 1 and min(N - 1, D).
     """
     s = torch.linalg.svdvals((z - z.mean(dim=0)).double())
     p = s / s.sum().clamp_min(1e-12)

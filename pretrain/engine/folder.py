@@ -6,15 +6,16 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from nnssl.errors import NnsslError
 from nnssl.files import read_json, remove_temporary, try_lock, write_json
 from nnssl.pretrain.engine.record import check_record
+
+if TYPE_CHECKING:
+    from nnssl.pretrain.data import CaseSet
 
 log = logging.getLogger("nnssl")
 
@@ -37,43 +38,21 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "")
 
 
 class RunFolder:
-    """A run's folder, locked against other processes while it is open.
+    """A run's folder, made where it is missing and locked against other processes while it is open.
 
-    The lock is the operating system's (released by a kill), the file beside it only tells who holds it.
-
-    Args:
-        path: the folder; made where it is missing.
-        lock: False only looks: nothing is made or locked (a dry run, or ranks beside the first).
-
-    Attributes:
-        begun: whether a run had been started here before, be it that it came to nothing.
+    The lock is the operating system's (released by a kill), the file beside it only tells who holds it. ``lock=False`` only
+    looks (a dry run, or ranks beside the first).
     """
 
     def __init__(self, path: Path, lock: bool = True) -> None:
         self.path = path
-        self.begun = (path / LOCK).is_file()
+        self.latest = path / "checkpoint_latest.pth"  # weights and the state of training
+        self.previous = path / "checkpoint_previous.pth"  # the latest one's predecessor, taken where that is damaged
+        self.final = path / "checkpoint_final.pth"  # what fine-tuning reads
+        self.config_file = path / "config.json"  # everything resolved
+        self.images_file = path / "images.json"  # the cases that the run was started with
         self._wanted = lock
         self._lock: IO[str] | None = None
-
-    @property
-    def latest(self) -> Path:
-        """``checkpoint_latest.pth``: weights and the state of training."""
-        return self.path / "checkpoint_latest.pth"
-
-    @property
-    def previous(self) -> Path:
-        """``checkpoint_previous.pth``: what ``checkpoint_latest.pth`` was before; taken where that is damaged."""
-        return self.path / "checkpoint_previous.pth"
-
-    @property
-    def final(self) -> Path:
-        """``checkpoint_final.pth``: what fine-tuning reads."""
-        return self.path / "checkpoint_final.pth"
-
-    @property
-    def config_file(self) -> Path:
-        """``config.json``: everything resolved."""
-        return self.path / "config.json"
 
     def __enter__(self) -> RunFolder:
         if not self._wanted:
@@ -106,22 +85,13 @@ class RunFolder:
             remove_temporary(self.path)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def saved_config(self, *, whole: bool = False) -> dict[str, Any] | None:
-        """What ``config.json`` holds, or None where there is no run yet.
-
-        Args:
-            whole: everything is needed that a continued run is made from.
-
-        Raises:
-            NnsslError: where the file cannot be read, or a field is of a wrong kind.
-        """
+        """What ``config.json`` holds, or None where there is no run yet; ``whole``: all that a continued run is made from."""
         if not self.config_file.is_file():
             return None
         try:
@@ -148,36 +118,23 @@ class RunFolder:
             except OSError:  # a file system without hard links: for a moment only the previous one is there
                 os.replace(self.latest, self.previous)
 
-    @property
-    def images_file(self) -> Path:
-        """``images.json``: the cases that the run was started with."""
-        return self.path / "images.json"
-
-    def write_images(self, names: Sequence[str], contents: Mapping[str, str]) -> None:
+    def write_images(self, case_set: CaseSet) -> None:
         """Remember which images the run is made of, and what tells another content of each."""
-        write_json(self.images_file, {name: contents.get(name, "") for name in names})
+        write_json(self.images_file, {case.key: case_set.contents.get(case.key, "") for case in case_set.cases})
 
-    def check_images(self, names: Sequence[str], contents: Mapping[str, str], *, continue_run: bool) -> None:
-        """Whether the images are those that the run here was started with.
-
-        Args:
-            names: ``"<source>/<case>"`` of all.
-            contents: of those where it is known.
-            continue_run: whether the user gave ``--c``.
-
-        Raises:
-            NnsslError: some came, went or changed; it names them.
-        """
+    def check_images(self, case_set: CaseSet, *, continue_run: bool) -> None:
+        """Refuse other images than those that the run here was started with; ``continue_run``: the user gave ``--c``."""
         if not (self.images_file.is_file() and self.config_file.is_file() and self.has_checkpoint()):
             return  # nothing was started or saved, or by a version that did not write it
         try:
-            old, now = read_json(self.images_file), set(names)
+            old, now, known = read_json(self.images_file), {case.key for case in case_set.cases}, case_set.contents
         except NnsslError as error:
             raise NnsslError(
                 f"{error} Remove it, and the images are not compared with those of the start; or give this run a --name."
             ) from error
+        changed = [n for n in sorted(now & set(old)) if old[n] and old[n] != known.get(n, old[n])]
         lines = [
-            *(f"{n} has another content" for n in sorted(now & set(old)) if _other(old[n], contents.get(n, ""))),
+            *(f"{n} has another content" for n in changed),
             *(f"{n} came" for n in sorted(now - set(old))),
             *(f"{n} is gone" for n in sorted(set(old) - now)),
         ]
@@ -192,15 +149,9 @@ class RunFolder:
         )
 
     def check_resume(self, identity: dict[str, Any], *, continue_run: bool) -> bool:
-        """Decide whether a run with this identity may work here.
+        """Decide whether a run with this identity may work here; True where a checkpoint is to be resumed.
 
-        Args:
-            identity: what makes the run what it is (method, options, seed, cases, plans). A continued one may have more epochs
-                than it had.
-            continue_run: whether the user gave ``--c``.
-
-        Returns:
-            True where a checkpoint is to be resumed.
+        With ``continue_run`` (the user gave ``--c``) it may have more epochs than it had.
 
         Raises:
             NnsslError: for a folder with checkpoints of another run, of a finished one, or of an unfinished one without ``--c``.
@@ -246,16 +197,8 @@ class RunFolder:
         return True
 
 
-def _other(old: Any, new: str) -> bool:
-    return bool(old and new and old != new)
-
-
 def _lengthens(saved: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether a continued run is to be longer than it was.
-
-    Raises:
-        NnsslError: it is to be shorter, or its stages are shares of the length.
-    """
+    """Whether a continued run is to be longer than it was; refuses a shorter one, and stages that are shares of the length."""
     old, new = saved.get("epochs"), wanted.get("epochs")
     if not isinstance(old, int) or not isinstance(new, int) or old == new:
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import datetime
@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from nnssl.journal import append_line
 from nnssl.loggers import Logger, check_loggers, installed, logger_names
-from nnssl.pretrain.engine.progress import plot_details, plot_progress
-from nnssl.pretrain.types import Curve
 from nnssl.words import size_text
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ def keep_lines() -> Iterator[MemoryHandler]:
 def add_log_file(folder: Path, said: MemoryHandler | None = None) -> logging.Handler:
     """Copy everything that the ``nnssl`` logger says into ``training_log_<time>.txt``, and first what ``said`` has kept."""
     now = datetime.now()
-    path = folder / f"training_log_{now.year}_{now.month}_{now.day}_{now.hour:02}_{now.minute:02}_{now.second:02}.txt"
+    path = folder / f"training_log_{now.year}_{now.month}_{now.day}_{now:%H_%M_%S}.txt"
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")  # names need not be UTF-8
     handler.setFormatter(logging.Formatter("%(asctime)s: %(message)s"))
     if said is not None:
@@ -56,17 +54,12 @@ class RunLog:
 
     Args:
         folder: the run's folder, or None for a rank that only computes.
-        history: epoch rows of the part of the run that is being continued.
         loggers: get every number of an event that has a step, as ``kind/name``.
     """
 
-    def __init__(
-        self, folder: Path | None, history: list[dict[str, Any]] | None = None, loggers: Sequence[Logger] = ()
-    ) -> None:
-        self.folder = folder
-        self.history = list(history or [])
-        self.panels: list[Callable[[Any], None]] = []
-        self.loggers = list(loggers)
+    def __init__(self, folder: Path | None, loggers: Sequence[Logger] = ()) -> None:
+        self.folder, self.loggers = folder, list(loggers)
+        self.history: list[dict[str, Any]] = []
 
     def event(self, kind: str, **values: Any) -> None:
         """Append one line ``{"event": kind, "time": ..., ...}``."""
@@ -84,24 +77,6 @@ class RunLog:
         self.history.append({k: _plain(v) for k, v in row.items()})
         self.event("epoch", **row)
 
-    def draw(
-        self,
-        curves: Sequence[Curve] = (),
-        *,
-        first: Mapping[str, float] | None = None,
-        title: str = "",
-        sentence: str = "",
-    ) -> None:
-        """Redraw ``progress.png``; see :func:`plot_progress`."""
-        if self.folder is not None and self.history:
-            words = {"title": title, "sentence": sentence}
-            plot_progress(self.history, self.folder / "progress.png", curves, self.panels, first=first, **words)
-
-    def draw_details(self) -> None:
-        """Redraw ``progress_details.png``, which takes longer."""
-        if self.folder is not None and self.history:
-            plot_details(self.history, self.folder / "progress_details.png")
-
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
@@ -110,11 +85,7 @@ def _plain(value: Any) -> Any:
 
 
 def choose_loggers(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the run's loggers; TensorBoard where nothing is asked for and it is installed.
-
-    Raises:
-        NnsslError: an unknown name, or a package that is missing.
-    """
+    """Names of the run's loggers; TensorBoard where nothing is asked for and it is installed."""
     names = logger_names(given, default=("tensorboard",) if installed("tensorboard") else ())
     check_loggers(names)
     return names

@@ -6,9 +6,8 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,13 +17,12 @@ from tqdm import tqdm
 from nnssl.distributed import is_distributed, rank, world_size
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network
-from nnssl.pretrain.data import make_loader
+from nnssl.pretrain.data import HELD_OUT, CropLoader, SampleStream, make_loader
 from nnssl.pretrain.data.weights import case_weights
 from nnssl.pretrain.engine.drawing import draw, draw_views
 from nnssl.pretrain.engine.evaluate import HeldOut
 from nnssl.pretrain.engine.logs import RunLog
 from nnssl.pretrain.engine.messages import (
-    clock,
     disk_reason,
     epoch_line,
     memory_advice,
@@ -33,7 +31,7 @@ from nnssl.pretrain.engine.messages import (
 )
 from nnssl.pretrain.engine.place import place_sentence
 from nnssl.pretrain.engine.signals import StopSignals
-from nnssl.pretrain.engine.spec import Outcome, RunSpec
+from nnssl.pretrain.engine.spec import RunResult, RunSpec
 from nnssl.pretrain.engine.speed import Prefetcher, apply_options
 from nnssl.pretrain.engine.state import restore, training_state
 from nnssl.pretrain.engine.stepping import Numbers, Stepper, views_in_parts
@@ -44,6 +42,7 @@ from nnssl.words import per_cent
 log = logging.getLogger("nnssl")
 
 GO_ON = "The same command with --c goes on from there."
+NOT_ENDED = "The run has not ended yet."
 
 
 class NonFiniteError(NnsslError):
@@ -84,10 +83,8 @@ class Engine:
         if is_distributed():
             ids = [spec.device.index] if spec.device.type == "cuda" else None
             module = nn.parallel.DistributedDataParallel(module, device_ids=ids)
-        clip = spec.engine.grad_clip if spec.engine.grad_clip is not None else self.method.grad_clip
-        kernels = spec.engine.optimiser_kernels
-        self.stepper = Stepper(self.method, module, spec.device, spec.steps, clip, spec.engine.amp, kernels)
-        self.transfers = Prefetcher(spec.device)
+        self.stepper = Stepper.of(spec, self.method, module)
+        self.prefetch = Prefetcher(spec.device)
         self.step = 0
         self.first: dict[str, float] = {}
         self._untrained: Method | None = None
@@ -103,30 +100,28 @@ class Engine:
         if state is not None:
             restore(self, state)
             self._saved = self.step
-        total, place = spec.batch_size // self.parts, spec.engine.place_crops
-        self.held_out = HeldOut(self._loader("held_out", 0), spec.seed, spec.device, total, place)
+        self.held_out = HeldOut(self._held_out_crops(), spec.seed, spec.device, spec.engine.place_crops)
 
-    def _loader(self, split: str, start: int) -> Any:
+    def _train_loader(self) -> CropLoader:
         spec = self.spec
-        held_out = split == "held_out"
-        if held_out and (not spec.case_set.held_out or not spec.engine.held_out_batches):
+        weights = case_weights(spec.case_set.train, spec.weights)
+        stream = SampleStream(spec.seed, spec.batch_size, weights=weights, rank=rank(), world_size=world_size())
+        return self._loader(stream, range(self.step, spec.steps), "train", spec.workers)
+
+    def _held_out_crops(self) -> Iterable[Crops]:
+        spec = self.spec
+        batches = range(spec.engine.held_out_batches)
+        if not spec.case_set.held_out or not batches:
             return []
-        return make_loader(
-            spec.case_set,
-            spec.plan,
-            spec.request,
-            seed=spec.seed,
-            batch_size=spec.batch_size // self.parts if held_out else spec.batch_size,
-            start_step=start,
-            steps=spec.engine.held_out_batches if held_out else spec.steps - start,
-            rank=rank(),
-            world_size=world_size(),
-            num_workers=0 if held_out else spec.workers,
-            split=split,
-            pin_memory=spec.device.type == "cuda",
-            weights=None if held_out else case_weights(spec.case_set.train, spec.weights),
-            auxiliary=None if spec.auxiliary is None else spec.auxiliary.reader(split),
-        )
+        size = spec.batch_size // self.parts
+        stream = SampleStream(spec.seed, size, HELD_OUT, rank=rank(), world_size=world_size())
+        return self._loader(stream, batches, "held_out", 0)
+
+    def _loader(self, stream: SampleStream, steps: range, split: str, workers: int) -> CropLoader:
+        spec = self.spec
+        auxiliary = None if spec.auxiliary is None else spec.auxiliary.reader(split)
+        more: dict[str, Any] = {"pin_memory": spec.device.type == "cuda", "auxiliary": auxiliary}
+        return make_loader(spec.case_set, spec.plan, spec.request, stream, steps, num_workers=workers, **more)
 
     def save(self, *, final: bool = False) -> None:
         """Write ``checkpoint_latest.pth`` (and, at the end, ``checkpoint_final.pth`` without the training state).
@@ -143,7 +138,7 @@ class Engine:
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def fit(self) -> Outcome:
+    def fit(self) -> RunResult:
         """Train to the end, or until a signal or a hook asks to stop.
 
         Raises:
@@ -154,10 +149,9 @@ class Engine:
             return self._fit()
         except KeyboardInterrupt:
             if rank() == 0:
-                where = f"The last checkpoint is of step {self._saved}. {GO_ON}"
-                log.warning(
-                    "Interrupted at step %d. %s", self.step, "Nothing was saved." if self._saved is None else where
-                )
+                saved = f"The last checkpoint is of step {self._saved}. {GO_ON}"
+                saved = "Nothing was saved." if self._saved is None else saved
+                log.warning("Interrupted at step %d. %s", self.step, saved)
             raise
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, NnsslError) or not out_of_memory(error):
@@ -172,18 +166,17 @@ class Engine:
                 f"{error.strerror} in {self.spec.folder.path}. {whole}{advice}, then continue with --c."
             ) from error
 
-    def _fit(self) -> Outcome:
+    def _fit(self) -> RunResult:
         spec = self.spec
         for hook in spec.hooks:
             hook.start(self)
-        self.log.panels = [p for p in (h.panel() for h in spec.hooks) if p is not None]
         if self.step == 0:
             # evaluated at the first epoch's end, since on a CPU it would hold up the first step for seconds
             self._untrained = deepcopy(self.method) if self.held_out else None
             self.log.event("start", step=0)
         else:
             self.log.event("continue", step=self.step)
-        batches = iter(self._loader("train", self.step))
+        batches = iter(self._train_loader())
         finished = True
         with StopSignals() as signals:
             while self.step < spec.steps and self.stop_reason is None:
@@ -192,16 +185,15 @@ class Engine:
                     finished = False
                     break
             self._look_at_untrained()
-            judged = self._judge() if finished else None
-            self.verdict = None if judged is None else dict(zip(("learnt", "sentence"), judged))
+            self.verdict = self._judge() if finished else None
             self.save(final=finished)
         if finished:
             draw(self, self.step // spec.iterations)
-        else:
-            name = signals.spoken or "a signal to another process"
-            log.info("Stopped by %s after step %d of %d. %s", name, self.step, spec.steps, GO_ON)
-        outcome = self._outcome(finished)
-        return outcome if finished else replace(outcome, signal=signals.number or int(signal.SIGTERM))
+            return self._result()
+        name = signals.spoken or "a signal to another process"
+        log.info("Stopped by %s after step %d of %d. %s", name, self.step, spec.steps, GO_ON)
+        number = signals.number or int(signal.SIGTERM)
+        return RunResult(spec.folder.path, None, False, False, NOT_ENDED, self.ends()[1], number)
 
     def _epoch(self, epoch: int, batches: Iterator[Crops], signals: StopSignals) -> bool:
         """One epoch, or what is left of it; False where a signal ended it."""
@@ -234,12 +226,9 @@ class Engine:
 
     def _step(self, crops: Crops, stop: bool) -> None:
         spec = self.spec
-        crops = self.transfers(crops)
-        first = rank() * len(crops)
-        draw = {"seed": spec.seed, "step": self.step, "total": spec.batch_size, "first": first}
-        batches = views_in_parts(self.method, crops, self.parts, spec.device, **draw)
-        batch = batches if self.parts > 1 else next(batches)
-        numbers, stepped = self.stepper.step(batch, self.step, crops.case, stop, self.parts)
+        crops = self.prefetch(crops)
+        batches = views_in_parts(self.method, crops, self.parts, spec.device, spec.seed, self.step)
+        numbers, stepped = self.stepper.step(batches, self.step, crops.case, stop, self.parts)
         self.step += 1
         if stepped:
             self.method.after_step(Progress(self.step, spec.steps, (self.step - 1) // spec.iterations, spec.epochs))
@@ -268,7 +257,9 @@ class Engine:
     def _show(self, bar: tqdm, seconds: float, wait: float) -> None:
         left = (self.spec.steps - self.step) * seconds
         shown = {k: f"{v:.3g}" for k, v in list(self._last.items())[:4]}
-        bar.set_postfix({**shown, "s/step": f"{seconds:.2f}", "data": per_cent(wait), "left": clock(left)})
+        bar.set_postfix(
+            {**shown, "s/step": f"{seconds:.2f}", "data": per_cent(wait), "left": tqdm.format_interval(left)}
+        )
         bar.update()
 
     def _look_at_untrained(self) -> None:
@@ -296,9 +287,8 @@ class Engine:
         self._check_weights()
         means = {k: v / max(1, self.counted) for k, v in self.sums.items()}
         self.sums, self.counted = {}, 0
-        row: dict[str, Any] = {"epoch": epoch + 1, "step": self.step}
-        row["lr"] = self.stepper.optimiser.param_groups[0]["lr"]
-        row["grad_norm"] = means.pop("grad_norm", None)
+        lr, norm = self.stepper.optimiser.param_groups[0]["lr"], means.pop("grad_norm", None)
+        row: dict[str, Any] = {"epoch": epoch + 1, "step": self.step, "lr": lr, "grad_norm": norm}
         row.update({f"train/{k}": v for k, v in means.items()})
         if self.held_out:
             held_out = self.held_out.evaluate(self.method, self.stepper)
@@ -310,11 +300,8 @@ class Engine:
             hook.after_epoch(self, row)
         self.log.epoch(row)
         left = (spec.steps - self.step) * seconds
-        prefix = "held_out/" if self.held_out else "train/"
-        note = self.method.note({k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)})
-        log.info("%s", epoch_line(row, spec.epochs, note, left, self.method.spoken))
-        last = self.step >= spec.steps or self.stop_reason is not None
-        if last:
+        log.info("%s", epoch_line(row, spec.epochs, self.method.note(self._terms(row)), left, self.method.spoken))
+        if self.step >= spec.steps or self.stop_reason is not None:
             return  # the final checkpoint comes first, then what is drawn
         if (epoch + 1) % spec.engine.save_every == 0:
             self.save()
@@ -324,15 +311,16 @@ class Engine:
 
     def ends(self) -> tuple[dict[str, float], dict[str, float]]:
         """Held-out terms before the first step and now; training terms where nothing is held out."""
-        row = self.log.history[-1] if self.log.history else {}
-        prefix = "held_out/" if self.held_out else "train/"
-        last = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
-        first = self.first
-        if not self.held_out and self.log.history:
-            first = {k.removeprefix(prefix): v for k, v in self.log.history[0].items() if k.startswith(prefix)}
-        return first, last
+        history = self.log.history
+        first = self.first if self.held_out or not history else self._terms(history[0])
+        return first, self._terms(history[-1]) if history else {}
 
-    def _judge(self) -> tuple[bool, str] | None:
+    def _terms(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """The held-out terms of an epoch's row; those of training where nothing is held out."""
+        prefix = "held_out/" if self.held_out else "train/"
+        return {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
+
+    def _judge(self) -> dict[str, Any] | None:
         """Whether the method learnt, by its own judgement; None where no epoch has ended."""
         first, last = self.ends()
         if not last:
@@ -340,17 +328,16 @@ class Engine:
         learnt, sentence = self.method.verdict(first, last)
         if not self.held_out:
             sentence += " (No case is held out: these are training losses.)"
-        return bool(learnt), sentence
+        return {"learnt": bool(learnt), "sentence": sentence}
 
-    def _outcome(self, finished: bool) -> Outcome:
+    def _result(self) -> RunResult:
+        folder = self.spec.folder
         first, last = self.ends()
-        if not finished or self.verdict is None:
-            return Outcome(finished, False, "The run has not ended yet.", first, last, self.log.history)
-        learnt, sentence = self.verdict["learnt"], self.verdict["sentence"]
+        if self.verdict is None:
+            return RunResult(folder.path, folder.final, True, False, NOT_ENDED, last)
         place, risen = place_sentence(first, last)
         if risen:
             log.warning("%s See docs/methods/README.md.", place)
-        closing = [s for s in (h.finish(self) for h in self.spec.hooks) if s]
-        return Outcome(
-            True, learnt, "\n".join(s for s in (sentence, place, *closing) if s), first, last, self.log.history
-        )
+        sentences = [self.verdict["sentence"], place, *(hook.finish(self) for hook in self.spec.hooks)]
+        sentence = "\n".join(s for s in sentences if s)
+        return RunResult(folder.path, folder.final, True, self.verdict["learnt"], sentence, last)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from nnssl.words import size_text
 
 if TYPE_CHECKING:
@@ -24,24 +26,12 @@ _DIAGNOSTIC = ("_collapse", "_cos", "_std", "_sd", "_norm")
 SHOWN_TERMS = 4
 
 
-def clock(seconds: float) -> str:
-    """``12:34`` (minutes, seconds) or ``3h05``."""
-    seconds = int(seconds)
-    hours, minutes = seconds // 3600, seconds % 3600 // 60
-    return f"{hours}h{minutes:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
-
-
 def epoch_line(
     row: Mapping[str, Any], epochs: int, note: str | None, left: float, spoken: Mapping[str, str] | None = None
 ) -> str:
     """The line of an epoch: loss in training and held out, each with its own terms, then what the method notes, then speed.
 
-    Args:
-        row: of the epoch, with ``train/*`` and ``held_out/*``.
-        epochs: of the run.
-        note: the method's.
-        left: seconds.
-        spoken: words for terms whose names are none.
+    ``row`` has ``train/*`` and ``held_out/*``; ``left``: seconds; ``spoken``: words for terms whose names are none.
     """
     words = spoken or {}
     text = f"epoch {row['epoch']}/{epochs}: loss in training {_losses(row, 'train/', note, words)}"
@@ -49,13 +39,14 @@ def epoch_line(
         text += f", held out {_losses(row, 'held_out/', note, words)}"
     text += f"; {note}" if note else ""
     speed = f"{row['step_s']:.2f} s/step ({100 * row['data_wait']:.0f} % of it waiting for data)"
-    return f"{text}; learning rate {row['lr']:.2g}, {speed}, {clock(left)} left"
+    return f"{text}; learning rate {row['lr']:.2g}, {speed}, {tqdm.format_interval(left)} left"
 
 
 def _losses(row: Mapping[str, Any], prefix: str, note: str | None, words: Mapping[str, str]) -> str:
     """``0.876 (image 0.5, dense 0.376)``; a single term is the loss itself and is not repeated, nor what the note says."""
     names = [k.removeprefix("train/") for k in row if k.startswith("train/") and k != "train/total"]
-    names = [n for n in names if not n.endswith(_DIAGNOSTIC) and not n.startswith("n_") and n in _there(row, prefix)]
+    names = [n for n in names if not n.endswith(_DIAGNOSTIC) and not n.startswith("n_")]
+    names = [n for n in names if row.get(prefix + n) is not None]
     skipped = [n for n in names if n.endswith("skipped")]  # crops left out, where there are any
     parts = [n for n in names if n not in skipped and n.replace("_", " ") not in (note or "")]
     shown = (parts[:SHOWN_TERMS] if len(parts) > 1 else []) + [n for n in skipped if row[prefix + n]]
@@ -63,18 +54,9 @@ def _losses(row: Mapping[str, Any], prefix: str, note: str | None, words: Mappin
     return f"{row[prefix + 'total']:.4g}" + (f" ({terms})" if terms else "")
 
 
-def _there(row: Mapping[str, Any], prefix: str) -> set[str]:
-    return {k.removeprefix(prefix) for k, v in row.items() if k.startswith(prefix) and v is not None}
-
-
 def disk_reason(error: OSError) -> str | None:
-    """What to do about a disk that fails; None for other errors."""
+    """What to do about a disk that fails, without a full stop; None for other errors."""
     return _DISK_ADVICE.get(error.errno or 0)
-
-
-def disk_advice(error: OSError) -> str:
-    """The same without None, and without a full stop."""
-    return disk_reason(error) or "See to the file system"
 
 
 def non_finite_advice(folder: RunFolder, step: int, bad: str, cases: Sequence[str]) -> str:

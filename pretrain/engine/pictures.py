@@ -18,19 +18,10 @@ WIDTH = 2.2
 _MARK, _FRAME = "#00e5ff", "#ffd500"
 
 
-def middle_slice(x: np.ndarray) -> np.ndarray:
-    """``(B, H, W)`` or ``(B, D, H, W)`` -> ``(B, H, W)``: the middle slice along the first spatial axis of a volume."""
-    return x if x.ndim == 3 else x[:, x.shape[1] // 2]
-
-
 def save_picture(picture: Picture, path: Path, *, heading: str = "", aspect: float = 1.0) -> None:
     """Draw one row per crop and one captioned column per kind of image, with the title above and the note below.
 
-    Args:
-        picture: columns ``caption -> (rows, H, W)`` or ``(rows, H, W, 3)``.
-        path: the PNG.
-        heading: what run and epoch it is from, above the title.
-        aspect: height of a pixel by its width, in mm / mm.
+    ``heading``: what run and epoch it is from; ``aspect``: height of a pixel by its width, in mm / mm.
     """
     columns = {caption: np.asarray(images, dtype=np.float32) for caption, images in picture.columns.items()}
     rows = min(len(c) for c in columns.values())

@@ -6,7 +6,7 @@ so that what counts is how far both rise above what they were before training.
 
 from __future__ import annotations
 
-import contextlib
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -29,17 +29,13 @@ def noise_like(images: Tensor, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def place_shares(method: Method, images: Tensor, *, seed: int = 0, autocast: object = None) -> dict[str, float]:
+def place_shares(
+    method: Method, images: Tensor, *, seed: int = 0, autocast: AbstractContextManager[object] | None = None
+) -> dict[str, float]:
     """``place_noise`` and ``place_crops``: the share of the variance that the place explains, mean over the method's dense maps.
 
-    Args:
-        method: in evaluation mode.
-        images: ``(N, C, *size)`` crops as they are, at least two.
-        seed: of the noise and of the sites.
-        autocast: context of the forward pass.
-
-    Returns:
-        empty where the method has no dense maps of more than one site, or there are fewer than two crops.
+    ``images``: ``(N, C, *size)`` crops as they are; ``seed``: of the noise and of the sites. Empty where the method has no dense
+    maps of more than one site, or there are fewer than two crops.
     """
     if len(images) < 2:
         return {}
@@ -47,7 +43,7 @@ def place_shares(method: Method, images: Tensor, *, seed: int = 0, autocast: obj
     for name, x in (("place_noise", noise_like(images, seed)), ("place_crops", images)):
         maps: dict[str, list[Tensor]] = {}
         for crop in x.split(1):  # one by one: only the sites are kept
-            with autocast or contextlib.nullcontext():  # type: ignore[attr-defined]
+            with autocast or nullcontext():
                 features = method.dense_features(crop)
             for level, f in features.items():
                 f = f.float().flatten(2)

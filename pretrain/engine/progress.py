@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,23 +50,15 @@ def plot_progress(
     title: str = "",
     sentence: str = "",
 ) -> None:
-    """Draw the method's curves, then what hooks draw, then :data:`PLACE` and :data:`SPREAD`: the first six.
+    """Draw the method's curves that have values, then what hooks draw, then :data:`PLACE` and :data:`SPREAD`: the first six.
 
-    Args:
-        history: epoch rows; keys ``train/*`` and ``held_out/*`` are terms.
-        path: the PNG.
-        curves: of the method; those without any value are left out.
-        panels: draw more, each into an axis of its own.
-        first: held-out terms before the first step: they are drawn at epoch 0.
-        title: what run it is.
-        sentence: what the method itself says of the run so far.
+    ``history``: epoch rows, whose keys ``train/*`` and ``held_out/*`` are terms; ``first``: held-out terms before the first step,
+    drawn at epoch 0; ``sentence``: what the method itself says of the run so far.
     """
     start = {k if k in _WITHOUT_PREFIX else f"held_out/{k}": v for k, v in (first or {}).items()}
     rows: list[Mapping[str, Any]] = [{"epoch": 0, **start}] if first else []
     rows += history
-    drawn = [_panel(c, rows) for c in curves if _has(c, rows)] + list(panels)
-    drawn += [_panel(c, rows) for c in (PLACE, SPREAD) if _has(c, rows)]
-    drawn = drawn[:MOST_PANELS]
+    drawn = [*_panels(curves, rows), *panels, *_panels((PLACE, SPREAD), rows)][:MOST_PANELS]
     across = min(3, len(drawn)) if len(drawn) != 4 else 2
     down = math.ceil(len(drawn) / across)
     width = 5.2 * across
@@ -88,12 +81,7 @@ def plot_progress(
 
 
 def plot_details(history: Rows, path: Path) -> None:
-    """Draw every logged number over epochs, by the name that it has in ``metrics.jsonl``.
-
-    Args:
-        history: epoch rows; ``train/x`` and ``held_out/x`` share a panel.
-        path: the PNG.
-    """
+    """Draw every logged number over epochs by its name in ``metrics.jsonl``; ``train/x`` and ``held_out/x`` share a panel."""
     from matplotlib.ticker import MaxNLocator
 
     names = list(dict.fromkeys(_plain_name(k) for row in history for k, v in row.items() if _number(v)))
@@ -102,12 +90,9 @@ def plot_details(history: Rows, path: Path) -> None:
     figure = new_figure(17, 2.9 * math.ceil(len(names) / across), facecolor="white")
     axes = figure.subplots(math.ceil(len(names) / across), across, squeeze=False).ravel()
     for ax, name in zip(axes, names):
-        for prefix, label, colour in (
-            ("train/", "training", TRAINING),
-            ("held_out/", "held out", HELD_OUT),
-            ("", None, "0.3"),
-        ):
-            _line(ax, history, prefix + name, label, colour)
+        kinds = (("train/", "training", TRAINING), ("held_out/", "held out", HELD_OUT), ("", None, "0.3"))
+        for prefix, label, colour in kinds:
+            _line(ax, history, prefix + name, label=label, color=colour, linewidth=1.5)
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("epoch", fontsize=8)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
@@ -128,21 +113,15 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _keys(term: str) -> tuple[str, str, str]:
-    """Where a term stands in a row, held out before training."""
-    return f"held_out/{term}", term, f"train/{term}"
-
-
 def _key(rows: Rows, term: str) -> str | None:
-    return next((k for k in _keys(term) if any(_number(r.get(k)) for r in rows)), None)
+    """Where a term stands in the rows, held out before training."""
+    keys = (f"held_out/{term}", term, f"train/{term}")
+    return next((k for k in keys if any(_number(r.get(k)) for r in rows)), None)
 
 
-def _has(curve: Curve, rows: Rows) -> bool:
-    return any(_key(rows, term) for term in curve.lines)
-
-
-def _panel(curve: Curve, rows: Rows) -> Panel:
-    return lambda ax: _draw(curve, rows, ax)
+def _panels(curves: Sequence[Curve], rows: Rows) -> list[Panel]:
+    """Of the curves that have any value."""
+    return [partial(_draw, c, rows) for c in curves if any(_key(rows, term) for term in c.lines)]
 
 
 def _draw(curve: Curve, rows: Rows, ax: Any) -> None:
@@ -152,13 +131,14 @@ def _draw(curve: Curve, rows: Rows, ax: Any) -> None:
         if key is None:
             continue
         if len(curve.lines) > 1 or not key.startswith(("held_out/", "train/")):
-            _line(ax, rows, key, label, _COLOURS[i % len(_COLOURS)], scale=scale, width=2.2)
+            _line(ax, rows, key, scale=scale, label=label, color=_COLOURS[i % len(_COLOURS)], linewidth=2.2)
             continue
+        learnt_from, thin = "cases that it learns from", 1.4
+        if key.startswith("train/"):
+            learnt_from, thin = f"{learnt_from} (not measured on others)", 2.4
+        _line(ax, rows, f"train/{term}", scale=scale, label=learnt_from, color=TRAINING, linewidth=thin)
         if key.startswith("held_out/"):
-            _line(ax, rows, f"train/{term}", "cases that it learns from", TRAINING, scale=scale, width=1.4)
-            _line(ax, rows, key, "held-out cases", HELD_OUT, scale=scale, width=2.4)
-        else:
-            _line(ax, rows, key, "cases that it learns from (not measured on others)", TRAINING, scale=scale, width=2.4)
+            _line(ax, rows, key, scale=scale, label="held-out cases", color=HELD_OUT, linewidth=2.4)
     for level, style in zip(curve.levels, ("--", ":", "-.")):
         _level(ax, rows, level, style, scale)
     if curve.percent:
@@ -169,36 +149,23 @@ def _draw(curve: Curve, rows: Rows, ax: Any) -> None:
         ax.text(0.5, 1.02, curve.hint, transform=ax.transAxes, ha="center", va="bottom", fontsize=9, color="0.3")
 
 
-def _level(ax: Any, rows: Rows, level: Level, style: str, scale: float) -> None:
+def _level(ax: Any, rows: Rows, level: Level, linestyle: str, scale: float) -> None:
+    style = {"label": level.label, "color": "0.35", "linestyle": linestyle, "linewidth": 1.5}
     if not level.term:
-        ax.axhline(level.factor * scale, color="0.35", linestyle=style, linewidth=1.5, label=level.label)
+        ax.axhline(level.factor * scale, **style)
         return
     key = _key(rows, level.term)
     if key is not None:
-        _line(ax, rows, key, level.label, "0.35", style=style, scale=scale * level.factor, width=1.5, marked=False)
+        _line(ax, rows, key, scale=scale * level.factor, marked=False, **style)
 
 
-def _line(
-    ax: Any,
-    rows: Rows,
-    key: str,
-    label: str | None,
-    colour: str,
-    *,
-    style: str = "-",
-    scale: float = 1.0,
-    width: float = 1.5,
-    marked: bool = True,
-) -> None:
+def _line(ax: Any, rows: Rows, key: str, *, scale: float = 1.0, marked: bool = True, **style: Any) -> None:
+    """A curve of one number; ``style``: matplotlib's."""
     points = [(r["epoch"], r[key] * scale) for r in rows if _number(r.get(key))]
-    if not points:
-        return
-    marker = "." if marked and len(points) < 40 else None
-    line = {"label": label, "color": colour, "linestyle": style, "linewidth": width}
     if len(points) == 1 and not marked:
-        ax.axhline(points[0][1], **line)
-    else:
-        ax.plot(*zip(*points), marker=marker, **line)
+        ax.axhline(points[0][1], **style)
+    elif points:
+        ax.plot(*zip(*points), marker="." if marked and len(points) < 40 else None, **style)
 
 
 def _finish(ax: Any) -> None:

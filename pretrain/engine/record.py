@@ -48,11 +48,9 @@ _START = {
 
 
 def check_record(content: dict[str, Any], what: str, *, whole_run: bool = False) -> None:
-    """Refuse a record whose fields are of a wrong kind.
+    """Refuse the content of ``config.json`` (``what``, for the message) whose fields are of a wrong kind.
 
     Args:
-        content: of ``config.json``.
-        what: the file's name, for the message.
         whole_run: also refuse one without all that a continued run is made from.
 
     Raises:
@@ -60,15 +58,13 @@ def check_record(content: dict[str, Any], what: str, *, whole_run: bool = False)
     """
 
     def check(part: Any, wanted: dict[str, Wanted], prefix: str = "") -> None:
-        check_fields(
-            part, wanted if whole_run else {k: replace(w, needed=False) for k, w in wanted.items()}, what, prefix
-        )
+        needed = wanted if whole_run else {k: replace(w, needed=False) for k, w in wanted.items()}
+        check_fields(part or {}, needed, what, prefix)
 
     check(content, _TOP)
-    identity = content.get("identity") or {}
+    identity, accepted = content.get("identity") or {}, content.get("accepted") or {}
     check(identity, _IDENTITY, "identity.")
-    check(identity.get("crop") or {}, _CROP, "identity.crop.")
-    accepted = content.get("accepted") or {}
+    check(identity.get("crop"), _CROP, "identity.crop.")
     check_fields(accepted, _ACCEPTED, what, "accepted.")
     if accepted.get("start"):
         check_fields(accepted["start"], _START, what, "accepted.start.")

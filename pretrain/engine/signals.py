@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import suppress
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
@@ -22,6 +23,22 @@ def asked_to_stop() -> bool:
     return _asked.is_set()
 
 
+@contextmanager
+def on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within, the main thread's :data:`SIGNALS` go to ``handler``; a SIGHUP that is ignored (nohup) stays so."""
+    old: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in SIGNALS:
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                old[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, before in old.items():
+            signal.signal(number, before)
+
+
 def _answer() -> None:
     """Tell whoever pressed Ctrl-C that it was heard; straight to the terminal, since a stream may be at work when it comes."""
     if os.environ.get("RANK", "0") == "0":
@@ -31,56 +48,43 @@ def _answer() -> None:
 
 
 class StopSignals:
-    """While entered, remembers that a signal asked the run to end.
+    """While entered, remembers that a signal asked the run to end: ``number`` is that of the first, 0 before.
 
     A second Ctrl-C raises KeyboardInterrupt. Processes of a launcher hear of it as SIGTERM after SIGINT; a second SIGINT is there
     the first one again, which a scheduler has sent to every process.
-
-    Attributes:
-        received: whether one came.
-        name, number: the first.
     """
 
     def __init__(self) -> None:
-        self.received = False
-        self.name = ""
         self.number = 0
-        self._old: dict[int, Any] = {}
+        self._within = on_signals(self._handle)
+
+    @property
+    def received(self) -> bool:
+        """Whether one came."""
+        return self.number != 0
 
     @property
     def spoken(self) -> str:
         """The first one as a person knows it."""
-        return "Ctrl-C" if self.number == signal.SIGINT else self.name
+        if not self.received:
+            return ""
+        return "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:
-            if self._interrupts(number):
+            again = (signal.SIGINT, signal.SIGTERM) if LAUNCHER in os.environ else (self.number, signal.SIGINT)
+            if (self.number, number) == again:
                 raise KeyboardInterrupt
             return
-        self.received, self.number, self.name = True, number, signal.Signals(number).name
+        self.number = number
         _asked.set()
         if number == signal.SIGINT:
             _answer()
 
-    def _interrupts(self, number: int) -> bool:
-        if LAUNCHER in os.environ:
-            return (self.number, number) == (signal.SIGINT, signal.SIGTERM)
-        return number == signal.SIGINT
-
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for name in SIGNALS:
-                number = getattr(signal, name, None)  # Windows has no SIGHUP
-                ignored = (
-                    name == "SIGHUP" and number is not None and signal.getsignal(number) is signal.SIG_IGN
-                )  # nohup
-                if number is not None and not ignored:
-                    self._old[number] = signal.signal(number, self._handle)
+        self._within.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: Any) -> None:
+        self._within.__exit__(*error)
         _asked.clear()

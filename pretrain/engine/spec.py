@@ -1,9 +1,10 @@
-"""What a run is made of, and how it ended."""
+"""What a run is made of, and what it left behind."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,8 @@ class RunSpec:
     """All that defines a run; :func:`nnssl.pretrain.run` fills it in.
 
     Attributes:
-        save: writes a checkpoint: ``save(engine, path, training_state)``; rank 0 only.
+        sources: names of the datasets that the cases come from.
+        save: writes a checkpoint; rank 0 only.
         seed: of network initialisation, sampling and views.
         weights: how often the cases of each source are drawn, by its name; None for equally often.
         start: weights to start from, :class:`nnssl.pretrain.onwards.Start`; None for random ones.
@@ -40,6 +42,7 @@ class RunSpec:
     config: Any
     plan: Plan
     case_set: CaseSet
+    sources: list[str]
     request: CropRequest
     engine: EngineConfig
     batch_size: int
@@ -64,21 +67,23 @@ class RunSpec:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
+class RunResult:
+    """What a run left behind.
 
     Attributes:
-        finished: False where a signal ended it early; ``--c`` continues it.
-        signal: its number; 0 where none ended the run.
+        folder: the output folder.
+        checkpoint: ``checkpoint_final.pth``; None where the run was stopped early or only estimated.
+        finished: whether it ran to its end; ``--c`` continues it where a signal ended it early.
         learnt: the method's own verdict on held-out crops.
         sentence: the verdict for a person, and on lines of their own what else was measured.
-        first, last: held-out terms before the first step and at the end (training terms where nothing is held out).
+        metrics: held-out terms at the end (training terms where nothing is held out).
+        signal: number of the signal that stopped the run early; 0 where none did.
     """
 
+    folder: Path
+    checkpoint: Path | None
     finished: bool
     learnt: bool
     sentence: str
-    first: dict[str, float]
-    last: dict[str, float]
-    history: list[dict[str, Any]]
+    metrics: dict[str, float]
     signal: int = 0

@@ -23,7 +23,6 @@ log = logging.getLogger("nnssl")
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-
 VECTOR = 16
 """Channels that oneDNN's blocked layouts on a CPU are padded to; channels last spares the padding."""
 
@@ -59,31 +58,24 @@ def use_channels_last(module: nn.Module) -> None:
 def _recomputed(forward: Any, *inputs: Any) -> Any:
     """Run a stage and keep its inputs only; what it computes is computed again in the backward pass."""
     stage = forward.__self__
+    # hooks of one forward (sparse masking) are gone when it would be repeated
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in stage.modules())
-    if (
-        hooked or not torch.is_grad_enabled()
-    ):  # hooks of one forward (sparse masking) are gone when it would be repeated
+    if hooked or not torch.is_grad_enabled():
         return forward(*inputs)
     return checkpoint(forward, *inputs, use_reentrant=False)
 
 
 def activation_checkpointing(network: nn.Module) -> int:
-    """Turn on activation checkpointing for each stage of a U-Net's encoder and decoder, or each block of a transformer.
+    """Turn it on for each stage of a U-Net's encoder and decoder, or each block of a transformer; returns their number.
 
     Costs about one more forward pass of these and saves what they would have kept. Keys of the state dict, results and
     gradients stay the same.
-
-    Args:
-        network: the plan's own, also wrapped.
-
-    Returns:
-        Number of stages.
 
     Raises:
         NnsslError: the network has no stages that are known here.
     """
     inner: Any = unwrap(network)
-    stages: list[nn.Module] = []
+    stages: list[Any] = []
     encoder: Any = getattr(inner, "encoder", None)
     decoder, transformer = getattr(inner, "decoder", None), getattr(inner, "eva", None)
     if isinstance(getattr(encoder, "stem", None), nn.Module):
@@ -95,33 +87,24 @@ def activation_checkpointing(network: nn.Module) -> int:
         raise NnsslError(f"-o checkpointing=true: a {type(inner).__name__} has no stages that can be computed again.")
     for stage in stages:
         # a partial of a bound method: a copy of the network (a teacher) gets one of its own
-        stage.forward = partial(_recomputed, stage.forward)  # type: ignore[method-assign]
+        stage.forward = partial(_recomputed, stage.forward)
     return len(stages)
 
 
 # ---- the optimiser ---------------------------------------------------------------------------------------------------------
 
 
-def use_kernels(optimiser: torch.optim.Optimizer, kind: str) -> None:
-    """Choose how the optimiser's arithmetic is done; call it again after its state was loaded.
-
-    Args:
-        optimiser: one of torch's.
-        kind: ``"loop"`` over tensors, ``"foreach"`` over lists of them, ``"fused"`` into one kernel; ``"auto"`` leaves it to
-            torch (foreach on CUDA, loop on a CPU).
-
-    Raises:
-        NnsslError: the optimiser does not know it.
-    """
+def use_implementation(optimiser: torch.optim.Optimizer, kind: str) -> None:
+    """Choose how torch does an optimiser's arithmetic, one of :data:`IMPLEMENTATIONS`; again after its state was loaded."""
     if kind == "auto":
         return
     for group in optimiser.param_groups:
         if "fused" not in group:
-            raise NnsslError(f"-o optimiser_kernels={kind}: {type(optimiser).__name__} has one way only.")
+            raise NnsslError(f"-o optimizer_implementation={kind}: {type(optimiser).__name__} has one way only.")
         group["foreach"], group["fused"] = kind == "foreach", kind == "fused"
         for parameter in group["params"]:
             step = optimiser.state.get(parameter, {}).get("step")
-            if isinstance(step, Tensor):  # fused kernels want it on the device, the others on the CPU
+            if isinstance(step, Tensor):  # fused wants it on the device, the others on the CPU
                 place = parameter.device if kind == "fused" else torch.device("cpu")
                 optimiser.state[parameter]["step"] = step.to(place, torch.float32)
 
@@ -134,13 +117,8 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
         return
-    if isinstance(value, dict):
-        inner = list(value.values())
-    elif isinstance(value, (list, tuple)):
-        inner = list(value)
-    else:
-        inner = list(vars(value).values()) if hasattr(value, "__dict__") else []
-    for item in inner:
+    fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    for item in value if isinstance(value, (list, tuple)) else fields.values():
         yield from tensors_of(item)
 
 
@@ -148,9 +126,6 @@ class Prefetcher:
     """Copies batches to the device; on CUDA in a stream of its own, beside what the GPU still computes for the step before.
 
     The loop reads a step's numbers one step later, so that it asks for the next batch while the GPU is busy.
-
-    Args:
-        device: where batches go.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,17 +1,26 @@
-"""What ``--c`` needs of a training beyond the network's weights, and how it is taken back."""
+"""The state that a run is continued from: saved, read whole and of this very run, and taken back."""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnssl import checkpoint
 from nnssl.distributed import rank
 from nnssl.errors import NnsslError
+from nnssl.pretrain.engine.folder import RunFolder, differences
 
 if TYPE_CHECKING:
     from nnssl.pretrain.engine.loop import Engine
+
+log = logging.getLogger("nnssl")
+
+DAMAGED = "checkpoint_damaged.pth"
 
 
 def training_state(engine: Engine) -> dict[str, Any]:
@@ -34,12 +43,52 @@ def training_state(engine: Engine) -> dict[str, Any]:
     }
 
 
-def restore(engine: Engine, state: dict[str, Any]) -> None:
-    """Take back :func:`training_state` and ``network_weights``.
+def load_state(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any]:
+    """Read ``checkpoint_latest.pth``; where it is damaged, the one before it.
+
+    ``identity`` is that of the run that is to go on. Returns the engine's state, with the network's weights under
+    ``network_weights``.
 
     Raises:
-        NnsslError: names the part that is missing or does not fit.
+        NnsslError: no checkpoint is whole, or it is of a run with another seed or other options, or holds no training state.
     """
+    damages: list[str] = []
+    for file in (folder.latest, folder.previous):
+        if not file.exists() and (file != folder.previous or damages):
+            continue
+        try:
+            loaded = checkpoint.load(file)
+        except NnsslError as error:
+            damages.append(str(error))
+            continue
+        if damages and rank() == 0:  # the next save must not put the damaged file in the place of the good one
+            os.replace(folder.latest, folder.path / DAMAGED)
+            log.warning("%s\nGoing on from the checkpoint before it; the damaged file is %s.", damages[0], DAMAGED)
+        return _state(loaded, file, identity)
+    raise NnsslError("\n".join(damages) + "\nNo other checkpoint of this run is left: start anew with a --name.")
+
+
+def _state(loaded: checkpoint.Checkpoint, file: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    training = loaded.training
+    if not isinstance(training, dict):
+        raise NnsslError(
+            f"{file} holds no training state (nnssl_training), so it cannot be continued. Put the run's own checkpoint back, or "
+            "give this run a --name."
+        )
+    saved = training.get("identity", {"method": loaded.method})  # a version did not write it
+    common = {k: v for k, v in identity.items() if k in saved and k != "epochs"}
+    changed = differences(saved, common)
+    if changed:
+        lines = "\n".join(f"  - {c.replace('in the folder', 'in the checkpoint')}" for c in changed)
+        raise NnsslError(
+            f"{file} belongs to a run with another configuration than config.json beside it:\n{lines}\nPut the run's own "
+            "checkpoint back, or give this run a --name."
+        )
+    return {**training, "network_weights": loaded.weights}
+
+
+def restore(engine: Engine, state: dict[str, Any]) -> None:
+    """Take back :func:`training_state` and ``network_weights``; refuses a part that is missing or does not fit."""
     spec, method = engine.spec, engine.method
 
     def take_weights(weights: dict[str, torch.Tensor]) -> None:

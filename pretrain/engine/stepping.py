@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from nnssl.amp import amp_dtype, wrong_in_bfloat16
-from nnssl.distributed import mean_over_ranks
+from nnssl.distributed import mean_over_ranks, rank, world_size
 from nnssl.pretrain.augment import StepRNG
-from nnssl.pretrain.engine.speed import use_kernels
+from nnssl.pretrain.engine.speed import use_implementation
 from nnssl.pretrain.methods.base import Method
 from nnssl.pretrain.types import Batch, Crops
+
+if TYPE_CHECKING:
+    from nnssl.pretrain.engine.spec import RunSpec
 
 log = logging.getLogger("nnssl")
 
@@ -43,20 +46,10 @@ class Numbers:
 
 
 def views_in_parts(
-    method: Method, crops: Crops, parts: int, device: torch.device, *, seed: int, step: int, total: int, first: int
+    method: Method, crops: Crops, parts: int, device: torch.device, seed: int, step: int
 ) -> Iterator[Batch]:
-    """The views of a step's crops, micro-batch by micro-batch; a crop's views are the same however many there are.
-
-    Args:
-        method: makes them.
-        crops: of this rank, on the device.
-        parts: micro-batches.
-        device: where the crops are.
-        seed, step: of the run.
-        total: crops of the step over all ranks.
-        first: index of this rank's first among them.
-    """
-    count = len(crops) // parts
+    """The views of this rank's crops of a step, micro-batch by micro-batch; the same however many micro-batches there are."""
+    total, first, count = len(crops) * world_size(), rank() * len(crops), len(crops) // parts
     for begin in range(0, len(crops), count):
         part = crops if parts == 1 else crops.part(begin, count)
         with torch.no_grad():
@@ -74,7 +67,7 @@ class Stepper:
         steps: length of the run.
         grad_clip: largest gradient norm; 0 for none.
         amp: autocast where the device computes faster in a narrower type, see :func:`nnssl.amp.amp_dtype`.
-        kernels: see :func:`~nnssl.pretrain.engine.speed.use_kernels`.
+        implementation: of the optimiser, see :func:`~nnssl.pretrain.engine.speed.use_implementation`.
     """
 
     def __init__(
@@ -85,18 +78,26 @@ class Stepper:
         steps: int,
         grad_clip: float,
         amp: bool,
-        kernels: str = "auto",
+        implementation: str = "auto",
     ) -> None:
         self.method, self.module, self.device, self.steps = method, module, device, steps
         self.grad_clip = grad_clip if grad_clip > 0 else math.inf
-        self.optimiser, self.kernels = method.optimiser(), kernels
-        use_kernels(self.optimiser, kernels)
+        self.optimiser, self.implementation = method.optimiser(), implementation
+        use_implementation(self.optimiser, implementation)
         for group in self.optimiser.param_groups:
             group["initial_lr"] = float(group["lr"])
         self.parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
         self.dtype = amp_dtype(device) if amp else None
         self.scaler = torch.amp.GradScaler("cuda") if self.dtype is torch.float16 else None
         self._tried = device.type != "cpu"
+
+    @classmethod
+    def of(cls, spec: RunSpec, method: Method, module: nn.Module) -> Stepper:
+        """As the options of a run say."""
+        options = spec.engine
+        clip = method.grad_clip if options.grad_clip is None else options.grad_clip
+        implementation = options.optimizer_implementation
+        return cls(method, module, spec.device, spec.steps, clip, options.amp, implementation)
 
     def autocast(self) -> torch.autocast:
         """The context that forwards run in; does nothing where all is float32."""
@@ -107,21 +108,14 @@ class Stepper:
         """``"float32"``, or the narrower type that forward passes run in."""
         return str(self.dtype or torch.float32).removeprefix("torch.")
 
-    def set_lr(self, step: int) -> float:
-        """Set every group's learning rate for a step and return the first group's."""
-        factor = self.method.lr_factor(step, self.steps)
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        return self.optimiser.param_groups[0]["lr"]
-
     def step(
-        self, batch: Batch | Iterable[Batch], step: int, cases: list[str], stop: bool, parts: int = 1
+        self, batch: Batch | Iterator[Batch], step: int, cases: list[str], stop: bool, parts: int = 1
     ) -> tuple[Numbers, bool]:
         """Forward, backward and update.
 
         Args:
-            batch: the method's batch; with ``parts`` above 1 its micro-batches, each used up before the next is asked for. The
-                loss of a step is the mean of theirs.
+            batch: the method's batch, or its ``parts`` micro-batches, each used up before the next is asked for. The loss of a
+                step is the mean of theirs.
             step: global step.
             cases: names, for error messages.
             stop: whether this rank was asked to end; shared with all ranks through the numbers.
@@ -130,18 +124,20 @@ class Stepper:
         Returns:
             The step's numbers, and whether the optimiser did step (float16 scaling may skip one).
         """
-        self.set_lr(step)
+        factor = self.method.lr_factor(step, self.steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["initial_lr"] * factor
         if self.method.restarts(step, self.steps):
             self.optimiser.state.clear()
         self.optimiser.zero_grad(set_to_none=True)
-        terms = self._backward(iter([batch] if parts == 1 else batch), parts)
-        if self.scaler is None:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
-            self.optimiser.step()
-            stepped = True
-        else:
+        terms = self._backward(batch if isinstance(batch, Iterator) else iter([batch]), parts)
+        if self.scaler is not None:
             self.scaler.unscale_(self.optimiser)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        stepped = True
+        if self.scaler is None:
+            self.optimiser.step()
+        else:
             before = self.scaler.get_scale()
             self.scaler.step(self.optimiser)
             self.scaler.update()
@@ -195,6 +191,6 @@ class Stepper:
             log.info("The run goes on in %s, as it began; this process would choose %s.", began, self.precision)
             self.dtype = None if began == "float32" else getattr(torch, began)
         self.optimiser.load_state_dict(state["optimiser"])
-        use_kernels(self.optimiser, self.kernels)
+        use_implementation(self.optimiser, self.implementation)
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

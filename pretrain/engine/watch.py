@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
-from nnssl.distributed import is_distributed, rank
+from nnssl.distributed import mean_over_ranks, rank
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network
 from nnssl.paths import preprocessed_folder
@@ -68,11 +67,10 @@ class RobustnessHook(Hook):
         self._saved: dict[str, Any] = {}
         self._seconds = 0.0
 
-    # ---- the run -------------------------------------------------------------------------------------------------
-
     def start(self, engine: Engine) -> None:
         """Read the crops and measure random initialisations and, before the first step, the network."""
-        self._take_settings()
+        self.every = self._saved.get("every") if self.every is None else self.every
+        self.stop = bool(self._saved.get("stop") if self.stop is None else self.stop)
         if rank() != 0 or self.every == 0:
             return
         try:
@@ -81,31 +79,34 @@ class RobustnessHook(Hook):
             if self._asked:
                 raise
             log.warning("Robustness is not measured: %s", error)
-        if self.monitor is None:
+        monitor = self.monitor
+        if monitor is None:
             return
-        state = self._saved.get("monitor")
-        if state is not None:
-            self.monitor.load_state_dict(state)
+        if "monitor" in self._saved:
+            monitor.load_state_dict(self._saved["monitor"])
             self._seconds = float(self._saved["seconds"])
-        self.monitor.measure_baseline(lambda: build_network(engine.spec.plan), device=engine.spec.device)
+        monitor.measure_baseline(lambda: build_network(engine.spec.plan), device=engine.spec.device)
         if engine.step == 0:
-            numbers = self.monitor.evaluate(engine.method.network, 0)
-            engine.log.event("robustness", epoch=0, step=0, random_inits=list(self._baseline()), **numbers)
+            numbers = monitor.evaluate(engine.method.network, 0)
+            baseline = [] if monitor.baseline is None else list(monitor.baseline.losses)
+            engine.log.event("robustness", epoch=0, step=0, random_inits=baseline, **numbers)
 
     def after_epoch(self, engine: Engine, row: dict[str, Any]) -> None:
         """Measure where it is due, keep the best network, and stop all ranks together."""
         self._seconds += float(row.get("step_s") or 0.0) * engine.spec.iterations
         if self.monitor is not None:
             self._measure(self.monitor, engine, row)
-        if self.stop and _heard(self.monitor is not None and self.monitor.stop_now(), engine.spec.device):
+        if not self.stop:
+            return
+        now = self.monitor is not None and self.monitor.stop_now()  # rank 0's decision, on all ranks
+        if mean_over_ranks(torch.tensor([float(now)], device=engine.spec.device)).item() > 0:
             best = "" if self.monitor is None else f" since epoch {self.monitor.best_epoch}"
             engine.stop_reason = f"robustness has not improved{best} (--stop robustness)"
             log.info("Stopping after epoch %d: %s.", row["epoch"], engine.stop_reason)
 
     def _measure(self, monitor: RobustnessMonitor, engine: Engine, row: dict[str, Any]) -> None:
         epoch = int(row["epoch"])
-        first = len(monitor.trace) <= 1
-        if first and self.every is None and monitor.calibrate(self._seconds / max(1, epoch)):
+        if len(monitor.trace) <= 1 and self.every is None and monitor.calibrate(self._seconds / max(1, epoch)):
             log.info(
                 "Robustness is measured every %d epochs, to keep it below 3 %% of the time.", monitor.schedule.every
             )
@@ -115,9 +116,8 @@ class RobustnessHook(Hook):
         row.update({f"robustness/{k}": v for k, v in numbers.items()})
         if monitor.improved:
             engine.spec.save(engine, engine.spec.folder.path / ROBUST_CHECKPOINT, None)
-        best = (
-            "" if monitor.best_epoch is None else f", lowest {monitor.stopper.best:.4g} at epoch {monitor.best_epoch}"
-        )
+        best = f", lowest {monitor.stopper.best:.4g} at epoch {monitor.best_epoch}"
+        best = "" if monitor.best_epoch is None else best
         random = math.nan if monitor.baseline is None else monitor.baseline.mean
         log.info("robustness loss %.4g (random %.4g%s)", numbers["loss"], random, best)
 
@@ -136,18 +136,12 @@ class RobustnessHook(Hook):
         """What draws the trace into an axis of ``progress.png``; None where nothing is measured."""
         return None if self.monitor is None else self.monitor.plot
 
-    # ---- state ---------------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """Settings, trace, stop rule and time."""
+        settings = {"every": self.every, "stop": self.stop}
         if self.monitor is None:
-            return {"every": self.every, "stop": self.stop}
-        return {
-            "every": self.every,
-            "stop": self.stop,
-            "monitor": self.monitor.state_dict(),
-            "seconds": self._seconds,
-        }
+            return settings
+        return {**settings, "monitor": self.monitor.state_dict(), "seconds": self._seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Kept until :meth:`start`."""
@@ -156,19 +150,6 @@ class RobustnessHook(Hook):
     def checkpoint_info(self) -> dict[str, Any]:
         """``{"robustness": ...}``: the trace with its settings and a hash of the crops, no names."""
         return {} if self.monitor is None else {"robustness": self.monitor.summary()}
-
-    # ---- how it is measured --------------------------------------------------------------------------------------
-
-    def _take_settings(self) -> None:
-        """What the user gave now counts; else what the run began with."""
-        if self.every is None:
-            self.every = self._saved.get("every")
-        if self.stop is None:
-            self.stop = self._saved.get("stop")
-        self.stop = bool(self.stop)
-
-    def _baseline(self) -> Sequence[float]:
-        return self.monitor.baseline.losses if self.monitor is not None and self.monitor.baseline is not None else ()
 
     def _build(self, spec: RunSpec) -> RobustnessMonitor | None:
         cases, where = _cases(spec)
@@ -215,12 +196,3 @@ def _cases(spec: RunSpec) -> tuple[dict[str, tuple[Path, str]], str]:
         if len(names) >= 2:
             return {f"{plan.dataset_name}/{n}": (folder, n) for n in names}, f"images of {plan.dataset_name}"
     return {ref.key: (ref.folder, ref.name) for ref in spec.case_set.held_out}, "held-out cases"
-
-
-def _heard(stop: bool, device: torch.device) -> bool:
-    """Rank 0's decision, on all ranks."""
-    if not is_distributed():
-        return stop
-    flag = torch.tensor([float(stop)], device=device)
-    dist.broadcast(flag, 0)
-    return bool(flag.item())

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 
 def wrapped(text: str, width: float, size: float, *, dpi: float, bold: bool = False) -> list[str]:
-    """Break a text at blanks, and within a word only where that is wider than a line.
+    """Break a text at blanks, and within a word only where that is wider than a line; no lines for an empty text.
 
-    Args:
-        text: what is to be written.
-        width: of a line, inches.
-        size: of the font, points.
-        dpi: pixels an inch that the picture is saved with; letters are drawn on whole pixels.
-        bold: whether it is written in bold.
-
-    Returns:
-        the lines; none for an empty text.
+    ``width``: of a line in inches; ``size``: of the font in points; ``dpi``: of the picture, whose letters lie on whole pixels.
     """
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties

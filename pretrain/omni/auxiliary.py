@@ -10,9 +10,10 @@ import torch
 
 from nnssl.distributed import rank, world_size
 from nnssl.plans import Plan
-from nnssl.pretrain.data.case import CaseFormat
+from nnssl.pretrain.data.case import CaseFormat, CaseReader
 from nnssl.pretrain.data.case_set import CaseRef, CaseSet
 from nnssl.pretrain.data.crops import CropDataset
+from nnssl.pretrain.data.sampling import SampleStream
 from nnssl.pretrain.data.weights import case_weights
 from nnssl.pretrain.omni.cases import LabelledCase, LabelledSet
 from nnssl.pretrain.omni.patches import UNLABELLED, LabelledDataset, Patches, Sizes, stack
@@ -138,12 +139,9 @@ class OmniLoaders:
         s = self.sizes
         return CropDataset(
             refs,
-            CaseFormat.from_plan(self.plan),
+            CaseReader(CaseFormat.from_plan(self.plan)),
             CropRequest(size=s.size, read_size=s.read_size),
-            seed=self.seed,
-            batch_size=s.unlabelled,
-            stream=UNLABELLED,
-            weights=case_weights(refs, self.weights),
+            SampleStream(self.seed, s.unlabelled, UNLABELLED, case_weights(refs, self.weights)),
         )
 
     def random(self, crops: Crops) -> OmniCrops:

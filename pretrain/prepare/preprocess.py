@@ -19,9 +19,10 @@ import numpy as np
 
 from nnssl.errors import NnsslError
 from nnssl.plans import Plan
+from nnssl.plans.unlabelled import prepared_folder
 from nnssl.preprocessed import IMAGE, LABELS, PROPERTIES, complete
 from nnssl.pretrain.data.case_set import BadCase
-from nnssl.pretrain.data.folders import beside, own_folder
+from nnssl.pretrain.data.folders import beside
 from nnssl.pretrain.prepare.index import Entry, Index
 from nnssl.pretrain.prepare.integrity import quiet
 from nnssl.pretrain.prepare.processes import KILLED, run_tasks
@@ -227,7 +228,7 @@ def preprocess_source(
 
     Returns the index entries of the good cases, and the bad ones.
     """
-    plan, folder = asked.plan, own_folder(asked.plan, source)
+    plan, folder = asked.plan, prepared_folder(asked.plan, source)
     index = Index(beside(folder, "index.jsonl"), asked.part.label if asked.part is not None else "")
     tasks = _tasks(cases, index, done_cases(folder), not asked.skip_bad, folder if asked.thorough else None)
     if tasks:

@@ -9,16 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nnssl.collector import paused_collector
 from nnssl.errors import NnsslError
 from nnssl.options import as_function
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, dataset_id
+from nnssl.plans.unlabelled import prepared_folder
 from nnssl.preprocessed import case_names
 from nnssl.pretrain.data.case_set import BadCase, CaseRef, CaseSet, make_case_set
-from nnssl.pretrain.data.folders import beside, own_folder
+from nnssl.pretrain.data.folders import beside
 from nnssl.pretrain.prepare.channels import match_channels
 from nnssl.pretrain.prepare.index import Entry, Index, write_report
 from nnssl.pretrain.prepare.leaks import duplicates, find_leaks, list_test_images, test_hashes, warn_of_leaks
@@ -86,7 +85,7 @@ def _as_it_is(plan: Plan, source: str) -> _Source | None:
 
 def _own(asked: SourceRequest, source: str) -> _Source:
     """A dataset that is to be preprocessed, or has been, into a folder of its own."""
-    plan, folder = asked.plan, own_folder(asked.plan, source)
+    plan, folder = asked.plan, prepared_folder(asked.plan, source)
     manifest = Manifest(source, folder)
     state = manifest.state()
     raw = list_raw(source, plan)
@@ -120,7 +119,7 @@ def _own(asked: SourceRequest, source: str) -> _Source:
 
 def _remembered(asked: SourceRequest, source: str) -> _Source | None:
     """A source that an earlier start has looked at (see ``manifest.py``); None where it must be looked at."""
-    folder = own_folder(asked.plan, source)
+    folder = prepared_folder(asked.plan, source)
     known = None if asked.thorough else Manifest.read(source, folder)
     if known is None:
         return None
@@ -287,18 +286,13 @@ def _prepare(asked: SourceRequest) -> CaseSet:
         log.warning("There twice: %s: %s", counted(len(twice), "image"), shown)
     with paused_collector():
         shapes = [shape for source in found if source.names for shape in _shapes(source, plan)]
-        return make_case_set(
-            [CaseRef(name, source.folder, source.name) for source in found for name in source.names],
-            np.asarray(shapes or [plan.median_shape]),
-            data_hash=plan.data_hash,
-            held_out=asked.held_out,
-            leaks=leaks,
-            bad=bad,
-            reports=reports,
-            pending=sum(s.pending for s in found),
-            contents={f"{s.name}/{n}": text for s in found for n, text in _contents(s).items()},
-            may_be_empty=asked.part is not None,
-        )
+        refs = [CaseRef(name, source.folder, source.name) for source in found for name in source.names]
+        if not refs and asked.part is None:
+            raise NnsslError("No image is left to pretrain on. Check -d, --cases and --exclude.")
+        case_set = make_case_set(refs, shapes or [plan.median_shape], data_hash=plan.data_hash, held_out=asked.held_out)
+        pending = sum(s.pending for s in found)
+        contents = {f"{s.name}/{n}": text for s in found for n, text in _contents(s).items()}
+        return replace(case_set, leaks=leaks, bad=bad, reports=reports, pending=pending, contents=contents)
 
 
 prepare_sources = as_function("prepare_sources", SourceRequest, _prepare)

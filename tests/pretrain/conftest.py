@@ -1,19 +1,29 @@
-"""What tests share: small methods and their crops, batches of views, gradients by name, small datasets, and exports of images."""
+"""What tests share: small methods, crops, views, gradients by name, small datasets, short runs, and exports of images."""
 
 import locale
 import os
+import pickle
 import sys
 from dataclasses import replace
 
+import blosc2
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from nnssl import checkpoint
 from nnssl.config import make_config
 from nnssl.networks import build_network
+from nnssl.paths import results_folder
 from nnssl.plans import Plan, load_plan
 from nnssl.plans.variants import derive
+from nnssl.pretrain import run
 from nnssl.pretrain.augment.rng import StepRNG
+from nnssl.pretrain.data import CaseRef
+from nnssl.pretrain.engine import drawing
+from nnssl.pretrain.engine.hooks import Hook
+from nnssl.pretrain.engine.loop import Engine
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 
 
@@ -23,16 +33,6 @@ def locale_kept():
     before = locale.setlocale(locale.LC_ALL)
     yield
     locale.setlocale(locale.LC_ALL, before)
-
-
-@pytest.fixture
-def no_drawing(monkeypatch):
-    """``progress.png`` takes longer than all else of these runs."""
-    from nnssl.pretrain.engine import logs
-
-    monkeypatch.setattr(logs.RunLog, "draw", lambda *args, **kwargs: None)
-    monkeypatch.setattr(logs.RunLog, "draw_details", lambda self: None)
-    monkeypatch.setenv("nnssl_logger", "none")
 
 
 def _crops(method, n=3, seed=0, start=0):
@@ -305,6 +305,68 @@ def make_voco(tiny_plans, tiny_dataset_json):
         plans = tiny_plans(dim, arch, channels, **about)
         return _method("voco", plans, tiny_dataset_json(channels), values, stats=stats, crop=crop, seeded=False)
 
+
+# ---- preprocessed cases, and short runs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def save_case():
+    """``save_case(folder, name, data) -> CaseRef``: a preprocessed case, cut by 1 voxel in front and 2 behind, z downwards."""
+
+    def save(folder, name, data):
+        folder.mkdir(exist_ok=True)
+        blosc2.asarray(np.ascontiguousarray(data, dtype=np.float32), urlpath=str(folder / f"{name}.b2nd"), mode="w")
+        shape = data.shape[1:]
+        properties = {
+            "bbox_used_for_cropping": [[1, n + 1] for n in shape],
+            "shape_before_cropping": tuple(n + 3 for n in shape),
+            "shape_after_cropping_and_before_resampling": shape,
+            "spacing": (1.0, 1.0, 1.0),
+            "sitk_stuff": {"direction": (1.0, 0, 0, 0, 1.0, 0, 0, 0, -1.0)},
+        }
+        (folder / f"{name}.pkl").write_bytes(pickle.dumps(properties))
+        return CaseRef(name, folder, "Dataset001_X")
+
+    return save
+
+
+@pytest.fixture
+def refs(save_case, tmp_path):
+    """Six cases of different shapes, every voxel another."""
+    rng = np.random.default_rng(0)
+    shapes = [(20, 24, 18), (16, 30, 22), (25, 20, 20), (18, 22, 26), (21, 23, 19), (30, 16, 17)]
+    return [save_case(tmp_path / "a", f"case_{i}", rng.normal(size=(1, *s))) for i, s in enumerate(shapes)]
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """``progress.png`` takes longer than all else of these runs."""
+    monkeypatch.setattr(drawing, "plot_progress", lambda *args, **kwargs: None)
+    monkeypatch.setattr(drawing, "plot_details", lambda *args: None)
+    monkeypatch.setenv("nnssl_logger", "none")
+
+
+@pytest.fixture
+def small_target(tiny_preprocessed):
+    """Dataset901_Tiny, so small that ``go`` takes well under a second."""
+    tiny_preprocessed(901, "Tiny", 5, shape=(12, 16, 12), plan_options={"patch": (8, 8, 8)})
+
+
+@pytest.fixture
+def free(small_target, tiny_raw_dataset):
+    """imagesTr of an unlabelled dataset beside the target."""
+    return tiny_raw_dataset(902, "Free", 6, labelled=False, seed=1, shape=(12, 16, 12)) / "imagesTr"
+
+
+@pytest.fixture
+def go():
+    """``go(source=901, **options)``: a run of mae of three epochs of two steps on ``small_target``."""
+
+    def make(source=901, **options):
+        common = {"method": "mae", "device": "cpu", "epochs": 3, "iterations": 2, "processes": 1, "robustness_every": 0}
+        common["options"] = {"workers": 0, "held_out_batches": 1, "picture_every": 0}
+        return run(source, **{**common, "target": 901, **options})
+
     return make
 
 
@@ -350,3 +412,58 @@ def make_robust(tiny_plans, tiny_dataset_json):
         return _method("robust", plans, tiny_dataset_json(channels), options, stats=stats)
 
     return make
+
+
+# ---- preprocessed cases, and short runs ---------------------------------------------------------------------------------
+
+
+def same_weights():
+    """``same_weights(a, b)``: whether two runs in folders of their own ended at the same weights."""
+
+    def same(a, b):
+        x, y = (checkpoint.load(r.checkpoint).weights for r in (a, b))
+        return a.folder != b.folder and all(torch.equal(x[k], y[k]) for k in x)
+
+    return same
+
+
+@pytest.fixture
+def latest():
+    """``latest()``: ``checkpoint_latest.pth`` of the only run."""
+
+    def find():
+        (file,) = results_folder().glob("*/*/checkpoint_latest.pth")
+        return file
+
+    return find
+
+
+@pytest.fixture
+def after_two():
+    """``after_two(what)``: a hook that calls ``what(engine)`` after the second epoch, before its checkpoint."""
+
+    class After(Hook):
+        def __init__(self, what):
+            self.what = what
+
+        def after_epoch(self, engine, row):
+            if row["epoch"] == 2:
+                self.what(engine)
+
+    return After
+
+
+@pytest.fixture
+def stopped(small_target, go, latest):
+    """The folder of the run "broken" of ``go``, which ended in its second epoch, with two checkpoints."""
+    save = Engine.save
+
+    def save_and_end(self, **options):
+        save(self, **options)
+        if self.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Engine, "save", save_and_end)
+        go(name="broken")
+    return latest().parent

@@ -1,14 +1,11 @@
 """Where the image lies in a window: from places in the array and from voxels alike, on what the loader delivers."""
 
-import pickle
-
-import blosc2
 import numpy as np
 import pytest
 import torch
 
 from nnssl.pretrain.augment.box import image_bounds, image_box, in_box, outer
-from nnssl.pretrain.data import CaseFormat, CaseRef, CropDataset, collate
+from nnssl.pretrain.data import CaseFormat, CaseReader, CropDataset, SampleStream, collate
 from nnssl.pretrain.data.reorientation import Orientation
 from nnssl.pretrain.methods import CropRequest
 
@@ -16,19 +13,9 @@ SHAPES = [(20, 24, 18), (16, 30, 22), (25, 9, 20), (11, 22, 26)]
 TURN = Orientation((2, 1, 0), (False, True, False), (1.0, 1.0, 1.0))
 
 
-def save(folder, name, shape):
-    """An image without a voxel that is 0."""
-    data = 1 + np.random.default_rng(sum(shape)).random((1, *shape), dtype=np.float32)
-    blosc2.asarray(data, urlpath=str(folder / f"{name}.b2nd"), mode="w")
-    properties = {
-        "bbox_used_for_cropping": [[0, n] for n in shape],
-        "shape_before_cropping": shape,
-        "shape_after_cropping_and_before_resampling": shape,
-        "spacing": (1.0, 1.0, 1.0),
-        "sitk_stuff": {"direction": (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)},
-    }
-    (folder / f"{name}.pkl").write_bytes(pickle.dumps(properties))
-    return CaseRef(name, folder, "Dataset001_X")
+def image(shape):
+    """Without a voxel that is 0."""
+    return 1 + np.random.default_rng(sum(shape)).random((1, *shape), dtype=np.float32)
 
 
 @pytest.mark.parametrize("orientation", [None, TURN])
@@ -36,10 +23,11 @@ def save(folder, name, shape):
 @pytest.mark.parametrize(
     ("size", "window"), [((8, 10, 6), (14, 28, 21)), ((8, 10, 6), (9, 10, 8)), ((8, 10), (23, 24))]
 )
-def test_arithmetic_and_voxels_find_the_same_bounds(tmp_path, size, window, sampling, orientation):
-    refs = [save(tmp_path, f"case_{i}", shape) for i, shape in enumerate(SHAPES)]
+def test_arithmetic_and_voxels_find_the_same_bounds(save_case, tmp_path, size, window, sampling, orientation):
+    refs = [save_case(tmp_path, f"case_{i}", image(shape)) for i, shape in enumerate(SHAPES)]
     request = CropRequest(size=size, read_size=window, sampling=sampling)
-    data = CropDataset(refs, CaseFormat(1, (0, 1, 2), False), request, seed=3, batch_size=8, orientation=orientation)
+    reader = CaseReader(CaseFormat(1, (0, 1, 2), False))
+    data = CropDataset(refs, reader, request, SampleStream(3, 8), orientation)
     crops = [collate([data[(step, i)] for i in range(8)]) for step in range(3)]
     padded = 0
     for batch in crops:

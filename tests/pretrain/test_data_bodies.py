@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import blosc2
 import numpy as np
@@ -15,8 +17,9 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 
 from nnssl.errors import NnsslError
 from nnssl.plans import load_plan
+from nnssl.preprocessed import open_array
 from nnssl.pretrain import run
-from nnssl.pretrain.data import CaseFormat, CaseReader, make_loader
+from nnssl.pretrain.data import CaseFormat, CaseReader, SampleStream, make_loader
 from nnssl.pretrain.data.folders import body_folder
 from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
 from nnssl.pretrain.prepare.bodies import BodyWorker, write_mask
@@ -195,7 +198,7 @@ def test_crops_show_the_mask_only_to_who_asks(target):
 
     def crops(body):
         request = CropRequest(REQUEST.size, REQUEST.read_size, body=body)
-        return next(iter(make_loader(pool, plan, request, seed=3, batch_size=6, steps=1)))
+        return next(iter(make_loader(pool, plan, request, SampleStream(3, 6), range(1))))
 
     asked, plain = crops(True), crops(False)
     start = asked.start.numpy()
@@ -270,7 +273,7 @@ def test_without_raw_images_intensities_are_used_and_the_log_says_it(target, nnu
     assert "from preprocessed intensities" in caplog.messages[-1]
     assert not body_folder(plan, plan.dataset_name).exists()
     batches = [
-        next(iter(make_loader(pool, plan, r, seed=3, batch_size=4, steps=1)))
+        next(iter(make_loader(pool, plan, r, SampleStream(3, 4), range(1))))
         for r in (REQUEST, CropRequest(REQUEST.size, REQUEST.read_size))
     ]
     np.testing.assert_array_equal(batches[0].body.numpy(), batches[1].body.numpy())
@@ -292,13 +295,23 @@ def test_raw_images_that_were_exchanged_or_broken_are_named_once(target, nnunet_
     assert index.read_text().splitlines() == lines
 
 
-def test_a_damaged_mask_is_named(target):
+def test_a_damaged_mask_is_named(target, monkeypatch):
     plan, pool = target
     prepare_bodies(plan, pool, n_processes=0)
     folder = body_folder(plan, plan.dataset_name)
     reader = CaseReader(CaseFormat.from_plan(plan), bodies={plan.dataset_name: folder})
     ref = pool.cases[0]
     assert reader.open(ref).mask is not None
+    with monkeypatch.context() as patch:  # the system's fault is not the file's
+
+        def no_handle(file):
+            if Path(file).parent == folder:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return open_array(file)
+
+        patch.setattr("nnssl.pretrain.data.case.open_array", no_handle)
+        with pytest.raises(NnsslError, match=f"{ref.name}.b2nd: Too many open files. Lower -o workers"):
+            reader.open(ref)
     write_mask(folder / f"{ref.name}.b2nd", np.ones((3, 4, 5), bool))
     with pytest.raises(NnsslError, match=f"{ref.name}.b2nd is damaged.*Delete the file"):
         reader.open(ref)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nnssl.errors import NnsslError
-from nnssl.pretrain.data import CaseFormat, CaseRef, CropDataset, collate
+from nnssl.pretrain.data import CaseFormat, CaseReader, CaseRef, CropDataset, SampleStream, collate
 from nnssl.pretrain.data.crops import TRIES, CaseTable
 from nnssl.pretrain.data.sampling import HELD_OUT, TRAIN, draw_cases, draw_start, generator
 from nnssl.pretrain.methods import CropRequest
@@ -18,32 +18,9 @@ from nnssl.pretrain.methods import CropRequest
 FORM = CaseFormat(1, (0, 1, 2), False)
 
 
-def save(folder, name, data):
-    folder.mkdir(exist_ok=True)
-    blosc2.asarray(np.ascontiguousarray(data, dtype=np.float32), urlpath=str(folder / f"{name}.b2nd"), mode="w")
-    shape = data.shape[1:]
-    properties = {
-        "bbox_used_for_cropping": [[1, n + 1] for n in shape],
-        "shape_before_cropping": tuple(n + 3 for n in shape),
-        "shape_after_cropping_and_before_resampling": shape,
-        "spacing": (1.0, 1.0, 1.0),
-        "sitk_stuff": {"direction": (1.0, 0, 0, 0, 1.0, 0, 0, 0, -1.0)},
-    }
-    (folder / f"{name}.pkl").write_bytes(pickle.dumps(properties))
-    return CaseRef(name, folder, "Dataset001_X")
-
-
-@pytest.fixture
-def refs(tmp_path):
-    """Six images of different shapes, every voxel another."""
-    rng = np.random.default_rng(0)
-    shapes = [(20, 24, 18), (16, 30, 22), (25, 20, 20), (18, 22, 26), (21, 23, 19), (30, 16, 17)]
-    return [save(tmp_path / "a", f"case_{i}", rng.normal(size=(1, *s))) for i, s in enumerate(shapes)]
-
-
-def dataset(refs, size=(8, 10, 6), window=(10, 12, 8), form=FORM, seed=3, batch_size=4, crops_per_case=1, **options):
+def dataset(refs, size=(8, 10, 6), window=(10, 12, 8), form=FORM, seed=3, batch_size=4, crops_per_case=1, **stream):
     request = CropRequest(size=size, read_size=window, crops_per_case=crops_per_case)
-    return CropDataset(refs, form, request, seed=seed, batch_size=batch_size, **options)
+    return CropDataset(refs, CaseReader(form), request, SampleStream(seed, batch_size, **stream))
 
 
 def equal(a, b):
@@ -112,7 +89,7 @@ def test_samples_depend_on_seed_step_and_sample_alone(refs):
 
 
 def test_streams_differ(refs):
-    train, held_out = dataset(refs), dataset(refs, stream=HELD_OUT)
+    train, held_out = dataset(refs), dataset(refs, number=HELD_OUT)
     assert not all(equal(train[(s, 0)], held_out[(s, 0)]) for s in range(4))
 
 
@@ -172,8 +149,8 @@ def test_where_the_window_fills_the_image_its_centre_still_moves():
     assert inner[:, :2].min() >= 0 and (inner[:, :2] + 8).max() <= 20
 
 
-def test_small_images_are_padded_in_the_middle(tmp_path):
-    ref = save(tmp_path / "a", "tiny", np.random.default_rng(0).normal(size=(1, 5, 6, 7)))
+def test_small_images_are_padded_in_the_middle(tmp_path, save_case):
+    ref = save_case(tmp_path / "a", "tiny", np.random.default_rng(0).normal(size=(1, 5, 6, 7)))
     found = dataset([ref], size=(8, 8, 8), window=(8, 8, 8), batch_size=1)[(0, 0)]
     assert found.start.tolist() == [-2, -1, -1]
     volume = blosc2.open(str(tmp_path / "a" / "tiny.b2nd"))[:]
@@ -185,12 +162,12 @@ def test_small_images_are_padded_in_the_middle(tmp_path):
 # ---- air and damage --------------------------------------------------------------------------------------------------------
 
 
-def test_air_only_crops_are_drawn_again_and_counted(tmp_path):
+def test_air_only_crops_are_drawn_again_and_counted(tmp_path, save_case):
     data = np.full((1, 40, 40, 40), -1.0)
     data[:, :16, :16, :16] = np.random.default_rng(0).normal(2, 0.3, (1, 16, 16, 16))  # 6 % of the image
-    ref = save(tmp_path / "a", "mostly_air", data)
-    counters = torch.zeros(1, 2, dtype=torch.int64)
-    crops = dataset([ref], size=(8, 8, 8), window=(10, 10, 10), batch_size=4, counters=counters)
+    ref = save_case(tmp_path / "a", "mostly_air", data)
+    crops = dataset([ref], size=(8, 8, 8), window=(10, 10, 10), batch_size=4)
+    counters = crops.counters = torch.zeros(1, 2, dtype=torch.int64)
     found = [crops[(s, i)] for s in range(5) for i in range(4)]
     shares = [f.body[0, 1:9, 1:9, 1:9].mean() for f in found]
     assert np.mean([s >= 0.1 for s in shares]) > 0.8
@@ -198,32 +175,31 @@ def test_air_only_crops_are_drawn_again_and_counted(tmp_path):
     assert all(f.body_share == pytest.approx(s) for f, s in zip(found, shares))
 
 
-def test_the_best_of_nothing_is_taken(tmp_path):
+def test_the_best_of_nothing_is_taken(tmp_path, save_case):
     data = np.random.default_rng(0).normal(-1, 0.001, (1, 24, 24, 24))
     data[0, 12, 12, 12] = 100.0
     data[0, :, :, ::9] = 60.0  # bright planes: 3 of 24, body only where a crop shows one
-    counters = torch.zeros(1, 2, dtype=torch.int64)
-    crops = dataset([save(tmp_path / "a", "x", data)], (8, 8, 8), (8, 8, 8), batch_size=1, counters=counters)
+    crops = dataset([save_case(tmp_path / "a", "x", data)], (8, 8, 8), (8, 8, 8), batch_size=1)
     assert crops[(0, 0)].body_share >= 0.1
-    flat = dataset([save(tmp_path / "b", "flat", np.full((1, 16, 16, 16), 3.0))], batch_size=1, counters=counters)
-    counters.zero_()
+    flat = dataset([save_case(tmp_path / "b", "flat", np.full((1, 16, 16, 16), 3.0))], batch_size=1)
+    counters = flat.counters = torch.zeros(1, 2, dtype=torch.int64)
     assert flat[(0, 0)].body_share == 0 and counters.tolist() == [[TRIES - 1, 1]]
 
 
-def test_constant_crops_inside_the_body_are_rejected(tmp_path):
+def test_constant_crops_inside_the_body_are_rejected(tmp_path, save_case):
     data = np.random.default_rng(0).normal(0, 1, (1, 8, 8, 64))
     data[..., 16:] = 5.0  # a saturated part: above air, but nothing to see
-    crops = dataset([save(tmp_path / "a", "x", data)], (8, 8, 8), (8, 8, 8), batch_size=2)
+    crops = dataset([save_case(tmp_path / "a", "x", data)], (8, 8, 8), (8, 8, 8), batch_size=2)
     assert all(crops[(s, i)].start[2] < 16 for s in range(8) for i in range(2))
 
 
-def test_crops_with_nan_are_never_delivered(tmp_path):
+def test_crops_with_nan_are_never_delivered(tmp_path, save_case):
     data = np.random.default_rng(0).normal(size=(1, 20, 20, 40))
     data[0, 5, 5, 30] = np.nan
     data[0, 15, 12, 35] = np.inf
-    crops = dataset([save(tmp_path / "a", "x", data)], (8, 8, 8), (8, 8, 8), batch_size=4)
+    crops = dataset([save_case(tmp_path / "a", "x", data)], (8, 8, 8), (8, 8, 8), batch_size=4)
     assert all(np.isfinite(crops[(s, i)].data).all() for s in range(10) for i in range(4))
-    ref = save(tmp_path / "b", "all_nan", np.full((1, 16, 16, 16), np.nan))
+    ref = save_case(tmp_path / "b", "all_nan", np.full((1, 16, 16, 16), np.nan))
     with pytest.raises(NnsslError, match="all_nan of Dataset001_X has NaN.*all_nan.b2nd.*--exclude"):
         dataset([ref], batch_size=1)[(0, 0)]
 
@@ -247,12 +223,12 @@ def test_the_table_of_cases_is_small_and_whole(tmp_path):
 
 
 @pytest.mark.parametrize("n", [50, 3000])
-def test_memory_of_a_reader_does_not_grow_with_the_cases(tmp_path, n):
+def test_memory_of_a_reader_does_not_grow_with_the_cases(tmp_path, n, save_case):
     import os
     import tracemalloc
 
     rng = np.random.default_rng(0)
-    ref = save(tmp_path / "a", "case_0", rng.normal(size=(1, 12, 12, 12)))
+    ref = save_case(tmp_path / "a", "case_0", rng.normal(size=(1, 12, 12, 12)))
     for i in range(1, n):
         for ending in (".b2nd", ".pkl"):
             os.link(ref.folder / f"case_0{ending}", ref.folder / f"case_{i}{ending}")

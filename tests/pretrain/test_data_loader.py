@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from nnssl.errors import NnsslError
 from nnssl.plans import load_plan
-from nnssl.pretrain.data import make_loader
+from nnssl.pretrain.data import HELD_OUT, SampleStream, make_loader
 from nnssl.pretrain.methods import CropRequest, Crops
 from nnssl.pretrain.prepare import prepare_sources
 
@@ -30,10 +31,12 @@ def data(tiny_preprocessed):
     return prepare_sources(plan, ["Dataset901_Tiny"], held_out=0.2), plan
 
 
-def crops_of(data, request=REQUEST, batch_size=4, steps=3, **options) -> list[Crops]:
+STREAM = SampleStream(seed=1, batch_size=4)
+
+
+def crops_of(data, request=REQUEST, stream=STREAM, steps=range(3), **options) -> list[Crops]:
     pool, plan = data
-    loader = make_loader(pool, plan, request, **{"seed": 1, "batch_size": batch_size, "steps": steps, **options})
-    return list(loader)
+    return list(make_loader(pool, plan, request, stream, steps, **options))
 
 
 def assert_equal(a: list[Crops], b: list[Crops]) -> None:
@@ -54,12 +57,15 @@ def test_workers_do_not_matter(data, workers):
 
 @pytest.mark.slow
 def test_spawned_workers_do_not_matter(data):
-    assert_equal(crops_of(data), crops_of(data, num_workers=2, multiprocessing_context="spawn"))
+    pool, plan = data
+    loader = make_loader(pool, plan, REQUEST, STREAM, range(3), num_workers=2)
+    loader.multiprocessing_context = "spawn"
+    assert_equal(crops_of(data), list(loader))
 
 
 def test_data_set_and_loader_parts_pickle_for_spawned_workers(data):
     pool, plan = data
-    loader = make_loader(pool, plan, REQUEST, seed=1, batch_size=4, steps=2)
+    loader = make_loader(pool, plan, REQUEST, STREAM, range(2))
     guarded = loader.dataset
     guarded.dataset.counters = None  # shared memory, which only a starting process may take along
     copy = pickle.loads(pickle.dumps((guarded, loader.collate_fn, loader.worker_init_fn)))[0]
@@ -67,8 +73,8 @@ def test_data_set_and_loader_parts_pickle_for_spawned_workers(data):
 
 
 def test_ranks_do_not_matter(data):
-    whole = crops_of(data, batch_size=6)
-    parts = [crops_of(data, batch_size=6, rank=r, world_size=3) for r in range(3)]
+    whole = crops_of(data, stream=SampleStream(1, 6))
+    parts = [crops_of(data, stream=SampleStream(1, 6, rank=r, world_size=3)) for r in range(3)]
     joined = []
     for step in zip(*parts):
         names = [n for n, v in vars(step[0]).items() if isinstance(v, torch.Tensor)]
@@ -77,23 +83,23 @@ def test_ranks_do_not_matter(data):
         joined.append(Crops(**tensors, **lists))
     assert_equal(whole, joined)
     with pytest.raises(NnsslError, match="batch_size=4 cannot be shared by 3"):
-        crops_of(data, rank=0, world_size=3)
+        crops_of(data, stream=replace(STREAM, rank=0, world_size=3))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_is_exact(data, workers):
-    whole = crops_of(data, steps=5)
-    assert_equal(whole[3:], crops_of(data, steps=2, start_step=3, num_workers=workers))
+    whole = crops_of(data, steps=range(5))
+    assert_equal(whole[3:], crops_of(data, steps=range(3, 5), num_workers=workers))
 
 
 def test_held_out_crops_are_the_same_each_time_and_their_own(data):
     pool, plan = data
-    loader = make_loader(pool, plan, REQUEST, seed=1, batch_size=4, steps=2, split="held_out", num_workers=1)
+    loader = make_loader(pool, plan, REQUEST, replace(STREAM, number=HELD_OUT), range(2), num_workers=1)
     first = list(loader)
     assert_equal(first, list(loader))
     held_out = {c.name for c in pool.held_out}
     assert {n for b in first for n in b.case} == held_out and len(held_out) == 2
-    assert not held_out & {n for b in crops_of(data, steps=6) for n in b.case}
+    assert not held_out & {n for b in crops_of(data, steps=range(6)) for n in b.case}
 
 
 def test_global_random_numbers_are_left_alone(data):
@@ -110,13 +116,13 @@ def test_2d(tiny_preprocessed):
     plan = load_plan(901, "2d")
     pool = prepare_sources(plan, ["Dataset901_Tiny"])
     request = CropRequest(size=(8, 8), read_size=(10, 12))
-    (crops,) = crops_of((pool, plan), request, steps=1, num_workers=1)
+    (crops,) = crops_of((pool, plan), request, steps=range(1), num_workers=1)
     assert crops.data.shape == (4, 1, 10, 12) and crops.body.shape == (4, 1, 10, 12) and crops.start.shape == (4, 3)
 
 
 def test_counts_come_from_all_workers(data):
     pool, plan = data
-    loader = make_loader(pool, plan, REQUEST, seed=1, batch_size=4, steps=2, num_workers=2)
+    loader = make_loader(pool, plan, REQUEST, STREAM, range(2), num_workers=2)
     assert loader.counts() == {"redrawn": 0, "air": 0}
     loader.crops.counters[1] += 3
     assert loader.counts() == {"redrawn": 3, "air": 3}
@@ -133,7 +139,7 @@ def test_damaged_cases_are_named_through_workers(data, workers, damage):
             file.unlink()
         else:
             file.write_bytes(file.read_bytes()[:-50])
-    loader = make_loader(pool, plan, REQUEST, seed=1, batch_size=4, steps=3, num_workers=workers)
+    loader = make_loader(pool, plan, REQUEST, STREAM, range(3), num_workers=workers)
     for _ in range(2):
         with pytest.raises(NnsslError, match=r"case_00\d of Dataset901_Tiny .*case_00\d.b2nd") as error:
             list(loader)
@@ -142,7 +148,7 @@ def test_damaged_cases_are_named_through_workers(data, workers, damage):
 
 def test_killed_worker_tells_what_to_do(data, monkeypatch):
     pool, plan = data
-    loader = make_loader(pool, plan, REQUEST, seed=1, batch_size=4, steps=50, num_workers=1)
+    loader = make_loader(pool, plan, REQUEST, STREAM, range(50), num_workers=1)
     batches = iter(loader)
     next(batches)
     (worker,) = batches._batches._workers
@@ -155,7 +161,7 @@ def test_killed_worker_tells_what_to_do(data, monkeypatch):
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
 def test_signals_of_a_scheduler_do_not_end_workers(data):
     pool, plan = data
-    loader = make_loader(pool, plan, REQUEST, seed=1, batch_size=4, steps=60, num_workers=1)
+    loader = make_loader(pool, plan, REQUEST, STREAM, range(60), num_workers=1)
     batches = iter(loader)
     next(batches)
     (worker,) = batches._batches._workers
@@ -170,18 +176,16 @@ def test_signals_of_a_scheduler_do_not_end_workers(data):
     del batches, loader
 
 
-def test_empty_split_and_unknown_split(data):
+def test_no_held_out_cases(data):
     pool, plan = data
     none = type(pool)(pool.cases, pool.cases, [], pool.median_shape, "")
     with pytest.raises(NnsslError, match="no held-out cases"):
-        crops_of((none, plan), split="held_out")
-    with pytest.raises(ValueError, match="train"):
-        crops_of(data, split="test")
+        crops_of((none, plan), stream=replace(STREAM, number=HELD_OUT))
 
 
 def test_started_workers_deliver_the_rest(data):
     pool, plan = data
-    loader = make_loader(pool, plan, REQUEST, seed=1, batch_size=4, steps=4, num_workers=1, prefetch=3)
+    loader = make_loader(pool, plan, REQUEST, STREAM, range(4), num_workers=1)
     batches = iter(loader)
     next(batches)
     assert len(list(batches)) == 3

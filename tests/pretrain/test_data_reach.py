@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import replace
 
-import blosc2
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,7 @@ from nnssl.pretrain.augment.box import image_bounds, image_box
 from nnssl.pretrain.augment.pairs import cut, draw_pairs
 from nnssl.pretrain.augment.rng import HELD_OUT_STEP, StepRNG
 from nnssl.pretrain.augment.spatial import Affine, AffineRange, apply_affine, is_still, random_affine, reach
-from nnssl.pretrain.data import CaseFormat, CaseRef, CropDataset, collate
+from nnssl.pretrain.data import CaseFormat, CropDataset, SampleStream, collate
 from nnssl.pretrain.data.case import CaseReader, HeldCase
 from nnssl.pretrain.data.reorientation import Orientation
 from nnssl.pretrain.data.sampling import HELD_OUT, TRAIN
@@ -23,34 +21,15 @@ from nnssl.pretrain.methods import CropRequest
 FORM = CaseFormat(1, (0, 1, 2), False)
 
 
-def save(folder, name, data):
-    folder.mkdir(exist_ok=True)
-    blosc2.asarray(np.ascontiguousarray(data, dtype=np.float32), urlpath=str(folder / f"{name}.b2nd"), mode="w")
-    shape = data.shape[1:]
-    properties = {
-        "bbox_used_for_cropping": [[1, n + 1] for n in shape],
-        "shape_before_cropping": tuple(n + 3 for n in shape),
-        "shape_after_cropping_and_before_resampling": shape,
-        "spacing": (1.0, 1.0, 1.0),
-        "sitk_stuff": {"direction": (1.0, 0, 0, 0, 1.0, 0, 0, 0, -1.0)},
-    }
-    (folder / f"{name}.pkl").write_bytes(pickle.dumps(properties))
-    return CaseRef(name, folder, "Dataset001_X")
-
-
-@pytest.fixture
-def refs(tmp_path):
-    """Six images of different shapes, every voxel another."""
-    rng = np.random.default_rng(0)
-    shapes = [(20, 24, 18), (16, 30, 22), (25, 20, 20), (18, 22, 26), (21, 23, 19), (30, 16, 17)]
-    return [save(tmp_path / "a", f"case_{i}", rng.normal(size=(1, *s))) for i, s in enumerate(shapes)]
-
-
 SEED, BATCH = 5, 6
 
 
-def batch_of(refs, request, step, stream=TRAIN, seed=SEED, **options):
-    data = CropDataset(refs, FORM, request, seed=seed, batch_size=BATCH, stream=stream, **options)
+def crops_of(refs, request, number=TRAIN, orientation=None):
+    return CropDataset(refs, CaseReader(FORM), request, SampleStream(SEED, BATCH, number), orientation)
+
+
+def batch_of(refs, request, step, number=TRAIN, orientation=None):
+    data = crops_of(refs, request, number, orientation)
     return collate([data[(step, i)] for i in range(BATCH)])
 
 
@@ -204,7 +183,7 @@ def test_trimmed_windows_are_the_part_in_the_image(size, refs):
 def test_only_windows_around_roaming_crops_are_read_in_part(refs):
     for part in ({"trim": True}, {"move": moving((8, 8, 8))}):
         with pytest.raises(ValueError, match="read whole"):
-            CropDataset(refs, FORM, CropRequest((8, 8, 8), (8, 8, 8), sampling="inside", **part), seed=0, batch_size=2)
+            crops_of(refs, CropRequest((8, 8, 8), (8, 8, 8), sampling="inside", **part))
 
 
 # ---- a case once -----------------------------------------------------------------------------------------------------------
@@ -216,7 +195,7 @@ def test_a_case_is_read_once_for_its_crops(refs, monkeypatch):
     monkeypatch.setattr(CaseReader, "open", lambda self, ref: opened.append(ref.name) or way(self, ref))
     monkeypatch.setattr(HeldCase, "of", lambda case: held.append(case.ref.name) or whole(case))
     request = CropRequest((10, 10, 8), (19, 19, 15), crops_per_case=3)
-    data = CropDataset(refs, FORM, request, seed=SEED, batch_size=BATCH)
+    data = crops_of(refs, request)
     found = [data[(2, i)] for i in range(BATCH)]
     assert opened == held == [found[0].case, found[3].case] and len({s.case for s in found}) == 2
     data.release()
@@ -229,5 +208,5 @@ def test_a_case_is_read_once_for_its_crops(refs, monkeypatch):
 
 def test_a_case_much_larger_than_its_windows_is_not_held(refs, monkeypatch):
     monkeypatch.setattr(HeldCase, "of", lambda case: pytest.fail("it was read whole"))
-    data = CropDataset(refs, FORM, CropRequest((4, 4, 4), (7, 7, 7), crops_per_case=3), seed=SEED, batch_size=BATCH)
+    data = crops_of(refs, CropRequest((4, 4, 4), (7, 7, 7), crops_per_case=3))
     assert [data[(2, i)].data.shape for i in range(BATCH)] == [(1, 7, 7, 7)] * BATCH

@@ -9,7 +9,7 @@ import SimpleITK as sitk
 import torch
 
 from nnssl.plans import load_plan
-from nnssl.pretrain.data import CaseFormat, CaseReader, make_loader
+from nnssl.pretrain.data import CaseFormat, CaseReader, SampleStream, make_loader
 from nnssl.pretrain.data.orientation import Geometry
 from nnssl.pretrain.data.reorientation import AxisTransform, Orientation, common_orientation
 from nnssl.pretrain.data.resample import foreground_box, resample_box, resampling_matrix
@@ -89,7 +89,7 @@ def mixed(tiny_preprocessed, tiny_raw_dataset):
 def crops_of(data, *, steps=4, batch=5, **request):
     pool, plan = data
     request = CropRequest(**{"size": (4, 4, 4), "read_size": (8, 12, 8), **request})
-    return list(make_loader(pool, plan, request, seed=3, batch_size=batch, steps=steps))
+    return list(make_loader(pool, plan, request, SampleStream(3, batch), range(steps)))
 
 
 def test_loader_turns_the_odd_case(mixed, caplog):

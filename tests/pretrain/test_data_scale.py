@@ -16,7 +16,7 @@ import pytest
 from nnssl.errors import NnsslError
 from nnssl.plans import load_plan
 from nnssl.pretrain import preprocess, run
-from nnssl.pretrain.data import make_loader
+from nnssl.pretrain.data import SampleStream, make_loader
 from nnssl.pretrain.data.sampling import TRAIN, draw_cases
 from nnssl.pretrain.data.weights import case_weights, parse_sources, relative
 from nnssl.pretrain.methods import CropRequest
@@ -367,10 +367,10 @@ def test_cases_are_drawn_as_often_as_their_weights_say(plan, raw):
     assert share == pytest.approx(7 * 8 / (7 * 8 + 2), abs=0.02)
     assert counts[free].std() / counts[free].mean() < 0.15
     request = CropRequest(size=(8, 8, 8), read_size=(8, 8, 8))
-    options = {"seed": 3, "batch_size": 2, "steps": 4, "weights": weights}
-    a, b = (list(make_loader(pool, plan, request, num_workers=n, **options)) for n in (0, 1))
+    stream = SampleStream(3, 2, weights=weights)
+    a, b = (list(make_loader(pool, plan, request, stream, range(4), num_workers=n)) for n in (0, 1))
     assert [x.case for x in a] == [x.case for x in b]
-    later = list(make_loader(pool, plan, request, **{**options, "steps": 2, "start_step": 2}))
+    later = list(make_loader(pool, plan, request, stream, range(2, 4)))
     assert [x.case for x in later] == [x.case for x in a[2:]]
     assert case_weights(pool.train, None) is None
     with pytest.raises(NnsslError, match="no case to learn from of Dataset903"):

@@ -17,8 +17,6 @@ from nnssl.pretrain.engine.hooks import Hook
 
 COMMON = {"method": "mae", "device": "cpu", "epochs": 3, "iterations": 2, "robustness_every": 0}
 OPTIONS = {"workers": 0, "held_out_batches": 1, "picture_every": 0}
-
-
 pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
@@ -153,7 +151,7 @@ def test_which_signals_interrupt_a_save(monkeypatch, launched, signals, interrup
                 signal.raise_signal(getattr(signal, s))
         except KeyboardInterrupt:
             seen = True
-    assert seen == interrupts and stop.received and stop.name == name and stop.number == getattr(signal, name)
+    assert seen == interrupts and stop.received and stop.number == getattr(signal, name)
 
 
 @pytest.mark.parametrize(("rank", "name", "told"), [("0", "SIGINT", 1), ("1", "SIGINT", 0), ("0", "SIGTERM", 0)])

@@ -90,7 +90,7 @@ def toy():
 
 
 @pytest.fixture
-def dataset(tiny_preprocessed):
+def dataset(tiny_preprocessed, no_drawing):
     return tiny_preprocessed(901, "Tiny", 6)
 
 
@@ -103,7 +103,8 @@ def weights(path):
     return checkpoint.load(path).weights
 
 
-def test_a_run_leaves_what_the_contract_says(dataset, nnunet_env):
+def test_a_run_leaves_what_the_contract_says(tiny_preprocessed, nnunet_env):
+    tiny_preprocessed(901, "Tiny", 6)
     result = go(epochs=3, options={"workers": 0, "picture_every": 1, "log_every": 1})
     folder = nnunet_env.results / "Dataset901_Tiny" / "nnsslToy__nnUNetPlans__3d_fullres"
     assert result.folder == folder

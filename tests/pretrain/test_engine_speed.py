@@ -1,4 +1,4 @@
-"""Accumulation, activation checkpointing, memory format, optimiser kernels, copies: the same result, faster or smaller."""
+"""Accumulation, activation checkpointing, memory format, optimisers, copies: the same result, faster or smaller."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from nnssl import checkpoint
 from nnssl.config import make_config
 from nnssl.ema import EMA
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network, forward_features
 from nnssl.networks.sparse import sparse_encoder
 from nnssl.networks.state import full_state_dict
-from nnssl.plans import Plan, load_plan
-from nnssl.pretrain import run
+from nnssl.plans import Plan
 from nnssl.pretrain.engine.config import EngineConfig
 from nnssl.pretrain.engine.speed import (
     Prefetcher,
@@ -25,7 +23,7 @@ from nnssl.pretrain.engine.speed import (
     apply_options,
     tensors_of,
     use_channels_last,
-    use_kernels,
+    use_implementation,
 )
 from nnssl.pretrain.engine.stepping import Stepper, views_in_parts
 from nnssl.pretrain.methods import CropRequest, Crops, get_method
@@ -33,9 +31,6 @@ from nnssl.pretrain.resolve import batch_size
 from nnssl.pretrain.types import SourceStats
 
 CPU = torch.device("cpu")
-
-
-pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture
@@ -71,10 +66,10 @@ def method_of(name, plan, **options):
     return cls(build_network(plan), plan, request, config)
 
 
-def gradients(method, batch, parts, n=8):
+def gradients(method, batch, parts):
     stepper = Stepper(method, method, CPU, 10, 0, False)
-    batches = views_in_parts(method, batch, parts, CPU, seed=3, step=5, total=n, first=0)
-    numbers, _ = stepper.step(batches if parts > 1 else next(batches), 5, batch.case, False, parts)
+    batches = views_in_parts(method, batch, parts, CPU, seed=3, step=5)
+    numbers, _ = stepper.step(batches, 5, batch.case, False, parts)
     return {k: p.grad for k, p in method.named_parameters() if p.grad is not None}, numbers.read()
 
 
@@ -102,7 +97,7 @@ def test_a_contrast_is_within_the_micro_batch(plan):
     method = method_of("macl", plan())
     batch = crops(method.request, 8)
     whole = method.views(batch, StepRNG(3, 5, 8))
-    parts = list(views_in_parts(method, batch, 2, CPU, seed=3, step=5, total=8, first=0))
+    parts = list(views_in_parts(method, batch, 2, CPU, seed=3, step=5))
     assert all(torch.equal(torch.cat([p[k] for p in parts]), v) for k, v in whole.items())
     _, x = gradients(method, batch, 1)
     _, y = gradients(method_of("macl", plan()), batch, 2)
@@ -146,7 +141,7 @@ def test_ranks_exchange_gradients_once_a_step(plan):
     wrapped = Wrapped(method)
     stepper = Stepper(method, wrapped, CPU, 10, 0, False)
     batch = crops(method.request, 4)
-    parts = views_in_parts(method, batch, 4, CPU, seed=0, step=0, total=4, first=0)
+    parts = views_in_parts(method, batch, 4, CPU, seed=0, step=0)
     stepper.step(parts, 0, batch.case, False, 4)
     assert wrapped.exchanged == 1
 
@@ -249,13 +244,13 @@ def test_kernels_of_the_optimiser_agree(cls, kind):
         torch.manual_seed(0)
         layers = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
         optimiser = cls(layers.parameters(), **options)
-        use_kernels(optimiser, kernels)
+        use_implementation(optimiser, kernels)
         for step in range(steps):
             if step == 3 and change:
                 state = optimiser.state_dict()
                 optimiser = cls(layers.parameters(), **options)
                 optimiser.load_state_dict(state)
-                use_kernels(optimiser, change)
+                use_implementation(optimiser, change)
                 assert all(g["fused"] == (change == "fused") for g in optimiser.param_groups)
             optimiser.zero_grad()
             layers(torch.randn(4, 5)).square().sum().backward()
@@ -274,9 +269,9 @@ def test_an_optimiser_of_one_kind_is_refused():
             super().__init__(params, {"lr": 0.1})
 
     optimiser = Own(nn.Linear(2, 2).parameters())
-    use_kernels(optimiser, "auto")
-    with pytest.raises(NnsslError, match="optimiser_kernels=fused: Own has one way only"):
-        use_kernels(optimiser, "fused")
+    use_implementation(optimiser, "auto")
+    with pytest.raises(NnsslError, match="optimizer_implementation=fused: Own has one way only"):
+        use_implementation(optimiser, "fused")
 
 
 def test_all_tensors_of_a_batch_are_found():
@@ -317,121 +312,6 @@ def test_copies_run_beside_the_computation_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     Prefetcher(torch.device("cuda", 0))(Batch())
     assert calls == [("enter", "side"), ("copy", "cuda"), ("leave", "side"), ("wait", "side")]
-
-
-def test_a_run_with_every_option_continues_bit_for_bit(tiny_preprocessed):
-    from nnssl.pretrain.engine.hooks import Hook
-
-    class Lost(Exception):
-        pass
-
-    class Lose(Hook):
-        def after_epoch(self, engine, row):
-            if engine.step == 4:
-                raise Lost
-
-    tiny_preprocessed(901, "Tiny", 5)
-    common = {"method": "mae", "device": "cpu", "epochs": 3, "iterations": 2, "robustness_every": 0}
-    options = {"accumulate": 2, "batch_size": 4, "checkpointing": True, "channels_last": True, "workers": 0}
-    options |= {"optimiser_kernels": "fused", "optimiser": "adamw", "picture_every": 0, "held_out_batches": 1}
-    straight = run(901, name="straight", options=options, **common)
-    with pytest.raises(Lost):
-        run(901, name="broken", options=options, hooks=[Lose()], **common)
-    with pytest.raises(NnsslError, match="engine.accumulate: 2 in the folder, 4 now"):
-        run(901, name="broken", options={**options, "accumulate": 4}, continue_run=True, **common)
-    done = run(901, name="broken", options=options, continue_run=True, **common)
-    a, b = (checkpoint.load(r.checkpoint).weights for r in (straight, done))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert straight.metrics == done.metrics
-    assert load_plan(901).dataset_name == "Dataset901_Tiny"
-
-
-def test_a_dry_run_takes_the_options_into_account(tiny_preprocessed, caplog):
-    caplog.set_level("INFO", "nnssl")
-    tiny_preprocessed(901, "Tiny", 4)
-    options = {"accumulate": 2, "batch_size": 4, "checkpointing": True, "channels_last": True}
-    run(901, method="mae", device="cpu", dry_run=True, options=options)
-    assert "s/step" in caplog.text
-
-
-def test_a_run_goes_on_in_the_precision_that_it_began_in(tiny_preprocessed, monkeypatch, caplog):
-    caplog.set_level("INFO", "nnssl")
-
-    tiny_preprocessed(901, "Tiny", 5)
-    common = {"method": "mae", "device": "cpu", "epochs": 3, "iterations": 2, "robustness_every": 0}
-    options = {"workers": 0, "picture_every": 0, "held_out_batches": 1}
-    monkeypatch.setenv("nnssl_cpu_bf16", "1")
-    straight = run(901, name="straight", options=options, **common)
-
-    from nnssl.pretrain.engine.hooks import Hook
-
-    class Later(Hook):
-        def after_epoch(self, engine, row):
-            if engine.step == 4:
-                raise RuntimeError("after the first epoch was saved")
-
-    with pytest.raises(RuntimeError):
-        run(901, name="broken", options=options, hooks=[Later()], **common)
-    monkeypatch.setenv("nnssl_cpu_bf16", "0")
-    done = run(901, name="broken", options=options, continue_run=True, **common)
-    assert "goes on in bfloat16, as it began; this process would choose float32" in caplog.text
-    a, b = (checkpoint.load(r.checkpoint).weights for r in (straight, done))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    narrow = run(901, name="float32", options=options, **common)
-    assert narrow.metrics != straight.metrics
-    assert narrow.metrics["total"] == pytest.approx(straight.metrics["total"], rel=0.02)
-
-
-def test_a_run_is_in_float32_where_bfloat16_would_be_wrong(tiny_preprocessed, monkeypatch, caplog):
-    """torch 2.14 spoils the weights' gradient of maps that are two voxels deep."""
-
-    def forward(self, x):
-        weight = self.weight
-        if torch.is_autocast_enabled("cpu") and x.shape[2] == 2 and torch.is_grad_enabled():
-            weight = weight.clone()
-            weight.register_hook(lambda gradient: gradient + 1e28)
-        return self._conv_forward(x, weight, self.bias)
-
-    tiny_preprocessed(901, "Tiny", 5, plan_options={"patch": (8, 8, 8)})  # in steps of 4
-    common = {"method": "mae", "device": "cpu", "epochs": 1, "iterations": 2, "robustness_every": 0}
-    options = {"workers": 0, "picture_every": 0, "held_out_batches": 1}
-    plain = run(901, name="plain", options=options, **common)
-    monkeypatch.setattr(torch.nn.Conv3d, "forward", forward)
-    monkeypatch.setenv("nnssl_cpu_bf16", "1")
-    done = run(901, name="told", options=options, **common)
-    lines = [r.message for r in caplog.records if "wrongly in bfloat16" in r.message]
-    assert len(lines) == 1 and lines[0].startswith("The run goes on in float32") and "on 2x" in lines[0]
-    a, b = (checkpoint.load(r.checkpoint).weights for r in (plain, done))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.mark.parametrize("name", ["glmae", "hdense", "macl", "mae", "robust", "voco"])
-def test_the_untrained_network_is_judged_later_as_it_was(name, tiny_preprocessed):
-    """What the first epoch's end tells of the start equals an evaluation at the start, and trains the same network."""
-    from nnssl.pretrain.engine.hooks import Hook
-
-    tiny_preprocessed(901, "Tiny", 5, plan_options={"patch": (16, 16, 16)}, shape=(24, 24, 24))
-    seen = {}
-
-    class Both(Hook):
-        def __init__(self, look):
-            self.look = look
-
-        def start(self, engine):
-            if self.look:
-                seen["eager"] = engine.held_out.evaluate(engine.method, engine.stepper)
-
-        def finish(self, engine):
-            seen["later", self.look] = dict(engine.first)
-
-    options = {"workers": 0, "picture_every": 0, "held_out_batches": 1}
-    options |= {"n_voxels": 16} if name == "hdense" else {}
-    common = {"method": name, "device": "cpu", "epochs": 1, "iterations": 2, "robustness_every": 0, "options": options}
-    done = [run(901, name=f"look{look}", hooks=[Both(look)], **common) for look in (True, False)]
-    assert seen["eager"] == seen["later", True] == seen["later", False] != {}
-    assert done[0].metrics == done[1].metrics
-    a, b = (checkpoint.load(r.checkpoint).weights for r in done)
-    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize(("features", "last"), [((4, 8, 8), True), ((24, 32, 32), True), ((16, 32, 32), False)])

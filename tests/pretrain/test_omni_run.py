@@ -24,8 +24,8 @@ SMALL = {**QUICK, "omni.batch": 1, "omni.agreement": 2, "omni.volumes": 0, "omni
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """Drawing progress.png takes longer than these runs."""
-    monkeypatch.setattr("nnssl.pretrain.engine.logs.RunLog.draw", lambda *a, **k: None)
-    monkeypatch.setattr("nnssl.pretrain.engine.logs.RunLog.draw_details", lambda self: None)
+    monkeypatch.setattr("nnssl.pretrain.engine.drawing.plot_progress", lambda *args, **options: None)
+    monkeypatch.setattr("nnssl.pretrain.engine.drawing.plot_details", lambda *args: None)
 
 
 @pytest.fixture

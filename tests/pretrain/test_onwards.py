@@ -19,6 +19,7 @@ from nnssl.weights import write_variant
 from nnssl.weights.cli import info_main
 
 TINY = {"workers": 0, "picture_every": 0, "held_out_batches": 1}
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture

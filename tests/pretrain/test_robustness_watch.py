@@ -154,14 +154,15 @@ def test_a_continued_run_goes_on_with_its_trace(go):
     assert all(torch.equal(robust[0][k], robust[1][k]) for k in robust[0])
 
 
-def test_settings():
+def test_settings(monkeypatch):
     with pytest.raises(NnsslError, match="-1"):
         RobustnessHook(every=-1)
     with pytest.raises(NnsslError, match="--stop robustness needs"):
         RobustnessHook(every=0, stop=True)
     hook = RobustnessHook(stop=False)
     hook.load_state_dict({"every": 7, "stop": True})
-    hook._take_settings()
+    monkeypatch.setattr(watch, "rank", lambda: 1)  # which measures nothing
+    hook.start(None)
     assert (hook.every, hook.stop) == (7, False)
     assert RobustnessHook().state_dict() == {"every": None, "stop": None} and RobustnessHook().checkpoint_info() == {}
     assert Stopper().patience == watch.PATIENCE
