@@ -40,6 +40,7 @@ from nnssl.trainers.pool import Halves, UnlabelledDataset, shifted, split_transf
 from nnssl.trainers.pretrained import nnUNetTrainerPretrained
 from nnssl.trainers.pseudo_label_trace import draw_trace, overlap_sums, trace_lines, trace_row
 from nnssl.weights import Checkpoint
+from nnssl.words import counted
 
 TEACHER = "nnssl_mean_teacher"
 """Key of a fine-tuned checkpoint: the teacher, the steps that it has followed, and what was measured after each epoch."""
@@ -112,7 +113,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         one = ", ".join(class_names(self.label_manager, self._largest)) or "none"
         why = "all labelled cases show it as one piece" if self.figures.largest == "auto" else "as the plan asks"
         return (
-            f"{labelled} labelled cases, {self.pool}\n"
+            f"{counted(labelled, 'labelled case')}, {self.pool}\n"
             f"  epochs 0 to {self.first_epochs - 1} learn from the labels, {self.first_epochs} to {self.num_epochs - 1} from the "
             "pool too\n"
             f"  largest component kept of: {one}{f' ({why})' if self._largest else ''}\n"

@@ -175,7 +175,7 @@ class RobustnessEvaluator:
         self.fingerprint = digest.hexdigest()  # recognises the same measurement after a restart
         self._warned: set[str] = set()
         if self.n_cases < FEW_CASES:
-            self._warn("few", f"it rests on {self.n_cases} cases only; below {FEW_CASES} it is mostly noise.")
+            self._warn("few", f"{self.n_cases} cases only; below {FEW_CASES} it is mostly noise.")
 
     def __len__(self) -> int:
         return len(self.views[0])
