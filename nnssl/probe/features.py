@@ -87,7 +87,7 @@ class Extractor:
     @torch.no_grad()
     def sample(self, case: Case, voxels: np.ndarray) -> Tensor:
         """Features ``(N, columns)`` at voxels ``(N, 3)`` of a case, on the CPU."""
-        out: Tensor | None = None
+        out = torch.zeros(len(voxels), stages_of(self.plan, self.n_decoder).columns)
         for window in self.windows(case):
             low, high = np.array(window.own).T
             mine = np.flatnonzero(((voxels >= low) & (voxels < high)).all(1))
@@ -95,10 +95,7 @@ class Extractor:
                 continue
             points = torch.from_numpy(voxels[mine] - np.array(window.start)).to(self.device)
             maps = self.maps(read_box(case.image, window.start, window.size))
-            found = torch.cat([_at(m, points, window.size) for m in maps], dim=1).cpu()
-            out = found.new_zeros(len(voxels), found.shape[1]) if out is None else out
-            out[torch.from_numpy(mine)] = found
-        assert out is not None  # each voxel lies in a window
+            out[torch.from_numpy(mine)] = torch.cat([_at(m, points, window.size) for m in maps], dim=1).cpu()
         return out
 
     @torch.no_grad()
