@@ -114,12 +114,8 @@ def keep_largest(labels: Tensor, classes: Sequence[Class]) -> Tensor:
     """
     if not classes:
         return labels
-    maps = labels.cpu().numpy()
-    kept = np.stack([_cleaned(one[0], classes) for one in maps])[:, None]
-    return torch.from_numpy(kept).to(labels.device, labels.dtype)
-
-
-def _cleaned(label: np.ndarray, classes: Sequence[Class]) -> np.ndarray:
-    for what in classes:
-        label = remove_all_but_largest_component_from_segmentation(label, what)
-    return label
+    maps = labels.cpu().numpy().copy()
+    for one in maps[:, 0]:
+        for what in classes:
+            one[:] = remove_all_but_largest_component_from_segmentation(one, what)
+    return torch.from_numpy(maps).to(labels.device, labels.dtype)

@@ -93,6 +93,7 @@ def test_variant_of_a_variant_keeps_the_first_base_and_what_it_was_told(folder):
             r"axis y has 30 voxels, which the network's total stride 8 does not divide .*24 or 32",
         ),
         ({"patch": (16, 32, 20), "features": (4, 8, 16)}, None),
+        ({"patch": (4, 8, 16)}, None),  # two voxels at the bottleneck
         ({"patch": (16, 30, 20), "features": (4, 8, 16)}, r"axis y has 30 voxels.*total stride 4"),
         ({"patch": (2, 0, 24)}, r"axis z has 2 voxels.*axis y has 0 voxels"),
         ({"patch": (16, 32)}, r"--patch has 2 numbers; configuration 3d_fullres has 3 axes"),

@@ -199,7 +199,9 @@ def test_the_final_file_has_no_teacher_and_predicts_as_stock(few, tmp_path, star
     trainer = started(few(schedule="mean-teacher", epochs=2, iterations=1))
     run_epoch(trainer)
     run_epoch(trainer)
+    labelled = trainer._labelled_loader
     trainer.on_train_end()
+    assert trainer.dataloader_train is labelled, "nnU-Net ends its own processes"
     content = checkpoint.load(f"{trainer.output_folder}/checkpoint_final.pth").content
     assert "teacher" not in content[TEACHER] and content[TEACHER]["followed"] == 1
     predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
