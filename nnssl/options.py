@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, field, fields
 from typing import Any, ParamSpec, TypeVar
 
 from nnssl.errors import did_you_mean
-from nnssl.grammar import CommandParser
+from nnssl.grammar import SHARED, CommandParser
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,7 +19,12 @@ O = TypeVar("O")  # noqa: E741
 
 
 def given(
-    value: Any, group: str | None, *names: str, help: str, read: Callable[[Any], Any] | None = None, **keywords: Any
+    value: Any,
+    group: str | None,
+    *names: str,
+    help: str | None = None,
+    read: Callable[[Any], Any] | None = None,
+    **keywords: Any,
 ) -> Any:
     """A field that is an option of the command.
 
@@ -27,7 +32,7 @@ def given(
         value: default, ``...`` for none; the command's may be another, in ``keywords`` or :data:`nnssl.grammar.SHARED`.
         group: title in the help; None for an argument without a dash.
         names: spellings; of :data:`nnssl.grammar.SHARED` where they are missing.
-        help: meaning, for both.
+        help: meaning, for both; that of :data:`nnssl.grammar.SHARED` where it is missing.
         read: makes of the command's text what Python's users give.
         keywords: of ``add_argument``; ``dest`` where the command knows the field under another name.
     """
@@ -44,12 +49,22 @@ def _dest(f: Field) -> str:
     return f.metadata["keywords"].get("dest", f.name)
 
 
+def _meaning(f: Field) -> str:
+    said = f.metadata.get("help")
+    return SHARED[_dest(f)].keywords["help"] if said is None and "group" in f.metadata else said or ""
+
+
+def meanings(cls: Any) -> dict[str, str]:
+    """What each field of a dataclass means."""
+    return {f.name: _meaning(f) for f in fields(cls)}
+
+
 def add_options(parser: CommandParser, cls: Any, titles: Sequence[str] = ()) -> dict[str | None, Any]:
     """Add all options of a dataclass to a parser; returns the groups by title, these first, others as the fields name them."""
     groups: dict[str | None, Any] = {title: parser.group(title) for title in titles}
     for f in command_fields(cls):
         meta = f.metadata
-        title, names, keywords = meta["group"], meta["names"], {"help": meta["help"], **meta["keywords"]}
+        title, names, keywords = meta["group"], meta["names"], {"help": _meaning(f), **meta["keywords"]}
         if title not in groups:
             groups[title] = parser if title is None else parser.group(title)
         if title is not None and not names:
@@ -100,8 +115,7 @@ def as_function(name: str, cls: Callable[P, Any], body: Callable[[Any], R]) -> C
         cls: the dataclass; its fields' own texts are those of the arguments.
         body: what is done with its instance; its docstring is the function's, with the arguments put in before "Returns:".
     """
-    options: Any = cls
-    about = {f.name: f.metadata.get("help", "") for f in fields(options)}
+    about = meanings(cls)
 
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
         for argument in kwargs:

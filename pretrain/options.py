@@ -52,7 +52,7 @@ class RunOptions:
         metavar="TARGET",
         help="dataset that will be fine-tuned: its plans are used (default: that of -d)",
     )
-    configuration: str = given("3d_fullres", WHAT, help="nnU-Net's configuration (default: 3d_fullres)")
+    configuration: str = given("3d_fullres", WHAT)
     plans: str = given("nnUNetPlans", WHAT, help="plans of the target (default: nnUNetPlans)")
     options: Mapping[str, Any] | None = given(
         None,
@@ -142,17 +142,10 @@ class RunOptions:
         metavar="FILE",
         help="start from these weights: of a pretraining, of MIC-DKFZ's nnssl, of nnU-Net, or of its network in files of others",
     )
-    adapt: Mapping[str, Any] | None = given(
-        None,
-        START,
-        read=dict,
-        help="allow weights of another network: channels=repeat|first|skip, kernels=average|centre, depth=match",
-    )
-    coverage: float | None = given(
-        None, START, help="with --adapt: least share of the encoder's parameters that must be filled (default: 0.5)"
-    )
-    key: str | None = given(None, START, help="entry of the file that holds the weights, such as teacher")
-    prefix: str | None = given(None, START, help="prefix of nnU-Net's names in a file of others")
+    adapt: Mapping[str, Any] | None = given(None, START, read=dict)
+    coverage: float | None = given(None, START)
+    key: str | None = given(None, START)
+    prefix: str | None = given(None, START)
     labelled: int | str | None = given(
         None,
         LABELLED,

@@ -126,11 +126,14 @@ def objectives_page() -> str:
 
 def arguments(title: str, module: str, name: str) -> list[str]:
     """The fields of a dataclass whose texts are in their metadata, as a table."""
+    from nnssl.options import meanings
+
     cls = getattr(importlib.import_module(module), name)
+    about = meanings(cls)
     parts = ["", f"## {title}", "", "| argument | default | meaning |", "|---|---|---|"]
     for f in dataclasses.fields(cls):
         default = "" if f.default is dataclasses.MISSING else f"`{f.default!r}`"
-        parts.append(f"| `{f.name}` | {default} | {_escaped(f.metadata.get('help', ''))} |")
+        parts.append(f"| `{f.name}` | {default} | {_escaped(about[f.name])} |")
     return parts
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from nnssl.errors import NnsslError
 from nnssl.files import read_json
-from nnssl.grammar import SHARED, pair, whole_numbers
+from nnssl.grammar import pair, whole_numbers
 from nnssl.options import given
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import resolve_dataset
@@ -66,8 +66,8 @@ class Changes:
         help=f"which pretrained parts the network gets: {', '.join(CHOICES)} (default: what the checkpoint's method found best, "
         "which the transfer report names)",
     )
-    adapt: Mapping[str, str] | None = given(None, WEIGHTS, read=dict, help=SHARED["adapt"].keywords["help"])
-    coverage: float | None = given(None, WEIGHTS, help=SHARED["coverage"].keywords["help"])
+    adapt: Mapping[str, str] | None = given(None, WEIGHTS, read=dict)
+    coverage: float | None = given(None, WEIGHTS)
     network: str | None = given(
         None,
         NETWORK,

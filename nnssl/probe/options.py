@@ -10,7 +10,6 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from nnssl.errors import NnsslError
-from nnssl.grammar import SHARED
 from nnssl.options import given
 
 CASES, HOW = "which cases", "how"
@@ -33,8 +32,8 @@ class ProbeOptions:
         help="file, folder of a run, or NAME=FILE (default: the one that the plan names and all finished pretrainings for it)",
     )
     _: KW_ONLY
-    configuration: str = given("3d_fullres", CASES, help="nnU-Net's configuration (default: 3d_fullres)")
-    plans: str = given("nnUNetPlans", CASES, help="plans (default: nnUNetPlans)")
+    configuration: str = given("3d_fullres", CASES)
+    plans: str = given("nnUNetPlans", CASES)
     fold: int | str = given("all", CASES, help="fold that the labelled cases come from (default: all)")
     labels: int | str | None = given(
         None,
@@ -50,7 +49,7 @@ class ProbeOptions:
         "those that are not labelled), or the cases that a file names",
     )
     device: str = given("cpu", HOW, help="cuda, cpu or mps (default: cuda; in Python cpu)")
-    random_inits: int = given(3, HOW, help="random networks to compare with (default: 3)")
+    random_inits: int = given(3, HOW)
     seed: int = given(0, HOW, help="random seed of labelled cases, voxels and random weights (default: 0)")
     step: float = given(
         0.75,
@@ -60,8 +59,8 @@ class ProbeOptions:
         metavar="SHARE",
         help="distance of sliding windows, as a share of the patch (default: 0.75)",
     )
-    adapt: Mapping[str, str] | None = given(None, HOW, read=dict, help=SHARED["adapt"].keywords["help"])
-    coverage: float | None = given(None, HOW, help=SHARED["coverage"].keywords["help"])
+    adapt: Mapping[str, str] | None = given(None, HOW, read=dict)
+    coverage: float | None = given(None, HOW)
     output: str | Path | None = given(
         None,
         HOW,

@@ -36,7 +36,7 @@ class CompareOptions(RobustnessConfig):
         ..., None, nargs="+", metavar="CKPT", help="checkpoints of any number of runs"
     )
     _: KW_ONLY
-    configuration: str = given("3d_fullres", WHICH, help="nnU-Net's configuration (default: 3d_fullres)")
+    configuration: str = given("3d_fullres", WHICH)
     plans: str = given("nnUNetPlans", WHICH, help="plans (default: nnUNetPlans)")
     cases: str | Path | Sequence[str] | None = given(
         None, WHICH, help="text file of the cases to measure on, one a line"

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from nnssl.errors import NnsslError, did_you_mean
 from nnssl.files import write_atomic
-from nnssl.grammar import SHARED
 from nnssl.options import as_function, given
 from nnssl.parts import DECODER, ENCODER, UP, decoder_stage, part_names, promised_parts
 from nnssl.plans import Plan
@@ -66,9 +65,9 @@ class ConvertOptions:
         help="which parts of a file of others count as pretrained: encoder, or all, which is the decoder too (default: the "
         "encoder of a pretraining, both of a network that nnU-Net has trained)",
     )
-    key: str | None = given(None, HOW, help=SHARED["key"].keywords["help"])
-    prefix: str | None = given(None, HOW, help=SHARED["prefix"].keywords["help"])
-    trusted: bool = given(False, HOW, dest="trust", help=SHARED["trust"].keywords["help"])
+    key: str | None = given(None, HOW)
+    prefix: str | None = given(None, HOW)
+    trusted: bool = given(False, HOW, dest="trust")
     overwrite: bool = given(False, HOW, "--overwrite", action="store_true", help="replace an existing output")
 
 
