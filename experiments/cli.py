@@ -92,12 +92,7 @@ def _report(session: Session, *, last: bool) -> None:
 
 
 def run_experiment(file: Path, options: Options = Options(), backend: Backend | None = None) -> Outcome:  # noqa: B008  frozen
-    """What the command does.
-
-    Args:
-        file: the experiment file.
-        options: of the command.
-        backend: where jobs run, in place of ``options.executor``.
+    """What the command does; ``backend`` is where jobs run, in place of ``options.executor``.
 
     Raises:
         NnsslError: a fault in the file, missing data, another process at work in the output folder.

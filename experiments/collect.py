@@ -33,16 +33,9 @@ FAILURE_COLUMNS = ("job", "phase", *CELL_COLUMNS, "reason", "log", "command")
 
 
 def collect(session: Session, outcome: Outcome) -> int:
-    """Write cases.csv, runs.csv, failures.csv, images.json and experiment.json.
+    """Write cases.csv, runs.csv, failures.csv, images.json and experiment.json; returns the number of runs that are evaluated.
 
     A call that runs nothing leaves what an earlier one has noted of commands, hardware and versions.
-
-    Args:
-        session: the experiment.
-        outcome: of this call's jobs, for the failures.
-
-    Returns:
-        The number of runs that are evaluated.
     """
     folder = session.folder
     results = [(run, found) for run in session.graph.runs if (found := _result(run.result)) is not None]

@@ -61,11 +61,8 @@ def save(figure: Any, stem: Path) -> Path:
 
 
 def dice_over_labels(scores: Scores, rows: pd.DataFrame, setting: str) -> Any | None:
-    """Mean Dice of each method over the number of labels (log axis), a band of one deviation over seeds, and each seed as a dot.
-
-    Returns:
-        A matplotlib figure; None where there is nothing to draw yet.
-    """
+    """Mean Dice of each method over the number of labels (log axis), a band of one deviation over seeds, and each seed as a dot;
+    None where there is nothing to draw yet."""
     from matplotlib import rc_context
 
     own = means(rows[(rows["setting"] == setting) & rows["measured"]])
@@ -99,13 +96,8 @@ def dice_over_labels(scores: Scores, rows: pd.DataFrame, setting: str) -> Any | 
 
 
 def training_curves(curves: pd.DataFrame, setting: str, methods: Sequence[str]) -> Any | None:
-    """Pseudo Dice over epochs, one panel per number of labels: the mean over runs, and their range as a band.
-
-    The runs are followed to the last epoch that all of them have reached.
-
-    Returns:
-        A matplotlib figure; None without curves.
-    """
+    """Pseudo Dice over epochs, one panel per number of labels: the mean over runs up to the last epoch that all of them have
+    reached, and their range as a band; None without curves."""
     from matplotlib import rc_context
     from matplotlib.ticker import MaxNLocator
 

@@ -34,12 +34,8 @@ class Estimate:
 
 
 def estimate_jobs(graph: Graph, records: Records, pending: Iterable[Job], device: str, timed: bool = True) -> Estimate:
-    """Estimate what is not finished.
-
-    A phase of which jobs have finished takes their median time per step or case (pretraining: of the same method); else a
-    few steps are timed, once for each network, where the device is there. Without ``timed`` none are: what no finished job tells
-    is NaN.
-    """
+    """Estimate what is not finished: from the median time per step or case of finished jobs of the phase (pretraining: of the
+    method), else from a few timed steps of the network where the device is there; NaN without (``timed=False``)."""
     pending = list(pending)
     rates = _rates(graph, records)
     seconds: dict[str, float] = {}

@@ -63,15 +63,7 @@ def surface_metrics(
 def evaluate_case(
     reference: str, prediction: str, reader: Any, labels: dict[str, Region], ignore: int | None, tolerance_mm: float
 ) -> list[dict[str, Any]]:
-    """The metrics of one case, a row for each label.
-
-    Args:
-        reference, prediction: segmentation files.
-        reader: nnU-Net's reader of the dataset.
-        labels: name -> label or region, background left out.
-        ignore: the ignore label; its voxels count nowhere.
-        tolerance_mm: of the surface Dice.
-    """
+    """The metrics of one case, a row for each label or region; voxels of the ``ignore`` label count nowhere."""
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics, region_or_label_to_mask
 
     found = compute_metrics(reference, prediction, reader, list(labels.values()), ignore)["metrics"]
@@ -99,17 +91,10 @@ def _labels(dataset_json: dict[str, Any], regions: bool) -> dict[str, Region]:
 
 
 def evaluate_run(spec: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate the predictions of one fine-tuning.
+    """Evaluate the predictions of one fine-tuning; returns rows of ``cases`` and ``curve``, and values by name as ``labels``.
 
-    Args:
-        spec: ``cases`` (a list of case, reference, prediction), ``dataset_json``, ``plans`` and ``checkpoint`` (files of the
-            fine-tuned model) and ``tolerance_mm``.
-
-    Returns:
-        ``{"cases": [row, ...], "curve": [row, ...], "labels": {name: value or values}}``.
-
-    Raises:
-        NnsslError: a file is missing or cannot be read, the surface library is not installed.
+    ``spec`` has ``cases`` (a list of case, reference, prediction), ``dataset_json``, ``plans`` and ``checkpoint`` (files of the
+    fine-tuned model) and ``tolerance_mm``.
     """
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager

@@ -95,14 +95,7 @@ class _Left:
 
 
 class LocalBackend:
-    """Jobs on this machine, each in a process group of its own with its own log.
-
-    Args:
-        records: of the output folder.
-        environment: variables exported for the jobs.
-        gpus: what ``CUDA_VISIBLE_DEVICES`` gets, by slot; none where empty.
-        launcher: what the job's command is appended to.
-    """
+    """Jobs on this machine, each in a process group of its own with its own log; slot ``i`` has ``gpus[i]``, if there are any."""
 
     def __init__(
         self,
@@ -191,18 +184,10 @@ def run_jobs(
     slots: int = 1,
     on_end: Callable[[Job, Outcome], None] | None = None,
 ) -> Outcome:
-    """Run what is not finished, in the given order as far as needs and slots allow.
+    """Run what is not finished, in the given order (each after those that it needs) as far as needs and slots allow.
 
-    Args:
-        jobs: each after those that it needs.
-        records: tell what is finished, and are kept up to date.
-        backend: where the jobs run.
-        slots: jobs at a time.
-        on_end: called after each job that ended in this call.
-
-    Returns:
-        What became of them. A job fails where its exit status is not 0 or an output is missing; those that need it are blocked,
-        all others go on. One that an earlier start left running and that ended without its outputs is started again.
+    A job fails where its exit status is not 0 or an output is missing; those that need it are blocked, all others go on. One that
+    an earlier start left running and that ended without its outputs is started again. ``on_end`` is called after each end.
     """
     jobs = list(jobs)
     outcome = Outcome(finished=[job.id for job in jobs if records.finished(job)])

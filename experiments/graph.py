@@ -28,11 +28,6 @@ from nnssl.plans.labels import ALL
 def build_graph(experiment: Experiment, folder: Path, device: str = "cuda") -> Graph:
     """Look everything up and lay out the jobs; nothing is written.
 
-    Args:
-        experiment: from the file.
-        folder: the output folder.
-        device: for pretraining, training and prediction.
-
     Raises:
         NnsslError: whatever would make a job fail that can be known before: plans, cases, checkpoints, leaks.
     """

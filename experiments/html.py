@@ -11,6 +11,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from nnssl.experiments.tables import labels_text
+
 TEMPLATE = "report.html.j2"
 
 
@@ -44,9 +46,9 @@ def rich(text: str) -> Markup:
     return Markup(re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", re.sub(r"`([^`]+)`", r"<code>\1</code>", text)))
 
 
-def inline(picture: Picture) -> Markup:
-    """A picture inside the page: an SVG as it is, a PNG as data."""
-    alternative, file = escape(picture.alternative), picture.file
+def inline(file: Path, alternative: str) -> Markup:
+    """A picture inside the page: an SVG as it is, a PNG as data; ``alternative`` is for those who cannot see it."""
+    alternative = escape(alternative)
     if file.suffix != ".svg":
         data = base64.b64encode(file.read_bytes()).decode("ascii")
         return Markup(f'<img alt="{alternative}" src="data:image/png;base64,{data}">')
@@ -71,5 +73,5 @@ def template() -> Any:
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    environment.filters.update(rich=rich, inline=inline)
+    environment.filters.update(rich=rich, inline=inline, labels=labels_text, percent=lambda share: f"{100 * share:.1f}")
     return environment.get_template(TEMPLATE)

@@ -24,13 +24,10 @@ class Job:
 
     Attributes:
         id: also the stem of its record and log.
-        phase: one of :data:`PHASES`.
-        command: as a user would type it.
         needs: ids of jobs that come before.
         outputs: the job is finished once all are there.
         recorded: it is finished only where its record says so too (what it writes is not written atomically).
         resume: where one of these is there, the command gets ``--c``.
-        gpu: whether it uses the device.
         about: method, labels, setting, seed, fold; of what it belongs to.
         amount: steps or cases, for the estimate of the time.
     """
@@ -56,13 +53,8 @@ class Job:
 class Run:
     """One fine-tuning and its evaluation: a method, a draw of labelled cases.
 
-    Attributes:
-        name: of the plan variant.
-        plans, trainer: as nnU-Net names them.
-        model: nnU-Net's folder of the trained model.
-        predictions: the folder of the predicted cases.
-        result: what the evaluation writes.
-        jobs: ids of all jobs that it consists of, in order.
+    ``name`` is the plan variant's, ``model`` and ``predictions`` are folders, ``result`` is what the evaluation writes, ``jobs``
+    are the ids of all that it consists of, in order.
     """
 
     arm: Arm
@@ -101,10 +93,8 @@ class Graph:
 
     Attributes:
         jobs: by id, in the order in which they are started.
-        runs: in the order of the tables.
         texts: small files that jobs read: path -> content.
         inputs: folders of links to test images: folder -> (link name -> file).
-        settings: looked up.
     """
 
     jobs: dict[str, Job] = field(default_factory=dict)

@@ -27,15 +27,8 @@ OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "S": "I", "I": "S"}
 
 @dataclass(frozen=True)
 class CasePicture:
-    """One drawn case.
-
-    Attributes:
-        file: the PNG.
-        rank: ``"best 1"`` to ``"worst 3"``.
-        key, seed: whose prediction is shown beside the baseline's.
-        dice: averaged over labels, 0..1. scratch: the same of the baseline; NaN where there is none.
-        where: plane and slice, ``"axial slice 17 of 36"``.
-    """
+    """One drawn case, ``"best 1"`` to ``"worst 3"`` of a cell and seed: its Dice averaged over labels (0..1), the baseline's (NaN
+    where there is none), plane and slice (``"axial slice 17 of 36"``)."""
 
     file: Path
     case: str
@@ -147,14 +140,8 @@ def _box(mask: np.ndarray, spacing: Sequence[float]) -> tuple[slice, ...]:
 def draw_case(
     image: Path, reference: Path, predictions: Sequence[tuple[str, Path]], labels: Sequence[int], file: Path
 ) -> str:
-    """Draw one case: the reference, then each prediction over a thin white reference contour, on one slice, side by side.
-
-    Args:
-        image: first channel of the raw image.
-        reference: label map of the same grid.
-        predictions: title and label map of each panel; the last one is the one that the slice is chosen for.
-        labels: values to draw; one colour each.
-        file: the PNG to write.
+    """Draw one case into a PNG: the reference, then each prediction (with its title) over a thin white reference contour, on one
+    slice, which is chosen for the last one. ``labels`` are the values to draw.
 
     Returns:
         Plane and slice that are shown, counted from 1.
@@ -235,15 +222,8 @@ def remove_overlays(out: Path) -> None:
 def write_overlays(
     scores: Scores, rows: pd.DataFrame, images: dict[str, Any], setting: str, out: Path
 ) -> list[CasePicture]:
-    """Draw the best and worst cases of a setting into ``out``; what cannot be drawn (a file that is gone) is left out with a
-    warning.
-
-    Args:
-        scores, rows: of the experiment.
-        images: content of ``images.json``.
-        setting: which table.
-        out: folder for the PNG files; created.
-    """
+    """Draw the best and worst cases of a setting into the folder ``out``; what cannot be drawn (a file that is gone) is left out
+    with a warning. ``images`` is the content of ``images.json``."""
     key = pictured_cell(rows, setting)
     if key is None:
         return []

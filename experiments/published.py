@@ -1,17 +1,6 @@
 """Published figures beside ours: ``--compare published.csv``.
 
-Columns of the file, in any order; the first line names them:
-
-| column | meaning |
-|---|---|
-| ``method`` | as in the experiment (capitals do not matter); ``scratch`` is the paper's own baseline |
-| ``labels`` | number of labelled cases, or ``all``: beside our largest number |
-| ``setting`` | dataset, ``ACDC`` or ``Dataset027_ACDC``; may be left out where the experiment has one |
-| ``label`` | name of a label; empty or ``mean``: mean over labels |
-| ``dice``, ``surface_dice``, ``jaccard`` | percent |
-| ``hd95``, ``asd`` | as published; the unit belongs into ``note`` |
-| ``sd`` | deviation of the Dice, percent; over what belongs into ``note`` |
-| ``source``, ``note`` | where the figure stands, and what is not comparable |
+docs/label-efficiency.md says what each column means.
 """
 
 from __future__ import annotations
@@ -41,10 +30,7 @@ NOT_COMPARABLE = (
 
 
 def read_published(file: str | Path) -> pd.DataFrame:
-    """Read a file of published figures.
-
-    Returns:
-        All columns that a file may have, a line for each figure; numbers as published, NaN: not given.
+    """Read a file of published figures: a line for each, with all of :data:`COLUMNS`; numbers as published, NaN: not given.
 
     Raises:
         NnsslError: the file is missing, a column is missing or unknown, a line has too many fields, a value is no number or no
@@ -125,12 +111,7 @@ def _shown(figures: pd.DataFrame) -> list[str]:
 
 
 def published_table(rows: pd.DataFrame, figures: pd.DataFrame) -> Table | None:
-    """Published Dice and gain beside ours, for one setting; cells that only one side has show a dash. None without figures.
-
-    Args:
-        rows: ours, of the setting.
-        figures: published ones of the same setting, from :func:`of_setting`.
-    """
+    """Published Dice and gain beside ours, for one setting; cells that only one side has show a dash. None without figures."""
     if figures.empty:
         return None
     most = max((n for n in rows["labels"] if isinstance(n, int)), default="all")

@@ -7,6 +7,7 @@ offline and holds all of it. What is read is described in :mod:`nnssl.experiment
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import pandas as pd
 
 from nnssl.experiments import curves as draw
 from nnssl.experiments import html, interpretation, provenance, tables
-from nnssl.experiments.overlay import COLOURS, CasePicture, remove_overlays, write_overlays
+from nnssl.experiments.overlay import COLOURS, remove_overlays, write_overlays
 from nnssl.experiments.published import (
     COLUMNS,
     LEFT_OVER,
@@ -145,37 +146,9 @@ def _pictures(data: _Data, setting: str) -> list[html.Picture]:
     return out
 
 
-def _cases(data: _Data, setting: str, drawn: Sequence[CasePicture]) -> dict[str, Any] | None:
-    if data.about.get("pictures") is False:
-        off = "Pictures of cases are switched off for this experiment."
-        return {"lead": off, "kind": "muted", "legend": [], "figures": []}
-    if not drawn:
-        return None
-    key, base = drawn[0].key, data.scores.methods(setting)[0]
-    cell = f"`{key.method}` with {tables.labels_text(key.labels)}, seed {drawn[0].seed}"
-    most = ", where the methods differ most" if key.method != base else ""
-    lead = (
-        f"The test cases with the highest and the lowest Dice (mean over labels) of {cell}: the best method with the fewest "
-        f"labels{most}. Of each the slice that shows most labels, then most foreground. White lines: the reference. Letters: the "
-        "patient's right (R), left (L), front (A), back (P), head (S) and feet (I), as the image's header tells them."
-    )
-    figures = [
-        html.Picture(
-            c.file,
-            f"**{c.rank}**: {c.case}, Dice {100 * c.dice:.1f}"
-            + (f", {base} {100 * c.scratch:.1f}" if c.scratch == c.scratch else "")
-            + (f"; {c.where}" if c.where else ""),
-            f"{c.rank}: {c.case}, contours of reference and predictions",
-        )
-        for c in drawn
-    ]
-    legend = [(COLOURS[i % len(COLOURS)], n) for i, n in enumerate(data.scores.label_names(setting))]
-    return {"lead": lead, "kind": "", "legend": legend, "figures": figures}
-
-
 def _setting(data: _Data, setting: str) -> dict[str, Any]:
-    drawn: list[CasePicture] = []
-    if data.about.get("pictures") is not False:
+    shown, drawn = data.about.get("pictures") is not False, []
+    if shown:
         images = read_json_file(data.folder / "images.json")
         drawn = write_overlays(data.scores, data.rows, images, setting, data.folder / "overlays") if images else []
     return {
@@ -184,7 +157,10 @@ def _setting(data: _Data, setting: str) -> dict[str, Any]:
         "published_notes": published_notes(data.figures(setting)),
         "notes": tables.notes(data.of(setting)),
         "pictures": _pictures(data, setting),
-        "cases": _cases(data, setting, drawn),
+        "without_cases": not shown,
+        "cases": drawn,
+        "baseline": data.scores.methods(setting)[0] if drawn else "",
+        "legend": list(zip(itertools.cycle(COLOURS), data.scores.label_names(setting))),
     }
 
 

@@ -130,11 +130,7 @@ def numbers(texts: pd.Series) -> tuple[pd.Series, pd.Series]:
 
 
 def read_table(file: Path, required: Iterable[str] = ()) -> pd.DataFrame:
-    """The lines of a CSV as text; no columns where there is no file. A last line that was cut off is left out.
-
-    Raises:
-        NnsslError: a column of ``required`` is missing.
-    """
+    """The lines of a CSV as text; no columns where there is no file. A last line that was cut off is left out."""
     if not file.is_file():
         return pd.DataFrame()
     with file.open(newline="", encoding="utf-8-sig") as handle:
@@ -163,11 +159,7 @@ def cell_columns(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_cases(file: Path) -> pd.DataFrame:
-    """``cases.csv`` with its numbers; of two lines for the same run, case and label the later one holds.
-
-    Raises:
-        NnsslError: a line makes no sense; it names file and line.
-    """
+    """``cases.csv`` with its numbers; of two lines for the same run, case and label the later one holds."""
     columns = [*CELL, "seed", "fold", "case", "label", *METRICS, *VOXELS]
     table = cell_columns(read_table(file, REQUIRED)).reindex(columns=columns, fill_value="").astype(object)
     problems: list[tuple[int, str]] = []
@@ -212,9 +204,7 @@ def _expected(lines: pd.DataFrame, asked: dict[str, Any]) -> set[tuple[str, str]
 def read_scores(folder: Path, experiment: dict[str, Any]) -> Scores:
     """Read ``cases.csv`` of a result folder; an experiment that has measured nothing yet gives a table of empty cells.
 
-    Args:
-        folder: the result folder.
-        experiment: what was asked for: content of ``experiment.json``; may be empty.
+    ``experiment`` is the content of ``experiment.json``: what was asked for. It may be empty.
 
     Raises:
         NnsslError: a line of ``cases.csv`` makes no sense; it names file and line.

@@ -22,17 +22,7 @@ from nnssl.files import write_atomic
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the command.
-
-    Attributes:
-        output: output folder; None: named after the experiment, in the current folder.
-        device: of pretraining, training and prediction.
-        executor: ``"local"`` or ``"slurm"``.
-        jobs: at a time; None: one for each GPU, 100 with slurm.
-        compare: CSV of published figures; None: the file's own.
-        dry_run: only show.
-        report_only: run nothing.
-    """
+    """Options of the command, by the names that its parser gives them."""
 
     output: Path | None = None
     device: str = "cuda"
@@ -53,12 +43,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Session:
-    """An experiment with its jobs, in its output folder.
-
-    Attributes:
-        published: CSV of published figures.
-        command: the command line of this call; None where it runs nothing.
-    """
+    """An experiment with its jobs, in its output folder; ``command`` is this call's command line, None where it runs nothing."""
 
     experiment: Experiment
     folder: Path

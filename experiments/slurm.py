@@ -19,14 +19,9 @@ def run_command_line(command: Sequence[str], environment: Mapping[str, str], log
     with open(log, "ab") as out:
         out.write(f"$ {' '.join(command)}\n".encode())
         out.flush()
-        return subprocess.run(
-            list(command),
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            check=False,
-        ).returncode
+        return subprocess.call(
+            command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+        )
 
 
 class _Submitted:
@@ -48,17 +43,9 @@ class _Submitted:
 
 
 class SlurmBackend:
-    """Submits jobs; a job that an earlier start submitted is waited for and not sent twice.
+    """Submits jobs; a job that an earlier start submitted is waited for and not sent twice. All nodes must see the output folder.
 
-    Args:
-        records: of the output folder, which all nodes must see.
-        parameters: submitit's, for example ``{"slurm_partition": "gpu", "timeout_min": 1440}``.
-        environment: variables exported for the jobs.
-        cluster: submitit's name of the cluster; None finds it out.
-        launcher: what the job's command is appended to.
-
-    Raises:
-        NnsslError: submitit is not installed, or refuses a parameter.
+    ``parameters`` are submitit's, for example ``{"slurm_partition": "gpu", "timeout_min": 1440}``; ``cluster`` None finds it out.
     """
 
     def __init__(

@@ -40,15 +40,8 @@ def case_weights(cases: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
 
 
 def weighted_mean(scores: pd.Series, weights: pd.DataFrame) -> np.ndarray:
-    """The mean of a cell in each bootstrap sample.
-
-    Args:
-        scores: of a cell.
-        weights: ``(R, C)``, from :func:`case_weights`.
-
-    Returns:
-        ``(R,)``: per seed and label the weighted mean over cases, then the means over labels and over seeds.
-    """
+    """The mean of a cell in each bootstrap sample: per seed and label the weighted mean over cases, then the means over labels
+    and over seeds."""
     wide = scores.unstack(["seed", "label"]).reindex(weights.columns)
     total = weights.to_numpy() @ wide.fillna(0.0).to_numpy()
     count = weights.to_numpy() @ wide.notna().to_numpy(dtype=float)
@@ -99,12 +92,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Factor:
-    """A number that may lie beyond what was measured.
-
-    Attributes:
-        value: the number, or the bound.
-        bound: ``""`` where it was reached, ``">"`` or ``"<"`` where it lies beyond ``value``.
-    """
+    """A number; with the bound ``">"`` or ``"<"`` it lies beyond ``value``, out of what was measured."""
 
     value: float
     bound: str = ""
@@ -116,14 +104,8 @@ class Factor:
 def labels_needed(counts: Sequence[float], dice: Sequence[float], target: float) -> Factor:
     """With how many labels a curve first reaches ``target``: where the line through its points, in log labels, first does.
 
-    Args:
-        counts: numbers of labelled cases, ascending and positive.
-        dice: the curve's Dice at each. NaN are left out. Where it falls, the earlier, higher value holds (a running maximum),
-            which errs towards few labels, that is, on the side of the curve.
-        target: Dice to reach.
-
-    Returns:
-        The number; beyond the counts measured, the last with ``">"`` or the first with ``"<"``; NaN without points or target.
+    Where the curve falls, the earlier, higher value holds (a running maximum), which errs towards few labels, on the side of the
+    curve. Beyond the counts measured: the last with ``">"`` or the first with ``"<"``; NaN without points or target.
     """
     points = [(math.log(n), d) for n, d in zip(counts, dice, strict=True) if not math.isnan(d)]
     if not points or math.isnan(target):

@@ -44,10 +44,7 @@ def verdict(row: Any) -> str:
 def read_curves(table: pd.DataFrame, setting: str = "") -> pd.DataFrame:
     """The pseudo Dice of ``runs.csv``: a line for each cell, seed and fold, a column for each epoch; NaN: missing.
 
-    Args:
-        table: from :func:`nnssl.experiments.scores.read_table`; a line without an epoch or with a broken number (of a run that
-            was killed) is left out.
-        setting: of the lines that name none.
+    A line without an epoch or with a broken number (of a run that was killed) is left out; ``setting`` is that of lines without.
     """
     runs = [*CELL, "seed", "fold"]
     lines = cell_columns(table.reindex(columns=list(dict.fromkeys([*table, "epoch", "pseudo_dice"])), fill_value=""))
@@ -180,14 +177,9 @@ def _results(scores: Scores, setting: str, curves: pd.DataFrame) -> Iterator[dic
 def summarise(scores: Scores, curves: pd.DataFrame | None = None) -> pd.DataFrame:
     """The results: a line for each cell that was asked for or measured and each label, ``mean`` (over labels) first.
 
-    Args:
-        scores: from :func:`nnssl.experiments.scores.read_scores`.
-        curves: from :func:`read_curves`; the longest run of the baseline is taken for a finished one.
-
-    Returns:
-        :data:`CSV_COLUMNS`, and ``measured``: whether there is anything of the cell. Dice and gains in percent, HD95 in mm; the
-        last of the factors and epochs are :class:`~nnssl.experiments.statistics.Factor`. What compares methods stands in the
-        lines of the mean; it is NaN for the baseline, and where nothing can be compared yet.
+    The columns are :data:`CSV_COLUMNS`, and ``measured``: whether there is anything of the cell. Dice and gains are in percent,
+    HD95 in mm, label factors and epochs are of :class:`Factor`. What compares methods stands in the lines of the mean; it is NaN
+    for the baseline, and where nothing can be compared yet. The longest run of the baseline is taken for a finished one.
     """
     curves = read_curves(pd.DataFrame()) if curves is None else curves
     lines = [line for setting in scores.settings for line in _results(scores, setting, curves)]
