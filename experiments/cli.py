@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import math
-import os
 from collections.abc import Sequence
-from dataclasses import fields
-from pathlib import Path
 
 from nnssl.command import run_command
-from nnssl.errors import NnsslError
-from nnssl.experiments.collect import collect
-from nnssl.experiments.dry_run import show
-from nnssl.experiments.estimate import estimate_jobs
-from nnssl.experiments.evaluate import need_surface_library
-from nnssl.experiments.executor import Backend, LocalBackend, Outcome, run_jobs, settle_lost
-from nnssl.experiments.jobs import Job
-from nnssl.experiments.records import try_lock
-from nnssl.experiments.session import Options, Session, open_session
-from nnssl.files import remove_temporary
+from nnssl.experiments.options import Options
 from nnssl.grammar import CommandParser
-from nnssl.words import counted, spoken
-
-log = logging.getLogger("nnssl")
+from nnssl.options import add_options, from_args
 
 
 def parser() -> CommandParser:
-    """The command's arguments."""
+    """The command's arguments: those of :class:`~nnssl.experiments.options.Options`."""
     p = CommandParser(
         "nnssl_label_efficiency",
         "EXPERIMENT.yaml [options]",
@@ -35,166 +19,20 @@ def parser() -> CommandParser:
         "tables, curves and report. The same command continues where it was.",
         "nnssl_label_efficiency prostate.yaml --dry-run",
     )
-    p.add_argument(
-        "experiment",
-        metavar="EXPERIMENT.yaml",
-        type=Path,
-        help="the experiment: dataset, methods, label counts, seeds; examples/label_efficiency has some",
-    )
-    where = p.group("where jobs run")
-    p.share(where, "device", help="for training and prediction: cuda (default), cpu or mps")
-    where.add_argument(
-        "--executor", choices=("local", "slurm"), default="local", help="where jobs run (default: local)"
-    )
-    where.add_argument(
-        "--jobs", type=int, metavar="N", help="jobs at a time (default: one per GPU, or one; slurm: 100)"
-    )
-    what = p.group("what is done")
-    p.share(what, "dry_run", help="only show the jobs, what exists already, and the estimated time")
-    what.add_argument(
-        "--report-only", action="store_true", help="run nothing; write tables and report from what is there"
-    )
-    what.add_argument(
-        "--compare", type=Path, metavar="FILE", help="CSV of published figures to put beside ours in the table"
-    )
-    p.share(what, "output", type=Path, help="folder of the experiment (default: label_efficiency_<name> here)")
+    add_options(p, Options)
     p.renamed("--device", "-device")
     p.renamed("-n", "--jobs")
     p.renamed("-o", "--output")
     return p
 
 
-def _gpus() -> list[str]:
-    """The GPUs that jobs are spread over, as ``CUDA_VISIBLE_DEVICES`` names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named:
-        return [n.strip() for n in named.split(",") if n.strip()]
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        raise NnsslError(
-            "no CUDA device is available. On a machine without a GPU add -device cpu, with a small network (see network:)."
-        )
-    return [str(i) for i in range(count)]
-
-
-def _report(session: Session, *, last: bool) -> None:
-    """Write the report; while jobs run, a fault in it gives a warning and does not stop them."""
-    from nnssl.experiments import report
-
-    try:
-        report.write(session.folder, session.published)
-    except Exception as error:  # noqa: BLE001  a fault of the report must not end days of training
-        if last:
-            raise
-        log.warning("The report could not be written now (%s: %s); the jobs go on.", type(error).__name__, error)
-
-
-def run_experiment(file: Path, options: Options = Options(), backend: Backend | None = None) -> Outcome:  # noqa: B008  frozen
-    """What the command does; ``backend`` is where jobs run, in place of ``options.executor``.
-
-    Raises:
-        NnsslError: a fault in the file, missing data, another process at work in the output folder.
-    """
-    session = open_session(file, options)
-    if options.dry_run:
-        session.write_inputs()
-        show(session, options.jobs or 1)
-        return Outcome(finished=session.earlier().finished)
-    need_surface_library()
-    lock = try_lock(session.folder / ".lock")
-    if lock is None and options.report_only:
-        log.info("Another process is at work in this folder; this report shows what is there by now.")
-        return _finish(session, session.earlier())
-    if lock is None:
-        raise NnsslError(
-            f"another process is at work in {session.folder}. Wait for it, or choose another folder with --output."
-        )
-    with lock:
-        for place in (
-            session.folder,
-            *(p for p in session.folder.glob("*") if p.is_dir()),
-        ):  # whoever wrote them is dead
-            remove_temporary(place)
-        settle_lost(session.graph.jobs.values(), session.records)
-        session.write_inputs()
-        run = session.pending and not options.report_only
-        return _finish(session, _run(session, options, backend) if run else session.earlier())
-
-
-def _run(session: Session, options: Options, backend: Backend | None) -> Outcome:
-    """Run what is not finished."""
-    pending, slots = session.pending, 1
-    environment = session.experiment.environment
-    if backend is None and options.executor == "slurm":
-        from nnssl.experiments.slurm import SlurmBackend
-
-        backend, slots = SlurmBackend(session.records, session.experiment.slurm, environment), 100
-    elif backend is None:
-        gpus = _gpus() if session.device == "cuda" and any(job.gpu for job in pending) else []
-        backend, slots = LocalBackend(session.records, environment, gpus), max(1, len(gpus))
-    slots = options.jobs or slots
-    jobs = session.graph.jobs
-    log.info("%d of %d jobs to do, %d at a time. Logs: %s", len(pending), len(jobs), slots, session.folder / "logs")
-    return run_jobs(jobs.values(), session.records, backend, slots, _Watch(session, slots))
-
-
-def _finish(session: Session, outcome: Outcome) -> Outcome:
-    """Write tables and report, and tell how it ended."""
-    done = collect(session, outcome)
-    _report(session, last=True)
-    runs, page = len(session.graph.runs), session.folder / "report.html"
-    log.info("%d of %d fine-tunings are evaluated. Report: %s", done, runs, page)
-    if outcome.failed:
-        failed = counted(len(outcome.failed), "job")
-        lines = [f"  {i}: {reason}\n    log: {session.records.log(i)}" for i, reason in outcome.failed.items()]
-        told = [f"{failed} failed, {len(outcome.blocked)} that need them were not run:", *lines]
-        log.warning("%s\nThe same command tries them again.", "\n".join(told))
-    return outcome
-
-
-class _Watch:
-    """Tells each end of a job with what is left, and writes the tables anew whenever all methods of one draw are through."""
-
-    def __init__(self, session: Session, slots: int) -> None:
-        self.session, self.slots = session, slots
-        self.through: set[tuple] = set()
-
-    def __call__(self, job: Job, outcome: Outcome) -> None:
-        """Look at the jobs and groups after a job has ended."""
-        self._tell(job, outcome)
-        ended = {*outcome.finished, *outcome.done, *outcome.failed, *outcome.blocked}
-        runs = self.session.graph.runs
-        groups = {run.group for run in runs}
-        new = groups - {run.group for run in runs if run.jobs[-1] not in ended} - self.through
-        if not new or job.phase != "evaluate":
-            return
-        self.through |= new
-        collect(self.session, outcome)
-        _report(self.session, last=False)
-        through = counted(len(self.through), "draw is", "draws are")
-        table = self.session.folder / "table.md"
-        log.info("%s of %d evaluated for all methods; tables: %s", through, len(groups), table)
-
-    def _tell(self, job: Job, outcome: Outcome) -> None:
-        """``train-... done in 3 min: 23 of 34, about 40 min left``."""
-        graph, records = self.session.graph, self.session.records
-        over = {*outcome.finished, *outcome.done}
-        gone = {*outcome.failed, *outcome.blocked}
-        left = [j for j in graph.jobs.values() if j.id not in over | gone]
-        seconds = estimate_jobs(graph, records, left, self.session.device, timed=False).seconds.values()
-        known = [s for s in seconds if not math.isnan(s)]
-        word = "about" if len(known) == len(left) else "more than"
-        time = f", {word} {spoken(sum(known) / self.slots)} left" if known else ", time unknown yet" if left else ""
-        how = "done" if job.id in over else "FAILED"
-        took = spoken(float(records.read(job.id).get("seconds") or 0.0))
-        bad = f", {len(gone)} failed or not run" if gone else ""
-        log.info("%s %s in %s: %d of %d%s%s", job.id, how, took, len(over), len(graph.jobs), bad, time)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Console entry point; returns the exit status: 1 where a job failed."""
     args = parser().parse_args(argv)
-    options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
-    return run_command(lambda: int(bool(run_experiment(args.experiment, options).failed)), args)
+
+    def body() -> int:
+        from nnssl.experiments.run import run_experiment
+
+        return 1 if run_experiment(from_args(Options, args)).failed else 0
+
+    return run_command(body, args)

@@ -1,9 +1,8 @@
-"""An experiment at work in its output folder, and what the command was asked for beside its file."""
+"""An experiment at work in its output folder."""
 
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,29 +15,9 @@ from nnssl.experiments.executor import Outcome
 from nnssl.experiments.experiment import Experiment, load_experiment
 from nnssl.experiments.graph import build_graph
 from nnssl.experiments.jobs import Graph, Job
+from nnssl.experiments.options import Options
 from nnssl.experiments.records import Records
 from nnssl.files import write_atomic
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of the command, by the names that its parser gives them."""
-
-    output: Path | None = None
-    device: str = "cuda"
-    executor: str = "local"
-    jobs: int | None = None
-    compare: Path | None = None
-    dry_run: bool = False
-    report_only: bool = False
-
-    def command(self, file: Path) -> str:
-        """The command line, with every option that is not the default."""
-        given = {"-device": self.device if self.device != "cuda" else None,
-                 "--executor": self.executor if self.executor != "local" else None,
-                 "--jobs": self.jobs, "--compare": self.compare, "--output": self.output}  # fmt: skip
-        words = [str(word) for option, value in given.items() if value is not None for word in (option, value)]
-        return shlex.join(["nnssl_label_efficiency", str(file), *words])
 
 
 @dataclass(frozen=True)
@@ -91,13 +70,13 @@ def _link(folder: Path, links: Mapping[str, str]) -> None:
             shutil.copyfile(target, link)
 
 
-def open_session(file: Path, options: Options) -> Session:
+def open_session(options: Options) -> Session:
     """Read an experiment file and look everything up.
 
     Raises:
         NnsslError: a fault in the file or the options, missing data.
     """
-    experiment = load_experiment(file)
+    experiment = load_experiment(options.experiment)
     published = options.compare or experiment.published
     if published is not None and not published.is_file():
         raise NnsslError(f"the published figures {published} do not exist.")
@@ -107,5 +86,5 @@ def open_session(file: Path, options: Options) -> Session:
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"--jobs {options.jobs}: at least 1.")
     graph, records = build_graph(experiment, folder, options.device), Records(folder)
-    command = None if options.report_only else options.command(file)
+    command = None if options.report_only else options.command
     return Session(experiment, folder, options.device, graph, records, published, command)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnssl.experiments import cli, executor, report
+from nnssl.experiments import executor, report, run
 from nnssl.experiments.executor import LocalBackend
 from nnssl.experiments.experiment import load_experiment
 from nnssl.experiments.graph import build_graph
+from nnssl.experiments.options import Options
 from nnssl.experiments.records import Records
-from nnssl.experiments.session import Options
 from nnssl.plans import Plan
 
 LABELS = ("Anterior", "Posterior")
@@ -228,7 +228,7 @@ class Lab:
 
     def run(self, backend=None, **options):
         backend = backend or LocalBackend(Records(self.out), {}, launcher=self.launcher)
-        return cli.run_experiment(self.file, Options(self.out, "cpu", **options), backend)
+        return run.run_experiment(Options(self.file, **{"device": "cpu", "output": self.out, **options}), backend)
 
     def starts(self, job_id: str) -> list[str]:
         file = self.out / "logs" / f"{job_id}.log"
@@ -243,7 +243,7 @@ class Lab:
 def lab(tiny_preprocessed, tmp_path, monkeypatch):
     tiny_preprocessed(901, "Tiny", 5, n_test=2)
     monkeypatch.setattr(executor, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(cli, "need_surface_library", lambda: None)
+    monkeypatch.setattr(run, "need_surface_library", lambda: None)
     monkeypatch.setattr(report, "write", lambda folder, published=None: None)
     return Lab(tmp_path)
 

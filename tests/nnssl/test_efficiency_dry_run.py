@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from nnssl.errors import NnsslError
-from nnssl.experiments import cli
 from nnssl.experiments.estimate import estimate_jobs
+from nnssl.experiments.options import Options
 from nnssl.experiments.records import Records
-from nnssl.experiments.session import Options
+from nnssl.experiments.run import run_experiment
 
 
 def dry_run(lab, caplog):
@@ -81,7 +81,7 @@ def test_no_gpu_is_said_before_anything_runs(lab, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(NnsslError, match="-device cpu"):
-        cli.run_experiment(lab.file, Options(lab.out, "cuda"))
+        run_experiment(Options(lab.file, output=lab.out))
 
 
 def test_a_file_in_the_place_of_the_output_folder(lab):

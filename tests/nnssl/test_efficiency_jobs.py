@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from nnssl.errors import NnsslError
-from nnssl.experiments import cli
 from nnssl.experiments.estimate import estimate_jobs
 from nnssl.experiments.executor import full_command
 from nnssl.experiments.jobs import PHASES, Job
+from nnssl.experiments.options import Options
 from nnssl.experiments.records import Records
-from nnssl.experiments.session import Options
+from nnssl.experiments.run import run_experiment
 
 
 def test_the_graph_has_each_phase_in_order_and_shares_what_can_be_shared(lab):
@@ -116,13 +116,13 @@ def test_all_missing_datasets_are_named_at_once_with_where_they_come_from(lab, t
         "settings: [{name: ACDC, dataset: 27}, {name: Spleen, dataset: 9}, {name: here, dataset: 901}]\n"
     )
     with pytest.raises(NnsslError, match="3 datasets are not there") as error:
-        cli.run_experiment(file, Options(tmp_path / "out", "cpu", dry_run=True))
+        run_experiment(Options(file, device="cpu", output=tmp_path / "out", dry_run=True))
     text = str(error.value)
     assert "\n  27: ACDC, from its organisers (for ACDC)" in text and "\n  9 (for Spleen)" in text
     assert "\n  301 (to pretrain on for ACDC, Spleen, here)" in text and text.endswith("or leave out what needs it.")
     file.write_text("dataset: 27\nmethods: [scratch]\nlabels: [1]\n")  # a setting without a name of its own
     with pytest.raises(NnsslError, match=r"a dataset is not there: 27\.\n"):
-        cli.run_experiment(file, Options(tmp_path / "out", "cpu", dry_run=True))
+        run_experiment(Options(file, device="cpu", output=tmp_path / "out", dry_run=True))
 
 
 def test_resume_is_asked_for_where_something_was_begun(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nnssl.errors import NnsslError
-from nnssl.experiments import cli, report
+from nnssl.experiments import cli, report, run
 from nnssl.experiments.executor import LocalBackend, run_jobs
 from nnssl.experiments.jobs import Job
 from nnssl.experiments.records import Records, try_lock
@@ -54,7 +54,7 @@ def test_a_failing_job_stops_only_what_needs_it(lab, caplog):
 def test_the_command_tells_failures_by_its_exit_status(lab, monkeypatch, capsys):
     train = next(i for i in lab.graph().jobs if i.startswith("train"))
     (lab.control / f"fail-{train}").touch()
-    monkeypatch.setattr(cli, "LocalBackend", lambda records, *args: LocalBackend(records, launcher=lab.launcher))
+    monkeypatch.setattr(run, "LocalBackend", lambda records, *args: LocalBackend(records, launcher=lab.launcher))
     assert cli.main([str(lab.file), "-device", "cpu", "--output", str(lab.out)]) == 1
     out = capsys.readouterr().out
     assert "1 job failed, 2 that need them were not run" in out and str(lab.out / "logs" / f"{train}.log") in out
