@@ -55,6 +55,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
     choices: tuple = (),
+    was: str = "",
 ) -> Any:
     """A field of a config dataclass that ``--list`` can explain and every way of setting it checks.
 
@@ -64,8 +65,9 @@ def option(
         low, high: range of a number, or of each of a tuple, ends included.
         above, below: ends that are not included, in place of these.
         choices: the legal values of a string.
+        was: its name before, which is still taken.
     """
-    about = {"help": help, "low": low, "high": high, "above": above, "below": below, "choices": choices}
+    about = {"help": help, "low": low, "high": high, "above": above, "below": below, "choices": choices, "was": was}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=about)
     return field(default=default, metadata=about)
@@ -96,6 +98,8 @@ def split_options(given: Mapping[str, Any], configs: list[type]) -> list[dict[st
     Raises:
         NnsslError: for unknown names, each with the nearest known one.
     """
+    for config in configs:
+        given = _current_names(config, given)
     known = [{f.name for f in fields(c)} for c in configs]
     out: list[dict[str, Any]] = [{} for _ in configs]
     problems = []
@@ -107,6 +111,12 @@ def split_options(given: Mapping[str, Any], configs: list[type]) -> list[dict[st
             problems += unknown_keys([key], set().union(*known), what="option")
     raise_problems(problems, "option -o")
     return out
+
+
+def _current_names(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under their names of now."""
+    now = {f.metadata["was"]: f.name for f in fields(cls) if f.metadata.get("was")}
+    return {now.get(key, key): value for key, value in given.items()}
 
 
 def unknown_keys(given: Iterable[str], known: Iterable[str], where: str = "", what: str = "key") -> list[str]:
@@ -250,7 +260,7 @@ def make_config(cls: type[C], values: Mapping[str, Any], preset: Mapping[str, An
     Raises:
         NnsslError: lists every value of a wrong type or outside of its range.
     """
-    merged = {**(preset or {}), **values}
+    merged = {**_current_names(cls, preset or {}), **_current_names(cls, values)}
     out, problems = problems_of(cls, merged)
     raise_problems([*unknown_keys(merged, _wanted(cls), what="option"), *problems], "option -o")
     return cls(**out)

@@ -52,3 +52,20 @@ def test_attributes_have_both_names(tmp_path):
 def test_a_moved_function_tells_where_it_is():
     with pytest.raises(ImportError, match="from nnssl.weights import write_variant"):
         from nnssl.plans import write_variant  # noqa: F401
+
+
+def test_options_are_taken_under_both_names_and_found_in_folders_of_before():
+    from nnssl.config import make_config, split_options
+    from nnssl.pretrain.engine.folder import differences
+    from nnssl.pretrain.methods import get_method
+    from nnssl.pretrain.omni.config import resolve_omni
+
+    voco = get_method("voco").Config
+    (given,) = split_options({"align": "false", "grid": "1,3,3"}, [voco])
+    assert given == {"reorient": "false", "grid": "1,3,3"}
+    assert not make_config(voco, given).reorient and not make_config(voco, {}, {"align": False}).reorient
+    assert make_config(voco, {"reorient": True}, {"align": False}).reorient, "what the user gave comes before a preset"
+    assert resolve_omni({"agreement": "5"}).compared == 5
+    assert not differences({"options": {"align": True, "lr": 1}}, {"options": {"reorient": True, "lr": 1}})
+    changed = differences({"options": {"align": True}}, {"options": {"reorient": False}})
+    assert changed == ["options.reorient: True in the folder, False now"]

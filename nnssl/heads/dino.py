@@ -100,15 +100,7 @@ class DinoHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.mlp(x.float())
 
-    def embed(self, x: Tensor) -> Tensor:
-        """``(B, width)`` -> ``(B, bottleneck)`` float32, of unit length."""
-        return F.normalize(self.project(x), dim=1)
-
     def logits(self, z: Tensor) -> Tensor:
         """Embeddings ``(B, bottleneck)`` -> ``(B, K)`` float32 in [-1, 1]; 0 where prototypes are 0."""
         with torch.autocast(z.device.type, enabled=False):
             return F.linear(z, F.normalize(self.prototypes, dim=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, width)`` -> ``(B, K)`` float32."""
-        return self.logits(self.embed(x))

@@ -6,18 +6,11 @@ Volume contrast, Wu et al. 2024 (arXiv:2410.09890; first form arXiv:2402.17300).
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-
-def base_offsets(size: Sequence[int], grid: Sequence[int]) -> Tensor:
-    """First voxel of each base crop in the window: ``(n, dim)`` int64."""
-    cells = itertools.product(*[range(g) for g in grid])
-    return torch.tensor([[i * c for i, c in zip(cell, size)] for cell in cells])
 
 
 def base_crops(x: Tensor, grid: Sequence[int]) -> Tensor:

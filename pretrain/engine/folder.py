@@ -22,17 +22,20 @@ log = logging.getLogger("nnssl")
 LOCK = ".lock"
 NAMED = 10
 UNKNOWN = "not known"
+OLD_NAMES = {"reorient": "align"}
+"""Options that the folders of earlier versions hold under another name."""
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
     """One line for each key of ``wanted`` whose value is another in ``saved``, or which an earlier version did not know."""
     out = []
     for key, value in wanted.items():
-        old = saved.get(key)
+        name = key if key in saved else OLD_NAMES.get(key, key)
+        old = saved.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
             out += differences(old, value, f"{prefix}{key}.")
         elif old != value:
-            then = old if key in saved else UNKNOWN
+            then = old if name in saved else UNKNOWN
             out.append(f"{prefix}{key}: {then} in the folder, {value} now")
     return out
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("nnssl")
 
 C = TypeVar("C")
+Size = tuple[int, ...]
+"""Voxels per axis."""
 
 
 class Method(nn.Module, ABC, Generic[C]):
@@ -88,7 +90,7 @@ class Method(nn.Module, ABC, Generic[C]):
 
     @classmethod
     @abstractmethod
-    def crops(cls, plan: Plan, stats: SourceStats, config: C, size: tuple[int, ...] | None = None) -> CropRequest:
+    def crops(cls, plan: Plan, stats: SourceStats, config: C, size: Size | None = None) -> CropRequest:
         """Choose the pretraining crop for a plan.
 
         Args:

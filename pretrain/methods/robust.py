@@ -29,7 +29,7 @@ from nnssl.plans import Plan
 from nnssl.pretrain.augment import StepRNG, central_crop, random_jitter
 from nnssl.pretrain.augment.spatial import AffineRange
 from nnssl.pretrain.geometry import choose_crop
-from nnssl.pretrain.methods.base import Method, encoder_only, numbers_of
+from nnssl.pretrain.methods.base import Method, Size, encoder_only, numbers_of
 from nnssl.pretrain.methods.panels import NOTE, as_column, found_curve, parted_curve, slice_at
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Picture, SourceStats
@@ -53,9 +53,7 @@ class RobustConfig:
     pooling: str = option("grid", "from map to vector; gap is nearly blind under InstanceNorm", choices=POOLINGS)
     grid: int = option(2, "cells per axis of pooling=grid", low=1, high=16)
     batch_standardise: bool = option(True, "standardise pooled features over the batch of all GPUs")
-    gamma: float = option(
-        0.3, "largest change of the intensities' exponent, in units of its logarithm", low=0.0, high=2.0
-    )
+    gamma: float = option(0.3, "largest change of the logarithm of the intensities' exponent", low=0.0, high=2.0)
     noise: float = option(0.1, "largest SD of added noise, in normalised units", low=0.0, high=2.0)
     blur: float = option(1.0, "largest SD of the blur, in voxels; 0: none", low=0.0, high=5.0)
     jitter: float = option(0.1, "largest relative change of brightness and contrast", low=0.0, high=0.9)
@@ -85,9 +83,7 @@ class Robust(Method[RobustConfig]):
             raise NnsslError(f"-o levels={config.levels}: the encoder of this plan has {plan.n_stages} stages.")
 
     @classmethod
-    def crops(
-        cls, plan: Plan, stats: SourceStats, config: RobustConfig, size: tuple[int, ...] | None = None
-    ) -> CropRequest:
+    def crops(cls, plan: Plan, stats: SourceStats, config: RobustConfig, size: Size | None = None) -> CropRequest:
         """Crops within the image, so that padding does not tell one case from another; one per case."""
         if stats.n_cases < 2:
             raise NnsslError(f"robust compares cases and needs at least 2 to learn from, there is {stats.n_cases}.")

@@ -17,7 +17,7 @@ class OmniConfig:
     """Options of the omni-supervised stages, settable by ``-o omni.key=value`` beside the method's own."""
 
     switch: float = option(
-        1 / 3, "share of the run's steps after which pseudo-labels are learnt from; 1: never", low=0.0, high=1.0
+        1 / 3, "share of the steps before pseudo-labels are learnt from; 1: never", low=0.0, high=1.0
     )
     schedule: str = option(
         "stages",
@@ -25,17 +25,13 @@ class OmniConfig:
         "method's own over both",
         choices=("stages", "method"),
     )
-    warmup: float = option(
-        0.05, "of schedule=stages: share of each stage over which the rate rises", low=0.0, high=0.99
-    )
+    warmup: float = option(0.05, "of schedule=stages: share of each stage in which the rate rises", low=0.0, high=0.99)
     fold: str = option(
         "0",
         "learn from the labels of this fold's training cases; --labelled-cases comes before it",
         choices=("0", "1", "2", "3", "4", "all"),
     )
-    annotated: tuple[str, ...] = option(
-        (), "classes or regions that are annotated, where not all are: liver,spleen; empty: all"
-    )
+    annotated: tuple[str, ...] = option((), "classes or regions that are annotated: liver,spleen; empty: all")
     ssl_weight: float = option(1.0, "weight of the self-supervised loss", low=0.0, high=1000.0)
     seg_weight: float = option(1.0, "weight of the loss on labelled patches", low=0.0, high=1000.0)
     semi_weight: float = option(1.0, "weight of the loss on pseudo-labelled patches", low=0.0, high=1000.0)
@@ -52,9 +48,7 @@ class OmniConfig:
         choices=("ema", "running", "snapshot"),
     )
     momentum: float = option(0.99, "of the moving average; less in its first steps", low=0.0, high=1.0)
-    threshold: float = option(
-        0.0, "least probability of a pseudo-label; voxels below it are ignored; 0: none is", low=0.0, high=1.0
-    )
+    threshold: float = option(0.0, "least probability of a pseudo-label; voxels below are ignored", low=0.0, high=1.0)
     largest: str = option(
         "auto",
         "pseudo-labels keep the largest component of a class: where all labelled cases show it as one piece, of all classes, or "
@@ -77,14 +71,17 @@ class OmniConfig:
         2.0, "of intensities=strong: factor on that probability and on the noise for pseudo-labelled patches", low=0.0
     )
     mirror: bool = option(True, "mirroring among it; false where left and right are different labels")
-    agreement: int = option(
-        32, "patches of held-out labelled cases that pseudo-labels are compared on after each epoch; 0: none", low=0
+    compared: int = option(
+        32,
+        "patches of held-out labelled cases that pseudo-labels are compared on after each epoch; 0: none",
+        low=0,
+        was="agreement",
     )
     volumes: int = option(4, "cases whose pseudo-labels are written as volumes at the end; 0: none", low=0)
     volumes_every: int = option(0, "epochs between two more such sets; 0: only at the end", low=0)
 
 
-OMNI_RUNTIME = frozenset({"agreement", "volumes", "volumes_every"})
+OMNI_RUNTIME = frozenset({"compared", "volumes", "volumes_every"})
 """Options that do not change what is learnt: they may differ when a run is continued."""
 
 _ONE: dict[str, Any] = {"switch": 0.5, "schedule": "method", "largest": "never", "intensities": "nnunet"}

@@ -279,20 +279,18 @@ class OmniMixin(Method):
         made = self.omni_labels(self.omni_logits(part["data"]))
         columns = own.columns | omni_columns(part["data"], part["label"], made)
         note = f"{own.note} The network's labels, one colour for each, should become those of the expert."
-        return replace(
-            own, columns=columns, note=note.strip(), tags=own.tags | {PSEUDO: dice_tags(part["label"], made)}
-        )
+        tags = own.tags | {PSEUDO: dice_tags(part["label"], made)}
+        return replace(own, columns=columns, note=note.strip(), tags=tags)
 
     def curves(self) -> list[Curve]:
         """The segmentation of held-out labelled cases and the pseudo-labels, then the method's own."""
-        own = [
-            replace(c, lines={"ssl" if k == "total" else k: v for k, v in c.lines.items()}) for c in super().curves()
-        ]
+        own = super().curves()[0]
+        own = replace(own, lines={"ssl" if k == "total" else k: v for k, v in own.lines.items()})
         unit = "nnU-Net's loss, Dice + cross-entropy\n(-1: perfect)"
         labels = Curve("How well are labelled cases segmented?", unit, {"seg": ""}, hint="lower is better")
         unit = "nnU-Net's loss against labels\nthat the network has made itself"
         pseudo = Curve("Are its own labels learnt? (second stage)", unit, {"semi": ""}, hint="lower is better")
-        return [own[0], labels, pseudo]
+        return [own, labels, pseudo]
 
     def verdict(self, first: dict[str, float], last: dict[str, float]) -> tuple[bool, str]:
         """The method's own, on its own loss."""

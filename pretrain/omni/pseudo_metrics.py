@@ -46,14 +46,14 @@ class PseudoMetricsHook(Hook):
     def start(self, engine: Engine) -> None:
         """Choose the patches; measure the untrained network."""
         seed, cases = engine.spec.seed, self.auxiliary.cases
-        wanted = set(case_order([c.name for c in cases.held_out], seed)[:CASES]) if self.config.agreement else set()
+        wanted = set(case_order([c.name for c in cases.held_out], seed)[:CASES]) if self.config.compared else set()
         found = [
             c
             for c in cases.held_out
             if c.name in wanted and any(map(len, class_locations(cases.folder, c.name).values()))
         ]
         if found:
-            self._data = self.auxiliary.labelled_dataset(found, held_out=True, batch=self.config.agreement)
+            self._data = self.auxiliary.labelled_dataset(found, held_out=True, batch=self.config.compared)
             log.info("Pseudo-labels are compared with the labels of %d held-out cases.", len(found))
         else:
             log.info("Pseudo-labels are compared with no labels: no labelled case is held out.")
@@ -77,7 +77,7 @@ class PseudoMetricsHook(Hook):
             self._write(engine, epoch)
 
     def finish(self, engine: Engine) -> str | None:
-        """Write volumes; tell how the agreement went."""
+        """Write volumes; tell how the Dice went."""
         self._write(engine, engine.step // engine.spec.iterations)
         if not self.trace:
             return None

@@ -91,10 +91,8 @@ def write_volumes(engine: Engine, auxiliary: OmniLoaders, count: int, folder: Pa
 def _predictor(engine: Engine) -> nnUNetPredictor:
     """nnU-Net's predictor, without mirroring."""
     spec = engine.spec
-    on_device = spec.device.type == "cuda"
-    predictor = _Quiet(
-        use_mirroring=False, perform_everything_on_device=on_device, device=spec.device, allow_tqdm=False
-    )
+    where = {"device": spec.device, "perform_everything_on_device": spec.device.type == "cuda"}
+    predictor = _Quiet(use_mirroring=False, allow_tqdm=False, **where)
     predictor.plans_manager, predictor.configuration_manager = spec.plan.manager, spec.plan.config
     predictor.dataset_json = spec.plan.dataset_json
     predictor.list_of_parameters = predictor.allowed_mirroring_axes = None

@@ -18,7 +18,7 @@ from nnssl.trainers.weights import find_weights
 from nnssl.weights import apply
 
 QUICK = {"workers": 0, "held_out_batches": 1, "batch_size": 4, "picture_every": 0, "log_every": 1}
-SMALL = {**QUICK, "omni.batch": 1, "omni.agreement": 2, "omni.volumes": 0, "omni.patch": "8,12,8"}
+SMALL = {**QUICK, "omni.batch": 1, "omni.compared": 2, "omni.volumes": 0, "omni.patch": "8,12,8"}
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Counting agreement, and choosing which cases are written as volumes."""
+"""Counting Dice, and choosing which cases are written as volumes."""
 
 import contextlib
 from types import SimpleNamespace
@@ -230,7 +230,7 @@ def test_of_many_held_out_cases_64_are_compared_on_and_those_with_any_label(monk
     monkeypatch.setattr(pseudo_metrics, "class_locations", lambda folder, name: shown[name])
     hook.start(engine)
     assert hook._data == ["a", "b"], "one class of two is enough"
-    hook, engine, *_ = hook_of(monkeypatch, tmp_path, held_out=["a"], agreement=0)
+    hook, engine, *_ = hook_of(monkeypatch, tmp_path, held_out=["a"], compared=0)
     hook.start(engine)
     assert hook._data is None
 

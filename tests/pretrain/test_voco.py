@@ -20,7 +20,7 @@ def test_request(make_voco):
     method = make_voco()
     assert method.request.size == (4, 8, 8) and method.request.read_size == (4, 24, 16) and method.grid == (1, 3, 2)
     assert method.request.sampling == "inside" and method.request.reorient
-    assert make_voco(window="volume", align=False).request.sampling == "whole"
+    assert make_voco(window="volume", reorient=False).request.sampling == "whole"
     assert "6 cells and 3 random crops" in method.request.explanation
     with pytest.raises(NnsslError, match="axis 1"):
         make_voco(grid=(1, 5, 1))

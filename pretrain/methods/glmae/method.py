@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from nnssl.plans import Plan
 from nnssl.pretrain import geometry
 from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.augment.box import image_box
-from nnssl.pretrain.methods.base import numbers_of, require_weight, weighted_sum
+from nnssl.pretrain.methods.base import Size, numbers_of, require_weight, weighted_sum
 from nnssl.pretrain.methods.glmae.resized_crop import box_share, copy_box, resized_crop, sample_boxes
 from nnssl.pretrain.methods.glmae.self_distillation import STAGES, SelfDistillation
 from nnssl.pretrain.methods.mae.masked import PICTURE_NOTE, MaskedConfig, MaskedReconstruction, check_options
@@ -50,17 +51,13 @@ class GLMAEConfig(MaskedConfig):
     """Options of glmae: masking as in mae, views and consistency."""
 
     mirror: bool = option(False, "mirror each view on its own (left and right become alike)")
-    optimiser: str = option(
-        "adamw", "adamw: warm-up, cosine; sgd: nesterov, polynomial decay", choices=("sgd", "adamw")
-    )
+    optimiser: str = option("adamw", "adamw: warm-up, cosine; sgd: nesterov, polynomial", choices=("sgd", "adamw"))
     views: str = option(
         "auto", "A: both of one size; B: local ones 0.6 of it; auto: A where that is wider", choices=("auto", "A", "B")
     )
     global_views: int = option(1, "p, wide views of a volume; 0: none, and no teacher", low=0, high=16)
     local_views: int = option(2, "q, narrow views of a volume", low=0, high=16)
-    min_zoom: float = option(
-        1.5, "least width of a global view by the crop, where the volume has it", low=1.0, high=2.5
-    )
+    min_zoom: float = option(1.5, "least width of a global view by the crop, if the volume has it", low=1.0, high=2.5)
     max_zoom: float = option(2.5, "largest width of a global view by the crop", low=1.0, high=2.5)
     body_share: float = option(0.25, "share of body that a view should show", low=0.0, high=1.0)
     global_weight: float = option(1.0, "weight of the global reconstruction L_rec^g", low=0.0)
@@ -80,13 +77,9 @@ class GLMAEConfig(MaskedConfig):
     bottleneck: int = option(256, "width of the embedding", low=2, high=4096)
     student_temperature: float = option(0.1, "tau_s", low=0.01, high=10.0)
     teacher_temperature: float = option(0.04, "tau_t", low=0.005, high=10.0)
-    centre_momentum: float = option(
-        0.99, "of the teacher's centre; 0.9 for 32 and more global views", low=0.0, high=1.0
-    )
+    centre_momentum: float = option(0.99, "of the teacher's centre; 0.9 from 32 global views on", low=0.0, high=1.0)
     teacher_momentum: float = option(0.996, "mu of the teacher, rising to 1 over the run", low=0.0, high=1.0)
-    standardise: bool = option(
-        True, "standardise pooled features and embeddings over the batch (without, images hardly differ)"
-    )
+    standardise: bool = option(True, "standardise features and embeddings over the batch (else images hardly differ)")
     moments_momentum: float = option(0.9, "of the running moments, for use outside of training", low=0.0, high=1.0)
 
 
@@ -138,9 +131,7 @@ class GLMAE(MaskedReconstruction[GLMAEConfig]):
     # ---- views ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def crops(
-        cls, plan: Plan, stats: SourceStats, config: GLMAEConfig, size: tuple[int, ...] | None = None
-    ) -> CropRequest:
+    def crops(cls, plan: Plan, stats: SourceStats, config: GLMAEConfig, size: Size | None = None) -> CropRequest:
         """Crops of about two thirds of the image within the patch, in windows that hold a view up to ``max_zoom`` wider."""
         require_weight(config, "global_views", "local_views")
         if config.min_zoom > config.max_zoom:
@@ -347,19 +338,12 @@ def _wider(size: Sequence[int], window: Sequence[int]) -> bool:
     return any(w >= WIDER * s for w, s in zip(window, size))
 
 
-def _choose(
-    plan: Plan, median: Sequence[int], config: GLMAEConfig, size: tuple[int, ...] | None
-) -> tuple[tuple[int, ...], str]:
+def _choose(plan: Plan, median: Size, config: GLMAEConfig, size: Size | None) -> tuple[Size, str]:
     """The crop of a U-Net: small enough that wider views exist, or, where none do, the patch."""
-
-    def choose(compare: bool) -> tuple[tuple[int, ...], str]:
-        return geometry.choose_crop(
-            plan.patch_size, median, plan.total_stride, compare=compare, what="the network", size=size
-        )
-
-    chosen, why = choose(config.views != "B")
+    choose = partial(geometry.choose_crop, plan.patch_size, median, plan.total_stride, size=size)
+    chosen, why = choose(compare=config.views != "B")
     if config.views == "auto" and not _wider(chosen, _window(chosen, median, config.max_zoom)):
-        return choose(False)
+        return choose(compare=False)
     return chosen, why
 
 

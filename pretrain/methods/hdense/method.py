@@ -36,7 +36,7 @@ from nnssl.pretrain.augment.box import image_bounds
 from nnssl.pretrain.augment.pairs import cut, draw_pairs
 from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.geometry import choose_crop, largest_spread
-from nnssl.pretrain.methods.base import Method, require_weight, weighted_sum, whole_network
+from nnssl.pretrain.methods.base import Method, Size, require_weight, weighted_sum, whole_network
 from nnssl.pretrain.methods.hdense.local import genesis_transforms
 from nnssl.pretrain.methods.hdense.window import window_corruption
 from nnssl.pretrain.methods.panels import NOTE, as_column, found_curve, matching_columns, parted_curve, slice_at
@@ -54,22 +54,16 @@ class HDenseConfig:
     """Options of hdense; vox2vec has the same with other defaults."""
 
     levels: int = option(5, "finest pyramid levels in a voxel's representation; 0: all", low=0, high=12)
-    level_dim: int = option(
-        32, "width that each level is mapped to; 0: raw features, not balanced (vox2vec)", low=0, high=1024
-    )
+    level_dim: int = option(32, "width that each level is mapped to; 0: raw features (vox2vec)", low=0, high=1024)
     train_scale_proj: bool = option(True, "train those maps (the released code left them random)")
     proj_dim: int = option(128, "width of the voxel embedding", low=2, high=4096)
     proj_layers: int = option(3, "linear layers of the projector", low=1, high=6)
     temperature: float = option(0.1, "tau of the contrast", low=0.01, high=10.0)
     contrast_weight: float = option(1.0, "weight of the voxel contrast L_c; 0: restoration only", low=0.0)
-    restoration_weight: float = option(
-        10.0, "weight of the restoration L_r, in units of [0, 1]; 0: contrast only", low=0.0
-    )
+    restoration_weight: float = option(10.0, "weight of the restoration L_r (in [0, 1]); 0: contrast only", low=0.0)
     recon_head: str = option("single", "one 1x1x1 convolution, or two layers (paper)", choices=("single", "double"))
     n_voxels: int = option(1024, "most voxel pairs of a pair of crops", low=1, high=65536)
-    pairs_per_volume: int = option(
-        PAIRS, "crop pairs of one volume: fewer make other volumes negatives too", low=1, high=1024
-    )
+    pairs_per_volume: int = option(PAIRS, "crop pairs of a volume; fewer make others negatives too", low=1, high=1024)
     min_overlap: float = option(0.0, "least overlap of a pair per axis, as a share of the crop", low=0.0, high=1.0)
     negatives: str = option("batch", "voxels of all pairs, or of the own pair (paper)", choices=("batch", "pair"))
     gather: bool = option(True, "compare with the voxels of all GPUs; false: each GPU its own")
@@ -128,9 +122,7 @@ class HDense(Method[HDenseConfig]):
         self.norm_sees_batch = any(isinstance(m, _BatchNorm) for m in network.modules())
 
     @classmethod
-    def crops(
-        cls, plan: Plan, stats: SourceStats, config: HDenseConfig, size: tuple[int, ...] | None = None
-    ) -> CropRequest:
+    def crops(cls, plan: Plan, stats: SourceStats, config: HDenseConfig, size: Size | None = None) -> CropRequest:
         """Crops of at most two thirds of the image, so that two of them differ, in windows that hold every pair around a
         voxel."""
         require_weight(config, "contrast_weight", "restoration_weight")

@@ -30,7 +30,7 @@ from nnssl.pretrain.augment import StepRNG, central_crop, random_jitter
 from nnssl.pretrain.augment.offsets import OffsetGrid
 from nnssl.pretrain.augment.pairs import cut
 from nnssl.pretrain.augment.spatial import AffineRange
-from nnssl.pretrain.methods.base import Method, require_weight, weighted_sum
+from nnssl.pretrain.methods.base import Method, Size, require_weight, weighted_sum
 from nnssl.pretrain.methods.macl.picture import pair_picture
 from nnssl.pretrain.methods.panels import parted_curve
 from nnssl.pretrain.methods.registry import register
@@ -52,15 +52,11 @@ class MACLConfig:
     position_axis: str = option("inferior-superior", "patient axis of the image-level positions", choices=_AXES)
     dense_positives: str = option("position_all_axes", "which other crops are positives at a site", choices=_DENSE)
     padding: str = option(
-        "replicate",
-        "of the convolutions while pretraining; zeros tell a network the place in the crop",
-        choices=PADDINGS,
+        "replicate", "of the convolutions; zeros tell a network the place in the crop", choices=PADDINGS
     )
-    offset: int = option(
-        0, "bottleneck cells that the branches' still crops are shifted by at most; 0: one crop", low=0, high=8
-    )
+    offset: int = option(0, "bottleneck cells by which the still crops are shifted at most; 0: one crop", low=0, high=8)
     sites: str = option(
-        "crops", "L_d compares a site with other crops' at its place, with other sites, or both", choices=_SITES
+        "crops", "L_d compares a site with other crops' there, with other sites, or both", choices=_SITES
     )
     contrast: str = option("all", "compare all vectors, or only across the branches", choices=("all", "cross"))
     negatives: str = option("global", "contrast over all GPUs, or on each alone", choices=("global", "local"))
@@ -135,9 +131,7 @@ class MACL(Method[MACLConfig]):
         self.branches = branches
 
     @classmethod
-    def crops(
-        cls, plan: Plan, stats: SourceStats, config: MACLConfig, size: tuple[int, ...] | None = None
-    ) -> CropRequest:
+    def crops(cls, plan: Plan, stats: SourceStats, config: MACLConfig, size: Size | None = None) -> CropRequest:
         """Crops of about two thirds of the image in 3d, slices as large as the patch in 2d, where the slices differ."""
         require_weight(config, "image_weight", "dense_weight", "equivariance_weight")
         if config.align_corners and config.offset > 0:

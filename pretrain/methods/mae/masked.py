@@ -40,9 +40,7 @@ class MaskedConfig:
 
     mask_ratio: float = option(0.75, "share of the blocks that is hidden", low=0.01, high=0.99)
     mask_spread: float = option(0.0, "each crop's share is drawn within mask_ratio +- this", low=0.0, high=0.5)
-    block: tuple[int, ...] | None = option(
-        None, "voxels per axis of a block, z,y,x; auto: from the plan's strides", low=1
-    )
+    block: tuple[int, ...] | None = option(None, "voxels of a block, z,y,x; auto: from the plan's strides", low=1)
     masking: str = option("dense", "hidden voxels are filled, or never computed on", choices=("dense", "sparse"))
     fill: str = option("zero", "what dense masking puts there: 0, or a learned value", choices=("zero", "learned"))
     per_channel: bool = option(False, "a mask for each channel, so that channels help each other")
@@ -172,17 +170,15 @@ class MaskedReconstruction(Method[M]):
         c, primus = self.config, self.plan.is_primus
         if not self._uses_adamw():
             lr, decay = 1e-2 if c.lr is None else c.lr, 3e-5 if c.weight_decay is None else c.weight_decay
-            momentum = c.momentum
-            return torch.optim.SGD(
-                self.trained_parameters(), lr, momentum=momentum, weight_decay=decay, nesterov=momentum > 0
-            )
+            params, momentum = self.trained_parameters(), c.momentum
+            return torch.optim.SGD(params, lr, momentum=momentum, weight_decay=decay, nesterov=momentum > 0)
         usual = 3e-4 if primus else 5e-4
         lr, decay = usual if c.lr is None else c.lr, 0.05 if c.weight_decay is None else c.weight_decay
-        params = {n: p for n, p in self.named_parameters() if p.requires_grad}
-        still = {n for n, p in params.items() if p.squeeze().ndim <= 1 or n.endswith("pos_embed")}
+        trained = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        still = {n for n, p in trained if p.squeeze().ndim <= 1 or n.endswith("pos_embed")}
         groups: list[dict[str, Any]] = [
-            {"params": [p for n, p in params.items() if n not in still]},
-            {"params": [p for n, p in params.items() if n in still], "weight_decay": 0.0},
+            {"params": [p for n, p in trained if n not in still]},
+            {"params": [p for n, p in trained if n in still], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, betas=PRIMUS_BETAS if primus else (0.9, 0.999))
 

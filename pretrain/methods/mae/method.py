@@ -25,6 +25,7 @@ from nnssl.pretrain import geometry
 from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.augment.box import image_box
 from nnssl.pretrain.augment.spatial import Affine, AffineRange, apply_affine, cut_out
+from nnssl.pretrain.methods.base import Size
 from nnssl.pretrain.methods.mae.masked import PICTURE_NOTE, MaskedConfig, MaskedReconstruction, check_options
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Picture, SourceStats
@@ -64,9 +65,7 @@ class MAE(MaskedReconstruction[MAEConfig]):
     }
 
     @classmethod
-    def crops(
-        cls, plan: Plan, stats: SourceStats, config: MAEConfig, size: tuple[int, ...] | None = None
-    ) -> CropRequest:
+    def crops(cls, plan: Plan, stats: SourceStats, config: MAEConfig, size: Size | None = None) -> CropRequest:
         """Crops of the plan's patch, as many a step as its batch."""
         check_options(config, plan)
         median = stats.median_shape[-plan.dim :]

@@ -41,7 +41,7 @@ from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.augment.box import in_box
 from nnssl.pretrain.augment.pairs import cut
 from nnssl.pretrain.augment.units import unit_range
-from nnssl.pretrain.methods.base import Method, encoder_only, numbers_of, require_weight, weighted_sum
+from nnssl.pretrain.methods.base import Method, Size, encoder_only, numbers_of, require_weight, weighted_sum
 from nnssl.pretrain.methods.panels import found_curve
 from nnssl.pretrain.methods.registry import register
 from nnssl.pretrain.methods.voco.cells import augment_intensity, draw_offsets, flip_and_turn, usable_cells
@@ -64,7 +64,7 @@ class VoCoConfig:
     grid: tuple[int, ...] | None = option(None, "cells per axis, for example 1,3,3; auto: from the plan", low=1, high=8)
     random_crops: int = option(4, "S, random crops of a volume", low=1, high=256)
     window: str = option("window", "a window of the volume, or all of it resampled", choices=("window", "volume"))
-    align: bool = option(True, "turn all images to the orientation that most have")
+    reorient: bool = option(True, "turn all images to the orientation that most have", was="align")
     intra_weight: float = option(1.0, "weight of the position prediction", low=0.0)
     inter_weight: float = option(1.0, "weight of the consistency between volumes", low=0.0)
     reg_weight: float = option(1.0, "weight of the orthogonality of base crops", low=0.0)
@@ -76,9 +76,7 @@ class VoCoConfig:
     reg_detach: bool = option(False, "no gradient to the second base of a pair (the last base then learns nothing)")
     teacher: str = option("ema", "base crops through an averaged projector, or the student's", choices=("ema", "none"))
     momentum: float = option(0.9, "rho of the teacher's moving average", low=0.0, high=1.0)
-    pairing: str = option(
-        "any", "which volume is compared with: the next, or of its dataset", choices=("any", "dataset")
-    )
+    pairing: str = option("any", "which volume is compared with: any, or of its dataset", choices=("any", "dataset"))
     standardise: bool = option(True, "standardise pooled features over the batch; without, InstanceNorm hides all")
     feature_dropout: float = option(0.2, "dropout of the student's pooled features", low=0.0, high=0.9)
     drop_rows: bool = option(False, "drop whole crops in place of features, as the released code")
@@ -138,19 +136,16 @@ class VoCo(Method[VoCoConfig]):
         super().__init__(network, plan, request, config)
         c, self.size = config, tuple(request.size)
         self.grid = tuple(w // s for w, s in zip(request.read_size, request.size))
-        self.position_loss = PositionLoss(weighting=c.weighting, negatives=c.negatives, pool=c.pool)
-        self.levels = chance_levels(
-            self.size, self.grid, crops=c.random_crops, weighting=c.weighting, negatives=c.negatives
-        )
+        switches = {"weighting": c.weighting, "negatives": c.negatives}
+        self.position_loss = PositionLoss(**switches, pool=c.pool)
+        self.levels = chance_levels(self.size, self.grid, crops=c.random_crops, **switches)
         self.width = sum(encoder_channels(plan))
         self.projector = BatchNormMLP(self.width, c.proj_dim, c.proj_dim, norm=c.proj_norm)
         if c.teacher == "ema":
             self.teacher = EMA(self.projector)
 
     @classmethod
-    def crops(
-        cls, plan: Plan, stats: SourceStats, config: VoCoConfig, size: tuple[int, ...] | None = None
-    ) -> CropRequest:
+    def crops(cls, plan: Plan, stats: SourceStats, config: VoCoConfig, size: Size | None = None) -> CropRequest:
         """Cells of a window that fits into the median image, or into which each image is resampled."""
         require_weight(config, "intra_weight", "inter_weight", "reg_weight")
         if config.teacher == "none" and config.inter_weight > 0:
@@ -167,7 +162,7 @@ class VoCo(Method[VoCoConfig]):
             explanation=f"{chosen.explanation} The batch counts volumes: {chosen.cells} cells and {config.random_crops} "
             "random crops each.",
             sampling="inside" if fit else "whole",
-            reorient=config.align,
+            reorient=config.reorient,
         )
 
     # ---- views ---------------------------------------------------------------------------------------------------
