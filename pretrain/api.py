@@ -112,9 +112,7 @@ def _read(asked: RunOptions) -> _Inputs:
     target = _labelled_target(asked, omni_options)
     weights, weighted = parse_sources(asked.sources)
     start = start_from(asked.init, asked.adapt, asked.coverage, asked.key, asked.prefix)
-    planning: dict[str, Any] = {"planner": asked.planner, "gpu_memory_target": asked.gpu_memory_target}
-    planning |= {"n_processes": asked.processes, "write": not asked.dry_run}
-    plan = planned(list(weights), target, asked.configuration, asked.plans, **planning)
+    plan = planned(list(weights), replace(asked, target=target), write=not asked.dry_run)
     method.check_network(plan)
     named = method_folder(method) + (FOLDER if asked.labelled is not None else "")
     path, device = output_folder(plan, named, list(weights), asked.name), pick_device(asked.device)

@@ -101,7 +101,8 @@ def _body(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _preprocess(args: argparse.Namespace) -> int:
-    from nnssl.pretrain.prepare.preparation import PrepareOptions, prepare
+    from nnssl.pretrain.prepare.preparation import prepare
+    from nnssl.pretrain.prepare.request import PrepareOptions
 
     prepare(from_args(PrepareOptions, args, target=args.target or args.labelled, part=args.part))
     return 0

@@ -140,7 +140,7 @@ def arguments(title: str, module: str, name: str) -> list[str]:
 TABLES = {
     "pretrain": [
         ("Arguments of `nnssl.pretrain.run`", "nnssl.pretrain.options", "RunOptions"),
-        ("Arguments of `nnssl.pretrain.preprocess`", "nnssl.pretrain.prepare.preparation", "PrepareOptions"),
+        ("Arguments of `nnssl.pretrain.preprocess`", "nnssl.pretrain.prepare.request", "PrepareOptions"),
     ],
     "plans": [("Arguments of `nnssl.plans.Changes`", "nnssl.plans", "Changes")],
     "transferability": [("Arguments of `nnssl.probe.probe`", "nnssl.probe.options", "ProbeOptions")],

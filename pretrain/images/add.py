@@ -83,7 +83,8 @@ def add(asked: AddOptions) -> Summary:
     finally:
         summary.report = _write_report(asked.report, summary)
     if new and not adding.sources:
-        shutil.rmtree(dataset.folder, ignore_errors=True)
+        if tasks:
+            shutil.rmtree(dataset.folder)
         why = "the folders hold no file" if summary.report is None else f"why stands in {summary.report}"
         raise NnsslError(f"Nothing that can be added was found; {why}. {_counts(summary.rejected)}".strip())
     summary.files = len({f for task in adding.sources.values() for item in task.items for f in item.files})

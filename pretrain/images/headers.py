@@ -6,9 +6,11 @@ Who the patient is enters a digest that tells two patients apart within one call
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import struct
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -43,32 +45,23 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """What sorting takes of a file.
-
-    Attributes:
-        patient: digest of who it is.
-        kind: DICOM's ImageType, upper case.
-        size: columns and rows.
-        spacing: between rows and between columns in mm, or none.
-        frames: one of a single slice; none of a multi-frame file that does not tell each one's place.
-        voxels_at: where the voxels begin in the file.
-    """
+    """What sorting takes of a file."""
 
     file: str
-    root: str
-    patient: str
+    root: str  # the folder that it was found under
+    patient: str  # digest of who it is
     series: str
     study: str
     instance: str
     description: str
     modality: str
-    kind: str
+    kind: str  # DICOM's ImageType, upper case
     samples: int
-    size: tuple[int, int]
-    spacing: tuple[float, ...]
-    frames: tuple[Frame, ...]
+    size: tuple[int, int]  # columns and rows
+    spacing: tuple[float, ...]  # between rows and between columns in mm, or none
+    frames: tuple[Frame, ...]  # one of a single slice; none of a multi-frame file that does not tell each one's place
     n_frames: int
-    voxels_at: int
+    voxels_at: int  # where the voxels begin in the file
 
     @property
     def folder(self) -> str:
@@ -244,27 +237,24 @@ def _read(root: str, file: str) -> Header | Rejected:
     )
 
 
+def _read_or_why(root: str, file: str) -> Header | Rejected:
+    try:
+        return _read(root, file)
+    except OSError as error:
+        return Rejected(file, "it cannot be opened", str(error.strerror))
+    except Exception as error:  # pydicom raises many kinds on damaged files
+        return Rejected(file, UNREADABLE, type(error).__name__)
+
+
 def read_headers(files: Sequence[tuple[str, str]]) -> list[Header | Rejected]:
     """Headers of (root, path) pairs; pickles as a task of :func:`nnssl.pretrain.prepare.processes.run_tasks`."""
-    import logging
-    import warnings
-
     import pydicom
 
-    logger, settings = logging.getLogger("pydicom"), pydicom.config.settings
-    quiet, mode = logger.disabled, settings.reading_validation_mode
-    found: list[Header | Rejected] = []
+    logger = logging.getLogger("pydicom")
+    before, logger.disabled = logger.disabled, True
     try:
-        logger.disabled, settings.reading_validation_mode = True, pydicom.config.IGNORE
-        with warnings.catch_warnings():
+        with pydicom.config.disable_value_validation(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for root, file in files:
-                try:
-                    found.append(_read(root, file))
-                except OSError as error:
-                    found.append(Rejected(file, "it cannot be opened", str(error.strerror)))
-                except Exception as error:  # pydicom raises many kinds on damaged files
-                    found.append(Rejected(file, UNREADABLE, type(error).__name__))
+            return [_read_or_why(root, file) for root, file in files]
     finally:
-        logger.disabled, settings.reading_validation_mode = quiet, mode
-    return found
+        logger.disabled = before

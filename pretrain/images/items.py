@@ -20,46 +20,29 @@ _ENDING = re.compile(rf"\.?({'|'.join(re.escape(v[1:]) for v in VOLUMES)})$", re
 
 @dataclass(frozen=True)
 class Rejected:
-    """What is not used.
+    """What is not used."""
 
-    Attributes:
-        file: it, or the first of several.
-        reason: the same for all of a kind; it names nobody.
-        detail: what is special here; it may hold paths.
-        count: files.
-    """
-
-    file: str
-    reason: str
-    detail: str = ""
-    count: int = 1
+    file: str  # or the first of several
+    reason: str  # the same for all of a kind; it names nobody
+    detail: str = ""  # what is special here; it may hold paths
+    count: int = 1  # files
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image.
+    """One image."""
 
-    Attributes:
-        files: a file, or the slices of a DICOM series from bottom to top.
-        root: the folder that it was found under, as given.
-        text: path below that folder, for DICOM with the series' description: what ``--channels`` is matched with.
-        study: DICOM's study identifier; empty for other formats.
-        modality: DICOM's, for example ``"CT"``, or a channel's name; empty where unknown.
-        dicom: whether it is DICOM.
-        size: voxels (x, y, z) that DICOM's headers tell of each volume; empty where they do not.
-        step: mm from slice to slice that they tell.
-        volumes: of a multi-frame file with more frames than those of one volume: the frames of each, from bottom to top.
-    """
-
-    files: tuple[str, ...]
-    root: str
-    text: str
-    study: str = ""
-    modality: str = ""
+    files: tuple[str, ...]  # one, or the slices of a DICOM series from bottom to top
+    root: str  # the folder that it was found under, as given
+    text: str  # path below that folder, for DICOM with the series' description: what --channels is matched with
+    study: str = ""  # DICOM's identifier
+    modality: str = ""  # DICOM's, for example "CT", or a channel's name; empty where unknown
     dicom: bool = False
-    size: tuple[int, ...] = ()
-    step: float = 0.0
-    volumes: tuple[tuple[int, ...], ...] = ()
+    size: tuple[int, ...] = ()  # voxels (x, y, z) that DICOM's headers tell of each volume
+    step: float = 0.0  # mm from slice to slice that they tell
+    volumes: tuple[
+        tuple[int, ...], ...
+    ] = ()  # of a file with frames of several: the frames of each, from bottom to top
 
     def rejected(self, reason: str, detail: str = "") -> Rejected:
         """The line of the table where it is not used."""

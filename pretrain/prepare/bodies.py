@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import blosc2
 import numpy as np
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
-from nnssl.errors import NnsslError
 from nnssl.plans import Plan
 from nnssl.preprocessed import IMAGE, PROPERTIES, list_cases, open_array
 from nnssl.pretrain.data.case_set import CaseRef, CaseSet
@@ -21,10 +18,9 @@ from nnssl.pretrain.data.folders import beside, body_folder
 from nnssl.pretrain.data.orientation import Geometry
 from nnssl.pretrain.prepare.body import body_of_raw, resize_mask
 from nnssl.pretrain.prepare.index import Entry, Index
-from nnssl.pretrain.prepare.integrity import quiet
 from nnssl.pretrain.prepare.preprocess import do_all
-from nnssl.pretrain.prepare.raw import RawCase, RawSource, list_raw
-from nnssl.pretrain.prepare.worker import Result, Task, move_synced, reason
+from nnssl.pretrain.prepare.raw import RawCase, RawSource, find_raw
+from nnssl.pretrain.prepare.worker import State, Task, Worker, move_synced
 from nnssl.properties import read_properties
 from nnssl.words import counted, first_few
 
@@ -52,37 +48,23 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
 
 
 @dataclass(frozen=True)
-class BodyWorker:
-    """Makes masks one by one in ``folder``, first in ``temporary``, of the cases in ``cases``. Pickles."""
+class BodyWorker(Worker):
+    """Makes the masks of the preprocessed cases in ``cases``; an image that is not the one that was preprocessed gives none."""
 
-    plan: Plan
     is_ct: tuple[bool, ...]
     cases: Path
-    folder: Path
-    temporary: Path
 
-    def __call__(self, task: Task) -> Result:
-        """Make one mask; an image that cannot be read, or is not the one that was preprocessed, gives an entry that says so."""
-        name, entry, saving = task.case.name, Entry(task.case.name, task.case.stamps), False
-        draft, final = self.temporary / f"{name}.b2nd", self.folder / f"{name}.b2nd"
-        with quiet() as printed:
-            try:
-                mask = self._mask(task.case)
-                saving = True
-                write_mask(draft, mask)
-                move_synced(draft, final)
-                return Result(replace(entry, shape=mask.shape))
-            except MemoryError:
-                return Result(entry, "memory", "out of memory")
-            except Exception as error:  # readers raise anything on broken files
-                if saving:
-                    full = shutil.disk_usage(self.folder).free < 1 << 20
-                    return Result(entry, "disk" if full else "write", str(error), mask.nbytes)
-                final.unlink(missing_ok=True)  # of another image
-                return Result(replace(entry, bad=reason(error, printed.getvalue()), bad_file=task.case.files[0]))
-            finally:
-                with contextlib.suppress(OSError):
-                    draft.unlink()
+    def make(self, task: Task, state: State) -> None:
+        """Make one mask."""
+        name = f"{task.case.name}{IMAGE}"
+        try:
+            mask = self._mask(task.case)
+        except Exception:
+            (self.folder / name).unlink(missing_ok=True)  # of another image
+            raise
+        state.shape, state.nbytes, state.saving = mask.shape, mask.nbytes, True
+        write_mask(self.temporary / name, mask)
+        move_synced(self.temporary / name, self.folder / name)
 
     def _mask(self, case: RawCase) -> np.ndarray:
         order = self.plan.transpose_forward
@@ -109,11 +91,7 @@ def _is_ct(raw: RawSource, plan: Plan) -> tuple[bool, ...]:
 
 def _make(plan: Plan, source: str, refs: Sequence[CaseRef], n_processes: int) -> list[Entry]:
     """Make what is missing of one source; returns the cases that have no mask because their raw image gives none."""
-    try:
-        raw = list_raw(source, plan)
-    except NnsslError as error:
-        log.debug("No raw images of %s: %s", source, error)
-        raw = None
+    raw = find_raw(source, plan)
     if raw is None:
         return []
     folder = body_folder(plan, source)
@@ -123,12 +101,8 @@ def _make(plan: Plan, source: str, refs: Sequence[CaseRef], n_processes: int) ->
         if case is not None and not (entry and entry.files == case.stamps and (entry.bad or ref.name in done)):
             tasks.append(Task(case))
     if tasks:
-        is_ct = _is_ct(raw, plan)
-
-        def worker(temporary: Path) -> BodyWorker:
-            return BodyWorker(plan, is_ct, refs[0].folder, folder, temporary)
-
-        do_all(worker, tasks, index, folder, n_processes, f"Body masks of {source}")
+        worker = BodyWorker(plan, folder, Path(), _is_ct(raw, plan), refs[0].folder)
+        do_all(worker, tasks, index, n_processes, f"Body masks of {source}")
     return [e for ref in refs if (e := index.entries.get(ref.name)) is not None and e.bad]
 
 

@@ -60,11 +60,8 @@ def match_channels(raw: RawSource, source: str, plan: Plan, *, allow_mismatch: b
     clean = {c: _name(n) for c, n in names.items()}
     wanted = [_name(target[c]) for c in sorted(target)]
     if not names:
-        log.warning(
-            "%s has no dataset.json with channel names: its channels are taken for %s.",
-            source,
-            ", ".join(target.values()),
-        )
+        shown = ", ".join(target.values())
+        log.warning("%s has no dataset.json with channel names: its channels are taken for %s.", source, shown)
     problems = []
     if raw.n_channels != len(target):
         problems.append(f"{source} has {counted(raw.n_channels, 'channel')}, {plan.dataset_name} has {len(target)}")

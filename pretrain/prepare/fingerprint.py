@@ -38,26 +38,18 @@ CT_SHARE = 0.9
 
 @dataclass(frozen=True)
 class CaseFigures:
-    """What one image, ``"<source>/<case>"``, adds to the fingerprint, or why it cannot (``bad``).
-
-    Attributes:
-        shape: voxels after cropping to non-zero, (z, y, x) of the file.
-        spacing: in mm, same axes.
-        kept: share of the voxels that cropping keeps.
-        low: smallest intensity of each channel, air included.
-        mean, std, quantiles: of each channel inside the body; :data:`QUANTILES` of them.
-    """
+    """What one image, ``"<source>/<case>"``, adds to the fingerprint, or why it cannot."""
 
     name: str
     files: tuple[Stamp, ...]
-    shape: tuple[int, ...] = ()
-    spacing: tuple[float, ...] = ()
-    kept: float = 1.0
-    low: tuple[float, ...] = ()
-    mean: tuple[float, ...] = ()
+    shape: tuple[int, ...] = ()  # voxels after cropping to non-zero, (z, y, x) of the file
+    spacing: tuple[float, ...] = ()  # in mm, same axes
+    kept: float = 1.0  # share of the voxels that cropping keeps
+    low: tuple[float, ...] = ()  # smallest intensity of each channel, air included
+    mean: tuple[float, ...] = ()  # of each channel inside the body, as the next two
     std: tuple[float, ...] = ()
-    quantiles: tuple[tuple[float, ...], ...] = ()
-    bad: str = ""
+    quantiles: tuple[tuple[float, ...], ...] = ()  # QUANTILES of them
+    bad: str = ""  # why the image cannot be used
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> CaseFigures:

@@ -17,23 +17,15 @@ from nnssl.pretrain.prepare.raw import Stamp
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of one case.
-
-    Attributes:
-        files: name, size and modification time of its raw files, in channel order.
-        shape: after preprocessing, (z, y, x) after transpose; empty for a bad case.
-        spacing: of the raw image in mm, (z, y, x) before transpose.
-        sha256: hash (hex) of the raw image's shape and voxels.
-        bad, bad_file: why it cannot be used, and which file is to blame; empty for a good case.
-    """
+    """What is known of one case."""
 
     name: str
-    files: tuple[Stamp, ...]
-    shape: tuple[int, ...] = ()
-    spacing: tuple[float, ...] = ()
-    sha256: str = ""
-    bad: str = ""
-    bad_file: str = ""
+    files: tuple[Stamp, ...]  # its raw files, in channel order
+    shape: tuple[int, ...] = ()  # after preprocessing, (z, y, x) after transpose
+    spacing: tuple[float, ...] = ()  # of the raw image in mm, (z, y, x) before transpose
+    sha256: str = ""  # hash (hex) of the raw image's shape and voxels
+    bad: str = ""  # why it cannot be used; empty for a good case
+    bad_file: str = ""  # which file is to blame
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Entry:
@@ -41,6 +33,11 @@ class Entry:
         files = tuple((str(n), int(s), int(m)) for n, s, m in content["files"])
         shape, spacing = tuple(map(int, content["shape"])), tuple(map(float, content["spacing"]))
         return cls(**{**content, "files": files, "shape": shape, "spacing": spacing})
+
+    @property
+    def refusal(self) -> BadCase:
+        """Of a bad case: what it is to its source."""
+        return BadCase(self.name, self.bad_file, self.bad)
 
     def to_json(self) -> dict[str, Any]:
         """What is written."""

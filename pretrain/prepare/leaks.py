@@ -12,7 +12,7 @@ from nnssl.files import read_json, sha256_of, write_atomic, write_json
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan
 from nnssl.pretrain.prepare.processes import run_tasks
-from nnssl.pretrain.prepare.raw import RawCase, list_raw
+from nnssl.pretrain.prepare.raw import RawCase, find_raw
 from nnssl.pretrain.prepare.worker import HashWorker
 
 log = logging.getLogger("nnssl")
@@ -27,11 +27,7 @@ NAMED = 10
 
 def list_test_images(plan: Plan) -> dict[str, RawCase]:
     """The target's test images, ``nnUNet_raw/<target>/imagesTs``; {} where there are none."""
-    try:
-        found = list_raw(plan.dataset_name, plan, "imagesTs")
-    except NnsslError as error:
-        log.debug("No test images to compare with: %s", error)
-        return {}
+    found = find_raw(plan.dataset_name, plan, "imagesTs")
     return found.cases if found else {}
 
 
@@ -74,11 +70,8 @@ def find_leaks(images: Mapping[str, RawCase], candidates: Mapping[str, RawCase])
         if stamp[1] in tests
     ]
     if len(suspects) > MOST_FILES_HASHED:
-        log.warning(
-            "%d images are as large as a test image; the first %d are compared with the test images, the others are not.",
-            len(suspects),
-            MOST_FILES_HASHED,
-        )
+        text = "%d images are as large as a test image; the first %d are compared with the test images, the others are not."
+        log.warning(text, len(suspects), MOST_FILES_HASHED)
         suspects = suspects[:MOST_FILES_HASHED]
     hashes: dict[int, set[str]] = {}
     leaks = []

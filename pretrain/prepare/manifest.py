@@ -60,21 +60,14 @@ def settled_times(times: Mapping[str, int | None], written_ns: int) -> bool:
 
 @dataclass
 class Manifest:
-    """A snapshot of one source.
-
-    Attributes:
-        raw: its listing, but for the cases.
-        entries: of all cases that are done or known to be bad.
-        waiting: cases that are not preprocessed.
-        order: source channel for each target channel where they were put into another order.
-    """
+    """A snapshot of one source."""
 
     source: str
     folder: Path
-    raw: RawSource = field(default_factory=RawSource)
-    entries: dict[str, Entry] = field(default_factory=dict)
-    waiting: list[str] = field(default_factory=list)
-    order: tuple[int, ...] | None = None
+    raw: RawSource = field(default_factory=RawSource)  # but for the cases
+    entries: dict[str, Entry] = field(default_factory=dict)  # of all cases that are done or known to be bad
+    waiting: list[str] = field(default_factory=list)  # cases that are not preprocessed
+    order: tuple[int, ...] | None = None  # source channel for each target channel, where that is another order
 
     @property
     def path(self) -> Path:

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,18 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
-from nnssl.config import option
 from nnssl.distributed import rank
 from nnssl.errors import NnsslError
 from nnssl.files import read_json, write_json
-from nnssl.options import as_function
 from nnssl.paths import preprocessed_folder, set_folders
 from nnssl.plans import Plan, dataset_id, load_plan, resolve_dataset
-from nnssl.pretrain.options import as_in_run
+from nnssl.pretrain.options import RunOptions
 from nnssl.pretrain.prepare.channels import same_name
 from nnssl.pretrain.prepare.fingerprint import MOST_IMAGES, FigureWorker, combine, looks_like_ct, measure, sample_cases
 from nnssl.pretrain.prepare.integrity import quiet
 from nnssl.pretrain.prepare.planner import PLANNERS, plans_name, run_planner
 from nnssl.pretrain.prepare.raw import RawCase, RawSource, describe, list_unplanned
+from nnssl.pretrain.prepare.request import PrepareOptions
 from nnssl.words import counted, first_few, size_text
 
 log = logging.getLogger("nnssl")
@@ -64,37 +63,20 @@ def _is_pool_of(owner: str, names: Sequence[str], path: Path) -> bool:
     return isinstance(recorded, dict) and recorded.get("sources") == list(names)
 
 
-@dataclass(frozen=True)
-class PlanRequest:
-    """Whose plans a run takes, and how they are made where there are none."""
-
-    names: Sequence[str] = field(
-        metadata={
-            "help": "datasets to learn from, sorted. Without a target their plans are those of the first; several must then all "
-            "be without labels, and the plans are made from the images of all of them"
-        }
-    )
-    target: int | str | None = as_in_run("target")
-    configuration: str = as_in_run("configuration")
-    plans: str = as_in_run("plans")
-    _: KW_ONLY
-    planner: str | None = as_in_run("planner")
-    gpu_memory_target: float | None = as_in_run("gpu_memory_target")
-    n_processes: int | None = option(None, "for reading images; nnU-Net's default where None or 0")
-    write: bool = option(True, "False makes missing plans from a few images and writes nothing")
-
-
-def _plan(asked: PlanRequest) -> Plan:
+def planned(names: Sequence[str], asked: RunOptions | PrepareOptions, *, write: bool = True) -> Plan:
     """The plans of a run; where the dataset whose plans are wanted has neither labels nor plans, they are made.
 
-    Returns:
-        The plan.
+    Args:
+        names: datasets to learn from, sorted. Without a target their plans are those of the first; several must then all be
+            without labels, and the plans are made from the images of all of them.
+        asked: target, names of configuration and plans, and how missing ones are made.
+        write: False makes missing plans from a few images and writes nothing.
 
     Raises:
         NnsslError: it is not clear whose plans are wanted; a labelled dataset without plans; no usable image; another planner
             made the existing plans.
     """
-    names, planner, configuration = asked.names, asked.planner, asked.configuration
+    planner, configuration = asked.planner, asked.configuration
     owner = resolve_dataset(asked.target) if asked.target is not None else names[0]
     sources = [owner] if asked.target is not None else list(names)
     wanted = plans_name(planner, asked.plans)
@@ -111,13 +93,14 @@ def _plan(asked: PlanRequest) -> Plan:
         planner = next((key for key, (_, _, name) in PLANNERS.items() if name == wanted), None)
     if planner is None or not is_unlabelled(owner):
         return load_plan(owner, configuration, wanted)  # which says what to type
-    if asked.write and int(os.environ.get("RANK", rank())) != 0:
+    if write and int(os.environ.get("RANK", rank())) != 0:
         while not path.is_file():  # the launcher ends this process if the one that plans fails
             time.sleep(POLL_SECONDS)
         return load_plan(owner, configuration, wanted)
     log.info("%s has neither labels nor plans: it is planned from its images alone.", " + ".join(sources))
     images = _Images.of(sources)
-    fingerprint, dataset_json = _fingerprint(images, asked)
+    n_processes = asked.processes or default_num_processes
+    fingerprint, dataset_json = _fingerprint(images, n_processes, write)
     content = run_planner(
         planner,
         wanted,
@@ -127,14 +110,11 @@ def _plan(asked: PlanRequest) -> Plan:
         fingerprint=fingerprint,
         reader=images.reader,
     )
-    if asked.write:
+    if write:
         _write(owner, dataset_json, fingerprint, content, wanted)
     plan = Plan.from_dicts(content, configuration, dataset_json)
-    _tell(plan, path if asked.write else None)
+    _tell(plan, path if write else None)
     return plan
-
-
-planned = as_function("planned", PlanRequest, _plan)
 
 
 def _check_same(path: Path, planner: str | None, gpu_memory_target: float | None) -> None:
@@ -200,22 +180,22 @@ def _reader(cases: Mapping[str, RawCase], description: dict[str, Any]) -> str:
     raise NnsslError(f"None of nnU-Net's readers reads {first[0]}, nor the images after it.")
 
 
-def _fingerprint(images: _Images, asked: PlanRequest) -> tuple[dict[str, Any], dict[str, Any]]:
+def _fingerprint(images: _Images, n_processes: int, write: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fingerprint, and dataset.json with all that nnU-Net asks for."""
     owner, cases, names = images.sources[0], images.cases, images.channels
     folder = preprocessed_folder() / owner
-    if asked.write:
+    if write:
         folder.mkdir(parents=True, exist_ok=True)
     made = folder / "dataset_fingerprint.json"
     if made.is_file() and names:
         return read_json(made), _complete(images, names)
-    chosen = sample_cases(cases, MOST_IMAGES if asked.write else ESTIMATE_IMAGES)
+    chosen = sample_cases(cases, MOST_IMAGES if write else ESTIMATE_IMAGES)
     if len(chosen) < len(cases):
         log.info("%d of its %d images are looked at.", len(chosen), len(cases))
     is_ct = tuple(get_normalization_scheme(n).__name__ == "CTNormalization" for n in names.values()) or None
     worker = FigureWorker(images.reader, is_ct)
-    notes = folder / NOTES if asked.write else None
-    found = measure(chosen, worker, n_processes=asked.n_processes or default_num_processes, notes=notes)
+    notes = folder / NOTES if write else None
+    found = measure(chosen, worker, n_processes=n_processes, notes=notes)
     bad, good = [f for f in found if f.bad], [f for f in found if not f.bad]
     if bad:
         shown = first_few([f"{f.name}: {f.bad}" for f in bad], NAMED, "; ")
@@ -258,24 +238,17 @@ def _write(
 
 def _tell(plan: Plan, path: Path | None) -> None:
     """What the planner chose."""
+    spacing, median, patch = map(size_text, ([round(s, 3) for s in plan.spacing], plan.median_shape, plan.patch_size))
     log.info(
         "nnU-Net's %s chose for %s: spacing %s mm, median image %s, patch %s, batch %d, %s with %d stages, %s.",
-        plan.plans["experiment_planner_used"],
-        plan.configuration,
-        size_text([round(s, 3) for s in plan.spacing]),
-        size_text(plan.median_shape),
-        size_text(plan.patch_size),
-        plan.batch_size,
-        plan.network_class,
-        plan.n_stages,
-        ", ".join(plan.normalization_schemes),
+        *(plan.plans["experiment_planner_used"], plan.configuration, spacing, median, patch, plan.batch_size),
+        *(plan.network_class, plan.n_stages, ", ".join(plan.normalization_schemes)),
     )
     if path is None:
         log.info("From a few images, for an estimate only: nothing was written.")
-    else:
-        log.info("Plans: %s", path)
-        log.info(
-            "Should labels come later: keep these plans (nnUNetv2_preprocess -d %d), nnUNetv2_plan_and_preprocess would make "
-            "others.",
-            dataset_id(plan.dataset_name),
-        )
+        return
+    log.info(
+        "Plans: %s\nShould labels come later: keep these plans (nnUNetv2_preprocess -d %d), nnUNetv2_plan_and_preprocess would "
+        "make others.",
+        *(path, dataset_id(plan.dataset_name)),
+    )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnunetv2.configuration import default_num_processes
 
-from nnssl.config import make_config, option
+from nnssl.config import make_config
 from nnssl.options import as_function
 from nnssl.pretrain.data.weights import parse_sources
 from nnssl.pretrain.methods import get_method
-from nnssl.pretrain.options import Sources, as_in_run
 from nnssl.pretrain.prepare import prepare_bodies, prepare_sources
 from nnssl.pretrain.prepare.parts import Part
 from nnssl.pretrain.prepare.planning import planned
+from nnssl.pretrain.prepare.request import PrepareOptions
 
 log = logging.getLogger("nnssl")
 
@@ -37,26 +37,6 @@ class Prepared:
     folders: list[Path] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class PrepareOptions:
-    """What :func:`preprocess` takes, and ``nnssl_pretrain --preprocess-only`` with it."""
-
-    sources: Sources = as_in_run("sources")
-    _: KW_ONLY
-    target: int | str | None = as_in_run("target")
-    configuration: str = as_in_run("configuration")
-    plans: str = as_in_run("plans")
-    method: str | None = as_in_run("method", default=None)
-    part: str | Part | None = option(None, '``"3/8"``: only the third of eight parts of the cases')
-    cases: str | Path | None = as_in_run("cases")
-    exclude: str | Path | None = as_in_run("exclude")
-    skip_bad: bool = as_in_run("skip_bad")
-    allow_mismatch: bool = as_in_run("allow_mismatch")
-    processes: int | None = as_in_run("processes")
-    planner: str | None = as_in_run("planner")
-    gpu_memory_target: float | None = as_in_run("gpu_memory_target")
-
-
 def prepare(asked: PrepareOptions) -> Prepared:
     """Preprocess pretraining images, and what the method needs beside them; a later :func:`nnssl.pretrain.run` finds them done.
 
@@ -74,15 +54,7 @@ def prepare(asked: PrepareOptions) -> Prepared:
     names = list(parse_sources(asked.sources)[0])
     part = Part.parse(asked.part) if isinstance(asked.part, str) else asked.part
     n_processes = asked.processes or default_num_processes
-    plan = planned(
-        names,
-        asked.target,
-        asked.configuration,
-        asked.plans,
-        planner=asked.planner,
-        gpu_memory_target=asked.gpu_memory_target,
-        n_processes=n_processes,
-    )
+    plan = planned(names, asked)
     case_set = prepare_sources(
         plan,
         names,

@@ -28,7 +28,7 @@ from nnssl.pretrain.prepare.integrity import quiet
 from nnssl.pretrain.prepare.processes import KILLED, run_tasks
 from nnssl.pretrain.prepare.raw import RawCase
 from nnssl.pretrain.prepare.request import SourceRequest
-from nnssl.pretrain.prepare.worker import CaseWorker, Result, Task
+from nnssl.pretrain.prepare.worker import CaseWorker, Result, Task, Worker
 
 log = logging.getLogger("nnssl")
 
@@ -169,22 +169,17 @@ def in_memory(
         yield _too_large(worker(task))
 
 
-def do_all(
-    make_worker: Callable[[Path], Callable[[Task], Result]],
-    tasks: list[Task],
-    index: Index,
-    folder: Path,
-    n_processes: int,
-    description: str,
-) -> None:
+def do_all(worker: Worker, tasks: list[Task], index: Index, n_processes: int, description: str) -> None:
     """Do tasks, and write a line to the index for each; raises :class:`NnsslError` where there is no space or no permission.
 
-    ``make_worker`` gets a temporary folder on the file system of ``folder``, where the results go.
+    The worker gets a temporary folder.
     """
     # in another order in each process: several machines may work on the same folder and seldom meet
     random.Random(f"{socket.gethostname()}-{os.getpid()}").shuffle(tasks)
+    folder = worker.folder
     with temporary_folder(folder) as temporary:
-        with contextlib.closing(in_memory(make_worker(temporary), tasks, n_processes, description)) as results:
+        worker = replace(worker, temporary=temporary)
+        with contextlib.closing(in_memory(worker, tasks, n_processes, description)) as results:
             for count, result in enumerate(results):
                 if result.fatal:
                     _raise_fatal(result, folder, len(tasks) - count)
@@ -234,11 +229,6 @@ def preprocess_source(
     if tasks:
         log.info("Preprocessing %d of %d images of %s into %s", len(tasks), len(cases), source, folder)
         _try_plans(plan)
-
-        def worker(temporary: Path) -> CaseWorker:
-            return CaseWorker(plan, folder, temporary)
-
-        do_all(worker, tasks, index, folder, asked.processes, f"Preprocessing {source}")
-    entries = {name: index.entries[name] for name in cases}
-    bad = [BadCase(name, e.bad_file, e.bad) for name, e in entries.items() if e.bad]
-    return {name: e for name, e in entries.items() if not e.bad}, bad
+        do_all(CaseWorker(plan, folder, Path()), tasks, index, asked.processes, f"Preprocessing {source}")
+    entries = [index.entries[name] for name in cases]
+    return {e.name: e for e in entries if not e.bad}, [e.refusal for e in entries if e.bad]

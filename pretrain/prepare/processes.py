@@ -76,10 +76,7 @@ def run_tasks(
         n_processes: spawned processes; 0 and 1 work in this process. nnU-Net's default where None.
         description: of the progress bar.
         killed: the result of a task whose process ended even when it was the only one, from the task and from how it ended
-            ("was killed", "crashed (SIGSEGV)"); None raises.
-
-    Raises:
-        NnsslError: no processes can be started, or a task's process ended though it was the only one.
+            ("was killed", "crashed (SIGSEGV)"); None raises :class:`NnsslError`.
     """
     n = min(default_num_processes if n_processes is None else n_processes, len(tasks))
     with tqdm(total=len(tasks), desc=description, disable=None if tasks else True, dynamic_ncols=True) as bar:
@@ -98,11 +95,9 @@ def _in_processes(
         if not broken:
             return
         n = max(1, n // 2)
-        log.warning(
-            "A process %s. What was at work is done again, one by one; then the rest with %s.",
-            f"{how}, most likely because memory ran out" if how == KILLED else how,
-            counted(n, "process", "processes"),
-        )
+        why = ", most likely because memory ran out" if how == KILLED else ""
+        text = "A process %s%s. What was at work is done again, one by one; then the rest with %s."
+        log.warning(text, how, why, counted(n, "process", "processes"))
         while broken:
             todo = iter(broken)
             lost: list[J] = []

@@ -34,8 +34,8 @@ NAMED = 3
 Stamp = tuple[str, int, int]
 """Name of a file, its size in bytes, and its modification time in ns: another content nearly always changes one."""
 
-Listing = tuple[dict[str, dict[int, str]], dict[str, Stamp], list[BadCase]]
-"""``{case: {channel: path}}``, ``{path: stamp}``, and the files that do not fit."""
+Listing = tuple[dict[str, dict[int, tuple[str, Stamp]]], list[BadCase]]
+"""``{case: {channel: (path, stamp)}}``, and the files that do not fit."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,12 @@ class RawCase:
 
 @dataclass
 class RawSource:
-    """The raw images of one dataset.
-
-    Attributes:
-        n_channels: files (or declared channels) per case.
-        channel_names: by index; empty where dataset.json does not tell.
-        bad: files and cases that do not fit.
-    """
+    """The raw images of one dataset."""
 
     cases: dict[str, RawCase] = field(default_factory=dict)
-    n_channels: int = 1
-    channel_names: dict[int, str] = field(default_factory=dict)
-    bad: list[BadCase] = field(default_factory=list)
+    n_channels: int = 1  # files (or declared channels) per case
+    channel_names: dict[int, str] = field(default_factory=dict)  # empty where dataset.json does not tell
+    bad: list[BadCase] = field(default_factory=list)  # files and cases that do not fit nnU-Net's form
 
 
 def describe(source: str) -> dict[str, Any]:
@@ -85,9 +79,13 @@ def channel_names(description: dict[str, Any]) -> dict[int, str]:
         return {}
 
 
-def _scan(folder: Path) -> dict[str, tuple[str, int, int] | None]:
-    """File name -> (path, size, mtime) of a folder without its sub-folders and hidden files; None for a dead link."""
-    found: dict[str, tuple[str, int, int] | None] = {}
+def _stamp(name: str, info: os.stat_result) -> Stamp:
+    return name, info.st_size, info.st_mtime_ns
+
+
+def _scan(folder: Path) -> dict[str, tuple[str, Stamp] | None]:
+    """File name -> (path, stamp) of a folder without its sub-folders and hidden files; None for a dead link."""
+    found: dict[str, tuple[str, Stamp] | None] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -95,8 +93,7 @@ def _scan(folder: Path) -> dict[str, tuple[str, int, int] | None]:
             try:
                 if entry.is_dir():
                     continue
-                info = entry.stat()
-                found[entry.name] = (os.path.abspath(entry.path), info.st_size, info.st_mtime_ns)
+                found[entry.name] = (os.path.abspath(entry.path), _stamp(entry.name, entry.stat()))
             except OSError:
                 found[entry.name] = None
     return found
@@ -119,8 +116,7 @@ def _list_folder(folder: Path, ending: str | None, supported: Sequence[str]) -> 
     files = _scan(folder)
     ending = ending or _frequent_ending(files, supported)
     pattern = re.compile(r"(.+)_(\d{4})" + re.escape(ending), re.DOTALL)
-    cases: dict[str, dict[int, str]] = {}
-    stamps: dict[str, Stamp] = {}
+    cases: dict[str, dict[int, tuple[str, Stamp]]] = {}
     bad = []
     others = [n for n in sorted(files) if not n.endswith(ending) and n.lower().endswith(IMAGES) and is_text(n)]
     if others:
@@ -138,43 +134,30 @@ def _list_folder(folder: Path, ending: str | None, supported: Sequence[str]) -> 
             bad.append(BadCase(match[1], path, "the file cannot be reached (a dead link?)"))
             cases.setdefault(match[1], {})
         else:
-            cases.setdefault(match[1], {})[int(match[2])] = info[0]
-            stamps[info[0]] = (name, info[1], info[2])
-    return cases, stamps, bad
+            cases.setdefault(match[1], {})[int(match[2])] = info
+    return cases, bad
 
 
 def _declared(description: dict[str, Any], root: Path) -> Listing:
     """Images that dataset.json names one by one (nnU-Net's ``"dataset"`` entry); their labels are not looked at."""
-    cases: dict[str, dict[int, str]] = {}
-    stamps: dict[str, Stamp] = {}
+    cases: dict[str, dict[int, tuple[str, Stamp]]] = {}
     bad = []
     for name, entry in description["dataset"].items():
         cases[name] = {}
         for i, image in enumerate(entry.get("images", [])):
             path = os.path.abspath(root / os.path.expandvars(image))
             try:
-                info = os.stat(path)
+                cases[name][i] = (path, _stamp(os.path.basename(path), os.stat(path)))
             except OSError as error:
                 bad.append(BadCase(name, path, f"the file cannot be reached: {error.strerror}"))
-                continue
-            cases[name][i] = path
-            stamps[path] = (os.path.basename(path), info.st_size, info.st_mtime_ns)
-    return cases, stamps, bad
+    return cases, bad
 
 
 def list_raw(source: str, plan: Plan, images: str = "imagesTr") -> RawSource | None:
-    """The raw images of a dataset; nothing is opened but dataset.json.
+    """The raw images of a dataset that the target's reader will read, in a sub-folder; nothing is opened but dataset.json.
 
-    Args:
-        source: dataset name.
-        plan: of the target, whose reader will read them.
-        images: sub-folder.
-
-    Returns:
-        None where ``nnUNet_raw`` is not set or has no such folder.
-
-    Raises:
-        NnsslError: no image files are there, or the target's reader does not read them.
+    None where ``nnUNet_raw`` is not set or has no such folder. Raises :class:`NnsslError` where no image files are there, or the
+    reader does not read them.
     """
     try:
         reader = plan.manager.image_reader_writer_class
@@ -186,6 +169,15 @@ def list_raw(source: str, plan: Plan, images: str = "imagesTr") -> RawSource | N
     supported = [e.lower() for e in reader.supported_file_endings]
     who = f"the plans of {plan.dataset_name} read images with {reader.__name__}, which does not read"
     return _list(source, images, supported, who)
+
+
+def find_raw(source: str, plan: Plan, images: str = "imagesTr") -> RawSource | None:
+    """As :func:`list_raw`; None also where the images are of no use, which only the log of details says."""
+    try:
+        return list_raw(source, plan, images)
+    except NnsslError as error:
+        log.debug("No raw images of %s in %s: %s", source, images, error)
+        return None
 
 
 def list_unplanned(source: str) -> RawSource | None:
@@ -205,9 +197,9 @@ def _list(source: str, images: str, supported: Sequence[str], who: str) -> RawSo
         return None
     description, folder = describe(source), raw / source / images
     if images == "imagesTr" and isinstance(description.get("dataset"), dict) and description["dataset"]:
-        cases, stamps, bad = _declared(description, raw / source)
+        cases, bad = _declared(description, raw / source)
     elif folder.is_dir():
-        cases, stamps, bad = _list_folder(folder, description.get("file_ending"), supported)
+        cases, bad = _list_folder(folder, description.get("file_ending"), supported)
     else:
         return None
     if not cases:
@@ -216,7 +208,8 @@ def _list(source: str, images: str, supported: Sequence[str], who: str) -> RawSo
             f"There are no images in {folder}. nnU-Net's form is <case>_0000{ending} (one file per channel)."
         )
     allowed = tuple([*supported, ".nii"] if ".nii.gz" in supported else supported)  # ITK reads both
-    endings = {os.path.splitext(p.lower())[1] for p in stamps if not p.lower().endswith(allowed)}
+    paths = (path.lower() for files in cases.values() for path, _ in files.values())
+    endings = {os.path.splitext(path)[1] for path in paths if not path.endswith(allowed)}
     if endings:
         raise NnsslError(f"{source}: {who} {', '.join(sorted(endings))}. Convert them to {' or '.join(supported)}.")
     names = channel_names(description)
@@ -228,7 +221,7 @@ def _list(source: str, images: str, supported: Sequence[str], who: str) -> RawSo
     for name, files in cases.items():
         if name in known_bad:
             continue
-        where = next(iter(files.values()), str(folder))
+        where, _ = next(iter(files.values()), (str(folder), None))
         lacks, extra = (
             ", ".join(f"_{c:04d}" for c in sorted(some)) for some in (wanted - set(files), set(files) - wanted)
         )
@@ -239,6 +232,6 @@ def _list(source: str, images: str, supported: Sequence[str], who: str) -> RawSo
         elif extra:
             found.bad.append(BadCase(name, where, f"channel {extra} is not one of the dataset's {declared}"))
         else:
-            paths = tuple(files[c] for c in sorted(files))
-            found.cases[name] = RawCase(name, paths, tuple(stamps[p] for p in paths))
+            ordered = [files[c] for c in sorted(files)]
+            found.cases[name] = RawCase(name, tuple(path for path, _ in ordered), tuple(stamp for _, stamp in ordered))
     return found

@@ -1,4 +1,4 @@
-"""What :func:`nnssl.pretrain.prepare.prepare_sources` can be asked for, stated once."""
+"""What preparing can be asked for, stated once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,33 @@ from nnunetv2.configuration import default_num_processes
 
 from nnssl.config import option
 from nnssl.plans import Plan
+from nnssl.pretrain.options import Sources, as_in_run
 from nnssl.pretrain.prepare.parts import Part
 
 
 @dataclass(frozen=True)
+class PrepareOptions:
+    """What :func:`nnssl.pretrain.preprocess` takes, and ``nnssl_pretrain --preprocess-only`` with it."""
+
+    sources: Sources = as_in_run("sources")
+    _: KW_ONLY
+    target: int | str | None = as_in_run("target")
+    configuration: str = as_in_run("configuration")
+    plans: str = as_in_run("plans")
+    method: str | None = as_in_run("method", default=None)
+    part: str | Part | None = option(None, '``"3/8"``: only the third of eight parts of the cases')
+    cases: str | Path | None = as_in_run("cases")
+    exclude: str | Path | None = as_in_run("exclude")
+    skip_bad: bool = as_in_run("skip_bad")
+    allow_mismatch: bool = as_in_run("allow_mismatch")
+    processes: int | None = as_in_run("processes")
+    planner: str | None = as_in_run("planner")
+    gpu_memory_target: float | None = as_in_run("gpu_memory_target")
+
+
+@dataclass(frozen=True)
 class SourceRequest:
-    """Which cases of which datasets, and how they are prepared."""
+    """What :func:`nnssl.pretrain.prepare.prepare_sources` takes: which cases of which datasets, and how they are prepared."""
 
     plan: Plan = field(metadata={"help": "of the target"})
     sources: Sequence[str] = field(metadata={"help": "dataset names"})

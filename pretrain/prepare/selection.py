@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nnssl.case_lists import read_case_list
@@ -13,26 +13,18 @@ from nnssl.words import counted
 LISTED = 10  # names that an error spells out
 
 
-def _find(names: Iterable[str], known: Mapping[str, set[str]], path: Path, option: str) -> dict[str, set[str]]:
+def _find(names: Sequence[str], known: Mapping[str, set[str]], path: Path, option: str) -> dict[str, set[str]]:
     """The named cases by source. A name is ``<case>``, of every source that has it, or ``<source>/<case>``."""
-    forms: dict[str, dict[str, set[str]]] = {
-        source: {} for source in known
-    }  # of each name in one form, those that there are
+    meant: dict[str, list[tuple[str, str]]] = {}
     for source, cases in known.items():
         for case in cases:
-            forms[source].setdefault(same_text(case), set()).add(case)
+            for form in (same_text(case), f"{source}/{same_text(case)}"):
+                meant.setdefault(form, []).append((source, case))
     found: dict[str, set[str]] = {source: set() for source in known}
-    unknown = []
     for name in names:
-        source, slash, case = same_text(name).partition("/")
-        if slash and case in forms.get(source, ()):
-            found[source] |= forms[source][case]
-            continue
-        where = [s for s in known if same_text(name) in forms[s]]
-        for s in where:
-            found[s] |= forms[s][same_text(name)]
-        if not where:
-            unknown.append(name)
+        for source, case in meant.get(same_text(name), ()):
+            found[source].add(case)
+    unknown = [name for name in names if same_text(name) not in meant]
     if unknown:
         everything = set().union(*known.values())
         few = len(everything) <= 5000

@@ -23,7 +23,7 @@ from nnssl.pretrain.prepare.index import Entry, Index, write_report
 from nnssl.pretrain.prepare.leaks import duplicates, find_leaks, list_test_images, test_hashes, warn_of_leaks
 from nnssl.pretrain.prepare.manifest import Manifest
 from nnssl.pretrain.prepare.preprocess import done_cases, preprocess_source
-from nnssl.pretrain.prepare.raw import RawCase, list_raw
+from nnssl.pretrain.prepare.raw import RawCase, find_raw, list_raw
 from nnssl.pretrain.prepare.request import SourceRequest
 from nnssl.pretrain.prepare.selection import select
 from nnssl.pretrain.prepare.shapes import fingerprint_shapes, header_shapes
@@ -39,28 +39,18 @@ SIZED_CASES = 5000
 
 @dataclass
 class _Source:
-    """One dataset on its way into the case set.
-
-    Attributes:
-        raw: raw images to preprocess; None where the folder is used as it is.
-        bad: files and cases that cannot be used.
-        entries: index lines, of the cases that are used.
-        pending: cases that are not preprocessed, and may not be.
-        manifest: what is to be remembered of all its cases, with its state before they were looked at.
-        listed: all its raw images, where they were looked at.
-        unsettled: where its cases are known from the manifest, those that have to be looked at.
-    """
+    """One dataset on its way into the case set."""
 
     name: str
     folder: Path
     names: set[str]
-    raw: dict[str, RawCase] | None = None
-    bad: list[BadCase] = field(default_factory=list)
-    entries: dict[str, Entry] = field(default_factory=dict)
-    pending: int = 0
-    manifest: tuple[Manifest, dict[str, Any]] | None = None
-    listed: dict[str, RawCase] = field(default_factory=dict)
-    unsettled: set[str] = field(default_factory=set)
+    raw: dict[str, RawCase] | None = None  # images to preprocess; None where the folder is used as it is
+    bad: list[BadCase] = field(default_factory=list)  # files and cases that cannot be used
+    entries: dict[str, Entry] = field(default_factory=dict)  # index lines, of the cases that are used
+    pending: int = 0  # cases that are not preprocessed, and may not be
+    manifest: tuple[Manifest, dict[str, Any]] | None = None  # what is to be remembered, and its state before
+    listed: dict[str, RawCase] = field(default_factory=dict)  # all its raw images, where they were looked at
+    unsettled: set[str] = field(default_factory=set)  # of cases known from the manifest: those to look at
 
     @property
     def index(self) -> Index:
@@ -131,7 +121,7 @@ def _remembered(asked: SourceRequest, source: str) -> _Source | None:
         source,
         folder,
         {*known.entries, *known.waiting, *(b.case for b in known.raw.bad)},
-        bad=[*known.raw.bad, *(BadCase(e.name, e.bad_file, e.bad) for e in refused)],
+        bad=[*known.raw.bad, *(e.refusal for e in refused)],
         entries={n: e for n, e in known.entries.items() if not e.bad},
         unsettled={*known.waiting, *(() if asked.skip_bad else (e.name for e in refused))},
     )
@@ -220,10 +210,7 @@ def _leaks(asked: SourceRequest, sources: Sequence[_Source]) -> list[str]:
         leaks += [f"{s.name}/{n}" for s in sources for n, e in s.entries.items() if e.sha256 in hashes]
     for source in sources:
         if source.raw is None and not source.entries:
-            try:
-                raw = list_raw(source.name, asked.plan)
-            except NnsslError:
-                raw = None
+            raw = find_raw(source.name, asked.plan)
             candidates = {n: c for n, c in raw.cases.items() if n in source.names} if raw else {}
             leaks += [f"{source.name}/{n}" for n in find_leaks(images, candidates)]
     return sorted(leaks)

@@ -27,31 +27,23 @@ CHUNK, BLOCK = 64, 16  # voxels per axis of the compressed chunks and blocks of 
 
 @dataclass(frozen=True)
 class Task:
-    """A case to do.
-
-    Attributes:
-        trust: hash of the raw voxels that the preprocessed case was made from; where they are still the same, nothing is
-            written. ``"any"`` trusts the preprocessed case whatever the hash.
-        stale: the preprocessed case is there and outdated.
-    """
+    """A case to do."""
 
     case: RawCase
+    # hash of the raw voxels that the preprocessed case was made from: where they are still the same, nothing is written;
+    # "any" trusts it whatever the hash
     trust: str = ""
-    stale: bool = False
+    stale: bool = False  # the preprocessed case is there and outdated
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a task: an entry for the index, or why no case can be done at the moment.
-
-    ``fatal``: ``"disk"``, ``"memory"``, ``"write"`` or empty. ``detail``: the exception's text. ``nbytes``: of the case,
-    uncompressed.
-    """
+    """What became of a task: an entry for the index, or why no case can be done at the moment."""
 
     entry: Entry
-    fatal: str = ""
-    detail: str = ""
-    nbytes: int = 0
+    fatal: str = ""  # "disk", "memory", "write" or empty
+    detail: str = ""  # the exception's text where fatal
+    nbytes: int = 0  # size of the case, uncompressed
 
 
 class _Known(Exception):
@@ -59,12 +51,13 @@ class _Known(Exception):
 
 
 @dataclass
-class _State:
+class State:
     """How far a case has come."""
 
     trust: str
-    sha256: str = ""
+    shape: tuple[int, ...] = ()
     spacing: tuple[float, ...] = ()
+    sha256: str = ""
     nbytes: int = 0
     saving: bool = False
 
@@ -118,8 +111,8 @@ class HashWorker:
 
 
 @dataclass(frozen=True)
-class CaseWorker:
-    """Preprocesses cases one by one into ``folder``, first into ``temporary`` on the same file system. Pickles."""
+class Worker:
+    """Does cases one by one, into ``folder``, first into ``temporary`` on the same file system. Pickles."""
 
     plan: Plan
     folder: Path
@@ -127,18 +120,12 @@ class CaseWorker:
 
     def __call__(self, task: Task) -> Result:
         """Do one case; never raises but for Ctrl-C."""
-        case, state = task.case, _State(task.trust)
-        entry, final = Entry(case.name, case.stamps), self.folder / f"{case.name}{IMAGE}"
+        case, state = task.case, State(task.trust)
+        entry = Entry(case.name, case.stamps)
         with quiet() as printed:
             try:
-                check_files(case.files)
-                newest = max(stamp[2] for stamp in case.stamps)
-                if not (task.trust or task.stale) and final.exists() and final.stat().st_mtime_ns > newest:
-                    state.trust = "any"  # another process has made it meanwhile
-                with contextlib.suppress(_Known):
-                    self._run(case, state)
-                shape = tuple(int(i) for i in open_array(final, mapped=False).shape[1:])
-                return Result(replace(entry, shape=shape, spacing=state.spacing, sha256=state.sha256))
+                self.make(task, state)
+                return Result(replace(entry, shape=state.shape, spacing=state.spacing, sha256=state.sha256))
             except Unusable as error:
                 return Result(replace(entry, bad=str(error), bad_file=error.file or case.files[0]))
             except MemoryError:
@@ -150,9 +137,35 @@ class CaseWorker:
                     return Result(entry, "disk" if full else "write", why, state.nbytes)
                 return Result(replace(entry, bad=why, bad_file=case.files[0]))
             finally:
-                self._clean(case.name)
+                self.clean(case.name)
 
-    def _inspect(self, name: str, data: np.ndarray, properties: dict[str, Any], state: _State) -> None:
+    def make(self, task: Task, state: State) -> None:
+        """Make the files of a case, or raise."""
+        raise NotImplementedError
+
+    def clean(self, name: str) -> None:
+        """Remove what is left of a case in the temporary folder."""
+        for ending in (PROPERTIES, LABELS, IMAGE):
+            with contextlib.suppress(OSError):
+                os.unlink(self.temporary / f"{name}{ending}")
+
+
+@dataclass(frozen=True)
+class CaseWorker(Worker):
+    """Preprocesses cases."""
+
+    def make(self, task: Task, state: State) -> None:
+        """Preprocess a case, unless that is done."""
+        case, final = task.case, self.folder / f"{task.case.name}{IMAGE}"
+        check_files(case.files)
+        newest = max(stamp[2] for stamp in case.stamps)
+        if not (task.trust or task.stale) and final.exists() and final.stat().st_mtime_ns > newest:
+            state.trust = "any"  # another process has made it meanwhile
+        with contextlib.suppress(_Known):
+            self._run(case, state)
+        state.shape = tuple(int(i) for i in open_array(final, mapped=False).shape[1:])
+
+    def _inspect(self, name: str, data: np.ndarray, properties: dict[str, Any], state: State) -> None:
         """Look at the raw voxels, ``(C, Z, Y, X)``."""
         state.spacing = tuple(float(s) for s in properties["spacing"])
         if data.shape[0] != self.plan.n_channels:
@@ -167,7 +180,7 @@ class CaseWorker:
         if state.trust in ("any", state.sha256) and complete(self.folder, name):
             raise _Known
 
-    def _run(self, case: RawCase, state: _State) -> None:
+    def _run(self, case: RawCase, state: State) -> None:
         preprocessor: Any = self.plan.config.preprocessor_class
         inspect = self._inspect
 
@@ -192,7 +205,7 @@ class CaseWorker:
                 nnUNetDatasetBlosc2.save_case(data, seg, properties, truncated, **storage(data.shape[1:]))
 
         plan, truncated = self.plan, str(self.temporary / case.name)
-        self._clean(case.name)  # a process that was killed may have left a part, which blosc2 does not overwrite
+        self.clean(case.name)  # a process that was killed may have left a part, which blosc2 does not overwrite
         Unlabelled(verbose=False).run_case_save(
             truncated, list(case.files), None, plan.manager, plan.config, plan.dataset_json
         )
@@ -202,8 +215,3 @@ class CaseWorker:
         for ending in (PROPERTIES, LABELS, IMAGE):  # the image last: it marks the case as done
             move_synced(truncated + ending, self.folder / f"{case.name}{ending}")
         state.saving = False
-
-    def _clean(self, name: str) -> None:
-        for ending in (PROPERTIES, LABELS, IMAGE):
-            with contextlib.suppress(OSError):
-                os.unlink(self.temporary / f"{name}{ending}")

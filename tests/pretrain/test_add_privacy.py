@@ -16,6 +16,7 @@ from nnssl.pretrain.images import cli as command
 from nnssl.pretrain.images.convert import tells_nothing
 from nnssl.pretrain.prepare import prepare_sources
 from nnssl.pretrain.prepare.planning import planned
+from nnssl.pretrain.prepare.request import PrepareOptions
 
 
 def everything_written(folder):
@@ -138,7 +139,7 @@ def test_what_was_added_can_be_planned_and_preprocessed(place, monkeypatch):
     for i in range(3):
         series(place.export / str(i), volume(i, (12, 20, 18)) - 1000)
     place.guess()
-    plan = planned(["Dataset500_Scans"], n_processes=0)
+    plan = planned(["Dataset500_Scans"], PrepareOptions("Dataset500_Scans"))
     assert plan.normalization_schemes == ("CTNormalization",)
     pool = prepare_sources(plan, ["Dataset500_Scans"], n_processes=0)
     assert [r.name for r in pool.cases] == ["Scans_0001", "Scans_0002", "Scans_0003"]

@@ -327,7 +327,7 @@ def test_unlabelled_sources_of_another_dataset_get_masks_too(target, tiny_raw_da
     assert prepare_bodies(plan, pool, n_processes=0) == 2
     folder = body_folder(plan, "Dataset902_Free")
     assert folder.parent.name == "Dataset902_Free" and folder != pool.cases[0].folder
-    worker = BodyWorker(plan, (False,), pool.cases[0].folder, folder, tmp_path)
+    worker = BodyWorker(plan, folder, tmp_path, (False,), pool.cases[0].folder)
     again = pickle.loads(pickle.dumps(worker))
     assert replace(again, plan=plan) == worker and again.plan.plans == plan.plans
 

@@ -18,6 +18,7 @@ from nnssl.plans.labels import choose_validating
 from nnssl.pretrain.prepare.fingerprint import FigureWorker
 from nnssl.pretrain.prepare.planning import planned
 from nnssl.pretrain.prepare.raw import RawCase, describe, list_unplanned
+from nnssl.pretrain.prepare.request import PrepareOptions
 from nnssl.pretrain.prepare.selection import select
 from nnssl.pretrain.prepare.worker import CaseWorker, Task
 
@@ -75,7 +76,7 @@ def test_wrong_entries_are_refused_before_planning(tiny_raw_dataset, entry, told
     path = folder / "dataset.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **entry}))
     with pytest.raises(NnsslError) as error:
-        planned(["Dataset902_Free"], n_processes=0)
+        planned(["Dataset902_Free"], PrepareOptions("Dataset902_Free"))
     assert str(path) in str(error.value) and told in str(error.value)
 
 
@@ -92,7 +93,7 @@ def test_a_file_of_nnunet_v1_is_shown_as_it_has_to_be(tiny_raw_dataset):
     path = tiny_raw_dataset(902, "Free", 2, labelled=False) / "dataset.json"
     path.write_text(json.dumps(V1))
     with pytest.raises(NnsslError, match="'training' is an entry of nnU-Net v1's form") as error:
-        planned(["Dataset902_Free"], n_processes=0)
+        planned(["Dataset902_Free"], PrepareOptions("Dataset902_Free"))
     content = json.loads(str(error.value).partition("with this content: ")[2])
     assert content == {
         "channel_names": {"0": "MRI"},
@@ -143,7 +144,7 @@ def test_entries_that_do_not_exist_are_named_before_planning(tiny_raw_dataset):
     with pytest.raises(
         NnsslError, match="(?s)Entries of .dataset. .* are not there: .*c2 names .*case_002.*and 2 more"
     ):
-        planned(["Dataset902_Free"], n_processes=0)
+        planned(["Dataset902_Free"], PrepareOptions("Dataset902_Free"))
 
 
 def test_other_endings_beside_the_datasets_are_mentioned(tiny_raw_dataset, caplog):

@@ -22,6 +22,7 @@ from nnssl.pretrain.prepare.fingerprint import FigureWorker, combine, measure, s
 from nnssl.pretrain.prepare.planner import PLANNERS, plans_name, run_planner
 from nnssl.pretrain.prepare.planning import is_unlabelled, planned
 from nnssl.pretrain.prepare.raw import list_unplanned
+from nnssl.pretrain.prepare.request import PrepareOptions
 
 SMALL = {"shape": (16, 24, 20), "spacing": (2.0, 1.0, 1.25)}
 NAME = "Dataset902_Free"
@@ -42,8 +43,8 @@ def free(tiny_raw_dataset, nnunet_env):
     return tiny_raw_dataset(902, "Free", 4, labelled=False, **SMALL)
 
 
-def make(names=(NAME,), *args, **options):
-    return planned(list(names), *args, n_processes=0, **options)
+def make(names=(NAME,), target=None, **options):
+    return planned(list(names), PrepareOptions(list(names), target=target, **options))
 
 
 def snapshot(folder):
