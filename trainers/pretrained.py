@@ -81,6 +81,8 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
     pretrained: ClassVar[bool] = True
     control_note: ClassVar[str] = " (the control without pretraining)"
     primus: ClassVar[bool] = False
+    one_output: ClassVar[bool] = False
+    """Whether the network has no deep supervision."""
     begun_figures: ClassVar[tuple[str, ...]] = ("optimizer",)
     """Figures of which a continued training keeps what it began with, unless the plan names them."""
 
@@ -97,19 +99,25 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
             keep_to_threads()
             keep_freed_memory()
         self.followed_schedule = self.schedule_of(plans)
-        figures = FineTuningConfig.from_plans(plans, self.followed_schedule, type(self).__name__)
+        self.figures = FineTuningConfig.from_plans(plans, self.followed_schedule, type(self).__name__)
         if self.followed_schedule == MEAN_TEACHER and self.schedule != MEAN_TEACHER:
-            figures = replace(figures, labelled_first=1.0)  # the control: labels only, one schedule over as many steps
+            self.figures = replace(self.figures, labelled_first=1.0)  # the control: one schedule over as many steps
+        plans = self.trained_plans(plans, configuration, dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.figures = figures
-        self.num_epochs = figures.epochs
-        self.num_iterations_per_epoch = figures.iterations
-        self.num_val_iterations_per_epoch = figures.val_iterations
-        self.initial_lr = figures.peak_lr
+        self.num_epochs = self.figures.epochs
+        self.num_iterations_per_epoch = self.figures.iterations
+        self.num_val_iterations_per_epoch = self.figures.val_iterations
+        self.initial_lr = self.figures.peak_lr
+        if self.one_output:
+            self.enable_deep_supervision = False
         self.provenance: dict[str, Any] = {}
         self._digests: dict[str, str] = {}
         self._loggers: list[FineTuningLogger] = []
         self.constructed()
+
+    def trained_plans(self, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> dict[str, Any]:
+        """The plans of the network that is trained; those given, if it is the plan's own."""
+        return plans
 
     def constructed(self) -> None:
         """Called at the end of the constructor, whose signature nnU-Net reads: subclasses need none of their own."""
@@ -126,6 +134,11 @@ class nnUNetTrainerPretrained(StepwiseTrainer):
         """The trainer of nnU-Net's that builds the same network, under whose name checkpoints are saved; None for our own."""
         same = type(self).build_network_architecture is nnUNetTrainer.build_network_architecture
         return nnUNetTrainer.__name__ if same else None
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """As nnU-Net, where there are several outputs."""
+        if not self.one_output:
+            super().set_deep_supervision_enabled(enabled)
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """As nnU-Net, with only the training cases that the plan chooses; validation cases are never among them."""

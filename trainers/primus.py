@@ -24,12 +24,12 @@ class nnUNetTrainerPretrainedPrimus(nnUNetTrainerPretrained):
     """
 
     primus: ClassVar[bool] = True
+    one_output: ClassVar[bool] = True
     clip: ClassVar[float] = 1.0
 
     def constructed(self) -> None:
-        """Weight decay and the one output of nnU-Net's Primus trainers."""
+        """The weight decay of nnU-Net's Primus trainers."""
         self.weight_decay = 5e-2
-        self.enable_deep_supervision = False
 
     @classmethod
     def schedule_of(cls, plans: dict[str, Any]) -> str:
@@ -50,9 +50,6 @@ class nnUNetTrainerPretrainedPrimus(nnUNetTrainerPretrained):
     def stock_name(self) -> str | None:
         """nnU-Net's Primus trainer of this size, ``"nnUNet_Primus_S_Trainer"``; None where it has none."""
         return self.plan().stock_trainer
-
-    def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """A Primus has one output."""
 
 
 class nnUNetTrainerPretrainedPrimusScratch(nnUNetTrainerPretrainedPrimus):

@@ -12,9 +12,9 @@ from nnssl.errors import NnsslError
 from nnssl.networks import unwrap
 from nnssl.plans import Plan
 from nnssl.plans.commands import plan_command
-from nnssl.plans.figures import FineTuningConfig
+from nnssl.plans.figures import LINEAR_PROBE
 from nnssl.plans.probe import from_probe, to_probe
-from nnssl.trainers.pretrained import check_network, nnUNetTrainerPretrained
+from nnssl.trainers.pretrained import nnUNetTrainerPretrained
 
 _ONLY_HERE = (
     "nnssl: NOTE: a linear probe predicts only where nnssl is installed. That goes for this folder and for a zip that "
@@ -30,21 +30,14 @@ class nnUNetTrainerLinearProbe(nnUNetTrainerPretrained):
     ``-pretrained_weights`` has no place here, since nnU-Net would look for the probe's names: name the file in a plan.
     """
 
-    schedule: ClassVar[str] = "linear_probe"
+    schedule: ClassVar[str] = LINEAR_PROBE
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net reads this very signature
-    ) -> None:
-        check_network(type(self), plans, configuration, primus=False)
-        levels = FineTuningConfig.from_plans(plans, self.schedule, type(self).__name__).levels
+    one_output: ClassVar[bool] = True
+
+    def trained_plans(self, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> dict[str, Any]:
+        """Those of the probe."""
         plan = Plan.from_dicts(from_probe(plans, configuration), configuration, dataset_json, second_stage=True)
-        super().__init__(to_probe(plan, levels), configuration, fold, dataset_json, device)
-        self.enable_deep_supervision = False
+        return to_probe(plan, self.figures.levels)
 
     def on_train_start(self) -> None:
         """As the other trainers; says what the model is good for."""
@@ -80,6 +73,3 @@ class nnUNetTrainerLinearProbe(nnUNetTrainerPretrained):
                 f"{path} holds no weights for {', '.join(random)}, which a probe of the decoder looks at. Probe the encoder: "
                 f"{command}"
             )
-
-    def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """A probe has one output."""

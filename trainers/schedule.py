@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from nnssl.parts import ENCODER, Part, is_head
-from nnssl.plans.figures import MEAN_TEACHER, FineTuningConfig
+from nnssl.plans.figures import LINEAR_PROBE, MEAN_TEACHER, FineTuningConfig
 from nnssl.teacher.stages import Stages
 
 
@@ -90,7 +90,7 @@ class LearningRates:
             return stages.factor(step, f.warmup)
         if self.always_frozen(group):
             return 0.0
-        if f.warmup == 0 and self.schedule == "linear_probe":
+        if f.warmup == 0 and self.schedule == LINEAR_PROBE:
             return 1.0
         return warmup_poly(epoch, f.epochs, f.warmup_epochs)
 
