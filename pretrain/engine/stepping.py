@@ -49,8 +49,9 @@ def views_in_parts(
     method: Method, crops: Crops, parts: int, device: torch.device, seed: int, step: int
 ) -> Iterator[Batch]:
     """The views of this rank's crops of a step, micro-batch by micro-batch; the same however many micro-batches there are."""
-    total, first, count = len(crops) * world_size(), rank() * len(crops), len(crops) // parts
-    for begin in range(0, len(crops), count):
+    n = len(crops)
+    total, first, count = n * world_size(), rank() * n, n // parts
+    for begin in range(0, n, count):
         part = crops if parts == 1 else crops.part(begin, count)
         with torch.no_grad():
             batch = method.views(part, StepRNG(seed, step, total, first + begin, count, device))

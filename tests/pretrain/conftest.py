@@ -414,9 +414,6 @@ def make_robust(tiny_plans, tiny_dataset_json):
     return make
 
 
-# ---- preprocessed cases, and short runs ---------------------------------------------------------------------------------
-
-
 def same_weights():
     """``same_weights(a, b)``: whether two runs in folders of their own ended at the same weights."""
 
