@@ -91,9 +91,7 @@ class RunOptions:
         help="accept that channels or modality of the images and of the target differ",
     )
     epochs: int | None = given(
-        None,
-        LENGTH,
-        help="epochs (default: 200); more of them lengthen a finished run with --c",
+        None, LENGTH, help="epochs (default: 200); more of them lengthen a finished run with --c"
     )
     iterations: int | None = given(None, LENGTH, help="optimiser steps of an epoch (default: 250)")
     seed: int | None = given(

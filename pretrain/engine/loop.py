@@ -22,13 +22,7 @@ from nnssl.pretrain.data.weights import case_weights
 from nnssl.pretrain.engine.drawing import draw, draw_views
 from nnssl.pretrain.engine.evaluate import HeldOut
 from nnssl.pretrain.engine.logs import RunLog
-from nnssl.pretrain.engine.messages import (
-    disk_reason,
-    epoch_line,
-    memory_advice,
-    non_finite_advice,
-    out_of_memory,
-)
+from nnssl.pretrain.engine.messages import disk_reason, epoch_line, memory_advice, non_finite_advice, out_of_memory
 from nnssl.pretrain.engine.place import place_sentence
 from nnssl.pretrain.engine.signals import StopSignals
 from nnssl.pretrain.engine.spec import RunResult, RunSpec
