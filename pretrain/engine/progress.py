@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.pictures import new_figure, write_png
-from nnssl.pretrain.engine.wrapping import wrapped
+from nnssl.pretrain.engine.pictures import wrapped
 from nnssl.pretrain.types import Curve, Level
 
 MOST_PANELS = 6

@@ -145,7 +145,7 @@ def test_a_picture_without_any_extras(tmp_path):
 
 def test_lines_are_measured_in_the_font_that_they_are_written_in():
     """Digits are wider than letters: a verdict full of figures was cut off at the right."""
-    from nnssl.pretrain.engine.wrapping import wrapped
+    from nnssl.pretrain.engine.pictures import wrapped
 
     figure = Figure(figsize=(15.6, 2), dpi=72)
     canvas = FigureCanvasAgg(figure)
