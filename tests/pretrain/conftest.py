@@ -306,6 +306,50 @@ def make_voco(tiny_plans, tiny_dataset_json):
         return _method("voco", plans, tiny_dataset_json(channels), values, stats=stats, crop=crop, seeded=False)
 
 
+@pytest.fixture
+def voco_crops():
+    """``voco_crops(method, n=3, seed=0, channels=1, shape=None, start=None, **changes)``: smooth windows without air, as from an
+    image that they fill."""
+
+    def make(method, n=3, seed=0, channels=1, shape=None, start=None, **changes):
+        generator = torch.Generator().manual_seed(seed)
+        window = method.request.read_size
+        coarse = torch.randn(n, channels, *[max(2, w // 3) for w in window], generator=generator)
+        data = F.interpolate(coarse, size=window, mode="trilinear" if len(window) == 3 else "bilinear")
+        data = data + 0.1 * torch.randn(data.shape, generator=generator)
+        place, body = torch.full((n, 3), 0.5, dtype=torch.float64), torch.ones(n, 1, *window, dtype=torch.bool)
+        extent = torch.tensor([1] * (3 - len(window)) + list(window)).expand(n, 3).clone()
+        intensity = torch.tensor([-2.0, 2.0]).expand(n, channels, 2).clone()
+        start = torch.zeros(n, 3, dtype=torch.long) if start is None else start
+        names, source = [f"case{i}" for i in range(n)], ["Dataset901_Tiny"] * n
+        crops = Crops(data, body, place, place, intensity, start, names, extent if shape is None else shape, source)
+        return replace(crops, **changes)
+
+    return make
+
+
+@pytest.fixture
+def voco_batch(voco_crops):
+    """``voco_batch(method, n=3, seed=0, step=0, **crops)``: the method's views of :func:`voco_crops`."""
+
+    def make(method, n=3, seed=0, step=0, **options):
+        with torch.no_grad():
+            return method.views(voco_crops(method, n, seed, **options), StepRNG(0, step, n))
+
+    return make
+
+
+@pytest.fixture
+def make_robust(tiny_plans, tiny_dataset_json):
+    """``make_robust(dim=3, arch="plain", channels=1, **options)``."""
+
+    def make(dim=3, arch="plain", channels=1, **options):
+        plans, stats = tiny_plans(dim, arch, channels), SourceStats((28, 36, 28), 12)
+        return _method("robust", plans, tiny_dataset_json(channels), options, stats=stats)
+
+    return make
+
+
 # ---- preprocessed cases, and short runs ---------------------------------------------------------------------------------
 
 
@@ -371,49 +415,6 @@ def go():
 
 
 @pytest.fixture
-def voco_crops():
-    """``voco_crops(method, n=3, seed=0, channels=1, shape=None, start=None, **changes)``: smooth windows without air, as from an
-    image that they fill."""
-
-    def make(method, n=3, seed=0, channels=1, shape=None, start=None, **changes):
-        generator = torch.Generator().manual_seed(seed)
-        window = method.request.read_size
-        coarse = torch.randn(n, channels, *[max(2, w // 3) for w in window], generator=generator)
-        data = F.interpolate(coarse, size=window, mode="trilinear" if len(window) == 3 else "bilinear")
-        data = data + 0.1 * torch.randn(data.shape, generator=generator)
-        place, body = torch.full((n, 3), 0.5, dtype=torch.float64), torch.ones(n, 1, *window, dtype=torch.bool)
-        extent = torch.tensor([1] * (3 - len(window)) + list(window)).expand(n, 3).clone()
-        intensity = torch.tensor([-2.0, 2.0]).expand(n, channels, 2).clone()
-        start = torch.zeros(n, 3, dtype=torch.long) if start is None else start
-        names, source = [f"case{i}" for i in range(n)], ["Dataset901_Tiny"] * n
-        crops = Crops(data, body, place, place, intensity, start, names, extent if shape is None else shape, source)
-        return replace(crops, **changes)
-
-    return make
-
-
-@pytest.fixture
-def voco_batch(voco_crops):
-    """``voco_batch(method, n=3, seed=0, step=0, **crops)``: the method's views of :func:`voco_crops`."""
-
-    def make(method, n=3, seed=0, step=0, **options):
-        with torch.no_grad():
-            return method.views(voco_crops(method, n, seed, **options), StepRNG(0, step, n))
-
-    return make
-
-
-@pytest.fixture
-def make_robust(tiny_plans, tiny_dataset_json):
-    """``make_robust(dim=3, arch="plain", channels=1, **options)``."""
-
-    def make(dim=3, arch="plain", channels=1, **options):
-        plans, stats = tiny_plans(dim, arch, channels), SourceStats((28, 36, 28), 12)
-        return _method("robust", plans, tiny_dataset_json(channels), options, stats=stats)
-
-    return make
-
-
 def same_weights():
     """``same_weights(a, b)``: whether two runs in folders of their own ended at the same weights."""
 
