@@ -40,6 +40,10 @@ TILT_DEGREES = 1.0
 """Largest angle between the slices' normal and the line that their positions lie on; more is a tilted gantry."""
 
 
+class _No(Exception):
+    """These slices are no volume: reason, detail."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Slice:
     """One slice: a file, or a frame of one."""
@@ -96,17 +100,17 @@ def _gap(steps: np.ndarray, middle: float) -> str:
     return f"{missing} of {len(steps) + 1 + missing} slices are missing: {gap}" if missing else gap
 
 
-def _spaced(stack: Sequence[_Slice], places: np.ndarray) -> Rejected | float:
-    """Distance of the slices of one volume, in order, or why they are none."""
-    headers, steps = [s.header for s in stack], np.diff(places)
+def _spaced(stack: Sequence[_Slice], places: np.ndarray) -> float:
+    """Distance of the slices of one volume, in order."""
+    steps = np.diff(places)
     middle = float(np.median(steps))
     if np.abs(steps - middle).max() > UNEVEN * middle:
-        return _all(headers, "slices are missing or unevenly spaced", _gap(steps, middle))
+        raise _No("slices are missing or unevenly spaced", _gap(steps, middle))
     line = np.subtract(stack[-1].place.position, stack[0].place.position)
     across = float(np.sqrt(max(0.0, line @ line - (places[-1] - places[0]) ** 2)))
     angle = np.degrees(np.arctan2(across, places[-1] - places[0]))
     if angle > TILT_DEGREES:
-        return _all(headers, "its gantry is tilted", f"{angle:.1f} degrees")
+        raise _No("its gantry is tilted", f"{angle:.1f} degrees")
     return float(places[-1] - places[0]) / (len(stack) - 1)
 
 
@@ -123,36 +127,29 @@ def _levels(slices: Sequence[_Slice]) -> tuple[list[list[_Slice]], dict[_Slice, 
     return [sorted(level, key=lambda s: s.order) for level in levels], at
 
 
-def _volumes(slices: Sequence[_Slice], asked: AddOptions) -> tuple[list[list[_Slice]], float] | Rejected:
+def _volumes(slices: Sequence[_Slice], asked: AddOptions) -> tuple[list[list[_Slice]], float]:
     """The volumes of slices with one series, size and orientation, and the distance of their slices."""
-    headers = [s.header for s in slices]
     if any(len(s.place.position) != 3 or len(s.place.orientation) != 6 for s in slices):
-        return _all(headers, "its slices have no positions" if len(slices) > 1 else "a single slice")
+        raise _No("its slices have no positions" if len(slices) > 1 else "a single slice")
     levels, at = _levels(slices)
     if len(levels) < asked.least_slices:
         few = "a single slice" if len(levels) == 1 else f"fewer than {asked.least_slices} slices"
-        return _all(headers, few, f"{len(levels)} positions")
+        raise _No(few, f"{len(levels)} positions")
     counts = sorted({len(level) for level in levels})
     if len(counts) > 1:
-        return _all(headers, "some positions have more slices than others", f"{counts[0]} to {counts[-1]} slices")
+        raise _No("some positions have more slices than others", f"{counts[0]} to {counts[-1]} slices")
     if counts[0] > 1 and asked.four_d == "reject":
-        return _all(headers, FOUR_D, f"{counts[0]} volumes")
+        raise _No(FOUR_D, f"{counts[0]} volumes")
     volumes = [[level[i] for level in levels] for i in range(counts[0] if asked.four_d == "split" else 1)]
-    steps = []
-    for volume in volumes:
-        step = _spaced(volume, np.array([at[s] for s in volume]))
-        if isinstance(step, Rejected):
-            return step
-        steps.append(step)
-    return volumes, float(np.mean(steps))
+    return volumes, float(np.mean([_spaced(v, np.array([at[s] for s in v])) for v in volumes]))
 
 
 def _stack(headers: Sequence[Header], asked: AddOptions) -> Sorted:
     """Volumes of single-slice files."""
-    found = _volumes([_Slice(h) for h in headers], asked)
-    if isinstance(found, Rejected):
-        return [found]
-    volumes, step = found
+    try:
+        volumes, step = _volumes([_Slice(h) for h in headers], asked)
+    except _No as no:
+        return [_all(headers, *no.args)]
     used = {s.header.file for volume in volumes for s in volume}
     unused = sorted({h.file for h in headers} - used)
     over = [Rejected(unused[0], LATER, "", len(unused))] if unused else []
@@ -167,8 +164,10 @@ def _multi_frame(header: Header, asked: AddOptions) -> Item | Rejected:
         return Rejected(header.file, "its frames have no positions", f"{header.n_frames} frames")
     if any(_turned(header.frames[0], f) for f in header.frames):
         return Rejected(header.file, "its frames have several orientations")
-    found = _volumes([_Slice(header, i) for i in range(header.n_frames)], asked)
-    return found if isinstance(found, Rejected) else _item(*found)
+    try:
+        return _item(*_volumes([_Slice(header, i) for i in range(header.n_frames)], asked))
+    except _No as no:
+        return _all([header], *no.args)
 
 
 def _turned(frame: Frame, other: Frame) -> bool:

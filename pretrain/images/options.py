@@ -95,7 +95,7 @@ class AddOptions:
         metavar="FILE",
         help="CSV of cases and the files they come from (default: none is written)",
     )
-    n_processes: int | None = given(None, WRITTEN, dest="processes", help="processes (default: nnU-Net's)")
+    n_processes: int | None = given(None, WRITTEN, dest="processes")
 
     def __post_init__(self) -> None:
         if self.four_d not in FOUR_D or self.link not in LINKS or self.least_slices < 2:

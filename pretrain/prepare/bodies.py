@@ -59,6 +59,8 @@ class BodyWorker(Worker):
         name = f"{task.case.name}{IMAGE}"
         try:
             mask = self._mask(task.case)
+        except MemoryError:
+            raise
         except Exception:
             (self.folder / name).unlink(missing_ok=True)  # of another image
             raise
