@@ -3,10 +3,21 @@
 import pytest
 import torch
 
+from nnssl import trainers
 from nnssl.errors import NnsslError
 from nnssl.networks import build_network
 from nnssl.plans import Plan
-from nnssl.plans.figures import FineTuningConfig, check_options, schedule_name
+from nnssl.plans.figures import (
+    PRIMUS,
+    SCHEDULES,
+    SCRATCH,
+    TEACHER,
+    FineTuningConfig,
+    check_options,
+    followers,
+    schedule_name,
+    trainer_for,
+)
 from nnssl.trainers.groups import backbone_groups, build_optimizer, group_of, hold_statistics, parameter_groups
 from nnssl.trainers.learning_rates import describe_rates, merge_names
 from nnssl.trainers.schedule import (
@@ -113,6 +124,22 @@ def test_another_family_names_the_trainer_to_use():
         FineTuningConfig.from_plans(
             {"plans_name": "p", "nnssl": {"schedule": FAMILY}}, "sawtooth", "nnUNetTrainerSawtooth"
         )
+
+
+def test_trainers_that_follow_a_schedule_are_those_that_say_so():
+    """The table that names trainers without importing them, and the classes themselves."""
+    classes = [getattr(trainers, name) for name in trainers.TRAINERS]
+    own = {cls.schedule: cls.__name__ for cls in classes if cls.pretrained and not cls.primus}
+    assert own == SCHEDULES
+    for schedule in SCHEDULES:
+        plans = {"nnssl": {"schedule": schedule}}
+        following = {cls.__name__ for cls in classes if cls.schedule_of(plans) == schedule and not cls.primus}
+        assert following == set(followers(schedule))
+        assert trainer_for(schedule) == followers(schedule)[0] == SCHEDULES[schedule]
+    assert trainer_for("sawtooth", pretrained=False) == trainer_for("head_only", pretrained=False) == SCRATCH
+    assert trainer_for("mean_teacher", pretrained=False) == TEACHER
+    assert (trainer_for("sawtooth", True), trainer_for("sawtooth", True, False)) == PRIMUS
+    assert followers("linear_probe") == ["nnUNetTrainerLinearProbe"] and followers("cosine") == []
 
 
 def test_factor_by_hand():
