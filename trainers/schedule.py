@@ -101,28 +101,11 @@ class LearningRates:
         return self.schedule == "head_only" and not is_head(group)
 
 
-class EpochSchedule:
-    """Sets each group's learning rate to its present one, the peak, times :func:`warmup_poly` of the epoch.
-
-    nnU-Net calls ``step(current_epoch)`` before each epoch, so a resumed training needs no state of this. Unlike nnU-Net's
-    schedulers it keeps the groups' ratio, and a group with learning rate 0 stays frozen.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, epochs: int, warmup_epochs: int) -> None:
-        self.optimizer = optimizer
-        self.epochs = epochs
-        self.warmup_epochs = warmup_epochs
-        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
-
-    def step(self, epoch: int) -> None:
-        """Set the learning rates for ``epoch``, counted from 0."""
-        factor = warmup_poly(epoch, self.epochs, self.warmup_epochs)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
-
-
 class StepSchedule:
-    """Sets each named group's learning rate for a step; :meth:`step` is what nnU-Net calls before each epoch."""
+    """Sets each group's learning rate for a step; :meth:`step` is what nnU-Net calls before each epoch.
+
+    The optimiser's groups are those of ``rates``, in this order. Unlike with nnU-Net's schedulers, one with the rate 0 is frozen.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, rates: LearningRates) -> None:
         self.optimizer = optimizer
@@ -134,12 +117,12 @@ class StepSchedule:
 
     def set(self, step: int) -> None:
         """Set the learning rates of an optimiser step, counted from 0 over the whole training."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rates.at(step, group["name"])
+        for name, group in zip(self.rates.groups, self.optimizer.param_groups):
+            group["lr"] = self.rates.at(step, name)
 
     def now(self) -> dict[str, float]:
         """Name of each group -> the learning rate that it has at present."""
-        return {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+        return {name: float(group["lr"]) for name, group in zip(self.rates.groups, self.optimizer.param_groups)}
 
     def frozen(self) -> list[torch.nn.Parameter]:
         """The parameters that are not trained at present."""

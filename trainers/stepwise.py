@@ -14,10 +14,10 @@ from torch import nn
 from nnssl.amp import autocast_for, cpu_bfloat16, float_outputs, wrong_in_bfloat16
 from nnssl.networks import unwrap
 from nnssl.parts import is_head
-from nnssl.plans.figures import FineTuningConfig
+from nnssl.plans.figures import DEFAULT_SCHEDULE, FineTuningConfig
 from nnssl.trainers.groups import backbone_groups, build_optimizer, hold_statistics, parameter_groups
 from nnssl.trainers.learning_rates import describe_rates, draw_below, draw_rates
-from nnssl.trainers.schedule import EpochSchedule, LearningRates, StepSchedule
+from nnssl.trainers.schedule import LearningRates, StepSchedule
 
 CLIP = 12.0  # nnU-Net's
 
@@ -51,25 +51,33 @@ class StepwiseTrainer(nnUNetTrainer):
         """What the plan variant tells the trainer; empty for plain plans."""
         return self.plans_manager.plans.get("nnssl") or {}
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, EpochSchedule | StepSchedule]:
-        """One group, as nnU-Net has it, where all parameters learn at one rate; else one for each stage, the heads first."""
-        figures = replace(self.figures, epochs=self.num_epochs, iterations=self.num_iterations_per_epoch)
-        kind = (figures.optimizer, self.initial_lr, self.weight_decay)
-        if self.followed_schedule == "warmup_poly" and figures.layer_decay == 1:
-            optimizer = build_optimizer(self.network.parameters(), *kind)
-            return optimizer, EpochSchedule(optimizer, self.num_epochs, figures.warmup_epochs)
-        groups = self.parameter_groups()
-        names = tuple(group["name"] for group in groups)
-        rates = LearningRates(
-            self.followed_schedule, figures, names, backbone_groups(self.default_backbone(names), names)
+    @property
+    def one_rate(self) -> bool:
+        """Whether all parameters learn at one rate that changes from epoch to epoch, as nnU-Net's does."""
+        return self.followed_schedule == DEFAULT_SCHEDULE and self.figures.layer_decay == 1
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, StepSchedule]:
+        """One group, as nnU-Net has it, where there is one rate; else one for each stage, the heads first."""
+        figures = replace(
+            self.figures,
+            epochs=self.num_epochs,
+            iterations=self.num_iterations_per_epoch,
+            peak_lr=self.initial_lr,
         )
-        for group in groups:
-            if rates.always_frozen(group["name"]):
+        groups: list[dict[str, Any]] = [{"params": list(self.network.parameters())}]
+        if not self.one_rate:
+            groups = self.parameter_groups()
+        names = tuple(group.get("name", "network") for group in groups)
+        backbone = backbone_groups(self.default_backbone(names), names)
+        rates = LearningRates(self.followed_schedule, figures, names, backbone)
+        for name, group in zip(names, groups):
+            if rates.always_frozen(name):
                 for parameter in group["params"]:
                     parameter.requires_grad_(False)
-        optimizer = build_optimizer(groups, *kind)
+        optimizer = build_optimizer(groups, figures.optimizer, self.initial_lr, self.weight_decay)
         schedule = StepSchedule(optimizer, rates)
-        schedule.step(0)
+        if not self.one_rate:
+            schedule.step(0)
         return optimizer, schedule
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -95,7 +103,7 @@ class StepwiseTrainer(nnUNetTrainer):
         """As nnU-Net; the learning rates of all groups are logged."""
         super().on_train_epoch_start()
         self._iteration = 0
-        if not isinstance(self.lr_scheduler, StepSchedule):
+        if self.one_rate:  # in nnU-Net's own log
             return
         first = self.lr_scheduler.now()
         hold_statistics(self.network, self.lr_scheduler.frozen())
@@ -105,8 +113,7 @@ class StepwiseTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """As nnU-Net, at this step's learning rates and without the gradients of what is frozen."""
-        by_step = isinstance(self.lr_scheduler, StepSchedule)
-        held = [p for p in self._set_rates(self.lr_scheduler) if p.requires_grad] if by_step else []
+        held = [] if self.one_rate else [p for p in self._set_rates(self.lr_scheduler) if p.requires_grad]
         if held or self.clip != CLIP or self.own_loss(batch) or self._cpu_bfloat16():
             return self._optimise(batch, held)
         return super().train_step(batch)
@@ -199,6 +206,6 @@ class StepwiseTrainer(nnUNetTrainer):
     def on_epoch_end(self) -> None:
         """As nnU-Net; ``progress.png`` gets a panel with the learning rates of all groups."""
         super().on_epoch_end()
-        if self.local_rank == 0 and self.rates and isinstance(self.lr_scheduler, StepSchedule):
+        if self.local_rank == 0 and self.rates and not self.one_rate:
             rates, done = self.lr_scheduler.rates, self.current_epoch
             draw_below(Path(self.output_folder) / "progress.png", lambda ax: draw_rates(rates, done, ax))
