@@ -267,7 +267,7 @@ def _record(engine: Engine, record: dict[str, Any], resuming: bool) -> None:
     if not (resuming and folder.images_file.is_file()):
         folder.write_images(spec.case_set)
     if resuming:
-        record = continued_record(folder, record)
+        record = continued_record(spec, record)
     write_json(folder.config_file, {**run_record(spec), **record})
     if engine.start is not None:
         engine.start.save_report(folder.path)

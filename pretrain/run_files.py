@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,20 @@ from nnssl import checkpoint
 from nnssl.distributed import world_size
 from nnssl.errors import NnsslError
 from nnssl.plans.unlabelled import case_key_hash
-from nnssl.pretrain.engine.folder import RunFolder
 from nnssl.pretrain.engine.loop import Engine
 from nnssl.pretrain.engine.messages import disk_reason
 from nnssl.pretrain.engine.spec import RunSpec
 from nnssl.pretrain.methods.registry import origin
 
+log = logging.getLogger("nnssl")
 
-def continued_record(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
+
+def continued_record(spec: RunSpec, record: dict[str, Any]) -> dict[str, Any]:
     """The record of a run that goes on: what began it stays, and what continues it is added."""
-    before = folder.saved_config() or {}
+    before, own = spec.folder.saved_config() or {}, origin(spec.method) or {}
+    if (before.get("objective") or own).get("sha256") != own.get("sha256"):
+        file = own.get("file", spec.method.name)
+        log.warning("%s has changed since this run was started: it goes on with the objective as it is now.", file)
     first: dict[str, Any] = {k: before[k] for k in ("asked", "command", "environment") if k in before}
     return {**record, **first, "continued": [*before.get("continued", ()), record["command"]]}
 

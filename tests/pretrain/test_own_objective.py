@@ -96,7 +96,9 @@ def own(request, tmp_path, monkeypatch):
     forget_methods()
 
 
-def test_an_unfinished_run_goes_on_from_another_folder(own, tiny_preprocessed, after_two, tmp_path, monkeypatch):
+def test_an_unfinished_run_goes_on_from_another_folder(
+    own, tiny_preprocessed, after_two, tmp_path, monkeypatch, caplog
+):
     """By the command that the run has written down, and to the weights of a run that was never ended."""
     tiny_preprocessed(901, "Tiny", 5, plan_options=SMALL)
     straight = run(901, method=own, name="straight", **COMMON)
@@ -108,7 +110,11 @@ def test_an_unfinished_run_goes_on_from_another_folder(own, tiny_preprocessed, a
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     forget_methods()
+    assert "has changed" not in caplog.text
+    with open(tmp_path / "home" / "simclr.py", "a") as file:
+        file.write("# another remark\n")
     assert main([*shlex.split(command)[1:], "--c"]) == 0
+    assert "simclr.py has changed since this run was started" in caplog.text
     a, b = (checkpoint.load(f / "checkpoint_final.pth").weights for f in (straight.folder, folder))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
