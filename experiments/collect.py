@@ -20,7 +20,7 @@ from nnssl.experiments.executor import Outcome
 from nnssl.experiments.jobs import Job, Run
 from nnssl.experiments.launch import typed
 from nnssl.experiments.session import Session
-from nnssl.files import read_json, write_atomic, write_json
+from nnssl.files import read_json, write_json, write_text
 from nnssl.variables import variables
 from nnssl.weights.save import package_versions
 
@@ -71,7 +71,7 @@ def _result(file: Path) -> dict[str, Any] | None:
 
 def _write_csv(file: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     text = pd.DataFrame(rows, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n")
-    write_atomic(file, lambda handle: handle.write(text.encode("utf-8", "surrogateescape")))
+    write_text(file, text, errors="surrogateescape")
 
 
 def _failures(session: Session, outcome: Outcome) -> list[dict[str, Any]]:

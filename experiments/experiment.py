@@ -58,9 +58,7 @@ class Training:
     epochs: int | None = option(None, "epochs (default: nnU-Net's 1000); 0: the weights as they are", low=0)
     iterations: int | None = option(None, "steps per epoch (default: nnU-Net's 250)", low=1)
     val_iterations: int | None = option(None, "validation batches per epoch (default: nnU-Net's 50)", low=1)
-    val_cases: int = option(
-        10, "unlabelled-for-training cases that draw the training curve, where no fold validates", low=1
-    )
+    val_cases: int = option(10, "cases without labels that draw the training curve, where no fold validates", low=1)
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -73,9 +71,7 @@ class Training:
 class Pretraining:
     """What ``nnssl_pretrain`` is asked for, the same for all methods but where a method has its own ``pretraining``."""
 
-    datasets: tuple[str, ...] = option(
-        (), "datasets to learn from (default: the dataset itself, without its test cases)"
-    )
+    datasets: tuple[str, ...] = option((), "to learn from (default: the dataset itself, without its test cases)")
     epochs: int | None = option(None, "epochs (default: nnssl_pretrain's)", low=1)
     iterations: int | None = option(None, "steps per epoch (default: nnssl_pretrain's)", low=1)
     options: dict[str, Any] = option({}, "-o options of method and loop")
@@ -83,7 +79,7 @@ class Pretraining:
     seed: int = option(0, "of initialisation, sampling and views", low=0)
     per_seed: bool = option(False, "one pretraining for each seed instead of one for all")
     labelled: bool = option(
-        False, "learn from the labelled cases of each draw too (--labelled), a pretraining for each draw"
+        False, "learn from each draw's labelled cases too (--labelled), a pretraining for each draw"
     )
     exclude: str | None = option(None, "file of cases to leave out")
     robustness_every: int | None = option(None, "epochs between two measurements of robustness", low=0)
@@ -120,9 +116,7 @@ class Setting:
     seeds: tuple[int, ...] = option((0, 1, 2), "which cases are the labelled ones", low=0)
     splits: Path | None = option(None)
     test: tuple[str, ...] = option((), "test cases: imagesTs (default where it has labels), or names")
-    folds: tuple[int, ...] = option(
-        (), "in place of test cases: evaluate on the validation cases of these folds", low=0
-    )
+    folds: tuple[int, ...] = option((), "evaluate on these folds' validation cases, in place of test cases", low=0)
     max_test_cases: int | None = option(None, "only the first so many of the test cases in a fixed random order", low=1)
     mirroring: bool = option(True, "predict with nnU-Net's test-time augmentation")
     surface_tolerance_mm: float = option(1.0, "tolerance of the surface Dice in mm", low=0)

@@ -30,12 +30,7 @@ class Options:
         "local", WHERE, "--executor", choices=("local", "slurm"), help="where jobs run (default: local)"
     )
     jobs: int | None = given(
-        None,
-        WHERE,
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="jobs at a time (default: one per GPU, or one; slurm: 100)",
+        None, WHERE, "--jobs", type=int, metavar="N", help="jobs at a time (default: one per GPU, or one; slurm: 100)"
     )
     dry_run: bool = given(False, WHAT, help="only show the jobs, what exists already, and the estimated time")
     report_only: bool = given(

@@ -13,10 +13,10 @@ from nnssl.errors import NnsslError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that refuses a key given twice, of which it would silently take the last."""
+    """YAML's safe loader that refuses a key given twice (of which it would silently take the last) and what holds itself."""
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for child, _ in node.value:
         if child.tag == "tag:yaml.org,2002:merge":
@@ -27,14 +27,16 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
         if name in seen:
             raise yaml.constructor.ConstructorError(None, None, f"'{name}' is given twice", child.start_mark)
         seen.add(name)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+    return loader.construct_mapping(node, deep=True)
 
 
-def _construct(loader: Any, node: Any) -> dict[Any, Any]:
-    return _mapping(loader, node, True)
+def _sequence(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:
+    return loader.construct_sequence(node, deep=True)
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct)
+# with their content made first (deep), PyYAML refuses a mapping or list that holds itself
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_SEQUENCE_TAG, _sequence)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -51,31 +53,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise NnsslError(f"{path} is nested too deeply, or refers to itself.") from None
     except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
         # numbers of thousands of digits, dates that do not exist, tags in odd places: PyYAML lets what Python says through
-        raise NnsslError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if _circular(content):
-        raise NnsslError(f"{path} refers to itself.")
+        text = " ".join(str(error).split())
+        why = "refers to itself." if "recursive node" in text else f"is no YAML: {text}"
+        raise NnsslError(f"{path} {why}") from error
     if not isinstance(content, dict):
         raise NnsslError(f"{path} holds no settings: lines such as 'dataset: 4' are expected.")
     return {str(k): v for k, v in content.items()}
-
-
-def _circular(value: Any) -> bool:
-    """Whether a mapping or list holds itself; each is looked at once, since anchors may share one a million times."""
-    above: set[int] = set()
-    seen: set[int] = set()
-
-    def look(value: Any) -> bool:
-        if not isinstance(value, (dict, list)) or id(value) in seen:
-            return False
-        if id(value) in above:
-            return True
-        above.add(id(value))
-        found = any(look(v) for v in (value.values() if isinstance(value, dict) else value))
-        above.discard(id(value))
-        seen.add(id(value))
-        return found
-
-    return look(value)
 
 
 def resolve_path(text: str, folder: Path) -> Path:

@@ -34,7 +34,7 @@ from nnssl.experiments.published import (
 from nnssl.experiments.scores import Scores, read_json_file, read_scores, read_table
 from nnssl.experiments.summary import read_curves, summarise
 from nnssl.experiments.tables import Table
-from nnssl.files import write_atomic
+from nnssl.files import write_text
 
 log = logging.getLogger("nnssl")
 
@@ -89,10 +89,6 @@ def _tables(data: _Data, setting: str) -> list[Table]:
     return [t for t in found if t is not None]
 
 
-def _write_text(file: Path, text: str) -> None:
-    write_atomic(file, lambda handle: handle.write(text.encode("utf-8")))
-
-
 def _write_tables(data: _Data) -> None:
     parts, latex = (
         [f"# {data.title}"],
@@ -109,10 +105,10 @@ def _write_tables(data: _Data) -> None:
     if len(rest):
         parts += [f"## {LEFT_OVER}", f"{len(rest)} figures are listed in report.html, of: {_names_of(rest)}."]
     parts += ["## How to read this", _listed(interpretation.EXPLANATIONS)]
-    _write_text(data.folder / "table.md", "\n\n".join(part for part in parts if part) + "\n")
-    _write_text(data.folder / "table_body.tex", "\n\n".join(latex) + "\n")
-    _write_text(data.folder / "table.tex", tables.TEX_PAGE)
-    _write_text(data.folder / "table.csv", tables.csv_text(data.rows))
+    write_text(data.folder / "table.md", "\n\n".join(part for part in parts if part) + "\n")
+    write_text(data.folder / "table_body.tex", "\n\n".join(latex) + "\n")
+    write_text(data.folder / "table.tex", tables.TEX_PAGE)
+    write_text(data.folder / "table.csv", tables.csv_text(data.rows))
 
 
 def _listed(lines: Sequence[str]) -> str:
@@ -199,6 +195,6 @@ def write(folder: str | Path, published: str | Path | None = None) -> Path:
         sections=[section for section in sections if section.content],
         published=PUBLISHED,
     )
-    _write_text(folder / "report.html", page)
+    write_text(folder / "report.html", page)
     log.info("Wrote %s.", folder / "report.html")
     return folder / "report.html"

@@ -6,9 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from nnssl.errors import NnsslError, UsageError
 from nnssl.experiments.executor import Outcome
@@ -17,7 +15,7 @@ from nnssl.experiments.graph import build_graph
 from nnssl.experiments.jobs import Graph, Job
 from nnssl.experiments.options import Options
 from nnssl.experiments.records import Records
-from nnssl.files import write_atomic
+from nnssl.files import write_text
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,10 @@ class Session:
         for path, text in self.graph.texts.items():
             if not path.is_file() or path.read_text(encoding="utf-8") != text:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, partial(_write_text, text))
+                write_text(path, text)
         for folder, links in self.graph.inputs.items():
             folder.mkdir(parents=True, exist_ok=True)
             _link(folder, links)
-
-
-def _write_text(text: str, file: BinaryIO) -> None:
-    file.write(text.encode("utf-8"))
 
 
 def _link(folder: Path, links: Mapping[str, str]) -> None:

@@ -106,6 +106,11 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     _sync_folder(path.parent)
 
 
+def write_text(path: str | os.PathLike[str], text: str, *, errors: str = "strict") -> None:
+    """Write UTF-8 text atomically; ``errors`` as of ``str.encode``."""
+    write_atomic(path, lambda file: file.write(text.encode("utf-8", errors)))
+
+
 def write_json(path: str | os.PathLike[str], content: Any, *, overwrite: bool = True) -> None:
     """Write JSON atomically, indented, in the order given; see :func:`write_atomic`."""
     text = json.dumps(content, indent=4, allow_nan=True) + "\n"
@@ -122,7 +127,7 @@ def write_csv(
     """
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    write_atomic(path, lambda file: file.write(text.getvalue().encode("utf-8", errors)))
+    write_text(path, text.getvalue(), errors=errors)
 
 
 def try_lock(file: IO[Any]) -> bool | None:
