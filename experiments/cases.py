@@ -58,7 +58,7 @@ class Resolved:
         network: the plan of the network that is trained, in memory only where ``setting.network`` changes it.
         pool: cases that labels are drawn from, and that may be pretrained on.
         test: the test cases; empty where folds validate.
-        draws: by row of the file, seed and fold.
+        subsets: by row of the file, seed and fold.
     """
 
     setting: Setting
@@ -67,7 +67,7 @@ class Resolved:
     network: Plan
     pool: tuple[str, ...]
     test: tuple[TestCase, ...]
-    draws: tuple[LabelSubset, ...]
+    subsets: tuple[LabelSubset, ...]
 
     @property
     def by_folds(self) -> bool:
@@ -111,15 +111,17 @@ def resolve_setting(setting: Setting, prefix: str) -> Resolved:
         pool = listed
         kept = set(case_order(names, ORDER_SEED)[: setting.max_test_cases])
         test = [t for t in test if t.name in kept]
-        draws = _draws_of_pool(setting, listed, splits.get("few_label"))
+        subsets = _subsets_of_pool(setting, listed, splits.get("few_label"))
     else:
-        draws = _draws_of_folds(setting, folds)
+        subsets = _subsets_of_folds(setting, folds)
     same: dict[tuple[int, int, str], str] = {}
-    for draw in draws:
-        first = same.setdefault((draw.count, draw.seed, draw.fold), draw.text)
-        if first != draw.text:
-            raise NnsslError(f"{name}: labels '{first}' and '{draw.text}' are both {draw.count} cases; leave one out.")
-    return Resolved(setting, name, plan, network, tuple(pool), tuple(test), tuple(draws))
+    for subset in subsets:
+        first = same.setdefault((subset.count, subset.seed, subset.fold), subset.text)
+        if first != subset.text:
+            raise NnsslError(
+                f"{name}: labels '{first}' and '{subset.text}' are both {subset.count} cases; leave one out."
+            )
+    return Resolved(setting, name, plan, network, tuple(pool), tuple(test), tuple(subsets))
 
 
 def _read_splits(file: Path, dataset: str) -> dict[str, Any]:
@@ -191,8 +193,8 @@ def _check_copies(test: set[str], pool: Sequence[str], plan: Plan) -> None:
     raise_problems([f"'{c}' is a copy of a test image; {advice}" for c in copies[:10]], f"cases of {plan.dataset_name}")
 
 
-def _draws_of_pool(setting: Setting, pool: list[str], few: Mapping[str, Any] | None) -> list[LabelSubset]:
-    draws, problems = [], []
+def _subsets_of_pool(setting: Setting, pool: list[str], few: Mapping[str, Any] | None) -> list[LabelSubset]:
+    subsets, problems = [], []
     val_cases = max(arm.training.val_cases for arm in setting.arms)  # they draw the training curve
     for text, seed in itertools.product(setting.labels, setting.seeds):
         try:
@@ -201,9 +203,9 @@ def _draws_of_pool(setting: Setting, pool: list[str], few: Mapping[str, Any] | N
             problems.append(str(error))
             continue
         left = [c for c in case_order(pool, ORDER_SEED) if c not in set(cases)] or list(cases)
-        draws.append(LabelSubset(text, seed, ALL, tuple(cases), tuple(left[:val_cases])))
+        subsets.append(LabelSubset(text, seed, ALL, tuple(cases), tuple(left[:val_cases])))
     raise_problems(problems, "labels")
-    return draws
+    return subsets
 
 
 def _drawn(text: str, seed: int, pool: list[str], few: Mapping[str, Any] | None) -> list[str]:
@@ -224,8 +226,8 @@ def _drawn(text: str, seed: int, pool: list[str], few: Mapping[str, Any] | None)
     return cases
 
 
-def _draws_of_folds(setting: Setting, folds: Mapping[str, tuple[list[str], list[str]]]) -> list[LabelSubset]:
-    draws = []
+def _subsets_of_folds(setting: Setting, folds: Mapping[str, tuple[list[str], list[str]]]) -> list[LabelSubset]:
+    subsets = []
     for fold in map(str, setting.folds or (0,)):
         if fold not in folds:
             known = ", ".join(f for f in folds if f != ALL)
@@ -233,8 +235,8 @@ def _draws_of_folds(setting: Setting, folds: Mapping[str, tuple[list[str], list[
         train, val = folds[fold]
         for text, seed in itertools.product(setting.labels, setting.seeds):
             cases = sorted(train) if text == "all" else choose_cases({fold: (train, val)}, text, seed)[fold]
-            draws.append(LabelSubset(text, seed, fold, tuple(cases), tuple(val)))
-    return draws
+            subsets.append(LabelSubset(text, seed, fold, tuple(cases), tuple(val)))
+    return subsets
 
 
 def forbidden_cases(resolved: Resolved, fold: str, sources: Sequence[str]) -> list[str]:

@@ -91,7 +91,7 @@ def _images(runs: Sequence[Run], labels: Mapping[str, Any]) -> dict[str, Any]:
         shown: Iterable[TestCase] = run.resolved.test
         if run.resolved.by_folds:
             found = cases_in(run.resolved.plan, "Tr")
-            shown = [found[c] for c in run.draw.validating if c in found]
+            shown = [found[c] for c in run.subset.validating if c in found]
         mine = cases.setdefault(run.resolved.name, {})
         mine.update({c.name: {"image": c.images[0], "reference": c.reference} for c in shown})
     predictions = [{**run.about, "folder": str(run.predictions)} for run in runs]
@@ -129,9 +129,9 @@ def _axes(resolved: Resolved) -> dict[str, Any]:
     return {
         "name": resolved.name,
         "methods": [arm.name for arm in resolved.setting.arms],
-        "labels": sorted({d.count for d in resolved.draws}),
+        "labels": sorted({d.count for d in resolved.subsets}),
         "seeds": list(resolved.setting.seeds),
-        "folds": list(dict.fromkeys(d.fold for d in resolved.draws)),
+        "folds": list(dict.fromkeys(d.fold for d in resolved.subsets)),
     }
 
 
@@ -182,7 +182,7 @@ def _asked(resolved: Resolved) -> dict[str, Any]:
             }
             for arm in setting.arms
         },
-        "labelled": [{"labels": d.text, "seed": d.seed, "fold": d.fold, "cases": list(d.cases)} for d in resolved.draws],
+        "labelled": [{"labels": d.text, "seed": d.seed, "fold": d.fold, "cases": list(d.cases)} for d in resolved.subsets],
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def show(session: Session, slots: int) -> None:
     times = estimate_jobs(graph, session.records, pending, session.device)
     for setting in graph.settings:
         p = setting.network
-        counts = ", ".join(str(n) for n in sorted({d.count for d in setting.draws}))
+        counts = ", ".join(str(n) for n in sorted({d.count for d in setting.subsets}))
         where = f"{len(setting.test)} test cases" if setting.test else "the validation cases of each fold"
         log.info(
             f"{setting.name}: {p.dataset_name}, {p.configuration}, {p.plans_name}; {counts} labelled of "
@@ -73,8 +73,8 @@ def overview(graph: Graph, pending: set[str], seconds: Mapping[str, float]) -> s
             word = "pretraining" if job.phase == "pretrain" else "plan"
             lines.append(_line(f"{what}, {word}", "", [job.id], [job.id], pending, seconds))
         runs = [run for run in graph.runs if run.resolved.name == setting.name]
-        for arm, count in dict.fromkeys((run.arm.name, run.draw.count) for run in runs):
-            mine = [run for run in runs if (run.arm.name, run.draw.count) == (arm, count)]
+        for arm, count in dict.fromkeys((run.arm.name, run.subset.count) for run in runs):
+            mine = [run for run in runs if (run.arm.name, run.subset.count) == (arm, count)]
             jobs = [i for run in mine for i in run.jobs if "labels" in graph.jobs[i].about]
             lines.append(_line(arm, str(count), [run.jobs[-1] for run in mine], jobs, pending, seconds))
     return aligned(lines)

@@ -37,9 +37,9 @@ def build_graph(experiment: Experiment, folder: Path, device: str = "cuda") -> G
         resolved = resolve_setting(setting, experiment.name)
         graph.settings.append(resolved)
         builder = _Builder(graph, resolved, folder, device, experiment.name)
-        for draw in sorted(resolved.draws, key=lambda d: (setting.seeds.index(d.seed), d.fold, d.count)):
+        for subset in sorted(resolved.subsets, key=lambda d: (setting.seeds.index(d.seed), d.fold, d.count)):
             for arm in setting.arms:
-                builder.run(arm, draw)
+                builder.run(arm, subset)
     return graph
 
 
@@ -82,10 +82,10 @@ class _Builder:
         self.ending = p.dataset_json["file_ending"]
         self._forbidden: dict[tuple, list[str]] = {}
 
-    def run(self, arm: Arm, draw: LabelSubset) -> None:
+    def run(self, arm: Arm, subset: LabelSubset) -> None:
         """Add one fine-tuning with all that it needs."""
         needs = [self._network()] if self.resolved.setting.network.changes else []
-        checkpoint, source = self._checkpoint(arm, draw, needs)
+        checkpoint, source = self._checkpoint(arm, subset, needs)
         schedule, figures = _schedule(arm)
         content = [
             self.key,
@@ -95,13 +95,13 @@ class _Builder:
             schedule,
             figures,
             arm.training.lengths,
-            draw.cases,
-            draw.fold,
+            subset.cases,
+            subset.fold,
         ]
         if not self.resolved.by_folds:
-            content.append(draw.validating)
-        fold = "" if draw.fold == ALL else f"-f{draw.fold}"
-        run = self._run(arm, draw, f"{self.prefix}-{arm.name}-n{draw.count}-s{draw.seed}{fold}-{digest(content)}")
+            content.append(subset.validating)
+        fold = "" if subset.fold == ALL else f"-f{subset.fold}"
+        run = self._run(arm, subset, f"{self.prefix}-{arm.name}-n{subset.count}-s{subset.seed}{fold}-{digest(content)}")
         lengths = {"schedule": schedule, **figures, **arm.training.lengths}
         steps = FineTuningConfig.from_plans({"nnssl": lengths}, schedule, run.trainer).steps
         plan = self._plan_job(run, checkpoint, needs)
@@ -112,7 +112,7 @@ class _Builder:
         ids = [self.graph.add(job) for job in jobs]
         self.graph.runs.append(replace(run, result=jobs[-1].outputs[0], jobs=(*needs, *ids)))
 
-    def _run(self, arm: Arm, draw: LabelSubset, name: str) -> Run:
+    def _run(self, arm: Arm, subset: LabelSubset, name: str) -> Run:
         """Where nnU-Net puts a fine-tuning, and which trainer it has."""
         plans, primus = f"{self.plan.plans_name}_{name}", self.plan.is_primus
         trainer = trainer_for(_schedule(arm)[0], primus)
@@ -121,10 +121,10 @@ class _Builder:
         elif arm.method == SCRATCH:
             trainer = PRIMUS[1] if primus else SCRATCH_TRAINER
         model = results_folder() / self.plan.dataset_name / f"{trainer}__{plans}__{self.plan.configuration}"
-        predictions = model / f"fold_{draw.fold}" / "validation"
+        predictions = model / f"fold_{subset.fold}" / "validation"
         if not self.resolved.by_folds:
             predictions = self.folder / "predictions" / (name if self.resolved.setting.mirroring else f"{name}-plain")
-        return Run(arm, draw, self.resolved, name, plans, trainer, model, predictions)
+        return Run(arm, subset, self.resolved, name, plans, trainer, model, predictions)
 
     def _plan_command(self, base: Plan, name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
         common = {"-d": self.number, "-c": base.configuration, "-p": base.plans_name, "--name": name}
@@ -141,7 +141,7 @@ class _Builder:
                 about={"setting": self.resolved.name})
         )  # fmt: skip
 
-    def _checkpoint(self, arm: Arm, draw: LabelSubset, needs: list[str]) -> tuple[str | None, str]:
+    def _checkpoint(self, arm: Arm, subset: LabelSubset, needs: list[str]) -> tuple[str | None, str]:
         """The file that the fine-tuning starts from, and what identifies it; a pretraining is added to ``needs``."""
         if arm.method in FROM_RANDOM:
             return None, arm.method
@@ -149,11 +149,11 @@ class _Builder:
             if not arm.checkpoint.is_file():
                 raise NnsslError(f"method {arm.name}: the checkpoint {arm.checkpoint} does not exist.")
             return str(arm.checkpoint), sha256_of(arm.checkpoint)
-        job, key = self._pretrain_job(arm, draw, tuple(needs))
+        job, key = self._pretrain_job(arm, subset, tuple(needs))
         needs.append(self.graph.add(job))
         return str(job.outputs[0]), key
 
-    def _pretrain_job(self, arm: Arm, draw: LabelSubset, needs: tuple[str, ...]) -> tuple[Job, str]:
+    def _pretrain_job(self, arm: Arm, subset: LabelSubset, needs: tuple[str, ...]) -> tuple[Job, str]:
         from nnssl.pretrain.methods import get_method
         from nnssl.pretrain.omni.setup import FOLDER
         from nnssl.pretrain.resolve import EPOCHS, ITERATIONS, method_folder
@@ -161,10 +161,10 @@ class _Builder:
 
         asked, labelled = arm.pretraining, arm.pretraining.labelled
         sources = sorted({resolve_dataset(d) for d in asked.datasets} or {self.plan.dataset_name})
-        barred = self._barred(arm, draw, sources)
-        seed = draw.seed if asked.per_seed else asked.seed
+        barred = self._barred(arm, subset, sources)
+        seed = subset.seed if asked.per_seed else asked.seed
         content = [self.key, arm.method, sources, asked.epochs, asked.iterations, asked.options, asked.crop, seed, barred,
-                   asked.skip_bad, asked.allow_mismatch, *([list(draw.cases)] if labelled else [])]  # fmt: skip
+                   asked.skip_bad, asked.allow_mismatch, *([list(subset.cases)] if labelled else [])]  # fmt: skip
         key = digest(content)
         name = f"{self.prefix}-{key}"
         folder = method_folder(get_method(arm.method)) + (FOLDER if labelled else "")
@@ -178,7 +178,7 @@ class _Builder:
             "--name": name,
             "--seed": seed,
             "--labelled": self.number if labelled else None,
-            "--labelled-cases": self._text(f"labelled-{name}.txt", draw.cases) if labelled else None,
+            "--labelled-cases": self._text(f"labelled-{name}.txt", subset.cases) if labelled else None,
             "--epochs": asked.epochs,
             "--iterations": asked.iterations,
             "--robustness-every": asked.robustness_every,
@@ -191,15 +191,15 @@ class _Builder:
         command = ("nnssl_pretrain", "-d", *(str(dataset_id(s)) for s in sources), *_flags(options))
         about = {"method": arm.name, "setting": self.resolved.name, **({"seed": seed} if asked.per_seed else {})}
         if labelled:
-            about |= {"labels": draw.count, "seed": draw.seed, "fold": draw.fold}
+            about |= {"labels": subset.count, "seed": subset.seed, "fold": subset.fold}
         steps = (asked.epochs or EPOCHS) * (asked.iterations or ITERATIONS)
         job = Job(f"pretrain-{arm.method}-{name}", "pretrain", command, needs, (target / "checkpoint_final.pth",),
                   resume=(target / "checkpoint_latest.pth",), gpu=True, about=about, amount=steps)  # fmt: skip
         return job, key
 
-    def _barred(self, arm: Arm, draw: LabelSubset, sources: Sequence[str]) -> list[str]:
+    def _barred(self, arm: Arm, subset: LabelSubset, sources: Sequence[str]) -> list[str]:
         """Cases that the pretraining leaves out: what is tested, and the user's own."""
-        fold = draw.fold if self.resolved.by_folds else ALL
+        fold = subset.fold if self.resolved.by_folds else ALL
         key = (fold, arm.pretraining.exclude, *sources)
         if key not in self._forbidden:
             barred = forbidden_cases(self.resolved, fold, sources)
@@ -214,13 +214,13 @@ class _Builder:
         return str(path)
 
     def _plan_job(self, run: Run, checkpoint: str | None, needs: Sequence[str]) -> Job:
-        arm, draw = run.arm, run.draw
+        arm, subset = run.arm, run.subset
         schedule, figures = _schedule(arm)
-        validating = None if self.resolved.by_folds else self._text(f"validate-{run.name}.txt", draw.validating)
+        validating = None if self.resolved.by_folds else self._text(f"validate-{run.name}.txt", subset.validating)
         options = {
             "--schedule": spelt(schedule),
-            "--labels": self._text(f"labels-{run.name}.txt", draw.cases),
-            "--seed": draw.seed,
+            "--labels": self._text(f"labels-{run.name}.txt", subset.cases),
+            "--seed": subset.seed,
             "--validate": validating,
             **{f"--{option.replace('_', '-')}": value for option, value in arm.training.lengths.items()},
             "-o": figures,
@@ -233,7 +233,7 @@ class _Builder:
         return Job(f"plan-{run.name}", "plan", command, tuple(needs), (output,), about=run.about)
 
     def _train_job(self, run: Run, plan: str, steps: int) -> Job:
-        command = ("nnUNetv2_train", self.number, self.plan.configuration, run.draw.fold, "-p", run.plans, "-tr", run.trainer,
+        command = ("nnUNetv2_train", self.number, self.plan.configuration, run.subset.fold, "-p", run.plans, "-tr", run.trainer,
                    "-device", self.device)  # fmt: skip
         outputs = [run.fold / "checkpoint_final.pth"]
         if self.resolved.by_folds:
@@ -248,7 +248,7 @@ class _Builder:
         images = self.folder / "test" / f"{_slug(self.resolved.name)}-{digest(sorted(links.items()))}"
         self.graph.inputs[images] = links
         options = {
-            "-i": images, "-o": run.predictions, "-d": self.number, "-c": self.plan.configuration, "-f": run.draw.fold,
+            "-i": images, "-o": run.predictions, "-d": self.number, "-c": self.plan.configuration, "-f": run.subset.fold,
             "-p": run.plans, "-tr": run.trainer, "-device": self.device, "-npp": 1, "-nps": 1, "--continue_prediction": True,
             "--disable_tta": not self.resolved.setting.mirroring,
         }  # fmt: skip
@@ -260,7 +260,7 @@ class _Builder:
         references = {t.name: t.reference for t in self.resolved.test}
         if self.resolved.by_folds:
             folder = self.files / "gt_segmentations"
-            references = {c: str(folder / f"{c}{self.ending}") for c in run.draw.validating}
+            references = {c: str(folder / f"{c}{self.ending}") for c in run.subset.validating}
         cases = [
             {"case": c, "reference": r, "prediction": str(run.predictions / f"{c}{self.ending}")}
             for c, r in references.items()

@@ -58,7 +58,7 @@ class Run:
     """
 
     arm: Arm
-    draw: LabelSubset
+    subset: LabelSubset
     resolved: Resolved
     name: str
     plans: str
@@ -71,7 +71,7 @@ class Run:
     @property
     def about(self) -> dict[str, Any]:
         """The columns that tell runs apart in tables."""
-        d = self.draw
+        d = self.subset
         return {
             "method": self.arm.name, "labels": d.count, "setting": self.resolved.name, "seed": d.seed, "fold": d.fold,
         }  # fmt: skip
@@ -79,12 +79,12 @@ class Run:
     @property
     def fold(self) -> Path:
         """Folder of the trained fold."""
-        return self.model / f"fold_{self.draw.fold}"
+        return self.model / f"fold_{self.subset.fold}"
 
     @property
     def group(self) -> tuple[Any, ...]:
         """Runs that are compared with each other."""
-        return (self.resolved.name, self.draw.count, self.draw.seed, self.draw.fold)
+        return (self.resolved.name, self.subset.count, self.subset.seed, self.subset.fold)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from nnssl.experiments import statistics as st
 from nnssl.experiments.scores import CELL, Key, Scores, cell_columns, numbers
 
 MEAN = "mean"
-SAVING_RESAMPLES = 2_000
+FACTOR_RESAMPLES = 2_000
 ALPHA = 0.05
 
 EVENTS = ["empty_references", "false_alarms", "missed", "hd95_undefined"]
@@ -71,7 +71,7 @@ def mean_curve(runs: pd.DataFrame) -> pd.Series:
     return pd.Series(dtype=float) if None in reached or not reached else runs.loc[:, : min(reached)].mean()
 
 
-def _speed(own: pd.DataFrame, base: pd.DataFrame) -> dict[str, Any]:
+def _epochs_to_match(own: pd.DataFrame, base: pd.DataFrame) -> dict[str, Any]:
     """Epochs after which a method's training curve, and scratch's own, reach the pseudo Dice that scratch ends with."""
     curve, scratch = mean_curve(own), mean_curve(base)
     length = base.shape[1]
@@ -106,13 +106,13 @@ def _gain(ours: pd.Series, theirs: pd.Series, weights: pd.DataFrame) -> dict[str
     }  # fmt: skip
 
 
-def _saving(
+def _label_factor(
     key: Key, points: list[Key], replicates: dict[Key, np.ndarray], means: dict[Key, float]
 ) -> dict[str, st.Factor]:
     """How many labels the baseline (``points``, by number of labels) needs for the Dice of a cell, and divided by the cell's."""
     counts = [int(k.labels) for k in points]
-    drawn = np.stack([replicates[k][:SAVING_RESAMPLES] for k in points], axis=1)
-    targets = replicates[key][:SAVING_RESAMPLES]
+    drawn = np.stack([replicates[k][:FACTOR_RESAMPLES] for k in points], axis=1)
+    targets = replicates[key][:FACTOR_RESAMPLES]
     needed = [st.labels_needed(counts, dice, target) for dice, target in zip(drawn, targets)]
     beyond = {"<": -math.inf, ">": math.inf}
     ends = st.interval(np.array([beyond.get(f.bound, f.value) for f in needed]))
@@ -162,11 +162,11 @@ def _results(scores: Scores, setting: str, curves: pd.DataFrame) -> Iterator[dic
         points = [k for n in counts if (k := base._replace(labels=n)) in dice]
         compared: dict[str, Any] = dict(events.loc[key]) if key in dice else dict.fromkeys(EVENTS, 0)
         if key != base:
-            compared |= _speed(curves_of(curves, key), curves_of(curves, base))
+            compared |= _epochs_to_match(curves_of(curves, key), curves_of(curves, base))
         if key != base and key in dice and base in dice:
             compared |= _gain(dice[key], dice[base], weights)
         if key != base and key in dice and isinstance(key.labels, int) and len(points) > 1:
-            compared |= _saving(key, points, replicates, means)
+            compared |= _label_factor(key, points, replicates, means)
         done, wanted = scores.complete_seeds(key)
         line = {**key._asdict(), "seeds": done, "seeds_wanted": wanted, "measured": key in dice}
         values = _values(scores.cells[key], scores.label_names(setting)) if key in dice else pd.DataFrame(index=[MEAN])

@@ -60,7 +60,7 @@ def epochs_text(row: Any) -> str:
     return f"{row.epochs_to_scratch} / {row.scratch_epochs}" if pd.notna(row.epochs_to_scratch) else NOTHING
 
 
-def saving_text(row: Any) -> str:
+def label_factor_text(row: Any) -> str:
     """``2.8× [2.1×, >4.0×]``; one figure where all three are the same."""
     if pd.isna(row.label_factor) or math.isnan(row.label_factor.value):
         return NOTHING
@@ -139,7 +139,7 @@ def comparison_table(rows: pd.DataFrame) -> Table | None:
         "p": [p_text(r.p) for r in others],
         "p (Holm)": [p_text(r.p_holm) for r in others],
         "cases better": [NOTHING if math.isnan(r.cases) else f"{r.cases_better:.0f}/{r.cases:.0f}" for r in others],
-        "label factor": [saving_text(r) for r in others],
+        "label factor": [label_factor_text(r) for r in others],
         f"epochs / {base}": [epochs_text(r) for r in others],
     }
     kinds = [verdict(r) for r in others]

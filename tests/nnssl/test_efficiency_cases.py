@@ -42,22 +42,22 @@ def splits(folder, **content):
 def test_test_images_with_labels_are_the_default(dataset, tmp_path):
     found = resolve_setting(setting(tmp_path), "x")
     assert [t.name for t in found.test] == ["case_006", "case_007"] and found.name == "Tiny" and not found.by_folds
-    assert len(found.pool) == 6 and [(d.count, d.seed, d.fold) for d in found.draws] == [
+    assert len(found.pool) == 6 and [(d.count, d.seed, d.fold) for d in found.subsets] == [
         (1, 0, "all"), (1, 1, "all"), (2, 0, "all"), (2, 1, "all")]  # fmt: skip
-    one, two = (next(d for d in found.draws if (d.count, d.seed) == (n, 0)) for n in (1, 2))
+    one, two = (next(d for d in found.subsets if (d.count, d.seed) == (n, 0)) for n in (1, 2))
     assert set(one.cases) < set(two.cases), "nested"
-    assert all(set(d.cases).isdisjoint(d.validating) and d.validating for d in found.draws)
+    assert all(set(d.cases).isdisjoint(d.validating) and d.validating for d in found.subsets)
 
 
 def test_a_splits_file_decides_pool_labels_and_test(dataset, tmp_path):
     found = resolve_setting(setting(tmp_path, splits=splits(tmp_path), labels="[25%, 2, all]", seeds="[1]"), "x")
-    assert {d.text: d.cases for d in found.draws} == {
+    assert {d.text: d.cases for d in found.subsets} == {
         "25%": ("case_003",),
         "2": ("case_002", "case_003"),
         "all": ("case_000", "case_001", "case_002", "case_003"),
     }
     assert found.pool == ("case_000", "case_001", "case_002", "case_003")
-    assert {c for d in found.draws for c in d.validating} <= set(found.pool)
+    assert {c for d in found.subsets for c in d.validating} <= set(found.pool)
 
 
 def test_pretraining_keeps_to_the_pool(dataset, tmp_path):
@@ -71,28 +71,28 @@ def test_tested_cases_may_lie_among_the_training_images(dataset, tmp_path):
     found = resolve_setting(setting(tmp_path, test="[case_000, case_006]"), "x")
     assert [t.name for t in found.test] == ["case_000", "case_006"]
     assert "case_000" not in found.pool
-    assert all("case_000" not in (*d.cases, *d.validating) for d in found.draws)
+    assert all("case_000" not in (*d.cases, *d.validating) for d in found.subsets)
     barred = forbidden_cases(found, "all", ["Dataset901_Tiny"])
     assert barred == ["Dataset901_Tiny/case_000"]
 
 
 def test_folds_validate_where_asked_or_where_there_is_no_test_set(dataset, tmp_path, nnunet_env):
     found = resolve_setting(setting(tmp_path, folds="[0, 1]"), "x")
-    assert found.by_folds and {d.fold for d in found.draws} == {"0", "1"}
+    assert found.by_folds and {d.fold for d in found.subsets} == {"0", "1"}
     folds = json.loads((dataset / "splits_final.json").read_text())
-    for draw in found.draws:
-        assert set(draw.cases) <= set(folds[int(draw.fold)]["train"])
-        assert list(draw.validating) == folds[int(draw.fold)]["val"]
+    for subset in found.subsets:
+        assert set(subset.cases) <= set(folds[int(subset.fold)]["train"])
+        assert list(subset.validating) == folds[int(subset.fold)]["val"]
     barred = forbidden_cases(found, "1", ["Dataset901_Tiny"])
     assert barred == [f"Dataset901_Tiny/{c}" for c in sorted(folds[1]["val"])]
     shutil.rmtree(nnunet_env.raw / "Dataset901_Tiny" / "labelsTs")
-    assert {d.fold for d in resolve_setting(setting(tmp_path), "x").draws} == {"0"}
+    assert {d.fold for d in resolve_setting(setting(tmp_path), "x").subsets} == {"0"}
     for _ in range(2):  # with images that have no labels, and with an empty folder, as many datasets have it
         with pytest.raises(NnsslError, match="no imagesTs with segmentations"):
             resolve_setting(setting(tmp_path, test="imagesTs"), "x")
         for file in (nnunet_env.raw / "Dataset901_Tiny" / "imagesTs").iterdir():
             file.unlink()
-        assert {d.fold for d in resolve_setting(setting(tmp_path), "x").draws} == {"0"}
+        assert {d.fold for d in resolve_setting(setting(tmp_path), "x").subsets} == {"0"}
     with pytest.raises(NnsslError, match="fold 7: dataset 901 has the folds 0, 1"):
         resolve_setting(setting(tmp_path, folds="[7]"), "x")
     with pytest.raises(NnsslError, match="max_test_cases needs test cases"):
@@ -140,10 +140,10 @@ def test_no_list_of_any_job_holds_a_tested_case(dataset, tmp_path, kind):
     plans = {j.id: j for j in graph.jobs.values() if j.phase == "plan"}
     assert len(plans) == len(graph.runs) == (16 if kind == "folds" else 8)
     for run in graph.runs:
-        tested = set(run.draw.validating) if kind == "folds" else {t.name for t in run.resolved.test}
+        tested = set(run.subset.validating) if kind == "folds" else {t.name for t in run.resolved.test}
         command = plans[f"plan-{run.name}"].command
         labels = graph.texts[path_after(command, "--labels")].split()
-        assert labels and tested.isdisjoint(labels) and tuple(labels) == run.draw.cases
+        assert labels and tested.isdisjoint(labels) and tuple(labels) == run.subset.cases
         if kind != "folds":
             assert tested.isdisjoint(graph.texts[path_after(command, "--validate")].split())
         for job in (graph.jobs[i] for i in run.jobs if i.startswith("pretrain")):

@@ -55,7 +55,7 @@ def test_a_pretraining_with_labels_is_made_for_each_draw_with_exactly_its_cases(
             (job,) = [made[i] for i in run.jobs if i in made]
             command = list(job.command)
             listed = graph.texts[Path(command[command.index("--labelled-cases") + 1])]
-            assert listed.split() == list(run.draw.cases) and command[command.index("--labelled") + 1] == "901"
+            assert listed.split() == list(run.subset.cases) and command[command.index("--labelled") + 1] == "901"
             assert job.outputs[0].parent.name.startswith("nnsslMaeOmni_")
     with pytest.raises(NnsslError, match="'omni.switch' belongs to a pretraining with 'labelled: true'"):
         lab.write(methods="[{name: omni, method: mae, options: {omni.switch: 0.5}}]")

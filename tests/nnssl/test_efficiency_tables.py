@@ -97,9 +97,9 @@ def test_label_factor(tmp_path):
     row = row_of(rows, "macl", 4)
     assert row.scratch_labels.value == pytest.approx(8.0) and row.label_factor.value == pytest.approx(2.0)
     assert row.label_factor_low.value == pytest.approx(2.0) and row.label_factor_high.value == pytest.approx(2.0)
-    assert tables.saving_text(row) == "2.0×"
-    assert tables.saving_text(row_of(rows, "macl", 64)) == ">1.0×"
-    assert tables.saving_text(row_of(rows, "scratch", 4)) == "–"
+    assert tables.label_factor_text(row) == "2.0×"
+    assert tables.label_factor_text(row_of(rows, "macl", 64)) == ">1.0×"
+    assert tables.label_factor_text(row_of(rows, "scratch", 4)) == "–"
 
 
 def test_folds_are_pooled_as_cases(tmp_path):
