@@ -183,9 +183,9 @@ class CommandParser(argparse.ArgumentParser):
         self._groups = [general]
         self._typed: list[str] = []
 
-    def group(self, title: str, description: str | None = None) -> argparse._ArgumentGroup:
+    def group(self, title: str) -> argparse._ArgumentGroup:
         """A group of options under a title of its own, before the general ones."""
-        group = self.add_argument_group(title, description)
+        group = self.add_argument_group(title)
         self._action_groups.remove(group)
         self._action_groups.insert(self._action_groups.index(self._groups[0]), group)
         return group

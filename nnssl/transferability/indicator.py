@@ -62,14 +62,14 @@ def select_best(quality: Curve) -> int | None:
     return select_robust({e: -v for e, v in quality.items()})
 
 
-def select_online(losses: Curve, *, patience: int, start: int = 1, min_delta: float = 0.0) -> OnlineChoice:
+def select_online(losses: Curve, *, patience: int, start: int = 1) -> OnlineChoice:
     """Run the :class:`Stopper` over a recorded trace, as if training had stopped where it asks to.
 
     ``start`` is the first epoch that is a candidate; 0 lets the untrained network win.
     """
     if not losses:
         raise NnsslError("an empty robustness trace has nothing to select from.")
-    stopper = Stopper(patience=patience, warmup=start, min_delta=min_delta, allow_epoch0=start == 0)
+    stopper = Stopper(patience=patience, warmup=start, allow_epoch0=start == 0)
     epoch = 0
     for epoch in sorted(losses):
         stopper.update(epoch, losses[epoch])

@@ -9,6 +9,7 @@ from typing import Any
 from nnssl.errors import NnsslError
 
 BUDGET = 0.03
+"""Share of a run's time."""
 RANDOM_INITS = 5
 MOST_CROPS, FEWEST_CROPS, ENOUGH_CROPS = 64, 8, 16
 FEWEST_EVALUATIONS = 3
@@ -56,10 +57,8 @@ class Schedule:
         return cls(**{**values, "early": tuple(values["early"])})
 
 
-def plan_schedule(
-    epochs: int, crops_per_epoch: float, available: int, *, every: int | None = None, budget: float = BUDGET
-) -> Schedule | None:
-    """Choose crops and interval from a budget, by counting voxels: a pure function, the same on every machine.
+def plan_schedule(epochs: int, crops_per_epoch: float, available: int, *, every: int | None = None) -> Schedule | None:
+    """Choose crops and interval that take :data:`BUDGET` of the time, counted in voxels: the same on every machine.
 
     A trained crop is counted as three forward passes of the encoder (forward and backward of one view; most methods do more),
     a measured one as two (its two views). None where there are fewer than two cases or, without ``every``, where the run is too
@@ -69,19 +68,18 @@ def plan_schedule(
         epochs, crops_per_epoch: length of the run; crops trained per epoch, in units of a measured crop's voxels.
         available: held-out cases.
         every: the user's interval; None to choose it.
-        budget: share of the run's time.
     """
     if every is not None and every < 1:
         raise NnsslError(f"--robustness-every must be at least 1 epoch (0 turns it off), got {every}.")
     if available < 2:
         return None
-    affordable = budget * 3 * crops_per_epoch * epochs / 2
+    affordable = BUDGET * 3 * crops_per_epoch * epochs / 2
 
     def cost(s: Schedule) -> int:
         return s.crops * (s.evaluations + RANDOM_INITS)
 
     def rated(s: Schedule) -> Schedule:
-        return replace(s, share=budget * cost(s) / affordable if affordable > 0 else math.inf)
+        return replace(s, share=BUDGET * cost(s) / affordable if affordable > 0 else math.inf)
 
     most = min(MOST_CROPS, available) // 2 * 2
     sizes = sorted({most, *(n for n in (48, 32, 24, ENOUGH_CROPS, 12, FEWEST_CROPS) if n < most)}, reverse=True)

@@ -330,8 +330,9 @@ class Engine:
         if self.verdict is None:
             return RunResult(folder.path, folder.final, True, False, NOT_ENDED, last)
         place, risen = place_sentence(first, last)
-        if risen:
+        if risen:  # said once, also with -q
             log.warning("%s See docs/methods/README.md.", place)
+            place = ""
         sentences = [self.verdict["sentence"], place, *(hook.finish(self) for hook in self.spec.hooks)]
         sentence = "\n".join(s for s in sentences if s)
         return RunResult(folder.path, folder.final, True, self.verdict["learnt"], sentence, last)
