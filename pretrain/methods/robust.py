@@ -186,10 +186,10 @@ class Robust(Method[RobustConfig]):
 
     def curves(self) -> list[Curve]:
         """The criterion, how often the other view is found, and both distances."""
-        told, unit = "Is a crop told from other cases?", "crops whose other view is nearer\nthan every other case (%)"
+        apart, unit = "Is a crop told from other cases?", "crops whose other view is nearer\nthan every other case (%)"
         pairs = {"distance_same": "two views of one crop", "distance_other": "crops of different cases"}
         return [
-            Curve(told, "robustness loss (0: always)", {"robustness": ""}, hint="lower is better"),
+            Curve(apart, "robustness loss (0: always)", {"robustness": ""}, hint="lower is better"),
             found_curve("Is the other view found?", unit, "nearest"),
             parted_curve("How far apart are crops?", "distance of the descriptions", pairs),
         ]

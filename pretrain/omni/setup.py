@@ -86,42 +86,31 @@ class Omni:
 
     def introduce(self, steps: int) -> None:
         """Tell what is going to happen, and what the labels that are learnt from mean for an evaluation."""
-        s, switch, number = self.sizes, self.switch(steps), dataset_id(self.cases.dataset)
-        log.info(
-            "Labels: %d cases of %s (%s), %d labelled cases held out; %d patches of %s a step.",
-            len(self.cases.train),
-            self.cases.dataset,
-            self.cases.why,
-            len(self.cases.held_out),
-            s.labelled,
-            size_text(s.size),
-        )
+        c, s, found, switch = self.config, self.sizes, self.cases, self.switch(steps)
+        lines = [
+            f"Labels: {len(found.train)} cases of {found.dataset} ({found.why}), {len(found.held_out)} labelled cases held out; "
+            f"{s.labelled} patches of {size_text(s.size)} a step."
+        ]
         if switch < steps:
-            log.info(
-                "Pseudo-labels: from step %d of %d on %d patches a step, by the %s; %s.",
-                switch,
-                steps,
-                s.unlabelled,
-                _TEACHERS[self.config.teacher],
-                f"voxels below {self.config.threshold:.2f} are ignored"
-                if self.config.threshold
-                else "no voxel is ignored",
-            )
-            log.info("Largest component kept of: %s (omni.largest=%s).", self._kept() or "none", self.config.largest)
-            if self.config.schedule == "stages":
-                log.info("Each stage has its own warm-up and decay; the optimiser starts anew at step %d.", switch)
+            ignored = f"voxels below {c.threshold:.2f} are ignored" if c.threshold else "no voxel is ignored"
+            lines += [
+                f"Pseudo-labels: from step {switch} of {steps} on {s.unlabelled} patches a step, by the {_TEACHERS[c.teacher]}; "
+                f"{ignored}.",
+                f"Largest component kept of: {self._kept() or 'none'} (omni.largest={c.largest}).",
+            ]
+            if c.schedule == "stages":
+                lines.append(f"Each stage has its own warm-up and decay; the optimiser starts anew at step {switch}.")
         else:
-            log.info("Pseudo-labels: none (-o omni.switch=%g).", self.config.switch)
-        if self.config.fold == ALL or self.cases.why.startswith("listed"):
-            text = (
+            lines.append(f"Pseudo-labels: none (-o omni.switch={c.switch:g}).")
+        if c.fold == ALL or found.why.startswith("listed"):
+            what = (
                 "a fold that validates on one of these cases has seen its labels: evaluate on images that are in none"
             )
         else:
-            text = (
-                f"only fold {self.config.fold} of {number} can be fine-tuned and validated with it; for another fold K type "
-                f"-o omni.fold=K --name foldK"
-            )
-        log.info("The result has learnt from the labels of these cases: %s.", text)
+            what = f"only fold {c.fold} of {dataset_id(found.dataset)} can be fine-tuned and validated with it; for another "
+            what += "fold K type -o omni.fold=K --name foldK"
+        for line in (*lines, f"The result has learnt from the labels of these cases: {what}."):
+            log.info("%s", line)
 
 
 def prepare_omni(

@@ -305,6 +305,8 @@ def make_voco(tiny_plans, tiny_dataset_json):
         plans = tiny_plans(dim, arch, channels, **about)
         return _method("voco", plans, tiny_dataset_json(channels), values, stats=stats, crop=crop, seeded=False)
 
+    return make
+
 
 @pytest.fixture
 def voco_crops():

@@ -19,7 +19,7 @@ from nnssl.intensity import (
     where_chosen,
 )
 from nnssl.pretrain.augment import StepRNG, random_jitter
-from nnssl.pretrain.augment.units import unit_range
+from nnssl.pretrain.augment.intensity import unit_range
 
 
 def test_units_and_back():

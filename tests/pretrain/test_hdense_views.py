@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from nnssl.errors import NnsslError
 from nnssl.intensity import rescale_intensity, restore_intensity
 from nnssl.plans import Plan
+from nnssl.pretrain.augment.intensity import unit_range
 from nnssl.pretrain.augment.rng import StepRNG
-from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 from nnssl.pretrain.methods.hdense.window import window_corruption
 

@@ -240,7 +240,7 @@ def test_pooled_features_are_standardised(make_voco, voco_batch):
 
 
 def test_teacher(make_voco, voco_batch):
-    """(23, 24) It changes by update_teacher alone, once per optimiser step; forwards and evaluation leave it as it is."""
+    """(23, 24) It changes by after_step alone, once per optimiser step; forwards and evaluation leave it as it is."""
     method = make_voco()
     start = [p.clone() for p in method.teacher.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(start, method.projector.parameters()))

@@ -18,7 +18,7 @@ from nnssl.plans import Plan, load_plan
 from nnssl.pretrain import run
 from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.engine.hooks import Hook
-from nnssl.pretrain.methods import Crops, SourceStats, get_method
+from nnssl.pretrain.methods import Crops, Progress, SourceStats, get_method
 
 FLAT = ((1, 1, 1), (1, 2, 2), (2, 2, 2))
 
@@ -64,7 +64,7 @@ def _worker(index, port, folder, plans, description):
         method = method_of(plans, description, gather=gather)
         wrapped = torch.nn.parallel.DistributedDataParallel(method)
         torch.save(one_step(method, wrapped, 2 * index, 2, 4), f"{folder}/{gather}{index}.pt")
-        method.update_teacher()
+        method.after_step(Progress(1, 1, 0, 1))
     dist.destroy_process_group()
 
 
@@ -122,7 +122,7 @@ def overfit(plans, description, steps, arch_lr=3e-3, **options):
         for group in optimiser.param_groups:
             group["lr"] = arch_lr * method.lr_factor(step, steps)
         optimiser.step()
-        method.update_teacher()
+        method.after_step(Progress(1, 1, 0, 1))
         values.append([float(terms["intra"].detach()), float(terms["top1"])])
     last = torch.tensor(values[-20:]).mean(0)
     return float(last[0]), float(last[1]), method

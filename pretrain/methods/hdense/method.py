@@ -33,8 +33,8 @@ from nnssl.networks import forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.augment.box import image_bounds
+from nnssl.pretrain.augment.intensity import unit_range
 from nnssl.pretrain.augment.pairs import cut, draw_pairs
-from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.geometry import choose_crop, largest_spread
 from nnssl.pretrain.methods.base import Method, Size, require_weight, weighted_sum, whole_network
 from nnssl.pretrain.methods.hdense.local import genesis_transforms

@@ -39,8 +39,8 @@ from nnssl.networks import encoder_channels, forward_features
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import StepRNG
 from nnssl.pretrain.augment.box import in_box
+from nnssl.pretrain.augment.intensity import unit_range
 from nnssl.pretrain.augment.pairs import cut
-from nnssl.pretrain.augment.units import unit_range
 from nnssl.pretrain.methods.base import Method, Size, encoder_only, numbers_of, require_weight, weighted_sum
 from nnssl.pretrain.methods.panels import found_curve
 from nnssl.pretrain.methods.registry import register
@@ -318,14 +318,10 @@ class VoCo(Method[VoCoConfig]):
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def update_teacher(self) -> None:
-        """``teacher <- rho teacher + (1 - rho) student``."""
+    def after_step(self, progress: Progress) -> None:
+        """``teacher <- rho teacher + (1 - rho) student``, once per optimiser step."""
         if self.config.teacher == "ema":
             self.teacher.update(self.projector, self.config.momentum)
-
-    def after_step(self, progress: Progress) -> None:
-        """The teacher follows, once per optimiser step."""
-        self.update_teacher()
 
     def pretrained_parts(self) -> dict[str, Any]:
         """The encoder."""
