@@ -25,21 +25,6 @@ class Picture:
     alternative: str
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the page with its heading.
-
-    Attributes:
-        kind: which of the template's macros shows it.
-        content: what that macro takes.
-    """
-
-    anchor: str
-    title: str
-    kind: str
-    content: Any
-
-
 def rich(text: str) -> Markup:
     """Plain text, escaped; ``**bold**`` and backticks are understood."""
     text = str(escape(text)).replace("&#34;", '"').replace("&#39;", "'")

@@ -14,9 +14,7 @@ def need_datasets(experiment: Experiment) -> None:
     Raises:
         NnsslError: names all of them, what each is for, and where the file says that it comes from (``datasets:``).
     """
-    wanted: dict[
-        str, tuple[list[str], list[str]]
-    ] = {}  # dataset -> settings that it is, and that it is pretrained on for
+    wanted: dict[str, tuple[list[str], list[str]]] = {}  # settings that a dataset is, and that it is pretrained on for
     for setting in experiment.settings:
         name = setting.name or setting.dataset
         wanted.setdefault(setting.dataset, ([], []))[0].append(name)

@@ -50,22 +50,18 @@ def _pairs(values: Mapping[str, Any]) -> dict[str, str]:
 
 def _text(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+        return ", ".join(f"{k} {v}" for k, v in _pairs(value).items())
     return ", ".join(map(_text, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _asked(setting: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     """Name, and what one setting came to: network, lengths, number of test cases; no names of cases."""
-    plain = {
-        k.replace("_", " "): v for k, v in setting.items() if k not in ("setting", "arms", "labelled", "test_cases")
-    }
-    if setting.get("test_cases"):
-        plain["test cases"] = len(setting["test_cases"])
+    shown = {k.replace("_", " "): v for k, v in setting.items() if k not in ("setting", "arms", "labelled")}
+    shown["test cases"] = len(setting.get("test_cases") or ()) or None
     for name, arm in (setting.get("arms") or {}).items():
-        pretraining = {k: v for k, v in (arm.get("pretraining") or {}).items() if v not in (None, {}, [])}
-        own = {k: v for k, v in arm.items() if k != "pretraining" and v not in (None, {}, [])}
-        plain[name] = _text(own) + (f"; pretraining: {_text(pretraining)}" if pretraining else "")
-    return str(setting.get("setting", "")), _pairs(plain)
+        pretraining = _text(arm.get("pretraining") or {})
+        shown[name] = _text({**arm, "pretraining": None}) + (f"; pretraining: {pretraining}" if pretraining else "")
+    return str(setting.get("setting", "")), _pairs(shown)
 
 
 def made(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,19 +81,17 @@ def _read(folder: Path, published: str | Path | None) -> _Data:
 
 def _tables(data: _Data, setting: str) -> list[Table]:
     rows = data.of(setting)
-    found = [tables.dice_table(rows), tables.comparison_table(rows)]
+    found = [tables.metric_table(rows, "dice", "Dice, %"), tables.comparison_table(rows)]
     for metric, title in (("surface_dice", "Surface Dice, %"), ("hd95_mm", "HD95, mm (lower is better)")):
-        if tables.means(rows)[metric].notna().any():
+        if rows[metric].notna().any():
             found.append(tables.metric_table(rows, metric, title))
     found += [tables.label_table(rows), published_table(rows, data.figures(setting))]
     return [t for t in found if t is not None]
 
 
 def _write_tables(data: _Data) -> None:
-    parts, latex = (
-        [f"# {data.title}"],
-        ["% needs \\usepackage{booktabs} and \\usepackage{graphicx}; table.tex shows them"],
-    )
+    parts = [f"# {data.title}"]
+    latex = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}; table.tex shows them"]
     for setting in data.scores.settings:
         rows, figures = data.of(setting), data.figures(setting)
         parts += [f"## {setting or 'Results'}", _listed(interpretation.answers(rows))]
@@ -177,22 +175,15 @@ def write(folder: str | Path, published: str | Path | None = None) -> Path:
     data = _read(folder, published)
     _write_tables(data)
     remove_overlays(folder / "overlays")
-    failures = read_table(folder / "failures.csv")
-    rest = left_over(data.published, data.scores.settings)
-    sections = [
-        html.Section(f"setting-{i}", s or "Results", "setting", _setting(data, s))
-        for i, s in enumerate(data.scores.settings)
-    ]
-    sections += [
-        html.Section("others", LEFT_OVER, "others", _left_over(rest)),
-        html.Section("failures", "Failed jobs", "failures", provenance.failures(failures)),
-        html.Section("reading", "How to read this", "reading", interpretation.EXPLANATIONS),
-        html.Section("provenance", "How this was made", "provenance", provenance.made(data.about)),
-    ]
+    failed = read_table(folder / "failures.csv")
     page = html.template().render(
         title=data.title,
-        lead=provenance.lead(data.about, data.rows, failures),
-        sections=[section for section in sections if section.content],
+        lead=provenance.lead(data.about, data.rows, failed),
+        settings={setting: _setting(data, setting) for setting in data.scores.settings},
+        others=_left_over(left_over(data.published, data.scores.settings)),
+        failures=provenance.failures(failed),
+        reading=interpretation.EXPLANATIONS,
+        made=provenance.made(data.about),
         published=PUBLISHED,
     )
     write_text(folder / "report.html", page)

@@ -101,11 +101,6 @@ def metric_table(rows: pd.DataFrame, metric: str, title: str) -> Table:
     return Table(title, frame.set_axis([labels_text(n) for n in frame], axis=1).reset_index())
 
 
-def dice_table(rows: pd.DataFrame) -> Table:
-    """The table of the Dice."""
-    return metric_table(rows, "dice", "Dice, %")
-
-
 def label_table(rows: pd.DataFrame) -> Table | None:
     """Dice of each label beside the mean; None where there is one label only."""
     names = [n for n in rows["label"].unique() if n != MEAN]

@@ -138,10 +138,13 @@ def test_nothing_at_all(tmp_path):
 def test_text_is_escaped():
     assert html.rich("a < b & `c<d` **e**") == "a &lt; b &amp; <code>c&lt;d</code> <b>e</b>"
     sign = "<script>"
-    failed = html.Section("failures", sign, "failures", Table(sign, pd.DataFrame({sign: [sign]})))
     lead = {"facts": sign, "warnings": [sign], "notes": [sign]}
-    page = html.template().render(title=sign, lead=lead, sections=[failed], published="")
-    assert sign not in page and page.count("&lt;script&gt;") == 9
+    made = {"versions": {sign: sign}, "of_this_machine": False, "hardware": sign, "asked": [], "commands": [sign]}
+    page = html.template().render(
+        title=sign, lead=lead, settings={}, others=None, failures=Table(sign, pd.DataFrame({sign: [sign]})), reading=[sign],
+        made=made, published="",
+    )  # fmt: skip
+    assert sign not in page and page.count("&lt;script&gt;") == 14
 
 
 def test_colours_stay_with_their_method():

@@ -132,7 +132,7 @@ def test_partial_results_give_partial_tables(tmp_path):
     rows = summarise(result(tmp_path, lines, **about))
     cells = [(r.method, r.labels) for r in tables.means(rows).itertuples()]
     assert cells == [(m, n) for m in ("scratch", "macl", "voco") for n in (4, 16)]
-    text = tables.markdown(tables.dice_table(rows))
+    text = tables.markdown(tables.metric_table(rows, "dice", "Dice, %"))
     assert "80.0 (1/2)" in text and "| voco    |          – |" in text
     assert row_of(rows, "macl").seeds == 1 and row_of(rows, "scratch").seeds == 2
     notes = " ".join(tables.notes(rows))
@@ -152,7 +152,7 @@ def test_nothing_measured_is_no_error(tmp_path, lines):
         (tmp_path / "cases.csv").write_text("\n".join([HEAD, *lines]) + "\n")
     rows = summarise(read_scores(tmp_path, {"methods": ["scratch", "mae"], "labels": ["10%"]}))
     assert list(rows["labels"]) == ["10%", "10%"] and not rows["measured"].any()
-    assert "–" in tables.markdown(tables.dice_table(rows))
+    assert "–" in tables.markdown(tables.metric_table(rows, "dice", "Dice, %"))
     assert answers(rows) == []
 
 
