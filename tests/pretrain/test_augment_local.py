@@ -6,6 +6,7 @@ import torch
 from scipy.ndimage import label
 
 from nnssl.pretrain.augment.rng import StepRNG
+from nnssl.pretrain.methods.hdense import HDenseConfig
 from nnssl.pretrain.methods.hdense.local import (
     SHUFFLE_SHARE,
     _block,
@@ -28,6 +29,10 @@ from nnssl.pretrain.methods.hdense.local import (
 )
 
 SIZES = [(20, 40, 60), (16, 45, 48), (8, 12, 16)]
+
+
+def genesis(u, rng, **options):
+    return genesis_transforms(u, rng, HDenseConfig(**options))
 
 
 def _ids(size, batch=1, channels=1):
@@ -209,21 +214,21 @@ def test_defaults_are_the_published_numbers():
     assert torch.equal(pixel_shuffle(u, rng()), shuffled)
     assert torch.equal(monotone_intensity(u, rng()), monotone_intensity(u, rng(), p=0.9))
     assert torch.equal(inpaint(u, rng()), inpaint(u, rng(), most=30, again=0.95))
-    published = {"shuffle_p": 0.8, "shuffle_blocks": 0, "independent": True}
+    published = {"shuffle_p": 0.8, "shuffle_blocks": 0, "independent_permutations": True}
     published |= {"nonlinear_p": 0.9, "inpaint_max": 30, "inpaint_p": 0.95}
-    assert torch.equal(genesis_transforms(u, rng()), genesis_transforms(u, rng(), **published))
+    assert torch.equal(genesis(u, rng()), genesis(u, rng(), **published))
 
 
 def test_each_option_reaches_its_step():
     u, off = torch.rand(8, 1, 8, 12, 10), {"shuffle_p": 0.0, "nonlinear_p": 0.0, "inpaint_p": 0.0}
-    shuffled = genesis_transforms(u, StepRNG(0, 0, 8), **{**off, "shuffle_p": 1.0})
+    shuffled = genesis(u, StepRNG(0, 0, 8), **{**off, "shuffle_p": 1.0})
     assert torch.isin(shuffled, u).all() and not torch.equal(shuffled, u)
-    fewer = genesis_transforms(u, StepRNG(0, 0, 8), **{**off, "shuffle_p": 1.0, "shuffle_blocks": 1})
+    fewer = genesis(u, StepRNG(0, 0, 8), **{**off, "shuffle_p": 1.0, "shuffle_blocks": 1})
     assert 0 < (fewer != u).flatten(1).sum(1).max() <= math.prod(shuffle_block(u.shape[2:]))
-    mapped = genesis_transforms(u, StepRNG(0, 0, 8), **{**off, "nonlinear_p": 1.0})
+    mapped = genesis(u, StepRNG(0, 0, 8), **{**off, "nonlinear_p": 1.0})
     for a, b in zip(u.flatten(1), mapped.flatten(1)):
         assert (b[a.argsort()].diff() >= 0).all() and not torch.equal(a, b)
-    painted = genesis_transforms(u, StepRNG(0, 0, 8), **{**off, "inpaint_p": 1.0, "inpaint_max": 1})
+    painted = genesis(u, StepRNG(0, 0, 8), **{**off, "inpaint_p": 1.0, "inpaint_max": 1})
     boxes = (painted != u).flatten(1).sum(1)
     assert (boxes > 0).all() and (boxes <= math.prod(inpaint_size_range(s)[1] for s in u.shape[2:])).all()
 
@@ -248,7 +253,7 @@ def test_a_painted_block_by_hand(size, extents, starts):
 
 def test_probability_zero_is_the_identity():
     u = torch.rand(3, 2, 8, 12, 10)
-    out = genesis_transforms(u, StepRNG(0, 0, 3), shuffle_p=0, nonlinear_p=0, inpaint_max=1, inpaint_p=0)
+    out = genesis(u, StepRNG(0, 0, 3), shuffle_p=0, nonlinear_p=0, inpaint_max=1, inpaint_p=0)
     assert torch.equal(out, u)
     shuffled = pixel_shuffle(u.repeat(100, 1, 1, 1, 1), StepRNG(0, 0, 300), p=0.8)
     assert ((shuffled != u.repeat(100, 1, 1, 1, 1)).flatten(1).any(1).float().mean() - 0.8).abs() < 0.08
@@ -340,22 +345,22 @@ def test_the_clean_image_stays_clean():
     u = torch.rand(250, 1, 6, 8, 10)
     kept = u.clone()
     for step in range(2):
-        genesis_transforms(u, StepRNG(0, step, 250))
+        genesis(u, StepRNG(0, step, 250))
     assert torch.equal(u, kept)
 
 
 def test_streams():
     u = torch.rand(4, 1, 10, 12, 8)
     rng = StepRNG(0, 0, 4)
-    a, b = genesis_transforms(u, rng), genesis_transforms(u, rng)
+    a, b = genesis(u, rng), genesis(u, rng)
     assert not torch.equal(a, b)
-    assert torch.equal(a, genesis_transforms(u, StepRNG(0, 0, 4)))
-    assert not torch.equal(a, genesis_transforms(u, StepRNG(0, 1, 4)))
-    assert not torch.equal(a, genesis_transforms(u, StepRNG(1, 0, 4)))
+    assert torch.equal(a, genesis(u, StepRNG(0, 0, 4)))
+    assert not torch.equal(a, genesis(u, StepRNG(0, 1, 4)))
+    assert not torch.equal(a, genesis(u, StepRNG(1, 0, 4)))
 
 
 def test_two_ranks_draw_what_one_process_draws():
     u = torch.rand(4, 1, 10, 12, 8)
-    whole = genesis_transforms(u, StepRNG(0, 0, 4))
-    parts = [genesis_transforms(u[i : i + 2], StepRNG(0, 0, 4, i, 2)) for i in (0, 2)]
+    whole = genesis(u, StepRNG(0, 0, 4))
+    parts = [genesis(u[i : i + 2], StepRNG(0, 0, 4, i, 2)) for i in (0, 2)]
     assert torch.equal(torch.cat(parts), whole)

@@ -254,7 +254,7 @@ def test_more_random_crops_leave_a_cell_without_overlap_more_often(crops, some):
 
 SIZE, GRID = (3, 4, 5), (1, 2, 2)
 WINDOW = (3, 8, 10)
-BLUE, YELLOW, RED = (0.2, 0.5, 1.0), (1.0, 0.85, 0.0), np.array([1.0, 0.1, 0.1])
+BLUE, RED = (0.2, 0.5, 1.0), np.array([1.0, 0.1, 0.1])
 
 
 def shown(n=5):
@@ -275,13 +275,13 @@ def shown(n=5):
 
 
 def test_a_picture_by_hand():
-    """Cells of 4x5 voxels with blue lines, a yellow box around the crop, and red where it overlaps or is found alike."""
+    """Cells of 4x5 voxels with blue lines, a box around the crop, and red where it overlaps or is found alike."""
     batch, predicted = shown()
     picture = overlap_picture(batch, predicted, SIZE, GRID)
     plain, true, guess = (picture.columns[k][0] for k in (CELLS, TRUE, GUESS))
     assert plain.shape == (8, 10, 3) and len(picture.columns[CELLS]) == 4
-    box = np.zeros((8, 10), bool)
-    box[1, 2:7] = box[4, 2:7] = box[1:5, 2] = box[1:5, 6] = True  # 4x5 voxels from (1, 2) on
+    for caption in (CELLS, TRUE, GUESS):
+        assert picture.boxes[caption].tolist() == [[1, 2, 4, 5]] * 4  # 4x5 voxels from (1, 2) on
     lines = np.zeros((8, 10), bool)
     lines[4], lines[:, 5] = True, True
     values = 2 * np.linspace(0, 1, 80).astype(np.float32) ** 2
@@ -289,9 +289,8 @@ def test_a_picture_by_hand():
     grey = ((values - low) / (high - low)).clip(0, 1).reshape(8, 10)
     for image, heat in ((plain, np.zeros(4)), (true, [0.5, 0.25, 0.25, 0]), (guess, [1, 0, 0.5, 0])):
         weight = 0.7 * np.kron(np.reshape(heat, (2, 2)), np.ones((4, 5)))[..., None]
-        inside = ~box & ~lines
-        assert np.allclose(image[inside], ((1 - weight) * grey[..., None] + weight * RED)[inside], atol=1e-5)
-        assert np.allclose(image[box], YELLOW) and np.allclose(image[lines & ~box], BLUE)
+        assert np.allclose(image[~lines], ((1 - weight) * grey[..., None] + weight * RED)[~lines], atol=1e-5)
+        assert np.allclose(image[lines], BLUE)
     right, wrong = ("most similar cell (any depth): " + text for text in ("the right one", "a wrong one"))
     assert picture.tags == {GUESS: [right, wrong, right, right]}, "a cell that does not count is no guess"
 
@@ -301,4 +300,5 @@ def test_a_picture_of_slices_and_of_one_value():
     batch = {**batch, "window": torch.full((1, 1, 8, 10), 7.0), "offset": batch["offset"][..., 1:]}
     picture = overlap_picture(batch, predicted, SIZE[1:], GRID[1:])
     plain = picture.columns[CELLS][0]
-    assert not plain[0, 0].any() and np.allclose(plain[4, 2], YELLOW) and len(picture.tags[GUESS]) == 1
+    assert not plain[0, 0].any() and np.allclose(plain[4, 2], BLUE) and len(picture.tags[GUESS]) == 1
+    assert picture.boxes[CELLS].tolist() == [[1, 2, 4, 5]]

@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nnssl.pretrain.augment.rng import StepRNG
+
+if TYPE_CHECKING:
+    from nnssl.pretrain.methods.hdense.method import HDenseConfig
 
 SHUFFLE_SHARE = 5000 * 36 / (128 * 128 * 32)
 """Voxels of all shuffled blocks over voxels of the crop, in the authors' code on its 128x128x32 crops: 0.34."""
@@ -25,21 +29,12 @@ LOOKED_UP = 1 << 15
 """Voxels whose intensities are mapped at once on a CPU: what is made of them stays in its caches."""
 
 
-def genesis_transforms(
-    u: Tensor,
-    rng: StepRNG,
-    *,
-    shuffle_p: float = 0.8,
-    shuffle_blocks: int = 0,
-    independent: bool = True,
-    nonlinear_p: float = 0.9,
-    inpaint_max: int = 30,
-    inpaint_p: float = 0.95,
-) -> Tensor:
+def genesis_transforms(u: Tensor, rng: StepRNG, config: HDenseConfig) -> Tensor:
     """Shuffle, then change intensities, then paint blocks of noise; ``(B, C, *size)`` in [0, 1], a new tensor."""
-    out = pixel_shuffle(u, rng, p=shuffle_p, blocks=shuffle_blocks, independent=independent)
-    out = monotone_intensity(out, rng, p=nonlinear_p)
-    return inpaint(out, rng, most=inpaint_max, again=inpaint_p)
+    c = config
+    out = pixel_shuffle(u, rng, p=c.shuffle_p, blocks=c.shuffle_blocks, independent=c.independent_permutations)
+    out = monotone_intensity(out, rng, p=c.nonlinear_p)
+    return inpaint(out, rng, most=c.inpaint_max, again=c.inpaint_p)
 
 
 def shuffle_block(size: Sequence[int]) -> tuple[int, ...]:

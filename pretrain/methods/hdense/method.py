@@ -169,20 +169,10 @@ class HDense(Method[HDenseConfig]):
 
     def corrupt(self, u: Tensor, rng: StepRNG) -> Tensor:
         """Corrupt crops ``(B, C, *size)`` in [0, 1] by the configured means; a new tensor, or ``u`` where there are none."""
-        c = self.config
-        if c.corruption == "none":
+        if self.config.corruption == "none":
             return u
-        if c.corruption == "window":
-            return window_corruption(u, rng)
-        return genesis_transforms(
-            u,
-            rng,
-            shuffle_p=c.shuffle_p,
-            shuffle_blocks=c.shuffle_blocks,
-            independent=c.independent_permutations,
-            nonlinear_p=c.nonlinear_p,
-            inpaint_max=c.inpaint_max,
-            inpaint_p=c.inpaint_p,
+        return (
+            window_corruption(u, rng) if self.config.corruption == "window" else genesis_transforms(u, rng, self.config)
         )
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
