@@ -19,14 +19,7 @@ from nnssl.transferability.indicator import (
 )
 from nnssl.transferability.monitor import RobustnessMonitor, random_baseline
 from nnssl.transferability.pooling import POOLINGS, pool
-from nnssl.transferability.robustness import (
-    NEGATIVES,
-    Separation,
-    hinge,
-    robustness_loss,
-    robustness_score,
-    separate,
-)
+from nnssl.transferability.robustness import NEGATIVES, Separation, hinge, robustness_loss, robustness_score, separate
 from nnssl.transferability.schedule import Schedule, plan_schedule
 from nnssl.transferability.stopper import Stopper
 from nnssl.transferability.verdict import Baseline, Verdict, judge

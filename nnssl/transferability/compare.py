@@ -37,17 +37,12 @@ class CompareOptions(RobustnessConfig):
     )
     _: KW_ONLY
     configuration: str = given("3d_fullres", WHICH)
-    plans: str = given("nnUNetPlans", WHICH, help="plans (default: nnUNetPlans)")
+    plans: str = given("nnUNetPlans", WHICH)
     cases: str | Path | Sequence[str] | None = given(
         None, WHICH, help="text file of the cases to measure on, one a line"
     )
     crops: int = given(
-        64,
-        WHICH,
-        "--crops",
-        type=int,
-        metavar="N",
-        help="cases to measure on, one crop of each (default: 64)",
+        64, WHICH, "--crops", type=int, metavar="N", help="cases to measure on, one crop of each (default: 64)"
     )
     dice: str | Path | None = given(
         None,
@@ -56,7 +51,7 @@ class CompareOptions(RobustnessConfig):
         metavar="CSV",
         help="columns checkpoint, dice[, setup]: shows how well robustness ranks the checkpoints, beside simple guesses",
     )
-    device: str = given("cpu", HOW, default="cuda", help="cuda (default), cpu or mps")
+    device: str = given("cpu", HOW, default="cuda")
     random_inits: int = given(
         RANDOM_INITS, HOW, default=RANDOM_INITS, help=f"random networks to compare with (default: {RANDOM_INITS})"
     )

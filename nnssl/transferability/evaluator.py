@@ -266,8 +266,7 @@ class RobustnessEvaluator:
             )
         if r.clipped > 0.5 and self.config.margin < 1:
             self._warn(
-                "clipped",
-                f"{per_cent(r.clipped)} of the pairs are beyond margin {self.config.margin}; see 1 too.",
+                "clipped", f"{per_cent(r.clipped)} of the pairs are beyond margin {self.config.margin}; see 1 too."
             )
 
     def _warn(self, key: str, text: str) -> None:
