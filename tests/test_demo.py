@@ -183,7 +183,8 @@ def test_report_and_pictures(demo, tmp_path):
         (out / "summary.json").write_text(json.dumps({"metric_per_case": cases}))
         dice[name] = demo.report.dice_of(out / "summary.json")
     assert dice["scratch"]["test_000"] == {"gland": 0.5, "bladder": 0.3, "mean": 0.4}
-    text = demo.report.summary([("Pretrain", "1:15", "there")], dice, ["a.png"])
+    text = demo.report.summary([("Pretrain", "1:15", "there")], dice, ["demo/pictures/a.png", "demo/pictures/b.png"])
+    assert "Pictures in demo/pictures: a.png, b.png" in text
     assert "labels only               0.500  0.300    0.400" in text
     assert "by +0.300 against the same steps on labels only, and were better in 2 of 2" in text
     assert demo.report.measured({0: 0.02, 7: 0.04}).startswith(

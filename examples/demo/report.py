@@ -43,7 +43,7 @@ def dice_of(summary: Path) -> dict[str, dict[str, float]]:
 
 
 def table(rows: list[tuple[str, ...]], head: tuple[str, ...]) -> str:
-    """Text columns, the first left and numbers right aligned."""
+    """Text columns, aligned to the left."""
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
     lines = [head, tuple("-" * w for w in widths), *rows]
     return "\n".join("  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in lines)
@@ -67,7 +67,7 @@ def summary(rows: list[tuple[str, str, str]], dice: dict[str, dict], pictures: l
         table(rows, ("step", "min:s", "result")),
         table(scores, (f"Dice on {len(gain)} test cases", *columns)),
         verdict,
-        "Pictures: " + ", ".join(pictures),
+        f"Pictures in {Path(pictures[0]).parent}: {', '.join(Path(p).name for p in pictures)}",
     ]
     return "\n\n".join(parts)
 
