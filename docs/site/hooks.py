@@ -23,7 +23,7 @@ OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANG
 API = {
     "pretrain": ("Pretraining", ["nnssl.pretrain"]),
     "methods": ("Objectives, for writing one", ["nnssl.pretrain.methods", "nnssl.config", "nnssl.intensity"]),
-    "weights": ("Checkpoints and transfer", ["nnssl.checkpoint", "nnssl.transfer"]),
+    "weights": ("Checkpoints and transfer", ["nnssl.checkpoint", "nnssl.transfer", "nnssl.convert"]),
     "plans": ("Plans", ["nnssl.plans"]),
     "networks": ("Networks", ["nnssl.networks"]),
     "pieces": ("Losses, heads, masking", ["nnssl.losses", "nnssl.heads", "nnssl.masking"]),
@@ -142,8 +142,12 @@ TABLES = {
         ("Arguments of `nnssl.pretrain.run`", "nnssl.pretrain.options", "RunOptions"),
         ("Arguments of `nnssl.pretrain.preprocess`", "nnssl.pretrain.prepare.request", "PrepareOptions"),
     ],
+    "weights": [("Arguments of `nnssl.convert.convert`", "nnssl.weights.formats", "ConvertOptions")],
     "plans": [("Arguments of `nnssl.plans.Changes`", "nnssl.plans", "Changes")],
-    "transferability": [("Arguments of `nnssl.probe.probe`", "nnssl.probe.options", "ProbeOptions")],
+    "transferability": [
+        ("Arguments of `nnssl.transferability.compare`", "nnssl.transferability.compare", "CompareOptions"),
+        ("Arguments of `nnssl.probe.probe`", "nnssl.probe.options", "ProbeOptions"),
+    ],
 }
 """Page of the API -> title, module and dataclass of the tables at its end."""
 
