@@ -56,7 +56,7 @@ class CompareOptions(RobustnessConfig):
         RANDOM_INITS, HOW, default=RANDOM_INITS, help=f"random networks to compare with (default: {RANDOM_INITS})"
     )
     output: str | Path | None = given(
-        None, HOW, help="folder for CSV and PNG (default: transferability_<Dataset> here)"
+        None, HOW, help="folder for CSV and PNG (default: transferability_<Dataset> here; in Python none is written)"
     )
     families: tuple[str, ...] = option((), "kinds of change of the views; none: those for the images' modality")
 
