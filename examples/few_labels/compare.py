@@ -2,11 +2,11 @@
 
 For each seed the same cases and the same length of training, from plan variants that this script writes:
 
-  default           nnUNetTrainerPretrained, warm-up and poly
+  default           nnUNetTrainerPretrained, warm-up and poly (below 25,000 steps Adam with 2e-3)
   freeze-unfreeze   nnUNetTrainerPretrainedFreezeUnfreeze
   scratch           the control of each of the two: the same schedule from random weights
   nnunet            nnU-Net's own recipe (SGD, 1e-2, poly, no warm-up) from random weights, on the same cases
-  low-rate          the default with a tenth of its learning rate, and its control
+  low-rate          the default by SGD with 1e-3, and its control
 
 Arms that have a result are not trained again. The Dice is that of the validation cases, which no arm has trained on, or with
 --test-images and --test-labels of those. Differences are paired by seed.
