@@ -6,7 +6,7 @@ Imports nothing heavy, so that ``--help`` is there at once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, ParamSpec, TypeVar
 
@@ -107,6 +107,18 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a keyword argument that there is not.
+
+    Raises:
+        TypeError: says which one may be meant.
+    """
+    known = list(known)
+    for argument in given:
+        if argument not in known:
+            raise TypeError(f"there is no argument '{argument}'.{did_you_mean(argument, known)}")
+
+
 def as_function(name: str, cls: Callable[P, Any], body: Callable[[Any], R]) -> Callable[P, R]:
     """A function with the fields of a dataclass as arguments; type checkers and ``help`` see each of them.
 
@@ -116,15 +128,18 @@ def as_function(name: str, cls: Callable[P, Any], body: Callable[[Any], R]) -> C
         body: what is done with its instance; its docstring is the function's, with the arguments put in before "Returns:".
     """
     about = meanings(cls)
+    signature = inspect.signature(cls).replace(return_annotation=inspect.signature(body).return_annotation)
 
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
-        for argument in kwargs:
-            if argument not in about:
-                raise TypeError(f"there is no argument '{argument}'.{did_you_mean(argument, about)}")
+        check_names(kwargs, about)
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:  # the dataclass's own would name it, and count self
+            raise TypeError(f"{name}(): {error}") from None
         return body(cls(*args, **kwargs))
 
     made: Any = function
-    made.__signature__ = inspect.signature(cls).replace(return_annotation=inspect.signature(body).return_annotation)
+    made.__signature__ = signature
     made.__module__, made.__name__, made.__qualname__ = body.__module__, name, name
     head, returns, rest = (inspect.getdoc(body) or "").partition("Returns:")
     lines = [f"    {argument}: {text}." for argument, text in about.items()]

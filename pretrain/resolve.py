@@ -51,8 +51,8 @@ def resolve(
     for key, value in {"epochs": epochs, "iterations": iterations}.items():
         if value is not None and value < 1:
             raise NnsslError(f"--{key} {value}: at least 1 is needed.")
-    if seed is not None and seed < 0:
-        raise NnsslError(f"--seed {seed}: 0 or more is needed.")
+    if seed is not None and not 0 <= seed < 2**63:  # more is none to torch
+        raise NnsslError(f"--seed {seed}: {'0 or more' if seed < 0 else 'less than 2^63'} is needed.")
     if crop is None and old:
         crop = old["crop"]["size"]
     return Choice(

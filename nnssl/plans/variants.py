@@ -14,7 +14,7 @@ from typing import Any
 from nnssl.errors import NnsslError
 from nnssl.files import read_json
 from nnssl.grammar import pair, whole_numbers
-from nnssl.options import given
+from nnssl.options import check_names, given, meanings
 from nnssl.paths import preprocessed_folder
 from nnssl.plans.datasets import resolve_dataset
 from nnssl.plans.figures import MEAN_TEACHER, SCHEDULES, USED, FineTuningConfig, check_options, schedule_name, spelt
@@ -314,6 +314,7 @@ def derive(plan: Plan, name: str, changes: Changes | None = None, **others: Any)
         NnsslError: an illegal name, features that the network has no stages for, a patch that the strides or tokens do not
             divide, a figure that the schedule does not have or that is out of range, labels that there are not.
     """
+    check_names(others, meanings(Changes))
     asked = replace(changes or Changes(), **others)
     plans = deepcopy(plan.plans)
     plans["plans_name"] = f"{plan.plans_name}_{check_name(name)}"

@@ -304,3 +304,9 @@ def test_changes_are_one_object_or_arguments_or_both(folder):
     assert derive(plan, "x", asked, epochs=5).nnssl["epochs"] == 5 and asked.epochs == 3
     with pytest.raises(TypeError, match="epoch"):
         derive(plan, "x", epoch=5)
+
+
+def test_a_change_that_there_is_not_gets_the_nearest_name(tiny_preprocessed):
+    tiny_preprocessed(901)
+    with pytest.raises(TypeError, match=r"there is no argument 'epoch'. Did you mean 'epochs'\?"):
+        write_variant(load_plan(901), "v", epoch=3)

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from importlib import import_module
 
 import pytest
 
@@ -86,3 +87,26 @@ def test_an_argument_that_does_not_exist_gets_the_nearest_name():
 
     with pytest.raises(TypeError, match=r"there is no argument 'iteration'. Did you mean 'iterations'\?"):
         run(500, method="mae", iteration=3)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        ("nnssl.pretrain.run", (500, "mae"), r"run\(\): too many positional arguments"),
+        ("nnssl.pretrain.preprocess", (), r"preprocess\(\): missing a required argument: 'sources'"),
+        ("nnssl.probe.probe", (), r"probe\(\): missing a required argument: 'dataset'"),
+        ("nnssl.transferability.compare", (501, [], "2d"), r"compare\(\): too many positional arguments"),
+    ],
+)
+def test_arguments_without_a_name_are_counted_as_the_function_has_them(function, arguments, message):
+    module, _, name = function.rpartition(".")
+    with pytest.raises(TypeError, match=message):
+        getattr(import_module(module), name)(*arguments)
+
+
+def test_a_seed_that_torch_has_no_room_for_is_refused(tiny_preprocessed):
+    from nnssl.pretrain import run
+
+    tiny_preprocessed(901)
+    with pytest.raises(NnsslError, match=r"--seed 9{20}: less than 2\^63 is needed"):
+        run(901, method="mae", device="cpu", seed=int("9" * 20), dry_run=True)
