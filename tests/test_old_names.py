@@ -52,6 +52,20 @@ def test_attributes_have_both_names(tmp_path):
 def test_a_moved_function_tells_where_it_is():
     with pytest.raises(ImportError, match="from nnssl.weights import write_variant"):
         from nnssl.plans import write_variant  # noqa: F401
+    with pytest.raises(ImportError, match="from nnssl.preprocessed import list_cases"):
+        from nnssl.transferability import list_cases  # noqa: F401
+    with pytest.raises(ImportError, match="diagonal of distance_matrix"):
+        from nnssl.transferability import paired_distance  # noqa: F401
+
+
+def test_pieces_of_transferability_are_found_where_they_were():
+    import nnssl.transferability as found
+    from nnssl.transferability import crops
+
+    assert found.read_crops is crops.read_crops
+    for names in found._MOVED.values():
+        assert all(getattr(found, name).__name__ == name for name in names)
+    assert not hasattr(found, "read_crop")
 
 
 def test_options_are_taken_under_both_names_and_found_in_folders_of_before():

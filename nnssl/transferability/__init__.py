@@ -3,6 +3,9 @@
 After Hidy, Bakos, Lukács 2024, arXiv:2410.18677. What the measure can and cannot tell is in docs/transferability.md.
 """
 
+from importlib import import_module
+from typing import Any
+
 from nnssl.transferability.checkpoints import Run
 from nnssl.transferability.compare import Comparison, compare, make_evaluator
 from nnssl.transferability.distances import DISTANCES, degenerate, distance_matrix
@@ -63,3 +66,24 @@ __all__ = [
     "summarise",
     "tis",
 ]
+
+
+# Pieces that were public here, and still are found.
+_MOVED = {
+    "checkpoints": ("Measured", "group_runs", "measure_checkpoints"),
+    "crops": ("CropSet", "choose_cases", "crop_size", "read_crops"),
+    "downstream": ("TISRow", "tis_rows"),
+    "indicator": ("OnlineChoice", "TISSummary"),
+    "robustness": ("mirror_index",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MOVED.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    if name == "list_cases":
+        raise ImportError("nnssl.transferability.list_cases is: from nnssl.preprocessed import list_cases")
+    if name == "paired_distance":
+        raise ImportError("nnssl.transferability.paired_distance is now the diagonal of distance_matrix(x, y)")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
