@@ -116,6 +116,11 @@ def split_options(given: Mapping[str, Any], configs: list[type]) -> list[dict[st
 def _current_names(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """Options under their names of now."""
     now = {f.metadata["was"]: f.name for f in fields(cls) if f.metadata.get("was")}
+    twice = [(old, new) for old, new in now.items() if old in given and new in given and given[old] != given[new]]
+    problems = [
+        f"'{new}' is given twice, as {given[new]} and, by its old name {old}, {given[old]}" for old, new in twice
+    ]
+    raise_problems(problems, "option -o")
     return {now.get(key, key): value for key, value in given.items()}
 
 

@@ -77,6 +77,13 @@ def test_every_option_of_every_method_is_explained():
             make_config(cls.Config, {}, values), preset
 
 
+def test_an_option_under_both_its_names_says_one_thing():
+    config = get_method("voco").Config
+    assert split_options({"align": "false", "reorient": "false"}, [config]) == [{"reorient": "false"}]
+    with pytest.raises(NnsslError, match="'reorient' is given twice, as false and, by its old name align, true"):
+        split_options({"align": "true", "reorient": "false"}, [config])
+
+
 def test_unknown_method_gets_the_nearest_name():
     with pytest.raises(NnsslError, match="Did you mean 'macl'"):
         get_method("mcal")
