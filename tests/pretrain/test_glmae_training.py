@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from nnunet_weights import loaded_by_nnunet
 from torch import nn
 
 from nnssl import checkpoint
@@ -49,23 +50,9 @@ def train(method, batches):
 
 
 def test_nnunet_gets_the_student(make_glmae, tmp_path, make_batch):
-    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-
     method = make_glmae("aniso", "resenc")
     train(method, [make_batch(method, step=k) for k in range(2)])
-    payload = checkpoint.build_payload(
-        method.network,
-        method.plan,
-        method="glmae",
-        config=vars(method.config),
-        crop_size=method.request.size,
-        pretrained_parts=method.pretrained_parts(),
-        data={},
-        citations=method.citation,
-    )
-    checkpoint.save(tmp_path / "weights.pth", payload)
-    network = build_network(method.plan)
-    load_pretrained_weights(network, str(tmp_path / "weights.pth"))
+    network = loaded_by_nnunet(method, tmp_path / "weights.pth")
     x = torch.randn(1, 1, *method.request.size)
     for a, b in zip(network.encoder(x), unwrap(method.network).encoder(x)):
         assert torch.equal(a, b)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from nnunet_weights import loaded_by_nnunet
 from torch import nn
 
 from nnssl import checkpoint
@@ -34,8 +35,6 @@ def build(plans, description, values, dim=3):
 
 @pytest.mark.parametrize(("arch", "mode"), [("plain", "dense"), ("resenc", "sparse")])
 def test_nnunet_loads_the_weights(make_mae, tmp_path, arch, mode, make_batch):
-    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-
     method = make_mae("aniso", arch, masking=mode)
     keys = list(method.network.state_dict())
     batch = make_batch(method)
@@ -43,19 +42,7 @@ def test_nnunet_loads_the_weights(make_mae, tmp_path, arch, mode, make_batch):
     method(batch)["total"].backward()
     optimiser.step()
     assert list(method.network.state_dict()) == keys == list(build_network(method.plan).state_dict())
-    payload = checkpoint.build_payload(
-        method.network,
-        method.plan,
-        method="mae",
-        config=vars(method.config),
-        crop_size=method.request.size,
-        pretrained_parts=method.pretrained_parts(),
-        data={},
-        citations=method.citation,
-    )
-    checkpoint.save(tmp_path / "weights.pth", payload)
-    network = build_network(method.plan)
-    load_pretrained_weights(network, str(tmp_path / "weights.pth"))
+    network = loaded_by_nnunet(method, tmp_path / "weights.pth")
     a, b = forward_features(network, batch["input"]), forward_features(method.network, batch["input"])
     assert all(torch.equal(x, y) for x, y in zip(a.skips + a.levels, b.skips + b.levels))
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from trained import equal_weights, is_constant, log_of
 
-from nnssl import checkpoint
 from nnssl.files import sha256_of
 from nnssl.networks import canonical_state_dict
 from nnssl.plans import load_plan
@@ -16,27 +16,12 @@ from nnssl.results import output_folder
 from nnssl.trainers import nnUNetTrainerPretrained
 
 
-def same(network, file):
-    """Names of the network's tensors that equal the file's."""
-    stored = checkpoint.load(file).weights
-    return {n for n, t in canonical_state_dict(network).items() if torch.equal(t, stored[n])}
-
-
-def log_of(trainer):
-    return Path(trainer.log_file).read_text()
-
-
-def is_constant(name):
-    """Norms start at one and zero and biases of convolutions at zero, in each network."""
-    return ".norm." in name or name.endswith(".bias")
-
-
 def test_trains_from_the_only_pretraining_and_resumes_without_it(dataset, pretraining, build, start):
     file = pretraining()
     trainer = build()
     start(trainer)
     weights = {n for n in canonical_state_dict(trainer.network) if not is_constant(n)}
-    assert weights - same(trainer.network, file) == {n for n in weights if ".seg_layers." in n}
+    assert weights - equal_weights(trainer.network, file) == {n for n in weights if ".seg_layers." in n}
 
     trainer = build()
     seen = []
@@ -149,7 +134,7 @@ def test_checkpoint_is_nnunets_own_content(pretraining, build, start):
     assert set(a) - {"nnssl_finetuning"} == set(b)
     assert list(a["network_weights"]) == list(b["network_weights"])
     stock.load_checkpoint(str(folder / "a.pth"))
-    assert same(stock.network, folder / "a.pth") == set(canonical_state_dict(stock.network))
+    assert equal_weights(stock.network, folder / "a.pth") == set(canonical_state_dict(stock.network))
 
 
 def test_an_interrupted_save_leaves_the_old_checkpoint(pretraining, monkeypatch, build, start):
@@ -211,7 +196,7 @@ def test_wrapped_networks_are_unwrapped(pretraining, wrap, request, build, start
     assert type(trainer.network).__name__ == {"compile": "OptimizedModule", "ddp": "DistributedDataParallel"}[wrap]
     start(trainer)
     weights = {n for n in canonical_state_dict(trainer.network) if not is_constant(n) and ".seg_layers." not in n}
-    assert weights <= same(trainer.network, file)
+    assert weights <= equal_weights(trainer.network, file)
     target = Path(trainer.output_folder, "x.pth")
     trainer.save_checkpoint(str(target))
     names = torch.load(target, weights_only=True)["network_weights"]

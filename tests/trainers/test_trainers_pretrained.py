@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from trained import equal_weights, is_constant, log_of
 
 from nnssl import checkpoint
 from nnssl.errors import NnsslError
@@ -15,21 +16,6 @@ from nnssl.networks import canonical_state_dict
 from nnssl.plans import load_plan
 from nnssl.trainers import nnUNetTrainerPretrained, nnUNetTrainerPretrainedScratch
 from nnssl.weights import write_variant
-
-
-def same(network, file):
-    """Names of the network's tensors that equal the file's."""
-    stored = checkpoint.load(file).weights
-    return {n for n, t in canonical_state_dict(network).items() if torch.equal(t, stored[n])}
-
-
-def log_of(trainer):
-    return Path(trainer.log_file).read_text()
-
-
-def is_constant(name):
-    """Norms start at one and zero and biases of convolutions at zero, in each network."""
-    return ".norm." in name or name.endswith(".bias")
 
 
 def test_signature_is_nnunets():
@@ -49,7 +35,7 @@ def test_pretrained_weights_on_the_command_line_win(pretraining, tmp_path, build
     maybe_load_checkpoint(trainer, False, False, str(given))
     start(trainer)
     weights = {n for n in canonical_state_dict(trainer.network) if not is_constant(n) and ".seg_layers." not in n}
-    assert weights <= same(trainer.network, given)
+    assert weights <= equal_weights(trainer.network, given)
     log = log_of(trainer)
     assert re.search(
         rf"-pretrained_weights has set {len(weights)} of \d+ tensors, 9\d.*; no pretraining is searched\.", log
@@ -76,7 +62,7 @@ def test_the_file_that_the_plan_names(dataset, pretraining, build, start):
     write_variant(load_plan(901), "chosen", checkpoint=chosen)
     trainer = start(build(plans="nnUNetPlans_chosen"))
     weights = {n for n in canonical_state_dict(trainer.network) if not is_constant(n)}
-    kept = weights & same(trainer.network, chosen)
+    kept = weights & equal_weights(trainer.network, chosen)
     assert kept == {n for n in weights if n.startswith(("encoder.", "decoder.stages.0.", "decoder.transpconvs.0."))}
     assert "named by plans 'nnUNetPlans_chosen'" in log_of(trainer)
     assert trainer.num_epochs == 2
@@ -172,7 +158,7 @@ def test_scratch_has_the_same_schedule_and_random_weights(pretraining, tmp_path,
     file = pretraining()
     scratch = start(build(nnUNetTrainerPretrainedScratch))
     weights = {n for n in canonical_state_dict(scratch.network) if not is_constant(n)}
-    assert not weights & same(scratch.network, file)
+    assert not weights & equal_weights(scratch.network, file)
     assert scratch.provenance["weights"] == "random"
     pretrained = start(build())
     assert (scratch.num_epochs, scratch.num_iterations_per_epoch, scratch.num_val_iterations_per_epoch) == (2, 2, 1)
@@ -212,7 +198,7 @@ def test_the_method_s_default_parts_are_taken_and_the_plan_overrules_them(datase
     trainer = build()
     start(trainer)
     weights = {n for n in canonical_state_dict(trainer.network) if not is_constant(n)}
-    assert same(trainer.network, file) & weights == {n for n in weights if n.startswith("encoder.")}
+    assert equal_weights(trainer.network, file) & weights == {n for n in weights if n.startswith("encoder.")}
     report = Path(trainer.output_folder, "transfer_report.txt").read_text()
     assert "left out on purpose: decoder stage 0, decoder stage 1 (macl's default: its decoder harms)" in report
     assert trainer.provenance["parts"] == "default"
@@ -220,7 +206,7 @@ def test_the_method_s_default_parts_are_taken_and_the_plan_overrules_them(datase
     path = write_variant(load_plan(901), "whole", checkpoint=file, parts="all")
     trainer = build(plans=path.stem)
     start(trainer)
-    assert weights - same(trainer.network, file) == {n for n in weights if ".seg_layers." in n}
+    assert weights - equal_weights(trainer.network, file) == {n for n in weights if ".seg_layers." in n}
     assert trainer.provenance["parts"] == "all"
 
 
@@ -236,7 +222,7 @@ def test_a_shared_safetensors_file_is_named_and_trained_from(dataset, pretrainin
     assert named.endswith("_shared.safetensors")
     trainer = start(build(plans="nnUNetPlans_shared"))
     weights = {n for n in canonical_state_dict(trainer.network) if not is_constant(n)}
-    assert weights - same(trainer.network, file) == {n for n in weights if ".seg_layers." in n}
+    assert weights - equal_weights(trainer.network, file) == {n for n in weights if ".seg_layers." in n}
 
 
 def test_a_training_on_a_cpu_keeps_to_the_threads_asked_for(build, monkeypatch):
