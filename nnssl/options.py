@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, ParamSpec, TypeVar
 
-from nnssl.errors import did_you_mean
+from nnssl.errors import NnsslError, did_you_mean
 from nnssl.grammar import SHARED, CommandParser
 
 P = ParamSpec("P")
@@ -117,6 +117,16 @@ def check_names(given: Iterable[str], known: Iterable[str]) -> None:
     for argument in given:
         if argument not in known:
             raise TypeError(f"there is no argument '{argument}'.{did_you_mean(argument, known)}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that numpy or torch does not take.
+
+    Raises:
+        NnsslError: below 0, or from 2^63 on.
+    """
+    if not 0 <= seed < 2**63:
+        raise NnsslError(f"--seed {seed}: {'0 or more' if seed < 0 else 'less than 2^63'} is needed.")
 
 
 def as_function(name: str, cls: Callable[P, Any], body: Callable[[Any], R]) -> Callable[P, R]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from nnssl.config import config_dict, make_config, split_options
 from nnssl.errors import NnsslError, did_you_mean
+from nnssl.options import check_seed
 from nnssl.pretrain.engine.config import OLD_NAMES, RUNTIME_OPTIONS, EngineConfig
 from nnssl.pretrain.engine.spec import RunSpec
 from nnssl.pretrain.methods.base import Method
@@ -51,8 +52,8 @@ def resolve(
     for key, value in {"epochs": epochs, "iterations": iterations}.items():
         if value is not None and value < 1:
             raise NnsslError(f"--{key} {value}: at least 1 is needed.")
-    if seed is not None and not 0 <= seed < 2**63:  # more is none to torch
-        raise NnsslError(f"--seed {seed}: {'0 or more' if seed < 0 else 'less than 2^63'} is needed.")
+    if seed is not None:
+        check_seed(seed)
     if crop is None and old:
         crop = old["crop"]["size"]
     return Choice(

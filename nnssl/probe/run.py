@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nnssl.networks import build_network
-from nnssl.options import as_function
+from nnssl.options import as_function, check_seed
 from nnssl.options import asked as asked_of
 from nnssl.parts import ENCODER
 from nnssl.plans import Plan, load_plan, resolve_dataset
@@ -37,6 +37,7 @@ def run_probe(asked: ProbeOptions) -> Probe:
         NnsslError: for everything that the user can mend.
     """
     began = time.monotonic()
+    check_seed(asked.seed)
     plan = load_plan(resolve_dataset(asked.dataset), asked.configuration, asked.plans)
     classes = Classes.of(plan)
     folds = choose_folds(plan, labels=asked.labels, fold=asked.fold, evaluate=asked.evaluate, seed=asked.seed)

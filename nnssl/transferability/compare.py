@@ -10,7 +10,7 @@ from nnssl.case_lists import read_case_list
 from nnssl.config import option
 from nnssl.errors import NnsslError, raise_problems
 from nnssl.networks import build_network
-from nnssl.options import as_function, given
+from nnssl.options import as_function, check_seed, given
 from nnssl.paths import preprocessed_folder
 from nnssl.plans import Plan, load_plan, resolve_dataset
 from nnssl.preprocessed import list_cases
@@ -123,6 +123,7 @@ def _compare(asked: CompareOptions) -> Comparison:
         raise NnsslError("no checkpoint to measure: name at least one.")
     if asked.random_inits < 2:
         raise NnsslError(f"--random-inits must be at least 2 for a band, got {asked.random_inits}.")
+    check_seed(asked.seed)
     results = read_dice(Path(asked.dice)) if asked.dice is not None else []
     plan = load_plan(resolve_dataset(asked.dataset), asked.configuration, asked.plans)
     how = {f.name: getattr(asked, f.name) for f in fields(RobustnessConfig)}

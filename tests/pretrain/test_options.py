@@ -111,9 +111,19 @@ def test_arguments_without_a_name_are_counted_as_the_function_has_them(function,
         getattr(import_module(module), name)(*arguments)
 
 
-def test_a_seed_that_torch_has_no_room_for_is_refused(tiny_preprocessed):
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [(int("9" * 20), r"--seed 9{20}: less than 2\^63 is needed"), (-1, "--seed -1: 0 or more is needed")],
+)
+def test_a_seed_that_torch_has_no_room_for_is_refused(tiny_preprocessed, seed, message):
     from nnssl.pretrain import run
+    from nnssl.probe import probe
+    from nnssl.transferability import compare
 
     tiny_preprocessed(901)
-    with pytest.raises(NnsslError, match=r"--seed 9{20}: less than 2\^63 is needed"):
-        run(901, method="mae", device="cpu", seed=int("9" * 20), dry_run=True)
+    with pytest.raises(NnsslError, match=message):
+        run(901, method="mae", device="cpu", seed=seed, dry_run=True)
+    with pytest.raises(NnsslError, match=message):
+        probe(901, ["random"], seed=seed)
+    with pytest.raises(NnsslError, match=message):
+        compare(901, ["any.pth"], seed=seed)
