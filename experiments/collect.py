@@ -171,7 +171,7 @@ def _asked(resolved: Resolved) -> dict[str, Any]:
         "mirroring": setting.mirroring,
         "arms": {
             arm.name: {
-                "method": arm.method or "checkpoint",
+                "method": Path(arm.method).name or "checkpoint",
                 "schedule": arm.training.schedule,
                 "figures": arm.training.figures,
                 **arm.training.lengths,

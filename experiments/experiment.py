@@ -93,7 +93,8 @@ class Arm:
 
     name: str = option("", "in tables and file names")
     method: str = option(
-        "", "scratch, mean-teacher, an objective of nnssl_pretrain, or empty where there is a checkpoint"
+        "",
+        "scratch, mean-teacher, an objective of nnssl_pretrain or a file of one, or empty where there is a checkpoint",
     )
     checkpoint: Path | None = option(None, "a file that exists already, in place of a pretraining")
     adapt: dict[str, Any] = option({}, "as for nnssl_plan, where the checkpoint comes from another network")
@@ -247,10 +248,12 @@ def _arm(given: Any, training: Training, pretraining: Pretraining, folder: Path,
         raise NnsslError(
             f"{where}methods: a name or a mapping with 'method:' or 'checkpoint:' is wanted, not {given!r}."
         )
-    title = str(given.get("name") or given.get("method") or "")
+    method, file = str(given.get("method") or ""), given.get("checkpoint")
+    title = str(given.get("name") or method.endswith(".py") and Path(method).stem or method)
     at = f"{where}method {title or '?'}: "
     problems = unknown_keys(given, _OF_ARM, at)
-    method, file = str(given.get("method") or ""), given.get("checkpoint")
+    if method.endswith(".py"):
+        method = str(resolve_path(method, folder))
     if bool(method) == bool(file):
         problems.append(f"{at}either 'method' or 'checkpoint' is needed")
     if not title:

@@ -193,7 +193,7 @@ class _Builder:
         if labelled:
             about |= {"labels": subset.count, "seed": subset.seed, "fold": subset.fold}
         steps = (asked.epochs or EPOCHS) * (asked.iterations or ITERATIONS)
-        job = Job(f"pretrain-{arm.method}-{name}", "pretrain", command, needs, (target / "checkpoint_final.pth",),
+        job = Job(f"pretrain-{Path(arm.method).stem}-{name}", "pretrain", command, needs, (target / "checkpoint_final.pth",),
                   resume=(target / "checkpoint_latest.pth",), gpu=True, about=about, amount=steps)  # fmt: skip
         return job, key
 

@@ -309,5 +309,5 @@ def _tell(spec: RunSpec, result: RunResult) -> None:
     command = (spec.folder.saved_config() or {}).get("command")
     if not result.learnt and command and not spec.identity.get("omni"):
         log.info("Before these are used, train longer, for example:\n  %s", further(command, 2 * spec.epochs))
-    for line in next_lines(spec.plan, spec.folder.final):
+    for line in next_lines(spec.plan, spec.folder.final, spec.device.type):
         log.info("%s", line)

@@ -131,10 +131,14 @@ def keep_first_end(final: Path, saved_epochs: int, epochs: int) -> None:
     )
 
 
-def next_lines(plan: Plan, final: Path) -> list[str]:
-    """What to type to fine-tune from a finished run: the trainer alone where it finds the run, else a plan that names it."""
+def next_lines(plan: Plan, final: Path, device: str = "cuda") -> list[str]:
+    """What to type to fine-tune from a finished run: the trainer alone where it finds the run, else a plan that names it.
+
+    ``device``: where the run was, cuda, cpu or mps; nnU-Net trains on cuda where it is not told another.
+    """
     number, p = dataset_id(plan.dataset_name), plan.plans_name
     option = "" if p == "nnUNetPlans" else f" -p {p}"
+    where = "" if device == "cuda" else f" -device {device}"
     trainer = plan.trainer()
     train = f"nnUNetv2_train {{}} {{}} {fold_to_type(plan)} -tr {{}}"
     few = f"With few labels take -tr {trainer_for(MEAN_TEACHER)}: it goes on learning from the images without labels."
@@ -146,14 +150,14 @@ def next_lines(plan: Plan, final: Path) -> list[str]:
         ]
     others = [run for run in find_pretrainings(plan) if run.finished and run.folder != final.parent]
     if not others and not plan.nnssl.get("checkpoint"):
-        return [f"Next: {train.format(number, plan.configuration, trainer)}{option}", *hint]
+        return [f"Next: {train.format(number, plan.configuration, trainer)}{option}{where}", *hint]
     why = f"{len(others) + 1} finished pretrainings fit {p}"
     why = f"{p} names another checkpoint" if plan.nnssl.get("checkpoint") else why
     name = _free_name(plan, final)
     return [
         f"{why}, so this one is named in a plan of its own. Next:",
         f"  nnssl_plan -d {number} -c {plan.configuration}{option} --checkpoint {final} --name {name}",
-        f"  {train.format(number, plan.configuration, trainer)} -p {p}_{name}",
+        f"  {train.format(number, plan.configuration, trainer)} -p {p}_{name}{where}",
         *hint,
     ]
 

@@ -102,6 +102,12 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
             val = list((self.told.get("val_cases") or {}).get(ALL, ()))
         self.figures = replace(self.figures, strength=self.figures.strength_for(len(train)))
         self.provenance.update(strength=self.figures.strength, labelled_cases=len(train))
+        if self.first_epochs == self.num_epochs:
+            self.print_to_log_file(
+                f"nnssl: mean teacher: {counted(len(train), 'labelled case')}, no second stage (labelled_first): all "
+                "epochs learn from the labels"
+            )
+            return
         rest: list[str] = []
         if self.told.get("train_cases"):
             rest = sorted(set(folds_of(self.plan())[str(self.fold)][0]) - {*train, *val})

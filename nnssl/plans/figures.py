@@ -100,7 +100,13 @@ class FineTuningConfig:
         "what a linear probe looks at: the bottleneck and the decoder's stages, or the encoder's stages",
         choices=("decoder", "encoder"),
     )
-    labelled_first: float = option(1 / 3, "share of the epochs that learn from the labels alone", low=0, below=1)
+    labelled_first: float = option(
+        1 / 3,
+        "share of the epochs that learn from the labels alone; 1, which needs no images without labels, is the control that "
+        "has the same changes of labelled patches",
+        low=0,
+        high=1,
+    )
     momentum: float = option(0.99, "largest momentum of the teacher", low=0, below=1)
     intensities: str = option(
         "strong",

@@ -167,9 +167,14 @@ def _truncate(plan: Plan, config: dict[str, Any], features: Sequence[int]) -> No
     """Cut the network of a resolved configuration to ``len(features)`` stages with these channels."""
     n = len(features)
     if not MIN_STAGES <= n <= plan.n_stages:
+        can = (
+            f"{MIN_STAGES} to {plan.n_stages} numbers can be given"
+            if plan.n_stages > MIN_STAGES
+            else "it cannot be cut"
+        )
         raise NnsslError(
-            f"--features names {n} stages; the network of {plan.plans_name} ({plan.configuration}) has {plan.n_stages}, "
-            f"so {MIN_STAGES} to {plan.n_stages} numbers can be given."
+            f"--features names {n} stages; the network of {plan.plans_name} ({plan.configuration}) has {plan.n_stages}. "
+            f"At least {MIN_STAGES} are needed, so {can}."
         )
     if min(features) < 1:
         raise NnsslError(f"--features {','.join(map(str, features))}: each at least 1.")

@@ -1,6 +1,7 @@
 """The experiment file: defaults, sections, and what is refused with the nearest name."""
 
 import importlib
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,20 @@ methods:
     assert theirs.training.figures == {"peak_lr": 1e-3, "warmup": 0.1}
     assert scratch.training.figures == {"frozen": 0.5}, "figures of another schedule are not taken over"
     assert long.training.figures["peak_lr"] == 0.01 and setting.labels == ("10%",) and setting.seeds == (7,)
+
+
+def test_an_objective_in_a_file_lies_beside_the_experiment(tmp_path, monkeypatch):
+    """A relative path is the experiment file's, as all others are, wherever the command is typed and its jobs run."""
+    (tmp_path / "there").mkdir()
+    shutil.copy(ROOT / "examples" / "own_objective" / "simclr.py", tmp_path / "there" / "mine.py")
+    monkeypatch.chdir(tmp_path)
+    (setting,) = load(tmp_path / "there", "dataset: 4\nlabels: [1]\nmethods: [scratch, ./mine.py]\n").settings
+    assert [(a.name, a.method) for a in setting.arms] == [
+        ("scratch", "scratch"),
+        ("mine", str(tmp_path / "there" / "mine.py")),
+    ]
+    with pytest.raises(NnsslError, match=r"method other: -m \S*there/other.py: there is no such Python file"):
+        load(tmp_path / "there", "dataset: 4\nlabels: [1]\nmethods: [other.py]\n")
 
 
 def test_settings_share_the_rest_of_the_file(tmp_path):

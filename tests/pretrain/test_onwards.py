@@ -240,7 +240,7 @@ def test_the_next_line_names_a_fold_that_so_few_cases_have(tiny_preprocessed, ca
     folder = tiny_preprocessed(901, "Tiny", 4, plan_options={"features": (4, 8, 8), "patch": (16, 16, 16)})
     (folder / "splits_final.json").unlink()
     go(epochs=1, iterations=1)
-    assert "Next: nnUNetv2_train 901 3d_fullres all -tr nnUNetTrainerPretrained\n" in caplog.text
+    assert "Next: nnUNetv2_train 901 3d_fullres all -tr nnUNetTrainerPretrained -device cpu\n" in caplog.text
     assert plan_main(["-d", "901", "--name", "a", "--epochs", "5"]) == 0
     assert "Next: nnUNetv2_train 901 3d_fullres all -p nnUNetPlans_a -tr nnUNetTrainerPretrained" in caplog.text
     assert plan_main(["-d", "901", "-p", "nnUNetPlans_a", "--lengthen", "6"]) == 0
@@ -250,14 +250,14 @@ def test_the_next_line_names_a_fold_that_so_few_cases_have(tiny_preprocessed, ca
 def test_the_next_line_works_where_several_fit(dataset, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "nnssl")
     go()
-    assert "Next: nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerPretrained\n" in caplog.text
+    assert "Next: nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerPretrained -device cpu\n" in caplog.text
     assert "With few labels take -tr nnUNetTrainerPretrainedMeanTeacher" in caplog.text
     caplog.clear()
     second = go(name="two")
     lines = caplog.messages[-3:-1]
     assert lines[0].split()[0] == "nnssl_plan" and str(second.checkpoint) in lines[0]
     assert plan_main(lines[0].split()[1:]) == 0
-    plans = lines[1].split("-p ")[1]
+    plans = lines[1].split("-p ")[1].removesuffix(" -device cpu")
     assert load_plan(901, plans_name=plans).nnssl["checkpoint"].endswith("checkpoint_final.pth")
     caplog.clear()
     go(name="two", epochs=3, continue_run=True)

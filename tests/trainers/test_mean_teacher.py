@@ -74,6 +74,17 @@ def test_two_stages(few, started):
     assert trainer.teacher.training is False and not any(p.requires_grad for p in trainer.teacher.parameters())
 
 
+def test_without_a_second_stage_it_learns_from_the_labels_alone_and_needs_no_pool(few, started):
+    """``labelled_first=1``: the control with the same changes of labelled patches; the rate follows one schedule."""
+    trainer = started(few(schedule="mean-teacher", epochs=2, iterations=2, figures={"labelled_first": 1.0}))
+    assert trainer.first_epochs == 2 and trainer.pool is None
+    assert any(isinstance(t, SpatialTransform) and hasattr(t, "shift") for t in trainer._transforms.transforms)
+    for _ in range(2):
+        run_epoch(trainer)
+        assert trainer.teacher is None and trainer.dataloader_unlabelled is None
+    assert "no second stage (labelled_first)" in Path(trainer.log_file).read_text()
+
+
 def test_labels_beside_the_pool_are_never_learnt_from(few, monkeypatch, started):
     """Another label map beside each image of the pool changes nothing."""
     plans = few(schedule="mean-teacher", epochs=2, iterations=2)
