@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from nnssl.intensity import gaussian_blur, per_sample, rescale_intensity, restore_intensity
@@ -40,6 +43,21 @@ def random_jitter(
     if sigma is not None:
         x = gaussian_blur(x, rng.uniform(*sigma), radius)
     return x if intensity is None else restore_intensity(x, intensity)
+
+
+GRAIN = 0.01
+"""SD of the noise in views without content, of z-scored images."""
+
+
+def with_grain(views: Sequence[Tensor], rng: StepRNG) -> list[Tensor]:
+    """Put faint noise, the same in all, into views ``(B, C, *size)`` without content.
+
+    Where convolutions do not pad with zeros, such a view is constant in all layers: InstanceNorm would divide rounding errors by
+    the root of its eps in each of them, and gradients explode.
+    """
+    grain = GRAIN * rng.noise(*views[0].shape[1:])
+    flat = [per_sample(view.flatten(1).float().std(1) < GRAIN, view) for view in views]
+    return [torch.where(f, view + grain.to(view.dtype), view) for f, view in zip(flat, views)]
 
 
 def unit_range(plan: Plan, intensity: Tensor) -> Tensor:

@@ -24,9 +24,10 @@ from nnssl.distributed import gather_with_grad
 from nnssl.errors import NnsslError
 from nnssl.heads import standardise
 from nnssl.intensity import add_noise, bend, rescale_intensity, restore_intensity
-from nnssl.networks import forward_features
+from nnssl.networks import PADDINGS, forward_features, set_padding
 from nnssl.plans import Plan
 from nnssl.pretrain.augment import StepRNG, central_crop, random_jitter
+from nnssl.pretrain.augment.intensity import with_grain
 from nnssl.pretrain.augment.spatial import AffineRange
 from nnssl.pretrain.geometry import choose_crop
 from nnssl.pretrain.methods.base import Method, Size, encoder_only, numbers_of
@@ -52,6 +53,9 @@ class RobustConfig:
     levels: int = option(3, "deepest encoder stages that are compared, the bottleneck included", low=1, high=12)
     pooling: str = option("grid", "from map to vector; gap is nearly blind under InstanceNorm", choices=POOLINGS)
     grid: int = option(2, "cells per axis of pooling=grid", low=1, high=16)
+    padding: str = option(
+        "replicate", "of the convolutions; zeros tell a network the place in the crop", choices=PADDINGS
+    )
     batch_standardise: bool = option(True, "standardise pooled features over the batch of all GPUs")
     gamma: float = option(0.3, "largest change of the logarithm of the intensities' exponent", low=0.0, high=2.0)
     noise: float = option(0.1, "largest SD of added noise, in normalised units", low=0.0, high=2.0)
@@ -81,6 +85,7 @@ class Robust(Method[RobustConfig]):
         super().__init__(network, plan, request, config)
         if config.levels > plan.n_stages:
             raise NnsslError(f"-o levels={config.levels}: the encoder of this plan has {plan.n_stages} stages.")
+        set_padding(network, config.padding)
 
     @classmethod
     def crops(cls, plan: Plan, stats: SourceStats, config: RobustConfig, size: Size | None = None) -> CropRequest:
@@ -96,9 +101,11 @@ class Robust(Method[RobustConfig]):
         """Two views of each crop, moved a little and altered, ``(B, C, *size)`` each, and a number for each case ``(B,)``."""
         size = self.request.size
         movement = _movement(self.plan, self.config, size)
-        views = {k: self._augment(movement.view(crops.data, rng), crops.intensity, rng) for k in "ab"}
+        views = [self._augment(movement.view(crops.data, rng), crops.intensity, rng) for _ in range(2)]
         still = central_crop(crops.data, size).contiguous()
-        return {**views, "still": still, "case": numbers_of(crops.case, still.device)}
+        if self.config.padding != "zeros":
+            *views, still = with_grain([*views, still], rng)
+        return {"a": views[0], "b": views[1], "still": still, "case": numbers_of(crops.case, still.device)}
 
     def _augment(self, x: Tensor, intensity: Tensor, rng: StepRNG) -> Tensor:
         c, u = self.config, rescale_intensity(x, intensity)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from nnssl.errors import NnsslError
+from nnssl.losses.diagnostics import place_share
 from nnssl.networks import forward_features
-from nnssl.pretrain.augment import StepRNG
+from nnssl.pretrain.augment import StepRNG, central_crop
 from nnssl.pretrain.methods import Crops, SourceStats, get_method
 from nnssl.pretrain.methods.robust import CROP, OTHER, SECOND
 from nnssl.transferability import distance_matrix, robustness_loss, separate
@@ -168,6 +169,32 @@ def test_views_are_not_affine(make_robust):
         assert np.corrcoef(x, y)[0, 1] > 0.9
         slope, offset = np.polyfit(x, y, 1)
         assert np.abs(y - slope * x - offset).max() > 1e-3 * y.std()
+
+
+def test_the_place_in_the_crop_is_not_told_by_zeros(make_robust):
+    """By default convolutions repeat what is at the border: of noise, untrained features vary less with the place; one that
+    is asked for has nnU-Net's zeros."""
+    shares = {}
+    for padding in ("replicate", "zeros"):
+        method = make_robust(padding=padding)
+        assert {m.padding_mode for m in method.network.modules() if isinstance(m, torch.nn.Conv3d)} == {padding}
+        noise = torch.randn(12, 1, *method.request.size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            shares[padding] = place_share(forward_features(method.network, noise, 0).skips[-1])
+    assert make_robust().config.padding == "replicate" and shares["replicate"] < 0.5 * shares["zeros"]
+
+
+@pytest.mark.parametrize("padding", ["replicate", "zeros"])
+def test_crops_without_content_have_finite_gradients(make_robust, padding):
+    method = make_robust(padding=padding, noise=0.0)
+    crops = crops_for(method)
+    crops.data[:3] = 0.5
+    batch = method.views(crops, StepRNG(0, 0, 6))
+    assert (batch["still"][:3].flatten(1).std(1) > 0).all() == (padding == "replicate")
+    torch.testing.assert_close(batch["still"][3:], central_crop(crops.data, method.request.size)[3:])
+    method(batch)["total"].backward()
+    norms = [float(p.grad.norm()) for p in method.network.parameters() if p.grad is not None]
+    assert norms and all(math.isfinite(n) and n < 1e3 for n in norms)
 
 
 def test_it_learns_and_says_so(make_robust):

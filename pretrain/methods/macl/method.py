@@ -27,6 +27,7 @@ from nnssl.networks import PADDINGS, decoder_channels, encoder_channels, forward
 from nnssl.plans import Plan
 from nnssl.pretrain import geometry
 from nnssl.pretrain.augment import StepRNG, central_crop, random_jitter
+from nnssl.pretrain.augment.intensity import with_grain
 from nnssl.pretrain.augment.offsets import OffsetGrid
 from nnssl.pretrain.augment.pairs import cut
 from nnssl.pretrain.augment.spatial import AffineRange
@@ -38,7 +39,6 @@ from nnssl.pretrain.types import Batch, CropRequest, Crops, Curve, Level, Pictur
 
 _AXES = ("right-left", "anterior-posterior", "inferior-superior")  # of Crops.position
 _SITES = ("crops", "places", "both")
-_GRAIN = 0.01  # SD, of z-scored images
 _DENSE = ("position_all_axes", "position_axial", "self")
 
 
@@ -166,8 +166,8 @@ class MACL(Method[MACLConfig]):
             still = [cut(d, f * torch.tensor(grid.stride, device=f.device), size) for d, f in zip(still, first[::-1])]
         moved = [_movement(self.plan, c, size).view(d, rng) for d in data]
         if c.padding != "zeros":
-            grain = _GRAIN * rng.noise(*still[0].shape[1:])
-            still, moved = ([_with_grain(v, grain) for v in pair] for pair in (still, moved))
+            seen = with_grain([*still, *moved], rng)
+            still, moved = seen[:2], seen[2:]
         body = grid.fill_up(central_crop(crops.body, grid.voxels).to(crops.data.dtype))
         return {
             **({} if first is None else {"aux_cell": first[0], "dominant_cell": first[1]}),
@@ -332,13 +332,6 @@ class MACL(Method[MACLConfig]):
             f"{last['image_collapse']:.3g} of equal vectors, and crops at one position are {'' if alike else 'not '}more alike "
             f"(cosine {pos:.2f}) than others ({neg:.2f}).",
         )
-
-
-def _with_grain(view: Tensor, grain: Tensor) -> Tensor:
-    """Faint noise in views ``(B, C, *size)`` without content, which without zeros at the border are constant in all layers:
-    InstanceNorm would divide rounding errors by the root of its eps in each of them, and gradients explode."""
-    flat = view.flatten(1).float().std(1) < _GRAIN
-    return torch.where(flat.view(-1, *[1] * (view.ndim - 1)), view + grain.to(view.dtype), view)
 
 
 def _movement(plan: Plan, config: MACLConfig, size: Sequence[int]) -> AffineRange:
