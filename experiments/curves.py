@@ -45,7 +45,10 @@ STYLE: Any = {
 def colour_of(method: str, methods: Sequence[str]) -> tuple[str, str]:
     """Colour and marker of a method, the same in every picture of a report; the first, the baseline, is grey."""
     i = list(methods).index(method)
-    return (COLOURS[(i - 1) % len(COLOURS)] if i else GREY), MARKERS[i % len(MARKERS)]
+    if i == 0:
+        return GREY, MARKERS[0]
+    again, colour = divmod(i - 1, len(COLOURS))  # a colour that comes again has another marker
+    return COLOURS[colour], MARKERS[(i + again) % len(MARKERS)]
 
 
 def save(figure: Any, stem: Path) -> Path:

@@ -151,6 +151,8 @@ def test_colours_stay_with_their_method():
     methods = ["scratch", "mae", "macl"]
     assert colour_of("scratch", methods)[0] == "#5a5f66"
     assert len({colour_of(m, methods) for m in methods}) == 3
+    many = [str(i) for i in range(40)]
+    assert len({colour_of(m, many) for m in many}) == 40
 
 
 def test_curves_without_numbers(tmp_path, synthetic_experiment):
