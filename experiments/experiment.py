@@ -249,7 +249,7 @@ def _arm(given: Any, training: Training, pretraining: Pretraining, folder: Path,
             f"{where}methods: a name or a mapping with 'method:' or 'checkpoint:' is wanted, not {given!r}."
         )
     method, file = str(given.get("method") or ""), given.get("checkpoint")
-    title = str(given.get("name") or method.endswith(".py") and Path(method).stem or method)
+    title = str(given.get("name") or Path(method).name.removesuffix(".py"))
     at = f"{where}method {title or '?'}: "
     problems = unknown_keys(given, _OF_ARM, at)
     if method.endswith(".py"):
