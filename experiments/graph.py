@@ -19,10 +19,10 @@ from nnssl.experiments.needs import need_datasets
 from nnssl.files import sha256_of
 from nnssl.paths import preprocessed_folder, results_folder
 from nnssl.plans import Plan, dataset_id, resolve_dataset
-from nnssl.plans.figures import PRIMUS, FineTuningConfig, schedule_name, spelt, trainer_for
+from nnssl.plans.figures import MEAN_TEACHER, PRIMUS, FineTuningConfig, schedule_name, spelt, trainer_for
 from nnssl.plans.figures import SCRATCH as SCRATCH_TRAINER
 from nnssl.plans.figures import TEACHER as TEACHER_TRAINER
-from nnssl.plans.labels import ALL
+from nnssl.plans.labels import ALL, folds_of
 
 
 def build_graph(experiment: Experiment, folder: Path, device: str = "cuda") -> Graph:
@@ -87,6 +87,7 @@ class _Builder:
         needs = [self._network()] if self.resolved.setting.network.changes else []
         checkpoint, source = self._checkpoint(arm, subset, needs)
         schedule, figures = _schedule(arm)
+        unseen = self._unseen(arm, subset)
         content = [
             self.key,
             source,
@@ -100,6 +101,8 @@ class _Builder:
         ]
         if not self.resolved.by_folds:
             content.append(subset.validating)
+        if unseen:
+            content.append(tuple(unseen))
         fold = "" if subset.fold == ALL else f"-f{subset.fold}"
         run = self._run(arm, subset, f"{self.prefix}-{arm.name}-n{subset.count}-s{subset.seed}{fold}-{digest(content)}")
         lengths = {"schedule": schedule, **figures, **arm.training.lengths}
@@ -208,6 +211,15 @@ class _Builder:
             self._forbidden[key] = list(dict.fromkeys(barred))
         return self._forbidden[key]
 
+    def _unseen(self, arm: Arm, subset: LabelSubset) -> list[str]:
+        """Cases that an arm must not learn from without labels either; none where it learns from labels alone."""
+        if _schedule(arm)[0] != MEAN_TEACHER:
+            return []
+        own = self.plan.dataset_name  # of others it sees what the pretraining saw
+        barred = {case.removeprefix(f"{own}/") for case in self._barred(arm, subset, [own])}
+        left = set(folds_of(self.plan)[ALL][0]) - (set(subset.validating) if self.resolved.by_folds else set())
+        return [f"{own}/{case}" for case in sorted(barred & left)]
+
     def _text(self, name: str, lines: Sequence[str]) -> str:
         path = self.folder / "lists" / name
         self.graph.texts[path] = "".join(f"{line}\n" for line in lines)
@@ -217,11 +229,13 @@ class _Builder:
         arm, subset = run.arm, run.subset
         schedule, figures = _schedule(arm)
         validating = None if self.resolved.by_folds else self._text(f"validate-{run.name}.txt", subset.validating)
+        unseen = self._unseen(arm, subset)
         options = {
             "--schedule": spelt(schedule),
             "--labels": self._text(f"labels-{run.name}.txt", subset.cases),
             "--seed": subset.seed,
             "--validate": validating,
+            "--exclude": self._text(f"unseen-{run.name}.txt", unseen) if unseen else None,
             **{f"--{option.replace('_', '-')}": value for option, value in arm.training.lengths.items()},
             "-o": figures,
             "--checkpoint": checkpoint,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from nnssl.errors import NnsslError, did_you_mean
 from nnssl.files import read_text, same_text
+from nnssl.words import counted
+
+LISTED = 10  # names that an error spells out
 
 
 def read_case_list(path: Path, option: str) -> list[str]:
@@ -45,3 +48,37 @@ def read_known_cases(path: Path, option: str, known: Collection[str]) -> list[st
             f"{option} {path} names '{unknown[0]}', which is no preprocessed case.{did_you_mean(unknown[0], known)}"
         )
     return [case if case in known else forms[same_text(case)] for case in named]
+
+
+def find_cases(names: Sequence[str], known: Mapping[str, set[str]], path: Path, option: str) -> dict[str, set[str]]:
+    """The named cases by source. A name is ``<case>``, of every source that has it, or ``<source>/<case>``.
+
+    Args:
+        names: from :func:`read_case_list`.
+        known: source -> its cases.
+        path: of the list, for messages.
+        option: what named it.
+
+    Raises:
+        NnsslError: names that no source has.
+    """
+    meant: dict[str, list[tuple[str, str]]] = {}
+    for source, cases in known.items():
+        for case in cases:
+            for form in (same_text(case), f"{source}/{same_text(case)}"):
+                meant.setdefault(form, []).append((source, case))
+    found: dict[str, set[str]] = {source: set() for source in known}
+    for name in names:
+        for source, case in meant.get(same_text(name), ()):
+            found[source].add(case)
+    unknown = [name for name in names if same_text(name) not in meant]
+    if unknown:
+        everything = set().union(*known.values())
+        few = len(everything) <= 5000
+        shown = [f"{n}{did_you_mean(n, everything) if few and i < 3 else ''}" for i, n in enumerate(unknown[:LISTED])]
+        more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
+        raise NnsslError(
+            f"{option} {path}: {counted(len(unknown), 'name')} that no case of {', '.join(known)} has: {', '.join(shown)}{more}. "
+            "Case names have neither channel number nor file ending."
+        )
+    return found

@@ -216,6 +216,7 @@ _LISTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "case names for each fold",
     ),
     ("unlabelled", _names, "dataset names"),
+    ("excluded", _names, "names '<dataset>/<case>'"),
 )
 
 

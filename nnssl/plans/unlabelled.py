@@ -1,7 +1,7 @@
 """Preprocessed images without labels that a training may learn from: which, where they lie, and which are held back.
 
-A case is never taken from the fold's validation part, from the labelled training cases, or from the images that were found to be
-the target's test images, unless the plan says so (``transductive``).
+A case is never taken from the labelled training cases or from those that the plan leaves out (``excluded``), nor, unless the plan
+says so (``transductive``), from the fold's validation part or from the images that were found to be the target's test images.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl import preprocessed
+from nnssl.case_lists import find_cases, read_case_list
 from nnssl.errors import NnsslError
 from nnssl.files import hash_of
 from nnssl.paths import preprocessed_folder
@@ -98,6 +99,24 @@ def _leaks(plan: Plan) -> set[str]:
     return found
 
 
+def choose_excluded(plan: Plan, path: Path, unlabelled: Iterable[str] = ()) -> list[str]:
+    """The cases that a file leaves out of the images without labels, as ``"<dataset>/<case>"``, sorted.
+
+    Args:
+        plan: whose dataset, with the ``unlabelled`` ones, has the cases that a name without dataset means.
+        path: ``CASE`` or ``DATASET/CASE``, one a line.
+        unlabelled: datasets of images without labels.
+
+    Raises:
+        NnsslError: the file cannot be read, or a name that no preprocessed case has.
+    """
+    names = read_case_list(path, "--exclude")
+    sources = dict.fromkeys([plan.dataset_name, *unlabelled, *(n.split("/")[0] for n in names if "/" in n)])
+    known = {source: {case.name for case in list_cases(plan, source)} for source in sources}
+    found = find_cases(names, known, path, "--exclude")
+    return sorted(f"{source}/{case}" for source, cases in found.items() for case in cases)
+
+
 def find_unlabelled(
     plan: Plan,
     train: Collection[str],
@@ -132,7 +151,7 @@ def find_unlabelled(
     why = [f"{len(cases)} {place}" for place, cases in found.items() if cases]
     unique = sorted({c.key: c for cases in found.values() for c in cases}.values(), key=lambda c: (c.source, c.name))
     mine = {f"{plan.dataset_name}/{name}" for name in train}
-    held = {"labelled training cases": mine}
+    held = {"labelled training cases": mine, "excluded by the plans": set(plan.nnssl.get("excluded") or ())}
     if not plan.nnssl.get("transductive"):
         held["validation cases"] = {f"{plan.dataset_name}/{name}" for name in val} - mine
         held["test images of the dataset"] = _leaks(plan)

@@ -151,6 +151,14 @@ class Changes:
         default=None,
         help="let these images include the fold's validation cases and known test images",
     )
+    exclude: str | Path | None = given(
+        None,
+        CASES,
+        "--exclude",
+        metavar="FILE",
+        help="with the schedule mean-teacher, which it sets: cases that are not learnt from without labels, CASE or "
+        "DATASET/CASE, one a line",
+    )
     sha256: str | None = field(default=None, metadata={"help": "hash of the checkpoint"})
     place: Mapping[str, str] | None = field(
         default=None, metadata={"help": "where the weights lie in a file of others: key, prefix"}
@@ -254,12 +262,12 @@ def _set_schedule(metadata: dict[str, Any], plan: Plan, asked: Changes) -> None:
     """Put schedule, figures and lengths into the entry for the trainer; the figures of another schedule leave."""
     before = plan.schedule
     schedule = before if asked.schedule is None else schedule_name(asked.schedule)
-    learns_from_pool = asked.unlabelled or asked.transductive
+    learns_from_pool = asked.unlabelled or asked.transductive or asked.exclude is not None
     if learns_from_pool and asked.schedule is None and not metadata.get("schedule"):
         schedule = MEAN_TEACHER  # no other learns from these images; its control follows it too
     if learns_from_pool and schedule != MEAN_TEACHER:
         raise NnsslError(
-            f"--unlabelled and --transductive are for the schedule mean-teacher, not {spelt(schedule)}; "
+            f"--unlabelled, --transductive and --exclude are for the schedule mean-teacher, not {spelt(schedule)}; "
             "add --schedule mean-teacher."
         )
     if schedule != before:
@@ -304,6 +312,10 @@ def _set_cases(metadata: dict[str, Any], plan: Plan, asked: Changes) -> None:
         metadata["unlabelled"] = [resolve_dataset(source) for source in asked.unlabelled]
     if asked.transductive:
         metadata["transductive"] = True
+    if asked.exclude is not None:
+        from nnssl.plans.unlabelled import choose_excluded  # reads images: the variants of others need not wait for it
+
+        metadata["excluded"] = choose_excluded(plan, Path(asked.exclude), metadata.get("unlabelled") or ())
 
 
 def derive(plan: Plan, name: str, changes: Changes | None = None, **others: Any) -> Plan:

@@ -155,6 +155,30 @@ def test_no_list_of_any_job_holds_a_tested_case(dataset, tmp_path, kind):
     assert len(pretrainings) == (2 if kind == "folds" else 1), "shared by seeds and labels, not by folds"
 
 
+@pytest.mark.parametrize(
+    ("changes", "barred"),
+    [
+        ({}, set()),
+        ({"splits": True}, {"case_004", "case_005"}),
+        ({"test": "[case_001, case_004]"}, {"case_001", "case_004"}),
+        ({"folds": "[0, 1]"}, set()),
+    ],
+)
+def test_a_mean_teacher_does_not_learn_from_what_is_tested(dataset, tmp_path, changes, barred):
+    """It learns from the training cases without labels: not from those that are test cases of the experiment, or in no pool."""
+    changes = {**changes, "methods": "[scratch, mean-teacher]"}
+    if changes.pop("splits", None):
+        changes["splits"] = splits(tmp_path)
+    graph = build_graph(experiment(tmp_path, **changes), tmp_path / "out", "cpu")
+    for job in (j for j in graph.jobs.values() if j.phase == "plan"):
+        left = set()
+        if "--exclude" in job.command:
+            left = {
+                c.removeprefix("Dataset901_Tiny/") for c in graph.texts[path_after(job.command, "--exclude")].split()
+            }
+        assert left == (barred if "mean-teacher" in job.id else set())
+
+
 def path_after(command, option):
     return Path(command[command.index(option) + 1])
 

@@ -36,7 +36,12 @@ def test_validation_cases_labelled_cases_and_test_images_are_held_back(dataset):
     seen = {"sources": [OWN]}
     pool = find_unlabelled(plan, cases[:1], cases[4:], pretrained_on=seen)
     assert [c.name for c in pool.cases] == cases[1:4]
-    assert pool.held_back == {"labelled training cases": 1, "validation cases": 1, "test images of the dataset": 0}
+    assert pool.held_back == {
+        "labelled training cases": 1,
+        "excluded by the plans": 0,
+        "validation cases": 1,
+        "test images of the dataset": 0,
+    }
     (dataset / "nnssl_leaks_d901.txt").write_text(f"{OWN}/{cases[2]}\n")
     assert [c.name for c in find_unlabelled(plan, cases[:1], cases[4:], pretrained_on=seen).cases] == [
         cases[1],
@@ -79,6 +84,25 @@ def test_plans_name_the_pool(dataset):
     assert (told["schedule"], told["unlabelled"], told["transductive"]) == ("mean_teacher", [OWN], True)
     with pytest.raises(NnsslError, match="for the schedule mean-teacher, not sawtooth"):
         write_variant(load_plan(901), "other", schedule="sawtooth", unlabelled=[901])
+
+
+def test_excluded_cases_are_not_in_the_pool_even_where_test_images_are(dataset, tmp_path):
+    cases, listed = cases_of(dataset), tmp_path / "test.txt"
+    listed.write_text(f"{cases[1]}\n{OWN}/{cases[3]}\n")
+    write_variant(load_plan(901), "out", labels=1, exclude=listed, transductive=True)
+    plan = load_plan(901, plans_name="nnUNetPlans_out")
+    assert plan.nnssl["excluded"] == [f"{OWN}/{cases[1]}", f"{OWN}/{cases[3]}"]
+    pool = find_unlabelled(plan, cases[:1], [], rest=cases[1:])
+    assert [c.name for c in pool.cases] == [cases[2], cases[4]]
+    assert "left out: 2 that are excluded by the plans" in str(pool)
+
+
+def test_a_case_to_exclude_that_is_none_is_named(dataset, tmp_path):
+    listed = tmp_path / "test.txt"
+    for name in ("nobody", "Dataset999_Gone/nobody"):
+        listed.write_text(name)
+        with pytest.raises(NnsslError, match=f"--exclude .*test.txt: 1 name that no case of {OWN}.* has: {name}"):
+            write_variant(load_plan(901), "out", exclude=listed)
 
 
 @pytest.mark.parametrize("asked", [{"unlabelled": [901]}, {"transductive": True}])
