@@ -77,8 +77,9 @@ def find_cases(names: Sequence[str], known: Mapping[str, set[str]], path: Path, 
         few = len(everything) <= 5000
         shown = [f"{n}{did_you_mean(n, everything) if few and i < 3 else ''}" for i, n in enumerate(unknown[:LISTED])]
         more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
+        listed = f"{', '.join(shown)}{more}"
         raise NnsslError(
-            f"{option} {path}: {counted(len(unknown), 'name')} that no case of {', '.join(known)} has: {', '.join(shown)}{more}. "
-            "Case names have neither channel number nor file ending."
+            f"{option} {path}: {counted(len(unknown), 'name')} that no case of {', '.join(known)} has: {listed}"
+            f"{'' if listed.endswith('?') else '.'} Case names have neither channel number nor file ending."
         )
     return found

@@ -68,10 +68,11 @@ def _table(variants: list[Variant]) -> str:
 
 
 def _summary(plan: Plan) -> str:
-    hidden = ("schema", "sha256", "configuration", "base_plans", "train_cases", "val_cases")
+    hidden = ("schema", "sha256", "configuration", "base_plans", "train_cases", "val_cases", "excluded")
     entries = {k: v for k, v in plan.nnssl.items() if k not in hidden}
     width = max((len(k) for k in entries), default=0)
-    cases = plan.nnssl.get("train_cases", {})
+    cases, excluded = plan.nnssl.get("train_cases", {}), plan.nnssl.get("excluded") or ()
+    more = f" and {len(excluded) - 3} more" if len(excluded) > 3 else ""
     return "\n".join(
         [
             f"  network   {plan.network_text}",
@@ -81,6 +82,7 @@ def _summary(plan: Plan) -> str:
             *(["  trainer"] if entries else []),
             *(f"    {k.replace('_', ' '):<{width}}  {_said(k, v)}" for k, v in entries.items()),
             *(f"  fold {fold:<4} trains on {len(names)}: {', '.join(names)}" for fold, names in cases.items()),
+            *([f"  not learnt from without labels: {', '.join(excluded[:3])}{more}"] if excluded else []),
             *_next(plan),
         ]
     )

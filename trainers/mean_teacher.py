@@ -3,8 +3,8 @@
 Stage 1 learns from the labelled cases to convergence, with a warm-up and a decay of its own. Stage 2 starts a teacher as a copy
 of the network and a new schedule. Half of each batch are labelled patches, half patches of the pool: the teacher labels a patch
 that has been turned, scaled, shifted and mirrored; the student learns that label on the same patch after its intensities have
-changed. Loss, deep supervision and what moves voxels are nnU-Net's own, but for a shift; intensities change more than there, of
-labelled patches too. The teacher follows the student after each step; the student is kept.
+changed. Loss, deep supervision and what moves voxels are nnU-Net's own, but for a shift; intensities change more than there, with
+very few labels those of labelled patches too. The teacher follows the student after each step; the student is kept.
 
 Sources: :mod:`nnssl.teacher`. Labels are hard, without a threshold: nearly all voxels would pass one.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,8 +45,10 @@ from nnssl.words import counted
 
 TEACHER = "nnssl_mean_teacher"
 """Key of a fine-tuned checkpoint: the teacher, the steps that it has followed, and what was measured after each epoch."""
-BEFORE = {"intensities": "nnunet", "shift": 0.0}
+BEFORE = {"intensities": "nnunet", "shift": 0.0, "weight": 0.5}
 """What versions did that did not know these figures."""
+BY_LABELS = ("weight", "labelled_intensities", "strength")
+"""The figures that go by the number of labelled cases where the plan names none."""
 
 
 class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
@@ -60,7 +63,9 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
     """
 
     schedule: ClassVar[str] = MEAN_TEACHER
-    begun_figures: ClassVar[tuple[str, ...]] = ("optimizer", "intensities", "strength", "shift", "momentum", "largest")
+    begun_figures: ClassVar[tuple[str, ...]] = (
+        "optimizer", "weight", "intensities", "labelled_intensities", "strength", "shift", "momentum", "largest",
+    )  # fmt: skip
     dataloader_train: Any
 
     def constructed(self) -> None:
@@ -100,11 +105,12 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         train, val = self.do_split()
         if self.fold == ALL:  # validates on what it does not train on: only cases that the plan names are held back
             val = list((self.told.get("val_cases") or {}).get(ALL, ()))
-        self.figures = replace(self.figures, strength=self.figures.strength_for(len(train)))
-        self.provenance.update(strength=self.figures.strength, labelled_cases=len(train))
+        self.figures = self.figures.with_labels(len(train))
+        self.provenance.update({key: getattr(self.figures, key) for key in BY_LABELS}, labelled_cases=len(train))
         if self.first_epochs == self.num_epochs:
+            why = "labelled_first" if self.figures.labelled_first >= 1 else "a single epoch"
             self.print_to_log_file(
-                f"nnssl: mean teacher: {counted(len(train), 'labelled case')}, no second stage (labelled_first): all "
+                f"nnssl: mean teacher: {counted(len(train), 'labelled case')}, no second stage ({why}): all "
                 "epochs learn from the labels"
             )
             return
@@ -123,7 +129,9 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
             f"  epochs 0 to {self.first_epochs - 1} learn from the labels, {self.first_epochs} to {self.num_epochs - 1} from the "
             "pool too\n"
             f"  largest component kept of: {one}{f' ({why})' if self._largest else ''}\n"
-            f"  intensities without labels: {self.figures.intensities} changes, strength {self.figures.strength:g}"
+            f"  intensities without labels: {self.figures.intensities} changes, strength {self.figures.strength:g}; of labelled "
+            f"patches: {self.figures.labelled_intensities}\n"
+            f"  weight of patches without labels in the loss: {self.figures.weight:g}"
         )
 
     def _one_piece_classes(self, train: Iterable[str]) -> list[Any]:
@@ -140,10 +148,10 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         )
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
-        """nnU-Net's augmentation with a shift (figure ``shift``) and, of labelled patches too, other changes of intensity."""
+        """nnU-Net's augmentation with a shift (figure ``shift``) and with the changes of intensity that labelled patches have."""
         transforms = shifted(super().get_training_transforms(*args, **kwargs), self.figures.shift)
-        self._transforms = with_strong_changes(transforms) if self.figures.intensities == "strong" else transforms
-        return self._transforms
+        self._transforms = deepcopy(transforms)
+        return with_strong_changes(transforms) if self.figures.labelled_intensities == "strong" else transforms
 
     # ---- the second stage -----------------------------------------------------------------------------------------
 
@@ -220,7 +228,7 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         return "views" in batch
 
     def batch_loss(self, batch: dict) -> Tensor:
-        """Half nnU-Net's loss on labels, half the same loss against the teacher's labels."""
+        """nnU-Net's loss on labels and the same loss against the teacher's labels, which has the share ``weight``."""
         if "views" not in batch:
             return super().batch_loss(batch)
         data, target = self.moved(batch["data"]), self.moved(batch["target"])
@@ -232,7 +240,8 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
         other = [o[n:] for o in outputs] if levels else outputs[n:]
         finest: Any = other[0] if levels else other
         self._measure(made, finest.detach(), target[0] if levels else target)
-        return 0.5 * self.loss(labelled, target) + 0.5 * self.loss(other, self.targets_of(made))
+        weight: Any = self.figures.weight  # before_loading has set it
+        return (1 - weight) * self.loss(labelled, target) + weight * self.loss(other, self.targets_of(made))
 
     @torch.no_grad()
     def pseudo_labels(self, seen: Tensor, outside: Tensor) -> Tensor:
@@ -325,10 +334,8 @@ class nnUNetTrainerPretrainedMeanTeacher(nnUNetTrainerPretrained):
     def keep_begun(self, begun: Mapping[str, Any]) -> None:
         """As the parent, with what versions did that did not know all figures."""
         if "momentum" in begun:  # any version that wrote figures
-            begun = {**BEFORE, **begun}
-            if self.figures.strength is None:
-                labelled = begun.get("labelled_cases") or len(self.do_split()[0])
-                self.figures = replace(self.figures, strength=self.figures.strength_for(labelled))
+            begun = {**BEFORE, "labelled_intensities": begun.get("intensities", BEFORE["intensities"]), **begun}
+            self.figures = self.figures.with_labels(begun.get("labelled_cases") or len(self.do_split()[0]))
         super().keep_begun(begun)
 
     def on_train_end(self) -> None:

@@ -44,7 +44,18 @@ USED: dict[str, tuple[str, ...]] = {
     "sawtooth": (*_COMMON, "warmup", "layer_decay", "decoder_first"),
     "encoder_frozen": (*_COMMON, "warmup", "layer_decay"),
     "head_only": (*_COMMON, "warmup"),
-    MEAN_TEACHER: (*_COMMON, "warmup", "labelled_first", "momentum", "intensities", "strength", "shift", "largest"),
+    MEAN_TEACHER: (
+        *_COMMON,
+        "warmup",
+        "labelled_first",
+        "momentum",
+        "weight",
+        "intensities",
+        "labelled_intensities",
+        "strength",
+        "shift",
+        "largest",
+    ),
     LINEAR_PROBE: (*_COMMON, "warmup", "levels"),
 }
 """Schedule -> the figures, besides the lengths, that decide anything there."""
@@ -59,7 +70,7 @@ ADAM_PEAK_LR = 2e-3
 otherwise (``docs/fine-tuning.md`` has the figures); longer ones have nnU-Net's SGD."""
 
 VERY_FEW = 2
-"""Up to so many labelled cases the student's changes have twice the strength (``docs/fine-tuning.md`` has the figures)."""
+"""Up to so many labelled cases a mean teacher leans on the images without labels (:meth:`FineTuningConfig.with_labels`)."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +119,21 @@ class FineTuningConfig:
         high=1,
     )
     momentum: float = option(0.99, "largest momentum of the teacher", low=0, below=1)
+    weight: float | None = option(
+        None,
+        "share of patches without labels in the second stage's loss; auto: 0.5 for one or two labelled cases, 0.25 for more",
+        low=0,
+        below=1,
+    )
     intensities: str = option(
         "strong",
-        "how intensities change: strong (noise, contrast, brightness, gamma) or as nnU-Net's do",
+        "how intensities of patches without labels change: strong (noise, contrast, brightness, gamma) or as nnU-Net's do",
         choices=("strong", "nnunet"),
+    )
+    labelled_intensities: str = option(
+        "auto",
+        "the same of labelled patches; auto: as without labels for one or two labelled cases, as nnU-Net's do for more",
+        choices=("auto", "strong", "nnunet"),
     )
     strength: float | None = option(
         None,
@@ -132,11 +154,20 @@ class FineTuningConfig:
         choices=("auto", "always", "never"),
     )
 
-    def strength_for(self, labelled: int) -> float:
-        """``strength``; where it is None, 2 for one or two labelled cases and 1 for more, whose second stage loses by 2."""
-        if self.strength is not None:
-            return self.strength
-        return 2.0 if labelled <= VERY_FEW else 1.0
+    def with_labels(self, labelled: int) -> FineTuningConfig:
+        """With what goes by the number of labelled cases in a mean teacher: the more they are, the less the rest may disturb.
+
+        ``weight``, ``labelled_intensities`` and ``strength`` get a value where the plan names none.
+        """
+        few = labelled <= VERY_FEW
+        return replace(
+            self,
+            weight=(0.5 if few else 0.25) if self.weight is None else self.weight,
+            strength=(2.0 if few else 1.0) if self.strength is None else self.strength,
+            labelled_intensities=(self.intensities if few else "nnunet")
+            if self.labelled_intensities == "auto"
+            else self.labelled_intensities,
+        )
 
     @property
     def stages(self) -> Stages:

@@ -63,6 +63,21 @@ def test_command_says_what_comes_before_a_pool_that_is_not_preprocessed(folder, 
     assert "First" not in capsys.readouterr().out
 
 
+def test_command_says_which_cases_are_not_learnt_from(folder, capsys, tmp_path):
+    there, listed = prepared_folder(load_plan(4), "Dataset500_Scans"), tmp_path / "out.txt"
+    there.mkdir(parents=True)
+    for i in range(5):
+        (there / f"scan{i}.b2nd").touch()
+    listed.write_text("".join(f"scan{i}\n" for i in range(5)))
+    assert main(["-d", "4", "--name", "few", "--unlabelled", "500", "--exclude", str(listed)]) == 0
+    said = ", ".join(f"Dataset500_Scans/scan{i}" for i in range(3))
+    assert f"  not learnt from without labels: {said} and 2 more\n" in capsys.readouterr().out
+    listed.write_text("scan9")
+    assert main(["-d", "4", "--name", "other", "--unlabelled", "500", "--exclude", str(listed)]) == 1
+    message = "1 name that no case of Dataset004_Hippocampus, Dataset500_Scans has: scan9 Did you mean 'scan"
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_command_2d(folder):
     assert main(["-d", "4", "-c", "2d", "--name", "cpu", "--features", "8,16,16", "--patch", "20,12"]) == 0
     assert load_plan(4, "2d", "nnUNetPlans_cpu").patch_size == (20, 12)

@@ -83,6 +83,8 @@ def test_without_a_second_stage_it_learns_from_the_labels_alone_and_needs_no_poo
         run_epoch(trainer)
         assert trainer.teacher is None and trainer.dataloader_unlabelled is None
     assert "no second stage (labelled_first)" in Path(trainer.log_file).read_text()
+    short = started(few("short", schedule="mean-teacher", epochs=1, iterations=1))
+    assert "no second stage (a single epoch)" in Path(short.log_file).read_text()
 
 
 def test_labels_beside_the_pool_are_never_learnt_from(few, monkeypatch, started):
@@ -157,37 +159,53 @@ def test_a_continued_training_keeps_the_changes_that_it_began_with(few, build, s
     content = checkpoint.load(file).content
     begun = content["nnssl_finetuning"]
     begun.update(strength=1.0, momentum=0.9)
-    del begun["intensities"], begun["shift"]
+    for figure in ("intensities", "labelled_intensities", "shift", "weight"):
+        del begun[figure]
     checkpoint.save(file, content)
     older = build(nnUNetTrainerMeanTeacher, plans, resume=True)
     older.load_checkpoint(file)
-    wanted = replace(trainer.figures, intensities="nnunet", shift=0.0, strength=1.0, momentum=0.9)
+    changed = {
+        "intensities": "nnunet",
+        "labelled_intensities": "nnunet",
+        "shift": 0.0,
+        "strength": 1.0,
+        "momentum": 0.9,
+    }
+    wanted = replace(trainer.figures, **changed)
     assert older.figures == wanted and type(transforms_of(older).transforms[0]) is SpatialTransform
     text = Path(older.log_file).read_text()
     assert (
         "keeps what it began with" in text
-        and "intensities nnunet (now strong), strength 1.0 (now 2.0), shift 0.0" in text
+        and "intensities nnunet (now strong), labelled_intensities nnunet (now strong), strength 1.0 (now 2.0), shift 0.0"
+        in text
     )
     assert "WARNING: the plan has changed" not in text
 
 
-@pytest.mark.parametrize("labels, strength", [(1, 2.0), (3, 1.0)])
-def test_strength_goes_by_the_labelled_cases_and_stays(few, build, labels, strength, started):
-    """A checkpoint of a version with strength 2 for all goes on with it."""
+@pytest.mark.parametrize("labels, strength, weight, intensities", [(1, 2.0, 0.5, "strong"), (3, 1.0, 0.25, "nnunet")])
+def test_what_goes_by_the_labelled_cases_and_stays(few, build, labels, strength, weight, intensities, started):
+    """A checkpoint of a version with strength 2 and half the loss for all goes on with it."""
     plans = few(schedule="mean-teacher", epochs=4, iterations=2, labels=labels)
     trainer = started(plans)
     assert trainer.figures.strength == strength and trainer.provenance["labelled_cases"] == labels
-    assert f"strong changes, strength {strength:g}" in Path(trainer.log_file).read_text()
+    assert (trainer.figures.weight, trainer.figures.labelled_intensities) == (weight, intensities)
+    text = Path(trainer.log_file).read_text()
+    assert f"strong changes, strength {strength:g}; of labelled patches: {intensities}" in text
+    assert f"weight of patches without labels in the loss: {weight:g}" in text
     file = f"{trainer.output_folder}/checkpoint_latest.pth"
     trainer.save_checkpoint(file)
     content = checkpoint.load(file).content
-    del content["nnssl_finetuning"]["labelled_cases"]
-    content["nnssl_finetuning"]["strength"] = 2.0
+    begun = content["nnssl_finetuning"]
+    assert (begun["weight"], begun["labelled_intensities"]) == (weight, intensities)
+    for figure in ("labelled_cases", "weight", "labelled_intensities"):
+        del begun[figure]
+    begun["strength"] = 2.0
     checkpoint.save(file, content)
     older = build(nnUNetTrainerMeanTeacher, plans, resume=True)
     older.load_checkpoint(file)
-    assert older.figures.strength == 2.0
-    assert ("strength 2.0 (now 1.0)" in Path(older.log_file).read_text()) is (strength == 1.0)
+    assert (older.figures.strength, older.figures.weight, older.figures.labelled_intensities) == (2.0, 0.5, "strong")
+    for changed in ("strength 2.0 (now 1.0)", "weight 0.5 (now 0.25)", "labelled_intensities strong (now nnunet)"):
+        assert (changed in Path(older.log_file).read_text()) is (labels == 3)
 
 
 def test_a_plan_that_was_changed_after_the_start_is_told(few, build, started):
@@ -244,11 +262,20 @@ def test_the_control_has_one_schedule_over_as_many_steps():
     plans = {"plans_name": "p", "nnssl": {"schedule": "mean_teacher", "epochs": 9, "iterations": 10}}
     figures = FineTuningConfig.from_plans(plans, "mean_teacher", "nnUNetTrainerMeanTeacher")
     assert (figures.stages.first, figures.optimizer, figures.peak_lr) == (3, "adam", 2e-3)
-    assert [figures.strength_for(n) for n in (1, 2, 3, 40)] == [2.0, 2.0, 1.0, 1.0]
+    settled = [figures.with_labels(n) for n in (1, 2, 3, 40)]
+    assert [f.strength for f in settled] == [2.0, 2.0, 1.0, 1.0] and [f.weight for f in settled] == [
+        0.5,
+        0.5,
+        0.25,
+        0.25,
+    ]
+    assert [f.labelled_intensities for f in settled] == ["strong", "strong", "nnunet", "nnunet"]
     named = FineTuningConfig.from_plans(
-        {"plans_name": "p", "nnssl": {"strength": 1.5}}, "mean_teacher", "nnUNetTrainerMeanTeacher"
+        {"plans_name": "p", "nnssl": {"strength": 1.5, "weight": 0.1, "labelled_intensities": "strong"}},
+        "mean_teacher",
+        "nnUNetTrainerMeanTeacher",
     )
-    assert named.strength_for(1) == named.strength_for(9) == 1.5
+    assert named.with_labels(1) == named.with_labels(9) == named
     long = {"plans_name": "p", "nnssl": {"schedule": "mean_teacher"}}
     figures = FineTuningConfig.from_plans(long, "mean_teacher", "nnUNetTrainerMeanTeacher")
     assert (figures.optimizer, figures.peak_lr, figures.epochs) == ("sgd", 1e-2, 1000)  # nnU-Net's own

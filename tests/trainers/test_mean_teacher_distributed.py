@@ -23,6 +23,7 @@ def build(folder):
     torch.manual_seed(0)
     trainer = nnUNetTrainerMeanTeacher(plans, "3d_fullres", 0, info, torch.device("cpu"))
     trainer.initialize()
+    trainer.figures = trainer.figures.with_labels(1)
     rotation, dummy, _, mirror = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     scales, patch = trainer._get_deep_supervision_scales(), trainer.configuration_manager.patch_size
     _, trainer._targets = split_transforms(

@@ -20,6 +20,7 @@ def second_stage(transforms_of):
 
     def make(trainer):
         trainer.initialize()
+        trainer.figures = trainer.figures.with_labels(1)
         _, trainer._targets = split_transforms(transforms_of(trainer), 1.0, "nnunet")
         trainer._make_teacher()
         return trainer
@@ -189,3 +190,12 @@ def test_several_patches_get_a_pseudo_label_each(build):
     each = torch.cat([trainer.pseudo_labels(seen[i : i + 1], outside[i : i + 1]) for i in range(3)])
     assert made.shape == (3, 1, 16, 16, 16) and float((made == each).float().mean()) > 0.999
     assert not made[1, :, :4].any() and made[0].any() and not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 0.5])
+def test_patches_without_labels_have_their_share_of_the_loss(build, few, second_stage, weight):
+    trainer = second_stage(build(nnUNetTrainerMeanTeacher, few(figures={"weight": weight}, schedule="mean-teacher")))
+    losses = iter((1.0, 3.0))  # of the labelled patch, of the other
+    trainer.loss = lambda outputs, target: torch.as_tensor(next(losses))
+    batch = a_batch(trainer, torch.zeros(1, 1, *trainer.configuration_manager.patch_size))
+    assert float(trainer.batch_loss(batch)) == pytest.approx(1 + 2 * weight)

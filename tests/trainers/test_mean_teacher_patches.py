@@ -23,7 +23,7 @@ def test_the_teacher_sees_what_has_moved_and_the_student_what_has_changed(build,
     trainer = build(nnUNetTrainerMeanTeacher)
     views, targets = split_transforms(transforms_of(trainer), 1.0, "nnunet")
     kinds = {type(t).__name__ for t in views.spatial}
-    assert kinds == {"_Shifted", "MirrorTransform"} and len(views.intensity) == 4
+    assert kinds == {"_Shifted", "MirrorTransform"} and len(views.intensity) == 7
     assert [type(t).__name__ for t in targets.transforms] == ["RemoveLabelTransform", "DownsampleSegForDSTransform"]
     patch = tuple(trainer.configuration_manager.patch_size)
     image, changed = torch.rand(1, *patch), 0
@@ -63,10 +63,11 @@ def test_strength_makes_the_students_changes_more_likely(build, transforms_of):
     trainer = build(nnUNetTrainerMeanTeacher)
     plain, _ = split_transforms(transforms_of(trainer), 1.0, "nnunet")
     strong, _ = split_transforms(transforms_of(trainer), 2.0, "nnunet")
+    noise = strong.intensity[0].transform
     none, _ = split_transforms(transforms_of(trainer), 0.0, "nnunet")
     p = [t.apply_probability for t in plain.intensity]
     assert [t.apply_probability for t in strong.intensity] == pytest.approx([min(1, 2 * x) for x in p])
-    assert strong.intensity[0].transform.noise_variance == pytest.approx((0, 0.6))
+    assert noise.noise_variance == pytest.approx((0, 0.2)), "nnU-Net's is 0.1"
     assert not any(t.apply_probability for t in none.intensity)
 
 
@@ -108,12 +109,17 @@ def test_labelled_patches_change_strongly_too_or_as_nnunets(build, transforms_of
     ]
     end = ["MirrorTransform", "RemoveLabelTransform", "DownsampleSegForDSTransform"]
     trainer = build(nnUNetTrainerMeanTeacher)
+    trainer.figures = (plan := trainer.figures).with_labels(2)
     assert kinds(trainer) == ["_Shifted", *changes, *end]
-    trainer.figures = replace(trainer.figures, intensities="nnunet", shift=0.0)
+    trainer.figures = plan.with_labels(3)
+    assert kinds(trainer)[0] == "_Shifted" and len(kinds(trainer)) == 1 + 7 + 3, "labelled patches are nnU-Net's own"
+    views, _ = split_transforms(trainer._transforms, 1.0, trainer.figures.intensities)
+    assert [type(t.transform).__name__ for t in views.intensity] == changes, "those without labels are not"
+    trainer.figures = replace(plan, intensities="nnunet", shift=0.0).with_labels(1)
     assert kinds(trainer)[0] == "SpatialTransform" and len(kinds(trainer)) == 1 + 7 + 3
     assert "SimulateLowResolutionTransform" in kinds(trainer)
     trainer.configuration_manager.configuration["use_mask_for_norm"] = [True]
-    trainer.figures = replace(trainer.figures, intensities="strong")
+    trainer.figures = replace(trainer.figures, labelled_intensities="strong")
     assert kinds(trainer) == ["SpatialTransform", *changes, "MirrorTransform", "MaskImageTransform", *end[1:]]
     views, _ = split_transforms(transforms_of(trainer), 4.0, "strong")
     assert [type(t).__name__ for t in views.mask] == ["MaskImageTransform"]
@@ -124,7 +130,7 @@ def test_labelled_patches_change_strongly_too_or_as_nnunets(build, transforms_of
 
 def test_the_student_sees_strong_changes_by_default(build, transforms_of):
     trainer = build(nnUNetTrainerMeanTeacher)
-    views, _ = split_transforms(transforms_of(trainer), trainer.figures.strength_for(1), trainer.figures.intensities)
+    views, _ = split_transforms(transforms_of(trainer), 2.0, trainer.figures.intensities)
     kinds = [type(t.transform).__name__ for t in views.intensity]
     assert kinds == [type(t.transform).__name__ for t in strong_changes(2.0)]
     image = torch.randn(1, *trainer.configuration_manager.patch_size)
