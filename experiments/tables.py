@@ -102,11 +102,11 @@ def metric_table(rows: pd.DataFrame, metric: str, title: str) -> Table:
 
 
 def label_table(rows: pd.DataFrame) -> Table | None:
-    """Dice of each label beside the mean; None where there is one label only."""
+    """Dice of each label beside the mean, of what has been measured; None where there is one label only."""
     names = [n for n in rows["label"].unique() if n != MEAN]
     if len(names) < 2:
         return None
-    own = _by_labels(rows)
+    own = _by_labels(rows[rows["measured"]])
     own = own.assign(labels=own["labels"].map(str), text=list(map(plus_minus, own["dice"], own["dice_sd"])))
     cells = own.set_index(["labels", "method"]).index.unique()
     frame = own.pivot(index=["labels", "method"], columns="label", values="text")
@@ -115,9 +115,9 @@ def label_table(rows: pd.DataFrame) -> Table | None:
 
 
 def comparison_table(rows: pd.DataFrame) -> Table | None:
-    """Each method against the baseline, which is the first; None where there is nothing else."""
+    """Each method against the baseline, which is the first, where it has been measured; None where there is nothing else."""
     base = baseline_of(rows)
-    own = _by_labels(means(rows))
+    own = _by_labels(means(rows[rows["measured"]]))
     others = list(own[own["method"] != base].itertuples())
     if not others:
         return None
