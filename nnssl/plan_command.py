@@ -23,7 +23,7 @@ from nnssl.plans.variants import LENGTH, WEIGHTS, Changes, Variant, list_variant
 from nnssl.results import find_pretrainings
 from nnssl.streams import show
 from nnssl.weights import write_variant
-from nnssl.words import aligned, size_text
+from nnssl.words import aligned, first_few, size_text
 
 log = logging.getLogger("nnssl")
 
@@ -72,7 +72,6 @@ def _summary(plan: Plan) -> str:
     entries = {k: v for k, v in plan.nnssl.items() if k not in hidden}
     width = max((len(k) for k in entries), default=0)
     cases, excluded = plan.nnssl.get("train_cases", {}), plan.nnssl.get("excluded") or ()
-    more = f" and {len(excluded) - 3} more" if len(excluded) > 3 else ""
     return "\n".join(
         [
             f"  network   {plan.network_text}",
@@ -82,7 +81,7 @@ def _summary(plan: Plan) -> str:
             *(["  trainer"] if entries else []),
             *(f"    {k.replace('_', ' '):<{width}}  {_said(k, v)}" for k, v in entries.items()),
             *(f"  fold {fold:<4} trains on {len(names)}: {', '.join(names)}" for fold, names in cases.items()),
-            *([f"  not learnt from without labels: {', '.join(excluded[:3])}{more}"] if excluded else []),
+            *([f"  not learnt from without labels ({len(excluded)}): {first_few(excluded, 3)}"] if excluded else []),
             *_next(plan),
         ]
     )

@@ -71,7 +71,7 @@ def test_command_says_which_cases_are_not_learnt_from(folder, capsys, tmp_path):
     listed.write_text("".join(f"scan{i}\n" for i in range(5)))
     assert main(["-d", "4", "--name", "few", "--unlabelled", "500", "--exclude", str(listed)]) == 0
     said = ", ".join(f"Dataset500_Scans/scan{i}" for i in range(3))
-    assert f"  not learnt from without labels: {said} and 2 more\n" in capsys.readouterr().out
+    assert f"  not learnt from without labels (5): {said} ...\n" in capsys.readouterr().out
     listed.write_text("scan9")
     assert main(["-d", "4", "--name", "other", "--unlabelled", "500", "--exclude", str(listed)]) == 1
     message = "1 name that no case of Dataset004_Hippocampus, Dataset500_Scans has: scan9 Did you mean 'scan"
